@@ -1,0 +1,54 @@
+# Everything runs in .venv, made from $(PYTHON). pip reads its own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and
+# the like), so an index of CPU-only torch builds is named there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    train a small GPT dense and sparse, print a table, draw pictures (about 5 minutes)"
+	@echo "make test    run the whole test suite"
+	@echo "make lint    run the linter, the formatter's check and the type checker"
+	@echo "make bench   measure speed and memory"
+	@echo "make clean   remove .venv, results and caches"
+	@echo
+	@echo "PYTHON=python3.12 chooses the Python, ARGS='--text my.txt' passes options on. PIP_EXTRA_INDEX_URL may"
+	@echo "name an index of CPU-only torch builds, which are a small part of the default download on Linux."
+
+# Changed metadata or pinned versions install again; otherwise these two take no time.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "sparselab needs Python 3.10 or newer, but '$(PYTHON)' is:" >&2; $(PYTHON) --version >&2; \
+	  echo "Name another one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing sparselab and the tested versions of what it needs (torch is large; this may take minutes)"
+	@$(PIP) install 'pip>=21.3'
+	@$(PIP) install --constraint constraints.txt --editable '.[test,lint,examples]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/python examples/shakespeare.py $(ARGS)
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m ruff format --check
+	@$(BIN)/python -m mypy
+
+bench: $(VENV)/.installed
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) results build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
