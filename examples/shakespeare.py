@@ -1,0 +1,373 @@
+"""A small character-level GPT, trained twice on the same batches: dense, and sparse from first step to last.
+
+    python examples/shakespeare.py                # Tiny Shakespeare, both arms, a table and pictures
+    python examples/shakespeare.py --text my.txt --steps 1000
+    python examples/shakespeare.py --set mlp_sparsity=0.95
+
+Each arm runs in a process of its own, so its resident memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from gpt import GPT
+from text import Text, TextError, load_text
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import sparselab
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything one may want to change; ``--set name=value`` changes it for one run."""
+
+    # model
+    n_layer: int = 4
+    d_model: int = 384
+    d_ff: int = 1536
+    n_head: int = 6
+    context: int = 128
+    # what is sparse; embeddings, norms and the output head stay dense
+    attention_sparsity: float = 0.7
+    mlp_sparsity: float = 0.9
+    drop_fraction: float = 0.3
+    update_every: int = 25
+    last_update: float = 0.75  # as a fraction of the steps; the last quarter trains a settled topology
+    # training; each arm has the rate that suited it best, a sparse network bears a higher one
+    steps: int = 300
+    batch: int = 16
+    dense_lr: float = 1e-3
+    sparse_lr: float = 3e-3
+    final_lr: float = 0.1  # as a fraction of the arm's rate
+    warmup: int = 30
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 1
+    # measuring
+    evaluate_every: int = 50
+    validation_windows: int = 192
+    untimed_steps: int = 5
+    sample_chars: int = 200
+
+
+ARMS = ("dense", "sparse")
+
+
+# Models
+
+
+def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, sparselab.RigL | None]:
+    """The model of one arm; both start from the same embeddings, norms and head."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(vocabulary, cfg.context, cfg.n_layer, cfg.d_model, cfg.d_ff, cfg.n_head)
+    if arm == "dense":
+        return model, None
+    model = sparselab.sparsify(model, {"*.attn.*": cfg.attention_sparsity, "*.mlp.*": cfg.mlp_sparsity})
+    last = max(1, round(cfg.last_update * cfg.steps))
+    algo = sparselab.RigL(
+        drop_fraction=sparselab.Cosine(cfg.drop_fraction, half_period=last),
+        update_freq=cfg.update_every,
+        stop=last,
+        seed=cfg.seed,
+    )
+    model.apply(algo)
+    return model, algo
+
+
+def make_optimizer(cfg: Config, model: nn.Module, arm: str) -> torch.optim.AdamW:
+    """AdamW; weights decay, biases and norms do not. A sparse weight is flat, so it is known by its name."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        is_weight = parameter.ndim >= 2 or name.endswith(".values")
+        (decayed if is_weight else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    lr = cfg.dense_lr if arm == "dense" else cfg.sparse_lr
+    return torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2))
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Data:
+    """Characters as numbers: nine tenths to train on, fixed windows of the last tenth to validate with."""
+
+    vocabulary: str
+    train: Tensor
+    val_x: Tensor
+    val_y: Tensor
+
+
+def min_chars(cfg: Config) -> int:
+    """The shortest text whose last tenth holds one window."""
+    return 10 * (cfg.context + 1)
+
+
+def make_data(cfg: Config, characters: str) -> Data:
+    codes = np.frombuffer(characters.encode("utf-32-le"), dtype=np.uint32)
+    distinct, tokens = np.unique(codes, return_inverse=True)
+    vocabulary = "".join(chr(code) for code in distinct)
+    n_val = max(len(tokens) // 10, cfg.context + 1)
+    train, val = torch.from_numpy(tokens[:-n_val]), torch.from_numpy(tokens[-n_val:])
+    last_start = n_val - cfg.context - 1
+    n_windows = min(cfg.validation_windows, last_start // cfg.context + 1)
+    starts = torch.linspace(0, last_start, n_windows, dtype=torch.float64).long()
+    val_x, val_y = windows(val, starts, cfg.context)
+    return Data(vocabulary, train, val_x, val_y)
+
+
+def windows(tokens: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The characters from each start, and those one place further on."""
+    at = starts[:, None] + torch.arange(length)
+    return tokens[at], tokens[at + 1]
+
+
+def bigram_loss(train: Tensor, val_x: Tensor, val_y: Tensor, n: int) -> float:
+    """Nats per character of a table of pair counts plus one, on the very characters the GPT is judged by."""
+    pairs = torch.bincount(train[:-1] * n + train[1:], minlength=n * n).view(n, n).double() + 1
+    log_p = (pairs / pairs.sum(1, keepdim=True)).log()
+    return -log_p[val_x, val_y].mean().item()
+
+
+# Training
+
+
+def lr_factor(cfg: Config, step: int) -> float:
+    """Share of the peak rate at `step` (from 0): a linear rise, then half a cosine down to `final_lr`."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, batch: int) -> float:
+    """Mean loss over the validation windows, nats per character."""
+    total = 0.0
+    for x, y in zip(data.val_x.split(batch), data.val_y.split(batch), strict=True):
+        total += F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
+    return total / data.val_y.numel()
+
+
+def train(
+    cfg: Config,
+    data: Data,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    algo: sparselab.RigL | None,
+    name: str,
+) -> dict[str, list[float]]:
+    """Train; return loss and seconds of every step, and the validation losses with their steps."""
+    draw = torch.Generator().manual_seed(cfg.seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(cfg, step))
+    curves: dict[str, list[float]] = {"loss": [], "seconds": [], "val_step": [], "val_loss": []}
+    with tqdm(total=cfg.steps, desc=f"{name:6}", unit="step", dynamic_ncols=True) as bar:
+        for step in range(1, cfg.steps + 1):
+            start = time.perf_counter()
+            starts = torch.randint(len(data.train) - cfg.context, (cfg.batch,), generator=draw)
+            x, y = windows(data.train, starts, cfg.context)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            optimizer.step()
+            if algo is not None:
+                algo.step()
+            schedule.step()
+            curves["loss"].append(loss.item())
+            curves["seconds"].append(time.perf_counter() - start)
+            if step % cfg.evaluate_every == 0 or step == cfg.steps:
+                curves["val_step"].append(step)
+                curves["val_loss"].append(evaluate(model, data, cfg.batch))
+            val = f"{curves['val_loss'][-1]:.3f}" if curves["val_loss"] else "-"
+            bar.set_postfix(loss=f"{curves['loss'][-1]:.3f}", val=val, refresh=False)
+            bar.update()
+    return curves
+
+
+@torch.no_grad()
+def sample(cfg: Config, data: Data, model: nn.Module, temperature: float = 0.8) -> str:
+    """Characters drawn from the model, after a line break where the text has one."""
+    draw = torch.Generator().manual_seed(cfg.seed)
+    tokens = torch.tensor([[max(0, data.vocabulary.find("\n"))]])
+    for _ in range(cfg.sample_chars):
+        logits = model(tokens[:, -cfg.context :])[0, -1]
+        following = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=draw)
+        tokens = torch.cat([tokens, following[None]], dim=1)
+    return "".join(data.vocabulary[token] for token in tokens[0, 1:].tolist())
+
+
+# One arm, in a process of its own
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process ever had resident.
+
+    On Linux ``ru_maxrss`` starts from the parent's size at fork, so the kernel's mark of this process alone
+    is read there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        marks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if marks:
+            return int(marks[0].split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def first_mlp_topology(model: nn.Module) -> tuple[str, tuple[int, int], np.ndarray]:
+    """Name, shape and live positions of the first sparse feed-forward layer."""
+    name, layer = next((name, layer) for name, layer in sparselab.find_sparse(model) if ".mlp." in name)
+    return name, layer.shape, layer.positions().numpy().copy()
+
+
+def run_arm(cfg: Config, characters: str, arm: str, out: Path) -> None:
+    """Train one arm and write ``<arm>.json``, for the sparse one also ``topology.npz``, into `out`."""
+    data = make_data(cfg, characters)
+    process = psutil.Process()
+    resident_before = process.memory_info().rss
+    model, algo = make_model(cfg, len(data.vocabulary), arm)
+    optimizer = make_optimizer(cfg, model, arm)
+    if algo is not None:
+        name, shape, before = first_mlp_topology(model)
+    curves = train(cfg, data, model, optimizer, algo, arm)
+    resident, peak = process.memory_info().rss, peak_resident_bytes()
+    memory = sparselab.memory_report(model, optimizer)
+    timed = curves["seconds"][cfg.untimed_steps :] or curves["seconds"]
+    result = {
+        "parameters_live": memory.parameters_live,
+        "weight_bytes": memory.weight_bytes,
+        "training_bytes": memory.training_bytes,
+        "resident_before": resident_before,
+        "resident": resident,
+        "resident_peak": peak,
+        "step_ms": 1000 * statistics.median(timed),
+        "first_step_s": curves["seconds"][0],
+        "train_s": sum(curves["seconds"]),
+        "val_loss": curves["val_loss"][-1],
+        "threads": torch.get_num_threads(),
+        "sample": sample(cfg, data, model),
+        "curves": curves,
+    }
+    if algo is not None:
+        after = first_mlp_topology(model)[2]
+        np.savez_compressed(out / "topology.npz", name=name, shape=shape, before=before, after=after)
+    (out / f"{arm}.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+# Both arms
+
+
+def run_both(cfg: Config, text: Text, out: Path, options: Sequence[str]) -> None:
+    """Run the arms one after the other and show what came out."""
+    from shakespeare_report import show  # drawing libraries stay out of the arms' memory
+
+    data = make_data(cfg, text.characters)
+    n = len(data.vocabulary)
+    print(f"Text: {text.source} ({len(text.characters):,} characters, {n} distinct).")
+    text_file = out / "text.txt"
+    text_file.write_bytes(text.characters.encode("utf-8"))
+    for arm in ARMS:
+        command = [sys.executable, __file__, *options, "--text", str(text_file), "--arm", arm]
+        status = subprocess.run(command, check=False).returncode
+        if status != 0:
+            raise SystemExit(f"the {arm} arm failed (exit status {status}); its message is above")
+    results = {arm: json.loads((out / f"{arm}.json").read_text(encoding="utf-8")) for arm in ARMS}
+    bigram = {
+        "val_loss": bigram_loss(data.train, data.val_x, data.val_y, n),
+        "parameters_live": n * n,
+        "weight_bytes": 4 * n * n,
+    }
+    summary = {"config": dataclasses.asdict(cfg), "text": text.source, "bigram": bigram, **results}
+    (out / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    show(results, bigram, out)
+
+
+def at_least_one(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {value}")
+    return number
+
+
+def changed(cfg: Config, settings: Sequence[str]) -> Config:
+    """`cfg` with each ``name=value`` applied, the value read as the type the field has."""
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in {field.name for field in dataclasses.fields(Config)}:
+            names = ", ".join(field.name for field in dataclasses.fields(Config))
+            raise SystemExit(f"--set {setting}: no setting {name!r}; expected one of {names}")
+        kind = type(getattr(cfg, name))
+        try:
+            cfg = dataclasses.replace(cfg, **{name: kind(value)})
+        except ValueError:
+            raise SystemExit(f"--set {setting}: expected {name}=<{kind.__name__}>, got {value!r}") from None
+    return cfg
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train a small character-level GPT dense and sparse, and compare."
+    )
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to train on (default: Tiny Shakespeare)")
+    parser.add_argument(
+        "--steps", type=at_least_one, help=f"training steps per arm (default: {Config.steps})"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/shakespeare"), help="folder for results and pictures"
+    )
+    parser.add_argument("--seed", type=int, help=f"of weights, batches and topology (default: {Config.seed})")
+    parser.add_argument("--threads", type=at_least_one, help="CPU threads (default: as torch chooses)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change one line of the Config"
+    )
+    parser.add_argument("--arm", choices=ARMS, help="run only this arm, in this process")
+    return parser
+
+
+def main(options: Sequence[str] | None = None) -> None:
+    options = sys.argv[1:] if options is None else list(options)
+    args = make_parser().parse_args(options)
+    cfg = changed(Config(), args.set)
+    cfg = dataclasses.replace(
+        cfg, steps=args.steps or cfg.steps, seed=cfg.seed if args.seed is None else args.seed
+    )
+    try:
+        text = load_text(args.text, min_chars(cfg))
+        args.out.mkdir(parents=True, exist_ok=True)
+    except TextError as error:
+        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"error: --out {args.out}: cannot be made ({error.strerror})") from None
+    if args.arm:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        run_arm(cfg, text.characters, args.arm, args.out)
+    else:
+        run_both(cfg, text, args.out, options)
+
+
+if __name__ == "__main__":
+    main()
