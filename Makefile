@@ -23,7 +23,7 @@ help:
 # Changed metadata or pinned versions install again; otherwise these two take no time.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "sparselab needs Python 3.10 or newer, but '$(PYTHON)' is:" >&2; $(PYTHON) --version >&2; \
+	  echo "sparselab needs Python 3.10 or newer; '$(PYTHON)' answers:" >&2; $(PYTHON) --version >&2; \
 	  echo "Name another one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV)

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def initial_std(name: str, n_layer: int) -> float:
+    """Of the weights so named; the 2 * n_layer that add to the residual stream start smaller."""
+    return 0.02 / math.sqrt(2 * n_layer) if ".attn.out" in name or ".mlp.down" in name else 0.02
+
+
 class Attention(nn.Module):
     """Causal self-attention; queries, keys and values come from one projection."""
 
@@ -62,10 +67,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
-            if name.endswith(("attn.out.weight", "mlp.down.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
-            elif parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=initial_std(name, n_layer))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 

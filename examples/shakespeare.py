@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from gpt import GPT
+from gpt import GPT, initial_std
 from text import Text, TextError, load_text
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,7 +52,7 @@ class Config:
     # training; each arm has the rate that suited it best, a sparse network bears a higher one
     steps: int = 300
     batch: int = 16
-    dense_lr: float = 1e-3
+    dense_lr: float = 2e-3
     sparse_lr: float = 3e-3
     final_lr: float = 0.1  # as a fraction of the arm's rate
     warmup: int = 30
@@ -81,6 +81,9 @@ def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, spars
     if arm == "dense":
         return model, None
     model = sparselab.sparsify(model, {"*.attn.*": cfg.attention_sparsity, "*.mlp.*": cfg.mlp_sparsity})
+    for name, layer in sparselab.nn.find_sparse(model):  # outputs of the same variance as the dense arm's
+        nn.init.normal_(layer.values, std=initial_std(name, cfg.n_layer) / math.sqrt(1 - layer.sparsity))
+        nn.init.zeros_(layer.bias)
     last = max(1, round(cfg.last_update * cfg.steps))
     algo = sparselab.RigL(
         drop_fraction=sparselab.Cosine(cfg.drop_fraction, half_period=last),
@@ -239,7 +242,7 @@ def peak_resident_bytes() -> int:
 
 def first_mlp_topology(model: nn.Module) -> tuple[str, tuple[int, int], np.ndarray]:
     """Name, shape and live positions of the first sparse feed-forward layer."""
-    name, layer = next((name, layer) for name, layer in sparselab.find_sparse(model) if ".mlp." in name)
+    name, layer = next((name, layer) for name, layer in sparselab.nn.find_sparse(model) if ".mlp." in name)
     return name, layer.shape, layer.positions().numpy().copy()
 
 

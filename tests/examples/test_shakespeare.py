@@ -125,7 +125,7 @@ def test_both_arms_start_from_the_same_dense_parts(tiny):
 
 def test_sparse_layers_are_as_sparse_as_the_config_says(tiny):
     model, _ = shakespeare.make_model(tiny, 7, "sparse")
-    found = {name: layer.sparsity for name, layer in shakespeare.sparselab.find_sparse(model)}
+    found = {name: layer.sparsity for name, layer in shakespeare.sparselab.nn.find_sparse(model)}
     assert set(found) == {f"blocks.0.{name}" for name in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")}
     for name, sparsity in found.items():
         wanted = tiny.attention_sparsity if ".attn." in name else tiny.mlp_sparsity
