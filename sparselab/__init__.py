@@ -1,0 +1,1 @@
+"""Truly sparse neural network training in PyTorch, on any CPU."""
