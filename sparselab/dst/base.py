@@ -6,7 +6,6 @@ import abc
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,15 +38,15 @@ class SparsityAlgorithm:
     TypeError
         If `sparsity` is neither a number nor None.
     ValueError
-        If `sparsity` is outside ``[0, 1)``.
+        If `sparsity` is outside ``[0, 1]``.
     """
 
     def __init__(self, sparsity: float | None = None) -> None:
         if sparsity is not None:
-            require_finite("sparsity", sparsity, "a number in [0, 1), or None")
-            if not 0 <= sparsity < 1:
+            require_finite("sparsity", sparsity, "a number in [0, 1], or None")
+            if not 0 <= sparsity <= 1:
                 raise ValueError(
-                    f"sparsity must lie in [0, 1), the fraction without a weight; got {sparsity!r}"
+                    f"sparsity must lie in [0, 1], the fraction without a weight; got {sparsity!r}"
                 )
         self.sparsity = sparsity
         self._layers: list[SparseTopology] = []
@@ -263,8 +262,8 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
     alone.
 
     Optimizers are found by themselves, through a hook that torch calls after every ``optimizer.step()``; see
-    `track` for those that are not. Every state tensor with one entry per connection is moved in place, and so
-    is the gradient of ``values``. State of another shape is an error, raised before anything is changed.
+    `track` for those that are not. Every state tensor with one entry per connection is moved in place. State
+    of another shape is an error, raised before anything is changed.
     """
 
     def __init__(
@@ -348,7 +347,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
             grow = self._grow(vacancy)
             if grow.size != drop.size:
                 raise RuntimeError(f"{type(self).__name__} grew {grow.size} for {drop.size} dropped")
-            move.around(partial(layer.rewrite, torch.from_numpy(drop), torch.from_numpy(grow)))
+            move.apply(layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow)))
             regrown = np.intersect1d(vacancy.positions[drop], grow, assume_unique=True).size
             reports.append(UpdateReport(drop.size, grow.size, regrown))
         self.last_update = tuple(reports)

@@ -1,14 +1,15 @@
 """Optimizer state follows the connections.
 
 An optimizer keeps momentum and the like in one tensor per parameter, entry for entry. When a layer drops and
-grows connections the entries of ``values`` move, and whatever is kept per entry has to move with them; else a
-moment silently ends up at a connection it was never measured on.
+grows connections the entries of ``values`` move, and whatever is kept per entry has to move with them; else
+a moment silently ends up at a connection it was never measured on. (The layer itself moves the weights and
+their gradient.)
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -126,29 +127,20 @@ class StateMove:
                 raise RuntimeError(_unmovable(optimizer, f"state {name!r} is a {type(entry).__name__}"))
 
     @torch.no_grad()
-    def around(self, rewrite: Callable[[], torch.Tensor]) -> None:
-        """Call `rewrite` and then move every entry: ``new[i] = old[source[i]]``, 0 where ``source[i] == -1``.
+    def apply(self, source: torch.Tensor) -> None:
+        """Move every entry: ``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``.
 
         Parameters
         ----------
-        rewrite : callable
-            Rewrites the layer and returns ``source``: int64, (new nnz,), the old slot of each new one or -1.
+        source : int64 tensor, (new nnz,)
+            Old slot of each new slot, or -1.
         """
-        # The gradient is taken from a copy, so it is right whether or not the layer moves it too.
-        gradient = None if self._values.grad is None else self._values.grad.clone()
-        source = rewrite()
         for state, name in self._places:
-            state[name] = _moved(state[name], state[name], source)
-        if gradient is not None and self._values.grad is not None:
-            self._values.grad = _moved(gradient, self._values.grad, source)
-
-
-def _moved(old: torch.Tensor, into: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The entries of `old` by `source`; written to `into` if they fit, so that other references see them."""
-    source = source.to(old.device)
-    # One more entry, so that -1 reads a zero.
-    moved = torch.cat((old, old.new_zeros(1)))[source]
-    return into.copy_(moved) if into.shape == moved.shape else moved
+            old = state[name]
+            # One more entry, so that -1 reads a zero.
+            moved = torch.cat((old, old.new_zeros(1)))[source.to(old.device)]
+            # In place where it fits, so that other references to the tensor see it.
+            state[name] = old.copy_(moved) if old.shape == moved.shape else moved
 
 
 def _holds_tensor(entry: object) -> bool:

@@ -20,5 +20,5 @@ class Static(SparsityAlgorithm):
     TypeError
         If `sparsity` is neither a number nor None.
     ValueError
-        If `sparsity` is outside ``[0, 1)``.
+        If `sparsity` is outside ``[0, 1]``.
     """

@@ -69,6 +69,8 @@ class FakeSparse(nn.Module):
                 self.values.copy_(values)
             else:
                 self.values.data = values
+        if self.values.grad is not None:
+            self.values.grad = torch.where(source < 0, 0, self.values.grad[source])
         self.live = torch.from_numpy(new)
         return source
 
