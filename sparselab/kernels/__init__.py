@@ -157,7 +157,7 @@ def sddmm_dw(
     return _finish(target, dW)
 
 
-def rewrite(W: PaddedCSR, drop: Array, grow: Array) -> Rewrite:
+def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) -> Rewrite:
     """Remove connections, add others, and tell where each one went.
 
     Parameters
@@ -169,6 +169,8 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array) -> Rewrite:
     grow : int array, (m,)
         Positions ``row * columns + column`` to add with value 0, each once. A dropped position may be grown:
         it survives with its value, and its slot is its source.
+    compact : bool
+        Repack without spare slots.
 
     Returns
     -------
@@ -198,7 +200,7 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array) -> Rewrite:
             raise ValueError(f"drop must hold live slots, got {wrong_slots[0]}")
         if len(np.unique(drop)) != len(drop):
             raise ValueError("drop must name each slot once, got a slot twice")
-    return _rewrite.rewrite_topology(W, drop, grow)
+    return _rewrite.rewrite_topology(W, drop, grow, compact)
 
 
 def _check_matrix(name: str, array: object, shape: tuple[int, int | None], dtype: np.dtype[Any]) -> None:
@@ -232,11 +234,10 @@ def _check_integers(name: str, array: object) -> Array:
 
 def _checked(plan: Segments, nnz: int, shape: tuple[int, int]) -> Segments:
     """Refuse a plan of another matrix, as far as sizes tell: a foreign plan would read out of bounds."""
-    connections = int(plan.length.sum(dtype=np.int64))
-    if connections != nnz or int(plan.chunk_rows[-1]) != shape[0]:
+    if plan.n_connections != nnz or int(plan.chunk_rows[-1]) != shape[0]:
         raise ValueError(
             f"plan must be made for this topology ({shape[0]} rows, {nnz} connections), "
-            f"got one for {int(plan.chunk_rows[-1])} rows, {connections} connections"
+            f"got one for {int(plan.chunk_rows[-1])} rows, {plan.n_connections} connections"
         )
     return plan
 

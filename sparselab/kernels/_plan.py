@@ -38,16 +38,13 @@ class Segments(NamedTuple):
     connections of row ``row[p]`` from slot ``start[p]`` on.
     """
 
+    n_connections: int
     block_columns: int
     chunk_rows: Array
     ptr: Array
     row: Array
     start: Array
     length: Array
-
-    @property
-    def nbytes(self) -> int:
-        return sum(field.nbytes for field in self[1:])
 
 
 class TransposePlan(NamedTuple):
@@ -59,10 +56,6 @@ class TransposePlan(NamedTuple):
     indices: Array
     slots: Array
     segments: Segments
-
-    @property
-    def nbytes(self) -> int:
-        return self.indices.nbytes + self.slots.nbytes + self.segments.nbytes
 
 
 def plan_spmm(W: PaddedCSR) -> Segments:
@@ -107,7 +100,7 @@ def _segments(
     start = np.empty(n_segments, slot_dtype(int(begin[-1]) + int(row_nnz[-1]) if n_rows else 0))
     length = np.empty(n_segments, slot_dtype(block_columns))
     _fill_segments(begin, row_nnz, indices, block_columns, chunk_rows, ptr, row, start, length)
-    return Segments(block_columns, chunk_rows, ptr, row, start, length)
+    return Segments(int(row_nnz.sum()), block_columns, chunk_rows, ptr, row, start, length)
 
 
 def _chunks(row_nnz: Array) -> Array:
@@ -200,8 +193,7 @@ def product_groups(plan: Segments, n_tiles: int, n_workers: int, bytes_per_conne
     workers busy.
     """
     n_chunks = len(plan.chunk_rows) - 1
-    connections = int(plan.length.sum(dtype=np.int64))
-    footprint = connections * bytes_per_connection + int(plan.chunk_rows[-1]) * TILE_BYTES
+    footprint = plan.n_connections * bytes_per_connection + int(plan.chunk_rows[-1]) * TILE_BYTES
     n_groups = min(max(1, -(-footprint // L2_BUDGET_BYTES)), n_chunks)
     while n_groups < n_chunks and n_groups * n_tiles < 8 * n_workers and n_groups * n_tiles % n_workers:
         n_groups += 1
@@ -216,8 +208,7 @@ def gradient_shares(plan: Segments, n_workers: int, bytes_per_connection: int) -
     """
     n_chunks, n_blocks = plan.ptr.shape[0], plan.ptr.shape[1] - 1
     n_rows, n_columns = int(plan.chunk_rows[-1]), n_blocks * plan.block_columns
-    connections = int(plan.length.sum(dtype=np.int64))
-    footprint = connections * bytes_per_connection + n_rows * TILE_BYTES
+    footprint = plan.n_connections * bytes_per_connection + n_rows * TILE_BYTES
     wanted = max(1, -(-footprint // L2_BUDGET_BYTES))
     wanted = -(-wanted // n_workers) * n_workers
 

@@ -58,7 +58,7 @@ def _merge(begin, row_nnz, indices, values, dropped, grow, n_columns, new_begin,
     return np.int64(-1)
 
 
-def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array) -> Rewrite:
+def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> Rewrite:
     """`sparselab.kernels.rewrite` after its checks: `grow` is sorted, `drop` holds distinct live slots."""
     rows, columns = W.shape
     dropped = np.zeros(W.capacity, np.bool_)
@@ -66,7 +66,7 @@ def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array) -> Rewrite:
     row_of_slot = np.repeat(np.arange(rows), np.diff(W.indptr))
     new_nnz = W.row_nnz - np.bincount(row_of_slot[drop], minlength=rows)
     new_nnz += np.bincount(grow // max(columns, 1), minlength=rows)
-    indptr = _fit(W, new_nnz)
+    indptr = _fit(W, new_nnz, compact)
     capacity = int(indptr[-1])
     indices = np.zeros(capacity, W.indices.dtype)
     values = np.zeros(capacity, W.values.dtype)
@@ -80,11 +80,11 @@ def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array) -> Rewrite:
     return Rewrite(PaddedCSR.unchecked(W.shape, indptr, new_nnz, indices, values), source)
 
 
-def _fit(W: PaddedCSR, row_nnz: Array) -> Array:
+def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
     """Where the new rows begin: in place if every row fits its room, else repacked into at least the capacity."""
-    if np.all(row_nnz <= np.diff(W.indptr)):
+    if not compact and np.all(row_nnz <= np.diff(W.indptr)):
         return W.indptr
-    spare = max(W.capacity - int(row_nnz.sum()), 0)
+    spare = 0 if compact else max(W.capacity - int(row_nnz.sum()), 0)
     share = np.arange(len(row_nnz) + 1) * spare // max(len(row_nnz), 1)
     indptr = np.zeros(len(row_nnz) + 1, np.int64)
     np.cumsum(row_nnz + np.diff(share), out=indptr[1:])

@@ -43,7 +43,7 @@ def sddmm_dw(
     return dW
 
 
-def rewrite(W: PaddedCSR, drop: Array, grow: Array) -> Rewrite:
+def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) -> Rewrite:
     """Remove the connections in the slots `drop`, then add those at the positions `grow`."""
     columns = W.shape[1]
     old = {}
@@ -59,10 +59,10 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array) -> Rewrite:
         per_row[position // columns].append((position % columns, slot))
     room = np.diff(W.indptr)
     counts = np.array([len(row) for row in per_row], np.int64)
-    if np.all(counts <= room):
+    if not compact and np.all(counts <= room):
         indptr = W.indptr
     else:
-        spare = max(W.capacity - int(counts.sum()), 0)
+        spare = 0 if compact else max(W.capacity - int(counts.sum()), 0)
         extra = [spare * (i + 1) // len(counts) - spare * i // len(counts) for i in range(len(counts))]
         indptr = np.concatenate([[0], np.cumsum(counts + extra)]).astype(np.int64)
     indices, values = np.zeros(indptr[-1], W.indices.dtype), np.zeros(indptr[-1], W.dtype)
