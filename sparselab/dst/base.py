@@ -347,8 +347,9 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
             grow = self._grow(vacancy)
             if grow.size != drop.size:
                 raise RuntimeError(f"{type(self).__name__} grew {grow.size} for {drop.size} dropped")
-            move.apply(layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow)))
-            regrown = np.intersect1d(vacancy.positions[drop], grow, assume_unique=True).size
+            source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
+            move.apply(source)
+            regrown = int((source >= 0).sum()) - (vacancy.positions.size - drop.size)
             reports.append(UpdateReport(drop.size, grow.size, regrown))
         self.last_update = tuple(reports)
 

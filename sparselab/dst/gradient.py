@@ -62,7 +62,7 @@ class GradientSummary:
         """
         candidates = np.concatenate((positions[drop], self.free_positions))
         scores = np.concatenate((self.live_scores[drop], self.free_scores))
-        order = np.argsort(candidates)
+        order = np.argsort(candidates, kind="stable")  # merges the two ascending runs
         winners: npt.NDArray[np.int64] = candidates[order][largest(scores[order], k)]
         return winners
 

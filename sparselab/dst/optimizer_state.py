@@ -14,6 +14,11 @@ from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+# Hooks whose tracker is gone. The garbage collector may take a tracker while torch walks over its hooks, and
+# removing one there would be an error in the middle of an optimizer step; so it waits.
+_retired_hooks: list[RemovableHandle] = []
 
 
 class HasValues(Protocol):
@@ -29,7 +34,7 @@ class OptimizerTracker:
 
     While it is watching, a hook that torch calls after every optimizer step of the process looks at the
     parameters of each optimizer it has not seen before. Optimizers are held weakly, and so is the tracker by
-    its hook, which goes away with the tracker.
+    its hook, which does nothing once the tracker is gone and is removed when the next one starts to watch.
 
     Parameters
     ----------
@@ -47,13 +52,15 @@ class OptimizerTracker:
         if self._watching:
             return
         self._watching = True
+        while _retired_hooks:
+            _retired_hooks.pop().remove()
         tracker = weakref.ref(self)
 
         def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             if (alive := tracker()) is not None:
                 alive._note(optimizer)
 
-        weakref.finalize(self, register_optimizer_step_post_hook(after_step).remove)
+        weakref.finalize(self, _retired_hooks.append, register_optimizer_step_post_hook(after_step))
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember `optimizer` whether or not it has stepped.

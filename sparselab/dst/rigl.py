@@ -42,6 +42,23 @@ class RigL(DynamicSparsityAlgorithm):
     References
     ----------
     Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, section 3, Algorithm 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparselab.dst import Cosine, RigL
+    >>> from sparselab.nn import SparseLinear
+    >>> model = torch.nn.Sequential(SparseLinear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> algorithm = RigL(sparsity=0.9, drop_fraction=Cosine(0.3, half_period=40), update_freq=10)
+    >>> _ = model.apply(algorithm)
+    >>> for _ in range(20):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(8, 64)).square().mean().backward()
+    ...     optimizer.step()
+    ...     algorithm.step()
+    >>> algorithm.last_update[0].grown, model[0].nnz
+    (30, 205)
     """
 
     def __init__(

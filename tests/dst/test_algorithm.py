@@ -1,14 +1,16 @@
 """Attaching, timing, the drop-grow loop and resuming, whichever algorithm it is."""
 
 import gc
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from sparselab.dst import SET, Constant, Cosine, DynamicSparsityAlgorithm, RigL, Static, UpdateReport
+from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
-from tests.dst.harness import OPTIMIZERS, backward, build, sparse_layers, train
+from tests.dst.harness import OPTIMIZERS, assert_topology, backward, build, sparse_layers, train
 
 
 def steps(algorithm, n):
@@ -286,3 +288,16 @@ def test_static_counts_and_changes_nothing():
     train(model, OPTIMIZERS["sgd"](model.parameters()), algorithm, 1, 5)
     assert algorithm.steps_done == 5
     assert all(torch.equal(a, layer.positions()) for a, layer in zip(born, sparse_layers(model), strict=True))
+
+
+def test_a_layer_of_more_positions_than_32_bits_count():
+    size = 2**17
+    layer = SparseLinear(size, size, bias=False, sparsity=1 - 2**-24)
+    layer.apply(algorithm := SET(drop_fraction=0.5, update_freq=1))
+    tracemalloc.start()
+    algorithm.step()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert_topology(layer, 1024)
+    assert layer.positions()[-1] > 2**33
+    assert peak < 64 * size

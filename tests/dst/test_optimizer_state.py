@@ -133,20 +133,44 @@ def test_the_tracker_notes_optimizers_of_its_layers_only(layer):
     assert list(tracker._optimizers) == [ours]
 
 
-def test_the_tracker_keeps_nothing_alive_and_takes_its_hook_along(layer):
-    hooks = len(torch_optimizer._global_optimizer_post_hooks)
+def test_the_tracker_keeps_nothing_alive():
+    layer = FakeSparse(6, 5, 0.5)
     tracker = OptimizerTracker([layer])
     tracker.watch()
-    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks + 1
     optimizer = torch.optim.SGD([layer.values], lr=0.1)
     step(layer, optimizer)
     alive = weakref.ref(optimizer)
     del optimizer
     gc.collect()
     assert alive() is None
+    alive = weakref.ref(tracker)
     del tracker
     gc.collect()
-    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks
+    assert alive() is None
+
+
+def test_hooks_of_dead_trackers_do_not_pile_up(layer):
+    def watch_and_die():
+        OptimizerTracker([layer]).watch()
+        gc.collect()
+        return len(torch_optimizer._global_optimizer_post_hooks)
+
+    assert watch_and_die() == watch_and_die() == watch_and_die()
+
+
+def test_a_tracker_may_die_during_an_optimizer_step(layer):
+    trackers = [OptimizerTracker([layer]) for _ in range(3)]
+    for tracker in trackers:
+        tracker.watch()
+    del tracker
+    handle = torch_optimizer.register_optimizer_step_post_hook(lambda *args: (trackers.clear(), gc.collect()))
+    last = OptimizerTracker([layer])
+    last.watch()
+    optimizer = torch.optim.SGD([layer.values], lr=0.1)
+    step(layer, optimizer)
+    handle.remove()
+    assert trackers == []
+    assert list(last._optimizers) == [optimizer]
 
 
 def test_only_optimizers_can_be_added(layer):

@@ -1,14 +1,17 @@
 """RigL against the definition: the whole gradient in float64, sorted."""
 
 import copy
+import doctest
 import pickle
+import tracemalloc
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselab.dst import RigL, UpdateReport, gradient
+from sparselab.dst import RigL, UpdateReport, gradient, rigl
 from sparselab.dst.gradient import GradientCollector
+from sparselab.kernels._topk import StreamedTopK
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import LAYERS
@@ -293,3 +296,31 @@ def test_loading_arms_the_very_next_step():
     backward(layer, *operands(0))
     algorithm.step()
     assert algorithm.last_update[0].grown > 0
+
+
+def test_memory_does_not_grow_with_the_size_of_the_matrix(monkeypatch):
+    blocks = []
+    push = StreamedTopK.push
+    monkeypatch.setattr(
+        StreamedTopK, "push", lambda top, row, b: blocks.append(b.nbytes) or push(top, row, b)
+    )
+    rows, cols = 3000, 4000
+    layer = SparseLinear(cols, rows, sparsity=0.999)
+    layer.apply(algorithm := RigL(update_freq=1))
+    x, dy = torch.randn(2, cols), torch.randn(2, rows)
+    backward(layer, x, dy)
+    algorithm.step()
+    backward(layer, x, dy)
+    tracemalloc.start()
+    algorithm.step()
+    backward(layer, x, dy)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(blocks) == 3 * rows * cols * 4
+    assert max(blocks) <= 4 << 20
+    assert peak < rows * cols / 4
+
+
+def test_the_example_in_the_docstring_runs():
+    assert doctest.testmod(rigl).attempted > 5
+    assert doctest.testmod(rigl).failed == 0
