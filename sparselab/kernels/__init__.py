@@ -185,7 +185,7 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) ->
     ValueError
         If a dropped slot is not live or named twice, or a grown position is out of range, live, or named twice.
     """
-    drop = _check_integers("drop", drop)
+    drop = np.sort(_check_integers("drop", drop))
     grow = np.sort(_check_integers("grow", grow))
     size = W.shape[0] * W.shape[1]
     if len(grow) and (grow[0] < 0 or grow[-1] >= size):
@@ -198,7 +198,7 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) ->
         wrong_slots = drop[outside | ~live[np.where(outside, 0, drop)]]
         if len(wrong_slots):
             raise ValueError(f"drop must hold live slots, got {wrong_slots[0]}")
-        if len(np.unique(drop)) != len(drop):
+        if np.any(drop[1:] == drop[:-1]):
             raise ValueError("drop must name each slot once, got a slot twice")
     return _rewrite.rewrite_topology(W, drop, grow, compact)
 

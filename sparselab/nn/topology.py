@@ -47,7 +47,7 @@ class SparseTopology(Protocol):
         """int64 (nnz,): ``row * in_features + column`` of each slot, ascending."""
 
     def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
-        """Drop slots and grow positions in place; returns each new slot's old slot, or -1."""
+        """Drop slots and grow positions in place, moving values and gradient; each new slot's old slot, or -1."""
 
 
 def find_sparse(module: nn.Module) -> Iterator[tuple[str, SparseTopology]]:
