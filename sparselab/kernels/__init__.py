@@ -1,8 +1,8 @@
 """Sparse kernels on NumPy arrays: the four products and updates that sparse training needs.
 
 W is a `PaddedCSR` of shape (rows, columns) = (``out_features``, ``in_features``). Dense matrices are
-feature-major, one token per column: X is (columns, tokens), Y is (rows, tokens). They may have any strides, so
-a token-major PyTorch batch ``x`` of shape (tokens, in_features) is passed as ``x.T`` without a copy.
+feature-major, one token per column: X is (columns, tokens), Y is (rows, tokens). They may have any strides,
+so a token-major PyTorch batch ``x`` of shape (tokens, in_features) is passed as ``x.T`` without a copy.
 
 Results are the same bits for any number of threads: each output has one writer and one order of summation.
 A NaN or infinity goes through as in dense arithmetic, except that a connection that does not exist
@@ -42,7 +42,12 @@ __all__ = [
 
 
 def spmm(
-    W: PaddedCSR, X: Array, out: Array | None = None, *, bias: Array | None = None, plan: Segments | None = None
+    W: PaddedCSR,
+    X: Array,
+    out: Array | None = None,
+    *,
+    bias: Array | None = None,
+    plan: Segments | None = None,
 ) -> Array:
     """Sparse x dense: ``Y = W X + b``.
 
@@ -183,7 +188,8 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) ->
     TypeError
         If drop or grow is not an integer array.
     ValueError
-        If a dropped slot is not live or named twice, or a grown position is out of range, live, or named twice.
+        If a dropped slot is not live or named twice, or a grown position is out of range, live, or named
+        twice.
     """
     drop = _check_integers("drop", drop)
     grow = np.sort(_check_integers("grow", grow))
