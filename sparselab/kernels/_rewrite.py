@@ -65,8 +65,8 @@ def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> R
     rows, columns = W.shape
     dropped = np.zeros(W.capacity, np.bool_)
     dropped[drop] = True
-    row_of_slot = np.repeat(np.arange(rows), np.diff(W.indptr))
-    new_nnz = W.row_nnz - np.bincount(row_of_slot[drop], minlength=rows)
+    row_of_dropped = np.searchsorted(W.indptr, drop, side="right") - 1
+    new_nnz = W.row_nnz - np.bincount(row_of_dropped, minlength=rows)
     new_nnz += np.bincount(grow // max(columns, 1), minlength=rows)
     indptr = _fit(W, new_nnz, compact)
     capacity = int(indptr[-1])
