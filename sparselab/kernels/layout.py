@@ -233,7 +233,8 @@ class PaddedCSR:
         rows, columns = self.shape
         _check_array("indptr", self.indptr, (np.dtype(np.int64),), rows + 1)
         _check_array("row_nnz", self.row_nnz, (np.dtype(np.int64),), rows)
-        if self.indptr[0] < 0 or np.any(np.diff(self.indptr) < 0):
+        # Compared, not subtracted: a difference of hostile numbers can wrap around to a harmless one.
+        if self.indptr[0] < 0 or np.any(self.indptr[1:] < self.indptr[:-1]):
             raise ValueError("indptr must start at 0 or above and never decrease")
         capacity = int(self.indptr[-1])
         _check_array("indices", self.indices, _INDEX_DTYPES, capacity)

@@ -20,9 +20,11 @@ tokens_around_tiles = st.sampled_from(TOKENS)
 @pytest.mark.any_width
 @every_operation
 @given(
-    W=strategies.matrices(), tokens=tokens_around_tiles, layouts=st.tuples(*[strategies.operand_layouts()] * 2),
+    W=strategies.matrices(),
+    tokens=tokens_around_tiles,
+    layouts=st.tuples(*[strategies.operand_layouts()] * 2),
     rng=strategies.generators(),
-)  # fmt: skip
+)
 def test_equals_the_oracle(
     operation: Operation, W: PaddedCSR, tokens: int, layouts: tuple[str, str], rng: np.random.Generator
 ) -> None:
