@@ -30,7 +30,7 @@ def draw_changes(
 
 
 def assert_law(W: PaddedCSR, drop: Array, grow: Array, result: Rewrite) -> None:
-    """Fail unless the result is a sound matrix of the right connections and `source` tells where they were."""
+    """Fail unless the result is a sound matrix of the right connections and `source` tells their origin."""
     new, source = result
     new.check()
     kept = set(W.positions().tolist()) - set(W.positions()[np.isin(W.live_slots(), drop)].tolist())
