@@ -1,8 +1,8 @@
 """Sparse kernels on NumPy arrays: the four products and updates that sparse training needs.
 
 W is a `PaddedCSR` of shape (rows, columns) = (``out_features``, ``in_features``). Dense matrices are
-feature-major, one token per column: X is (columns, tokens), Y is (rows, tokens). They may have any strides, so
-a token-major PyTorch batch ``x`` of shape (tokens, in_features) is passed as ``x.T`` without a copy.
+feature-major, one token per column: X is (columns, tokens), Y is (rows, tokens). They may have any strides,
+so a token-major PyTorch batch ``x`` of shape (tokens, in_features) is passed as ``x.T`` without a copy.
 
 Results are the same bits for any number of threads: each output has one writer and one order of summation.
 A NaN or infinity goes through as in dense arithmetic, except that a connection that does not exist
@@ -42,7 +42,12 @@ __all__ = [
 
 
 def spmm(
-    W: PaddedCSR, X: Array, out: Array | None = None, *, bias: Array | None = None, plan: Segments | None = None
+    W: PaddedCSR,
+    X: Array,
+    out: Array | None = None,
+    *,
+    bias: Array | None = None,
+    plan: Segments | None = None,
 ) -> Array:
     """Sparse x dense: ``Y = W X + b``.
 
@@ -51,7 +56,7 @@ def spmm(
     W : PaddedCSR, (rows, columns)
     X : array of W's dtype, (columns, tokens), any strides
     out : array of W's dtype, (rows, tokens), any strides, optional
-        Where Y is written. It may overlap X.
+        Where Y is written. It may overlap any input.
     bias : array of W's dtype, (rows,), optional
         Added to every token.
     plan : Segments, optional
@@ -81,11 +86,11 @@ def spmm(
     array([[20.],
            [ 3.]], dtype=float32)
     """
-    _check_matrix("X", X, (W.shape[1], None), W.dtype)
-    plan = _checked(plan_spmm(W) if plan is None else plan, W.nnz, W.shape)
+    X = _check_matrix("X", X, (W.shape[1], None), W.dtype)
+    plan = plan_spmm(W) if plan is None else _checked(plan, W.nnz, W.shape)
     if bias is not None:
         bias = _contiguous(_check_vector("bias", bias, W.shape[0], W.dtype))
-    Y, result = _output(out, (W.shape[0], X.shape[1]), X, W.dtype)
+    Y, result = _output(out, (W.shape[0], X.shape[1]), W, X, bias)
     _spmm.multiply(_contiguous(W.values), _contiguous(W.indices), plan, X, Y, bias)
     return _finish(Y, result)
 
@@ -98,7 +103,7 @@ def spmm_t(W: PaddedCSR, DY: Array, out: Array | None = None, *, plan: Transpose
     W : PaddedCSR, (rows, columns)
     DY : array of W's dtype, (rows, tokens), any strides
     out : array of W's dtype, (columns, tokens), any strides, optional
-        Where DX is written. It may overlap DY.
+        Where DX is written. It may overlap any input.
     plan : TransposePlan, optional
         ``plan_spmm_t(W)``, kept from an earlier call for the same topology. Made anew if absent.
 
@@ -113,10 +118,9 @@ def spmm_t(W: PaddedCSR, DY: Array, out: Array | None = None, *, plan: Transpose
     TypeError, ValueError
         As `spmm`.
     """
-    _check_matrix("DY", DY, (W.shape[0], None), W.dtype)
-    plan = plan_spmm_t(W) if plan is None else plan
-    _checked(plan.segments, W.nnz, W.shape[::-1])
-    DX, result = _output(out, (W.shape[1], DY.shape[1]), DY, W.dtype)
+    DY = _check_matrix("DY", DY, (W.shape[0], None), W.dtype)
+    plan = plan_spmm_t(W) if plan is None else _checked_transpose(plan, W)
+    DX, result = _output(out, (W.shape[1], DY.shape[1]), W, DY)
     _spmm_t.multiply_t(_contiguous(W.values), plan, DY, DX)
     return _finish(DX, result)
 
@@ -134,7 +138,7 @@ def sddmm_dw(
     DY : array of W's dtype, (rows, tokens), any strides
     X : array of W's dtype, (columns, tokens), any strides
     out : array of W's dtype, (capacity,), optional
-        Where dW is written, one entry per slot.
+        Where dW is written, one entry per slot. It may overlap any input.
     plan : Segments, optional
         ``plan_sddmm_dw(W)``, kept from an earlier call for the same topology. Made anew if absent.
 
@@ -148,11 +152,15 @@ def sddmm_dw(
     TypeError, ValueError
         As `spmm`; ValueError also if X and DY differ in tokens.
     """
-    _check_matrix("DY", DY, (W.shape[0], None), W.dtype)
-    _check_matrix("X", X, (W.shape[1], DY.shape[1]), W.dtype)
-    plan = _checked(plan_sddmm_dw(W) if plan is None else plan, W.nnz, W.shape)
-    dW = aligned_empty(W.capacity, W.dtype) if out is None else _check_vector("out", out, W.capacity, W.dtype)
-    target = dW if dW.flags.c_contiguous and not _overlaps(dW, DY, X) else np.empty_like(dW, order="C")
+    DY = _check_matrix("DY", DY, (W.shape[0], None), W.dtype)
+    X = _check_matrix("X", X, (W.shape[1], DY.shape[1]), W.dtype)
+    plan = plan_sddmm_dw(W) if plan is None else _checked(plan, W.nnz, W.shape)
+    if out is None:
+        dW = target = aligned_empty(W.capacity, W.dtype)
+    else:
+        dW = _check_writable(_check_vector("out", out, W.capacity, W.dtype))
+        direct = dW.flags.carray and not _overlaps(dW, W.indices, DY, X)
+        target = dW if direct else aligned_empty(W.capacity, W.dtype)
     _sddmm_dw.sample(_contiguous(W.indices), plan, DY, X, target)
     return _finish(target, dW)
 
@@ -183,7 +191,8 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) ->
     TypeError
         If drop or grow is not an integer array.
     ValueError
-        If a dropped slot is not live or named twice, or a grown position is out of range, live, or named twice.
+        If a dropped slot is not live or named twice, or a grown position is out of range, live, or named
+        twice.
     """
     drop = np.sort(_check_integers("drop", drop))
     grow = np.sort(_check_integers("grow", grow))
@@ -194,16 +203,17 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) ->
     if len(drop):
         live = np.zeros(W.capacity, np.bool_)
         live[W.live_slots()] = True
-        outside = (drop < 0) | (drop >= W.capacity)
-        wrong_slots = drop[outside | ~live[np.where(outside, 0, drop)]]
-        if len(wrong_slots):
+        inside = (drop >= 0) & (drop < W.capacity)
+        inside[inside] = live[drop[inside]]
+        if len(wrong_slots := drop[~inside]):
             raise ValueError(f"drop must hold live slots, got {wrong_slots[0]}")
         if np.any(drop[1:] == drop[:-1]):
             raise ValueError("drop must name each slot once, got a slot twice")
     return _rewrite.rewrite_topology(W, drop, grow, compact)
 
 
-def _check_matrix(name: str, array: object, shape: tuple[int, int | None], dtype: np.dtype[Any]) -> None:
+def _check_matrix(name: str, array: object, shape: tuple[int, int | None], dtype: np.dtype[Any]) -> Array:
+    """The array, or an aligned copy: strides of a packed record's field are no whole number of items."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
     if array.dtype != dtype:
@@ -211,6 +221,11 @@ def _check_matrix(name: str, array: object, shape: tuple[int, int | None], dtype
     expected = f"({shape[0]}, {'tokens' if shape[1] is None else shape[1]})"
     if array.ndim != 2 or array.shape[0] != shape[0] or shape[1] not in (None, array.shape[1]):
         raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
+    return array if _is_regular(array) else array.copy(order="K")
+
+
+def _is_regular(array: Array) -> bool:
+    return array.flags.aligned and not any(stride % array.itemsize for stride in array.strides)
 
 
 def _check_vector(name: str, array: object, length: int, dtype: np.dtype[Any]) -> Array:
@@ -221,6 +236,12 @@ def _check_vector(name: str, array: object, length: int, dtype: np.dtype[Any]) -
     if array.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {array.shape}")
     return array
+
+
+def _check_writable(out: Array) -> Array:
+    if not out.flags.writeable:
+        raise ValueError("out must be writable, got a read-only array")
+    return out
 
 
 def _check_integers(name: str, array: object) -> Array:
@@ -234,24 +255,38 @@ def _check_integers(name: str, array: object) -> Array:
 
 def _checked(plan: Segments, nnz: int, shape: tuple[int, int]) -> Segments:
     """Refuse a plan of another matrix, as far as sizes tell: a foreign plan would read out of bounds."""
-    if plan.n_connections != nnz or int(plan.chunk_rows[-1]) != shape[0]:
+    if not isinstance(plan, Segments):
+        raise TypeError(f"plan must be a Segments, got {type(plan).__name__}")
+    rows, blocks = int(plan.chunk_rows[-1]), plan.ptr.shape[1] - 1
+    expected = nnz, shape[0], -(-shape[1] // plan.block_columns)
+    if (plan.n_connections, rows, blocks) != expected or plan.block_columns > max(shape[1], 1):
         raise ValueError(
-            f"plan must be made for this topology ({shape[0]} rows, {nnz} connections), "
-            f"got one for {int(plan.chunk_rows[-1])} rows, {plan.n_connections} connections"
+            f"plan must be made for this topology ({shape[0]} rows, {shape[1]} columns, {nnz} connections), "
+            f"got one for {rows} rows, {blocks} blocks of {plan.block_columns} columns, "
+            f"{plan.n_connections} connections"
         )
     return plan
 
 
-def _output(out: Array | None, shape: tuple[int, int], X: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """The array to write and the array to return; they differ where `out` overlaps X."""
+def _checked_transpose(plan: TransposePlan, W: PaddedCSR) -> TransposePlan:
+    if not isinstance(plan, TransposePlan):
+        raise TypeError(f"plan must be a TransposePlan, got {type(plan).__name__}")
+    _checked(plan.segments, W.nnz, W.shape[::-1])
+    return plan
+
+
+def _output(
+    out: Array | None, shape: tuple[int, int], W: PaddedCSR, X: Array, *others: Any
+) -> tuple[Array, Array]:
+    """The array to write and the array to return; they differ where a kernel cannot write to `out` itself."""
     if out is None:
-        token_major = X.strides[0] < X.strides[1] if X.size else False
-        Y = np.empty(shape, dtype, order="F" if token_major else "C")
+        token_major = abs(X.strides[0]) < abs(X.strides[1]) if X.size else False
+        Y = np.empty(shape, W.dtype, order="F" if token_major else "C")
         return Y, Y
-    _check_matrix("out", out, shape, dtype)
-    if not out.flags.writeable:
-        raise ValueError("out must be writable, got a read-only array")
-    return (np.empty_like(out) if _overlaps(out, X) else out), out
+    regular = _check_matrix("out", out, shape, W.dtype) is out
+    _check_writable(out)
+    inputs = [W.values, W.indices, X, *(other for other in others if other is not None)]
+    return (out if regular and not _overlaps(out, *inputs) else np.empty(shape, W.dtype)), out
 
 
 def _overlaps(out: Array, *others: Array) -> bool:

@@ -203,8 +203,8 @@ def product_groups(plan: Segments, n_tiles: int, n_workers: int, bytes_per_conne
 def gradient_shares(plan: Segments, n_workers: int, bytes_per_connection: int) -> Array:
     """Rectangles of chunks x blocks, one row ``(chunk0, chunk1, block0, block1)`` each.
 
-    Each connection lies in one rectangle, so each gradient has one writer. A rectangle packs the tokens of its
-    rows and of its columns; among the ways to cut, the one that packs least is taken.
+    Each connection lies in one rectangle, so each gradient has one writer. A rectangle packs the tokens of
+    its rows and of its columns; among the ways to cut, the one that packs least is taken.
     """
     n_chunks, n_blocks = plan.ptr.shape[0], plan.ptr.shape[1] - 1
     n_rows, n_columns = int(plan.chunk_rows[-1]), n_blocks * plan.block_columns

@@ -14,8 +14,8 @@ class Rewrite(NamedTuple):
     """What `rewrite` returns.
 
     `topology` is the new matrix. ``source`` is an int64 array (new capacity,): for each new slot the old slot
-    its connection came from, or -1 for a grown connection and for spare slots. Whatever lives per slot follows
-    by ``new[slot] = old[source[slot]]``.
+    its connection came from, or -1 for a grown connection and for spare slots. Whatever lives per slot
+    follows by ``new[slot] = old[source[slot]]``.
     """
 
     topology: PaddedCSR
@@ -23,7 +23,9 @@ class Rewrite(NamedTuple):
 
 
 @jit
-def _merge(begin, row_nnz, indices, values, dropped, grow, n_columns, new_begin, new_indices, new_values, source):  # type: ignore[no-untyped-def]  # fmt: skip
+def _merge(  # type: ignore[no-untyped-def]
+    begin, row_nnz, indices, values, dropped, grow, n_columns, new_begin, new_indices, new_values, source
+):
     """Merge kept and grown columns row by row. Returns a position that was grown twice or was live, or -1."""
     g = 0
     for i in range(len(row_nnz)):
@@ -63,8 +65,8 @@ def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> R
     rows, columns = W.shape
     dropped = np.zeros(W.capacity, np.bool_)
     dropped[drop] = True
-    row_of_slot = np.repeat(np.arange(rows), np.diff(W.indptr))
-    new_nnz = W.row_nnz - np.bincount(row_of_slot[drop], minlength=rows)
+    row_of_dropped = np.searchsorted(W.indptr, drop, side="right") - 1
+    new_nnz = W.row_nnz - np.bincount(row_of_dropped, minlength=rows)
     new_nnz += np.bincount(grow // max(columns, 1), minlength=rows)
     indptr = _fit(W, new_nnz, compact)
     capacity = int(indptr[-1])
@@ -81,7 +83,7 @@ def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> R
 
 
 def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
-    """Where the new rows begin: in place if every row fits its room, else repacked into at least the capacity."""
+    """Where the new rows begin: in place if all fit their room, else repacked into at least the capacity."""
     if not compact and np.all(row_nnz <= np.diff(W.indptr)):
         return W.indptr
     spare = 0 if compact else max(W.capacity - int(row_nnz.sum()), 0)

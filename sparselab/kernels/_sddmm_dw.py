@@ -1,10 +1,10 @@
 """Dense x dense sampled at the connections: ``dW[i, j] = sum_t DY[i, t] X[j, t]`` for live (i, j).
 
-Loop order, from outside: shares of rectangles (rows x columns) on threads; tiles of tokens; blocks of columns;
-segments. Per tile a rectangle packs its rows of DY and, block by block, its columns of X. In registers: one
-tile row of DY, and up to `DOTS` dots at a time, each a tile row of X loaded and multiplied; their lanes are
-summed together by a tree of shuffles. The sums over tiles stay in `out`, which has one writer per slot and one
-order of summation whatever the number of threads.
+Loop order, from outside: shares of rectangles (rows x columns) on threads; tiles of tokens; blocks of
+columns; segments. Per tile a rectangle packs its rows of DY and, block by block, its columns of X. In
+registers: one tile row of DY, and up to `DOTS` dots at a time, each a tile row of X loaded and multiplied;
+their lanes are summed together by a tree of shuffles. The sums over tiles stay in `out`, which has one writer
+per slot and one order of summation whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
 
 @jit
 def _sample_share(  # type: ignore[no-untyped-def]
-    share, n_shares, indices, plan, rectangles, dy_at, dy_strides, x_at, x_strides, n_columns, n_tokens, work, out
+    share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
+    x_at, x_strides, n_columns, n_tokens, work, out,
 ):  # fmt: skip
     """Compute the share's rectangles, one after the other."""
     memory = work[share]
@@ -71,7 +72,8 @@ def _sample_share(  # type: ignore[no-untyped-def]
                 for c in range(chunk0, chunk1):
                     p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
                     _add_segments(
-                        indices, plan.row, plan.start, plan.length, p, q, dy_tile, row0, x_tile, column0, rest, out
+                        indices, plan.row, plan.start, plan.length, p, q,
+                        dy_tile, row0, x_tile, column0, rest, out,
                     )  # fmt: skip
 
 
@@ -81,7 +83,8 @@ def _sample(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     for share in prange(n_shares):
         _sample_share(
-            share, n_shares, indices, plan, rectangles, dy_at, dy_strides, x_at, x_strides, n_columns, n_tokens, work, out
+            share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
+            x_at, x_strides, n_columns, n_tokens, work, out,
         )  # fmt: skip
 
 

@@ -59,7 +59,8 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
 
 @jit
 def _multiply_share(  # type: ignore[no-untyped-def]
-    share, n_shares, values, indices, bias, plan, groups, x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work
+    share, n_shares, values, indices, bias, plan, groups,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
     """Compute one share of the (row group, tile) pairs; pairs of a share follow each other group by group."""
     memory = work[share]
@@ -96,8 +97,9 @@ def _multiply(  # type: ignore[no-untyped-def]
 ):
     for share in prange(n_shares):
         _multiply_share(
-            share, n_shares, values, indices, bias, plan, groups, x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work
-        )
+            share, n_shares, values, indices, bias, plan, groups,
+            x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+        )  # fmt: skip
 
 
 def multiply(
@@ -105,7 +107,8 @@ def multiply(
 ) -> None:
     """``Y = S X + b`` where S is the matrix whose connections `plan` walks in `values` and `indices`.
 
-    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides and are not checked; Y is overwritten.
+    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides and are not checked; Y is
+    overwritten.
     """
     n_columns, n_tokens = X.shape
     dtype = values.dtype

@@ -33,8 +33,8 @@ def slot_dtype(n_slots: int) -> np.dtype[Any]:
 class PaddedCSR:
     """A sparse matrix whose rows may have room to grow.
 
-    Row i lives in slots ``indptr[i] : indptr[i] + row_nnz[i]``, its columns strictly ascending. The slots from
-    there to ``indptr[i + 1]`` are spare: they may hold anything and are never read. Without spare slots
+    Row i lives in slots ``indptr[i] : indptr[i] + row_nnz[i]``, its columns strictly ascending. The slots
+    from there to ``indptr[i + 1]`` are spare: they may hold anything and are never read. Without spare slots
     this is SciPy's CSR.
 
     Parameters
@@ -75,7 +75,7 @@ class PaddedCSR:
     def unchecked(
         cls, shape: tuple[int, int], indptr: Array, row_nnz: Array, indices: Array, values: Array
     ) -> PaddedCSR:
-        """As the constructor, for arrays whose topology was checked before. A wrong one reads out of bounds."""
+        """As the constructor, for a topology that was checked before. A wrong one reads out of bounds."""
         self = object.__new__(cls)
         fields = {"shape": shape, "indptr": indptr, "row_nnz": row_nnz, "indices": indices, "values": values}
         for name, value in fields.items():
@@ -105,7 +105,7 @@ class PaddedCSR:
 
     @classmethod
     def from_scipy(cls, matrix: Any, *, padding: float = 0.0) -> PaddedCSR:
-        """The stored entries of a SciPy sparse matrix or array of any format; stored zeros stay connections."""
+        """The stored entries of a SciPy sparse matrix of any format; stored zeros stay connections."""
         csr = matrix.tocsr().copy()
         csr.sum_duplicates()
         dtype = np.float64 if csr.dtype == np.float64 else np.float32
@@ -233,7 +233,8 @@ class PaddedCSR:
         rows, columns = self.shape
         _check_array("indptr", self.indptr, (np.dtype(np.int64),), rows + 1)
         _check_array("row_nnz", self.row_nnz, (np.dtype(np.int64),), rows)
-        if self.indptr[0] < 0 or np.any(np.diff(self.indptr) < 0):
+        # Compared, not subtracted: a difference of hostile numbers can wrap around to a harmless one.
+        if self.indptr[0] < 0 or np.any(self.indptr[1:] < self.indptr[:-1]):
             raise ValueError("indptr must start at 0 or above and never decrease")
         capacity = int(self.indptr[-1])
         _check_array("indices", self.indices, _INDEX_DTYPES, capacity)
@@ -242,7 +243,9 @@ class PaddedCSR:
         if np.any(over):
             row = int(np.argmax(over))
             space = int(self.indptr[row + 1] - self.indptr[row])
-            raise ValueError(f"row_nnz[{row}] must be between 0 and the row's {space} slots, got {self.row_nnz[row]}")
+            raise ValueError(
+                f"row_nnz[{row}] must be between 0 and the row's {space} slots, got {self.row_nnz[row]}"
+            )
         self._check_columns(columns)
 
     def _check_columns(self, columns: int) -> None:
@@ -259,11 +262,14 @@ class PaddedCSR:
             k = int(np.argmin(rising))
             row = int(np.searchsorted(np.cumsum(self.row_nnz), k, side="right"))
             raise ValueError(
-                f"indices must be strictly ascending within a row, got {index[k]} before {index[k + 1]} in row {row}"
+                "indices must be strictly ascending within a row, "
+                f"got {index[k]} before {index[k + 1]} in row {row}"
             )
 
     def __repr__(self) -> str:
-        return f"PaddedCSR(shape={self.shape}, nnz={self.nnz}, sparsity={self.sparsity:.4f}, dtype={self.dtype})"
+        return (
+            f"PaddedCSR(shape={self.shape}, nnz={self.nnz}, sparsity={self.sparsity:.4f}, dtype={self.dtype})"
+        )
 
     def padded(self, padding: float) -> PaddedCSR:
         """A copy with spare slots: per row a fraction of its entries, rounded up."""

@@ -10,7 +10,12 @@ from sparselab.kernels.layout import Array, PaddedCSR
 
 
 def spmm(
-    W: PaddedCSR, X: Array, out: Array | None = None, *, bias: Array | None = None, plan: Segments | None = None
+    W: PaddedCSR,
+    X: Array,
+    out: Array | None = None,
+    *,
+    bias: Array | None = None,
+    plan: Segments | None = None,
 ) -> Array:
     """``Y[i, t] = b[i] + sum_j W[i, j] X[j, t]``."""
     Y = np.empty((W.shape[0], X.shape[1]), W.dtype) if out is None else out
