@@ -1,0 +1,41 @@
+"""What a result was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import llvmlite
+import numba
+import numpy as np
+import torch
+
+import sparselab
+from sparselab.kernels import _target
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe() -> dict[str, str | int]:
+    """Machine, versions and thread count, for the head of a table."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "vector_bytes": _target.VECTOR_BYTES,
+        "bfloat16_matrix_units": bool(torch.cpu._is_amx_tile_supported()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+        "sparselab": sparselab.__version__,
+    }

@@ -1,0 +1,43 @@
+"""Interleaved timing: every contender once per round, so that a drifting machine drifts for all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one contender over all rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+        return cls(*(1e3 * value for value in (statistics.median(seconds), quarters[0], quarters[2])))
+
+
+def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, label: str) -> dict[str, Timing]:
+    """Time each contender `rounds` times, in turns; the first rounds warm up and are not counted.
+
+    Every timed call directly follows an untimed one of the same contender: what ran before leaves spinning
+    worker threads and its own data in the caches, and neither belongs to the contender's time.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    warm_up = 2
+    for index in tqdm(range(warm_up + rounds), desc=label, leave=False):
+        for name, call in contenders.items():
+            call()
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            if index >= warm_up:
+                seconds[name].append(elapsed)
+    return {name: Timing.of(values) for name, values in seconds.items()}

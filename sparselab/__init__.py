@@ -1,0 +1,57 @@
+"""Truly sparse neural network training in PyTorch, on any CPU.
+
+The names below load what they need when they are first used, so that ``import sparselab`` and
+``import sparselab.kernels`` cost neither torch nor Numba more than asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparselab import dst, kernels, nn
+    from sparselab.dst import SET, Constant, Cosine, RigL, Static
+    from sparselab.kernels import PaddedCSR
+    from sparselab.nn import SparseLinear, measure_sparsity, memory_report, sparsify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SET",
+    "Constant",
+    "Cosine",
+    "PaddedCSR",
+    "RigL",
+    "SparseLinear",
+    "Static",
+    "dst",
+    "kernels",
+    "measure_sparsity",
+    "memory_report",
+    "nn",
+    "sparsify",
+]
+
+_HOMES = {
+    "SET": "dst",
+    "Constant": "dst",
+    "Cosine": "dst",
+    "PaddedCSR": "kernels",
+    "RigL": "dst",
+    "SparseLinear": "nn",
+    "Static": "dst",
+    "measure_sparsity": "nn",
+    "memory_report": "nn",
+    "sparsify": "nn",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"sparselab.{_HOMES[name]}"), name)
+    if name in ("dst", "kernels", "nn"):
+        return import_module(f"sparselab.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

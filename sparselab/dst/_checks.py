@@ -1,0 +1,23 @@
+"""Checks of arguments: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+
+def require_finite(name: str, value: object, expected: str = "a number") -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {expected}; got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value!r}")
+
+
+def require_count(name: str, value: object, minimum: int = 0) -> int:
+    """`value` as an int; raise TypeError unless it is one, ValueError unless it is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if int(value) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value!r}")
+    return int(value)

@@ -1,0 +1,206 @@
+"""The dense gradient of one step, looked at in blocks of rows and never held whole.
+
+Growing by gradient needs ``G = dY^T X`` at positions that have no weight. It is formed inside the backward
+pass, where X and dY are alive anyway, in blocks that fit a cache, and only on the steps that need it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparselab.kernels._topk import StreamedTopK, largest
+from sparselab.nn.topology import SparseTopology
+
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class GradientSummary:
+    """What growth needs to know of one dense gradient; made by `summarise`.
+
+    Attributes
+    ----------
+    finite : bool
+        False if the gradient has a NaN or an infinity; the other fields mean nothing then.
+    live_scores : float array, (nnz,)
+        ``|G|`` at the live slots.
+    free_positions : int64 array, (at most k,)
+        Positions without a weight that have the largest ``|G|``, ascending.
+    free_scores : float array
+        ``|G|`` at `free_positions`.
+    """
+
+    finite: bool
+    live_scores: npt.NDArray[np.floating[Any]]
+    free_positions: npt.NDArray[np.int64]
+    free_scores: npt.NDArray[np.floating[Any]]
+
+    def best(
+        self, positions: npt.NDArray[np.int64], drop: npt.NDArray[np.int64], k: int
+    ) -> npt.NDArray[np.int64]:
+        """The `k` positions of largest ``|G|`` among those without a weight and those just dropped.
+
+        Parameters
+        ----------
+        positions : int64 array, (nnz,)
+            Live positions, ascending.
+        drop : int64 array
+            Slots being dropped.
+        k : int
+            How many; at most what the summary was made for.
+
+        Returns
+        -------
+        int64 array, (k,)
+            Ascending; ties went to the lower position.
+        """
+        candidates = np.concatenate((positions[drop], self.free_positions))
+        scores = np.concatenate((self.live_scores[drop], self.free_scores))
+        order = np.argsort(candidates, kind="stable")  # merges the two ascending runs
+        winners: npt.NDArray[np.int64] = candidates[order][largest(scores[order], k)]
+        return winners
+
+
+@torch.no_grad()
+def summarise(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    live: npt.NDArray[np.int64],
+    shape: tuple[int, int],
+    k: int,
+    dtype: torch.dtype,
+) -> GradientSummary:
+    """Form ``G = sum of dY^T X`` over `pairs` block by block and keep what growth needs; nothing if `k` is 0.
+
+    Parameters
+    ----------
+    pairs : list of (X, dY)
+        X is ``(n_tokens, in_features)``, dY ``(n_tokens, out_features)``. Read only.
+    live : int64 array, (nnz,)
+        Live positions, ascending.
+    shape : (int, int)
+        ``(out_features, in_features)``.
+    k : int
+        Free positions to keep.
+    dtype : float32 or float64
+        Precision of G.
+
+    Notes
+    -----
+    ``n_tokens * out_features * in_features`` multiply-adds, by the dense GEMM; at most 4 MiB (or one row)
+    of G at a time, beside O(nnz + k).
+    """
+    rows, cols = shape
+    if k == 0:
+        none = np.empty(0)
+        return GradientSummary(True, none, none.astype(np.int64), none)
+    pairs = [(x.to(dtype), dy.to(dtype)) for x, dy in pairs]
+    height = min(rows, max(1, _BLOCK_BYTES // max(1, cols * dtype.itemsize)))
+    buffer = torch.empty((height, cols), dtype=dtype)
+    live_gradient = np.empty(live.size, buffer.numpy().dtype)
+    top = StreamedTopK(k, live, cols, live_gradient.dtype)
+    for row in range(0, rows, height):
+        stop = min(row + height, rows)
+        block = buffer[: stop - row]
+        for i, (x, dy) in enumerate(pairs):
+            block.addmm_(dy[:, row:stop].T, x, beta=min(i, 1))
+        top.push(row, block.numpy())
+        if not top.finite:
+            break
+        first, last = np.searchsorted(live, (row * cols, stop * cols))
+        live_gradient[first:last] = block.numpy().reshape(-1)[live[first:last] - row * cols]
+    if not top.finite:
+        return GradientSummary(False, live_gradient, np.empty(0, np.int64), live_gradient[:0])
+    return GradientSummary(True, np.abs(live_gradient, out=live_gradient), *top.result())
+
+
+class GradientCollector:
+    """Sits on a layer for one step and summarises its dense gradient once all of it has arrived.
+
+    Parameters
+    ----------
+    layer : SparseTopology
+        Held weakly, because the layer holds the collector.
+    drop_fraction : float
+        Fraction of the connections that will be dropped, which says how many candidates to keep.
+    passes : int
+        Backward passes that one optimizer step sums over.
+
+    Notes
+    -----
+    The last backward call of the step is recognised by counting: as many backward as forward calls complete a
+    pass, and `passes` passes complete the step. Only then is the gradient formed, straight from the operands
+    of that call; operands of the calls before it are copied, since they are lent for the call only. A forward
+    call that is never followed by a backward one (an evaluation without ``torch.no_grad``, activation
+    checkpointing) hides the end; then all operands are copied and `summary` forms the gradient. The result
+    is the same.
+    """
+
+    def __init__(self, layer: SparseTopology, drop_fraction: float, passes: int) -> None:
+        self._layer = weakref.ref(layer)
+        self._drop_fraction = drop_fraction
+        self._passes = passes
+        self._forwards = 0
+        self._backwards = 0
+        self._passes_seen = 0
+        self._late = False
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._summary: GradientSummary | None = None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # Copies and pickles of a layer start without a collector: this one counts for this layer only.
+        return type(None), ()
+
+    def forward_seen(self) -> None:
+        """Count a forward pass of the layer."""
+        self._forwards += 1
+
+    def backward_seen(self, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """Take in the operands of one backward pass: ``(n_tokens, in)`` and ``(n_tokens, out)``."""
+        self._backwards += 1
+        complete = self._backwards == self._forwards
+        self._passes_seen += complete
+        if self._summary is not None:
+            self._late = True
+        elif complete and self._passes_seen == self._passes:
+            self._finish([*self._held, (x, dy)])
+        else:
+            self._held.append((x.clone(), dy.clone()))
+
+    def check(self) -> None:
+        """Make sure that the passes declared are the passes that came.
+
+        Raises
+        ------
+        RuntimeError
+            If there were more of them, or fewer but not none.
+        """
+        too_few = self._backwards == self._forwards and 0 < self._passes_seen < self._passes
+        if self._late or too_few:
+            raise RuntimeError(
+                f"the algorithm was told that {self._passes} backward pass(es) make one optimizer step "
+                f"(grad_accumulation={self._passes}), but a layer saw {self._passes_seen}. Pass "
+                f"grad_accumulation=<backward passes per optimizer.step()>, and call step() after every "
+                f"optimizer.step()"
+            )
+
+    def summary(self) -> GradientSummary | None:
+        """What was seen of the gradient, or None if no backward pass reached the layer."""
+        if self._summary is None and self._held:
+            self._finish(self._held)
+        return self._summary
+
+    def _finish(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        layer = self._layer()
+        if layer is None:
+            return
+        live = layer.positions().cpu().numpy()
+        # The same rounding as the drop, so that there are candidates for every connection dropped.
+        k = int(self._drop_fraction * live.size)
+        self._summary = summarise(pairs, live, layer.shape, k, layer.values.dtype)
+        self._held = []

@@ -1,0 +1,194 @@
+"""How kernels are compiled, cached and launched: the one place that knows about Numba's settings.
+
+Every kernel is split in two. A *range* function (decorated with `jit`) is serial: it computes one share of
+the work and carries all the arithmetic. A *launcher* (decorated with `jit_parallel`) is a bare `prange` over
+shares. `launch` picks between them, so that a process which must not start threads (see `launch`) runs the
+same machine code for the arithmetic, and the result never depends on which of the two ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import caching, config
+
+from sparselab.kernels import _target
+
+#: Reassociation and contraction, but neither nnan nor ninf: a NaN that goes in must come out.
+FASTMATH = frozenset({"reassoc", "contract", "arcp", "nsz"})
+
+_CACHE_LINE = 64
+
+
+def _sources_digest() -> str:
+    """Digest of every kernel source and of the target choice.
+
+    Numba's cache notices an edit of the file a function is defined in, not of the files it calls into, so
+    an edited intrinsic would keep running its old machine code. A directory per digest cannot go stale.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    digest.update(f"{numba.__version__} {_target.VECTOR_BYTES} {_target.TILE_BYTES}".encode())
+    return digest.hexdigest()[:16]
+
+
+def cache_directory() -> Path:
+    """Directory of the compiled kernels.
+
+    ``$SPARSELAB_CACHE_DIR``, else ``$NUMBA_CACHE_DIR``, else the user's cache directory; below it one
+    directory per version of the kernel sources.
+    """
+    if root := os.environ.get("SPARSELAB_CACHE_DIR") or os.environ.get("NUMBA_CACHE_DIR"):
+        base = Path(root)
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or "~") / "sparselab"
+    elif sys.platform == "darwin":
+        base = Path("~/Library/Caches/sparselab")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparselab"
+    with contextlib.suppress(RuntimeError):
+        base = base.expanduser()
+    return base / f"kernels-{_sources_digest()}"
+
+
+_CACHE_DIRECTORY = cache_directory()
+
+
+class _InCacheDirectory(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    # Numba's other places (beside the source, the user's cache) are not named by the digest.
+    # The class lost its underscore in numba 0.67.
+    _locator_classes = (
+        getattr(caching, "UserProvidedCacheLocator", None) or caching._UserProvidedCacheLocator,
+    )
+
+
+class _KernelCache(caching.FunctionCache):  # type: ignore[misc]
+    """Numba's disk cache, except that an unreadable or unwritable one costs time and never raises."""
+
+    _impl_class = _InCacheDirectory
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a truncated pickle can raise nearly anything
+            with contextlib.suppress(Exception):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(Exception):
+            super().save_overload(sig, data)
+
+
+@contextlib.contextmanager
+def _numba_cache_directory(path: Path) -> Iterator[None]:
+    previous = config.CACHE_DIR
+    config.CACHE_DIR = str(path)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = previous
+
+
+def _compile(function: Callable[..., Any], **options: Any) -> Any:
+    dispatcher = numba.njit(nogil=True, fastmath=set(FASTMATH), **options)(function)
+    # RuntimeError: no writable place; the kernel then compiles anew in each process.
+    with _numba_cache_directory(_CACHE_DIRECTORY), contextlib.suppress(RuntimeError, OSError):
+        dispatcher._cache = _KernelCache(function)
+    return dispatcher
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile a serial kernel function."""
+    return _compile(function)
+
+
+def jit_parallel(function: Callable[..., Any]) -> Any:
+    """Compile a launcher: a function whose only loop is a `prange` over shares of the work."""
+    return _compile(function, parallel=True)
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+_launch_lock = threading.Lock()
+
+
+def worker_count() -> int:
+    """Threads that a kernel launched now would use."""
+    return 1 if _forked else int(numba.get_num_threads())
+
+
+def launch(parallel: Any, serial: Any, n_shares: int, *args: Any) -> None:
+    """Run ``serial(share, n_shares, *args)`` for every share, on threads where that is safe.
+
+    Two situations forbid a plain parallel call. A child of `os.fork` is killed by the OpenMP runtime when it
+    starts threads, so there the shares run one after the other. Numba's *workqueue* layer aborts the process
+    when two Python threads launch at once, so under it launches take turns.
+    """
+    if n_shares == 1 or worker_count() == 1:
+        for share in range(n_shares):
+            serial(share, n_shares, *args)
+        return
+    if _layer_is_reentrant():
+        parallel(n_shares, *args)
+        return
+    with _launch_lock:
+        parallel(n_shares, *args)
+
+
+def _layer_is_reentrant() -> bool:
+    try:
+        return bool(numba.threading_layer() != "workqueue")
+    except ValueError:  # no launch yet, so the layer is not known: take the careful way once
+        return False
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, np.uint8)
+
+
+_scratch = _Scratch()
+
+
+def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Uninitialised work memory, ``(n_rows, row_items)``, every row on a cache line.
+
+    The memory belongs to the calling thread and is handed out again by the next call, so it must not
+    outlive the kernel it was taken for. Rows start on cache lines because vector loads that straddle two
+    lines run at half speed, and NumPy aligns to 16 bytes only.
+    """
+    stride = -(-row_items * dtype.itemsize // _CACHE_LINE) * _CACHE_LINE
+    needed = n_rows * stride + _CACHE_LINE
+    if _scratch.buffer.nbytes < needed:
+        _scratch.buffer = np.empty(needed, np.uint8)
+    start = -_scratch.buffer.ctypes.data % _CACHE_LINE
+    block = _scratch.buffer[start : start + n_rows * stride]
+    return block.view(dtype).reshape(n_rows, stride // dtype.itemsize)
+
+
+def aligned_empty(n_items: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Uninitialised 1-D array that starts on a cache line."""
+    raw = np.empty(n_items * dtype.itemsize + _CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % _CACHE_LINE
+    return raw[start : start + n_items * dtype.itemsize].view(dtype)

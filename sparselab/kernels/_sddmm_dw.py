@@ -1,0 +1,120 @@
+"""Dense x dense sampled at the connections: ``dW[i, j] = sum_t DY[i, t] X[j, t]`` for live (i, j).
+
+Loop order, from outside: shares of rectangles (rows x columns) on threads; tiles of tokens; blocks of
+columns; segments. Per tile a rectangle packs its rows of DY and, block by block, its columns of X. In
+registers: one tile row of DY, and up to `DOTS` dots at a time, each a tile row of X loaded and multiplied;
+their lanes are summed together by a tree of shuffles. The sums over tiles stay in `out`, which has one writer
+per slot and one order of summation whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from sparselab.kernels._intrinsics import DOTS, SOME_DOTS, add_dots, get, some_dots, view_at
+from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
+from sparselab.kernels._plan import Segments, gradient_shares
+from sparselab.kernels._spmm import strides
+from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels._tiles import pack
+from sparselab.kernels.layout import Array
+
+#: Items of scratch, on a cache line of their own, for the dots of an incomplete group.
+_REST = 16
+
+
+@jit
+def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest, out):  # type: ignore[no-untyped-def]
+    """Add the dots of segments p : q over one tile to `out`."""
+    width = TILE_BYTES // x.itemsize
+    group = min(DOTS, VECTOR_BYTES // x.itemsize)
+    small = min(SOME_DOTS, VECTOR_BYTES // x.itemsize)
+    for s in range(p, q):
+        at = (np.int64(get(row, s)) - row0) * width
+        slot = np.int64(get(start, s))
+        end = slot + np.int64(get(length, s))
+        while slot + group <= end:
+            add_dots(dy, at, x, indices, slot, slot, column0, out)
+            slot += group
+        while slot < end:
+            some_dots(dy, at, x, indices, slot, end - 1, column0, rest)
+            for k in range(min(small, end - slot)):
+                out[slot + k] += get(rest, k)
+            slot += small
+
+
+@jit
+def _sample_share(  # type: ignore[no-untyped-def]
+    share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
+    x_at, x_strides, n_columns, n_tokens, work, out,
+):  # fmt: skip
+    """Compute the share's rectangles, one after the other."""
+    memory = work[share]
+    width = TILE_BYTES // memory.itemsize
+    rest = memory[:_REST]
+    x_tile = memory[_REST : _REST + plan.block_columns * width]
+    dy_tile = memory[_REST + plan.block_columns * width :]
+    x, dy = view_at(x_at, memory), view_at(dy_at, memory)
+    n = len(rectangles)
+    for r in range(share * n // n_shares, (share + 1) * n // n_shares):
+        chunk0, chunk1 = rectangles[r, 0], rectangles[r, 1]
+        row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
+        for token0 in range(0, n_tokens, width):
+            tokens = min(width, n_tokens - token0)
+            first = row0 * dy_strides[0] + token0 * dy_strides[1]
+            pack(dy, first, dy_strides[0], dy_strides[1], row1 - row0, tokens, dy_tile)
+            for b in range(rectangles[r, 2], rectangles[r, 3]):
+                column0 = b * plan.block_columns
+                columns = min(plan.block_columns, n_columns - column0)
+                first = column0 * x_strides[0] + token0 * x_strides[1]
+                pack(x, first, x_strides[0], x_strides[1], columns, tokens, x_tile)
+                for c in range(chunk0, chunk1):
+                    p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
+                    _add_segments(
+                        indices, plan.row, plan.start, plan.length, p, q,
+                        dy_tile, row0, x_tile, column0, rest, out,
+                    )  # fmt: skip
+
+
+@jit_parallel
+def _sample(  # type: ignore[no-untyped-def]
+    n_shares, indices, plan, rectangles, dy_at, dy_strides, x_at, x_strides, n_columns, n_tokens, work, out
+):  # fmt: skip
+    for share in prange(n_shares):
+        _sample_share(
+            share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
+            x_at, x_strides, n_columns, n_tokens, work, out,
+        )  # fmt: skip
+
+
+def sample(indices: Array, plan: Segments, DY: Array, X: Array, out: Array) -> None:
+    """``out[slot] = DY[i] . X[j]`` for the connection (i, j) of every live slot, 0 in spare slots.
+
+    DY ``(rows, tokens)`` and X ``(columns, tokens)`` may have any strides and are not checked.
+    """
+    out.fill(0)
+    n_columns, n_tokens = X.shape
+    if plan.row.size == 0 or n_tokens == 0:
+        return
+    width = TILE_BYTES // out.itemsize
+    rectangles = gradient_shares(plan, worker_count(), out.itemsize + indices.itemsize)
+    n_shares = min(worker_count(), len(rectangles))
+    most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
+    work = scratch(n_shares, _REST + (plan.block_columns + most_rows) * width, out.dtype)
+    launch(
+        _sample,
+        _sample_share,
+        n_shares,
+        indices,
+        plan,
+        rectangles,
+        DY.__array_interface__["data"][0],
+        strides(DY),
+        X.__array_interface__["data"][0],
+        strides(X),
+        n_columns,
+        n_tokens,
+        work,
+        out,
+    )

@@ -1,0 +1,47 @@
+"""What the host CPU offers: vector width, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+import os
+
+from llvmlite import binding
+from numba.core import config
+
+
+def _vector_bytes() -> int:
+    """Bytes of one vector register: 64 (AVX-512), 32 (AVX2) or 16 (NEON, SSE).
+
+    ``$SPARSELAB_VECTOR_BYTES`` overrides it, for tests and for CPUs that clock down on wide vectors. Any
+    value is correct on any CPU, since LLVM splits vectors the CPU lacks; only speed differs.
+    """
+    if text := os.environ.get("SPARSELAB_VECTOR_BYTES"):
+        if text not in ("16", "32", "64"):
+            raise ValueError(f"SPARSELAB_VECTOR_BYTES must be 16, 32 or 64, got {text!r}")
+        return int(text)
+    if config.CPU_NAME or config.CPU_FEATURES:  # the user compiles for another CPU than the host
+        return 64 if "+avx512f" in (config.CPU_FEATURES or "") else 32
+    features = binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64
+    return 32 if features.get("avx2") else 16
+
+
+def _l2_bytes() -> int:
+    try:
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not glibc
+        size = 0
+    return size if size > 0 else 1 << 20
+
+
+VECTOR_BYTES = _vector_bytes()
+
+#: Bytes of one tile row, the unit of all arithmetic: one value in one vector type. Two rows' sums must fit
+#: in registers next to the operands: 8 of 32 zmm, 8 of 16 ymm, 16 of 32 NEON registers.
+TILE_BYTES = 256 if VECTOR_BYTES == 64 else 128
+
+#: Columns of one block of X, so that the block (32 KiB) stays in a first-level cache of 48 KiB or 64 KiB.
+L1_BLOCK_COLUMNS = 32768 // TILE_BYTES
+
+#: Share of the second-level cache that a worker plans to fill.
+L2_BUDGET_BYTES = _l2_bytes() * 13 // 20

@@ -1,0 +1,58 @@
+"""Moving matrices into tiles and out of them.
+
+A tile holds `width` tokens of some rows of a matrix, feature-major: ``tile[r * width + t]`` is row r, token
+t, so that one row of a tile is one vector (`TILE_BYTES`). The matrices themselves may have any strides; the
+8 x 8 register transposes make the token-major case of PyTorch about as fast as a copy.
+"""
+
+from __future__ import annotations
+
+from sparselab.kernels._intrinsics import get, put, transpose8
+from sparselab.kernels._jit import jit
+from sparselab.kernels._target import TILE_BYTES
+
+
+@jit
+def pack(x, start, row_stride, token_stride, n_rows, n_tokens, tile):  # type: ignore[no-untyped-def]
+    """Fill `tile` from ``x[start + r * row_stride + t * token_stride]``; missing tokens become zeros."""
+    width = TILE_BYTES // tile.itemsize
+    if row_stride == 1:
+        blocked_rows, blocked_tokens = n_rows // 8 * 8, n_tokens // 8 * 8
+        for r in range(0, blocked_rows, 8):
+            for t in range(0, blocked_tokens, 8):
+                transpose8(x, start + t * token_stride + r, token_stride, tile, r * width + t, width)
+            for t in range(blocked_tokens, n_tokens):
+                for i in range(r, r + 8):
+                    tile[i * width + t] = get(x, start + i + t * token_stride)
+        for r in range(blocked_rows, n_rows):
+            for t in range(n_tokens):
+                tile[r * width + t] = get(x, start + r + t * token_stride)
+    elif token_stride == 1:
+        for r in range(n_rows):
+            for t in range(n_tokens):
+                tile[r * width + t] = get(x, start + r * row_stride + t)
+    else:
+        for r in range(n_rows):
+            for t in range(n_tokens):
+                tile[r * width + t] = get(x, start + r * row_stride + t * token_stride)
+    if n_tokens < width:
+        for r in range(n_rows):
+            tile[r * width + n_tokens : (r + 1) * width] = 0
+
+
+@jit
+def unpack(tile, n_rows, n_tokens, y, start, row_stride, token_stride):  # type: ignore[no-untyped-def]
+    """Store the tile's first `n_tokens` tokens at ``y[start + r * row_stride + t * token_stride]``."""
+    width = TILE_BYTES // tile.itemsize
+    blocked_rows, blocked_tokens = n_rows // 8 * 8, n_tokens // 8 * 8
+    if row_stride != 1:
+        blocked_tokens = 0
+    for t in range(0, blocked_tokens, 8):
+        for r in range(0, blocked_rows, 8):
+            transpose8(tile, r * width + t, width, y, start + t * token_stride + r, token_stride)
+        for r in range(blocked_rows, n_rows):
+            for i in range(t, t + 8):
+                put(y, start + r + i * token_stride, get(tile, r * width + i))
+    for r in range(n_rows):
+        for t in range(blocked_tokens, n_tokens):
+            put(y, start + r * row_stride + t * token_stride, get(tile, r * width + t))

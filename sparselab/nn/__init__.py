@@ -1,0 +1,19 @@
+"""Sparse layers for PyTorch, and tools for whole models."""
+
+from sparselab.nn.convert import measure_sparsity, sparsify
+from sparselab.nn.init import fan_in_uniform_
+from sparselab.nn.linear import SparseLinear
+from sparselab.nn.report import MemoryReport, memory_report
+from sparselab.nn.topology import GradientWatcher, SparseTopology, find_sparse
+
+__all__ = [
+    "GradientWatcher",
+    "MemoryReport",
+    "SparseLinear",
+    "SparseTopology",
+    "fan_in_uniform_",
+    "find_sparse",
+    "measure_sparsity",
+    "memory_report",
+    "sparsify",
+]

@@ -1,0 +1,131 @@
+"""Whole models: swapping dense layers for sparse ones, and measuring the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from sparselab.kernels import n_connections
+from sparselab.nn.linear import SparseLinear
+from sparselab.nn.topology import SparseTopology
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def sparsify(
+    model: Model, rules: Mapping[str, float], *, init: Literal["random", "magnitude"] = "random"
+) -> Model:
+    """Swap the named `torch.nn.Linear` layers of a model for `SparseLinear`, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    rules : mapping of str to float
+        Pattern of qualified layer names to sparsity in [0, 1]. ``*`` matches any characters, dots included,
+        ``?`` one character, ``[...]`` a set; upper and lower case differ. Of the patterns that match a layer,
+        the first one counts.
+    init : {"random", "magnitude"}
+        "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
+        weights of the dense layer stay.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    ValueError
+        If a pattern matches no linear layer, a sparsity is not in [0, 1], init is neither choice, or a matching
+        layer shares its weight with another module. Nothing has been changed then.
+
+    Notes
+    -----
+    Only modules whose class is exactly `torch.nn.Linear` are swapped: a subclass may be read by its owner in
+    ways of its own, as `torch.nn.MultiheadAttention` reads the weight of its output projection.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    >>> sparsify(model, {"0": 0.9})[0].nnz
+    1638
+    """
+    if init not in ("random", "magnitude"):
+        raise ValueError(f'init must be "random" or "magnitude", got {init!r}')
+    for sparsity in rules.values():
+        n_connections((1, 1), sparsity)
+    chosen = _choose(model, rules)
+    _refuse_shared_weights(model, chosen)
+    new = {
+        layer: SparseLinear.from_dense(layer, sparsity)
+        if init == "magnitude"
+        else SparseLinear._like(layer, sparsity)
+        for layer, sparsity in chosen.items()
+    }
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.Linear) and child in new:
+                setattr(parent, name, new[child])
+    return model
+
+
+def _choose(model: nn.Module, rules: Mapping[str, float]) -> dict[nn.Linear, float]:
+    chosen: dict[nn.Linear, float] = {}
+    unused = set(rules)
+    names = []
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or module is model:
+            continue
+        names.append(name)
+        matching = [pattern for pattern in rules if fnmatchcase(name, pattern)]
+        unused.difference_update(matching)
+        if matching:
+            chosen[module] = rules[matching[0]]
+    if unused:
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ValueError(
+            f"rules must match at least one nn.Linear each, got {min(unused)!r} without one; "
+            f"the model's linear layers are: {listed or 'none'}"
+        )
+    return chosen
+
+
+def _refuse_shared_weights(model: nn.Module, chosen: Mapping[nn.Linear, float]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for layer in chosen:
+        if len(shared := owners[id(layer.weight)]) > 1:
+            raise ValueError(
+                f"rules must not match a layer whose weight another module uses too, got {shared[0]!r} and "
+                f"{shared[1]!r}; untie them first, or leave the layer dense"
+            )
+
+
+def measure_sparsity(model: nn.Module) -> float:
+    """Fraction of a model's weight positions that do not exist.
+
+    Counts sparse layers and, as fully live, every other parameter of two or more dimensions; biases and norms
+    are left out. 0 for a model without weights.
+
+    Examples
+    --------
+    >>> measure_sparsity(SparseLinear(100, 10, sparsity=0.75))
+    0.75
+    """
+    live = positions = 0
+    for module in model.modules():
+        if isinstance(module, SparseTopology):
+            live += module.nnz
+            positions += module.shape[0] * module.shape[1]
+        else:
+            dense = sum(p.numel() for p in module._parameters.values() if p is not None and p.ndim >= 2)
+            live += dense
+            positions += dense
+    return 1 - live / positions if positions else 0.0

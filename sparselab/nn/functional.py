@@ -1,0 +1,167 @@
+"""The kernels as torch operators with gradients.
+
+``sparselab::linear`` is differentiable; ``sparselab::linear_input_grad`` and ``sparselab::linear_values_grad``
+are its two gradients and run only where autograd asks for them. All three are opaque to torch: `torch.compile`
+puts them into its graph as they are. A device other than the CPU has no implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselab import kernels
+from sparselab.kernels import PaddedCSR, Segments, TransposePlan
+from sparselab.nn._threads import use_torch_threads
+
+#: Tensors that make up one `Segments`: `pack_segments` and `_unpack_segments` agree on them.
+_SEGMENT_TENSORS = 5
+
+
+def pack_segments(plan: Segments) -> list[Tensor]:
+    """A plan's arrays as tensors (sharing memory); its two numbers go along as a tensor of their own."""
+    numbers = np.array([plan.n_connections, plan.block_columns], np.int64)
+    return [torch.from_numpy(array) for array in (numbers, *plan[2:])]
+
+
+def pack_transpose(plan: TransposePlan) -> list[Tensor]:
+    """As `pack_segments`, for the plan of `spmm_t`."""
+    return [torch.from_numpy(plan.indices), torch.from_numpy(plan.slots), *pack_segments(plan.segments)]
+
+
+def _unpack_segments(tensors: Sequence[Tensor]) -> Segments:
+    numbers, *arrays = (tensor.numpy() for tensor in tensors)
+    return Segments(int(numbers[0]), int(numbers[1]), *arrays)
+
+
+def _unpack_transpose(tensors: Sequence[Tensor]) -> TransposePlan:
+    return TransposePlan(tensors[0].numpy(), tensors[1].numpy(), _unpack_segments(tensors[2:]))
+
+
+def _matrix(values: Tensor, indptr: Tensor, indices: Tensor, in_features: int) -> PaddedCSR:
+    begin = indptr.numpy()
+    shape = (len(begin) - 1, in_features)
+    return PaddedCSR.unchecked(shape, begin, np.diff(begin), indices.numpy(), values.detach().numpy())
+
+
+def _feature_major(tokens: Tensor) -> np.ndarray[Any, Any]:
+    return tokens.detach().numpy().T
+
+
+@torch.library.custom_op("sparselab::linear", mutates_args=(), device_types="cpu")
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    plan: Sequence[Tensor],
+    input_grad_plan: Sequence[Tensor],
+    values_grad_plan: Sequence[Tensor],
+) -> Tensor:
+    """``y = x W^T + b`` for x (tokens, in_features) and W in compressed rows without spare slots.
+
+    Parameters
+    ----------
+    x : (tokens, in_features), any strides
+    values : (nnz,), the dtype of x
+    bias : (out_features,) or None
+    indptr : int64 (out_features + 1,)
+    indices : uint16, int32 or int64 (nnz,)
+    plan, input_grad_plan, values_grad_plan : lists of tensors
+        `pack_segments` of `plan_spmm`, `pack_transpose` of `plan_spmm_t` and `pack_segments` of
+        `plan_sddmm_dw`; the last two may be empty where the gradient is not needed.
+
+    Notes
+    -----
+    The topology and the plans are trusted; `SparseLinear` checks them where they come in.
+    """
+    use_torch_threads()
+    W = _matrix(values, indptr, indices, x.shape[1])
+    y = x.new_empty((x.shape[0], W.shape[0]))
+    offset = None if bias is None else bias.detach().numpy()
+    kernels.spmm(W, _feature_major(x), y.numpy().T, bias=offset, plan=_unpack_segments(plan))
+    return y
+
+
+@linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    plan: Sequence[Tensor],
+    input_grad_plan: Sequence[Tensor],
+    values_grad_plan: Sequence[Tensor],
+) -> Tensor:
+    return x.new_empty((x.shape[0], indptr.shape[0] - 1))
+
+
+@torch.library.custom_op("sparselab::linear_input_grad", mutates_args=(), device_types="cpu")
+def linear_input_grad(
+    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features: int, plan: Sequence[Tensor]
+) -> Tensor:
+    """``dx = dy W`` for dy (tokens, out_features), any strides."""
+    use_torch_threads()
+    W = _matrix(values, indptr, indices, in_features)
+    dx = grad.new_empty((grad.shape[0], in_features))
+    kernels.spmm_t(W, _feature_major(grad), dx.numpy().T, plan=_unpack_transpose(plan))
+    return dx
+
+
+@linear_input_grad.register_fake
+def _(
+    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features: int, plan: Sequence[Tensor]
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], in_features))
+
+
+@torch.library.custom_op("sparselab::linear_values_grad", mutates_args=(), device_types="cpu")
+def linear_values_grad(
+    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plan: Sequence[Tensor]
+) -> Tensor:
+    """``dW[slot] = sum_t dy[t, i] x[t, j]`` for each live connection (i, j)."""
+    use_torch_threads()
+    result = grad.new_empty(indices.shape[0])
+    W = _matrix(result, indptr, indices, x.shape[1])
+    kernels.sddmm_dw(W, _feature_major(grad), _feature_major(x), result.numpy(), plan=_unpack_segments(plan))
+    return result
+
+
+@linear_values_grad.register_fake
+def _(grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plan: Sequence[Tensor]) -> Tensor:
+    return grad.new_empty(indices.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, indptr, indices, plan, input_grad_plan, values_grad_plan = inputs
+    needs_x, needs_values = ctx.needs_input_grad[:2]
+    ctx.in_features = x.shape[1]
+    ctx.plan_sizes = len(plan), len(input_grad_plan), len(values_grad_plan)
+    ctx.n_input_plan = len(input_grad_plan) if needs_x else 0
+    plans = (*(input_grad_plan if needs_x else ()), *(values_grad_plan if needs_values else ()))
+    ctx.save_for_backward(
+        x if needs_values else None, values if needs_x else None, indptr, indices, *plans
+    )
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, values, indptr, indices, *plans = ctx.saved_tensors
+    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+    dx = dvalues = dbias = None
+    if needs_x:
+        plan = plans[: ctx.n_input_plan]
+        dx = linear_input_grad(grad, values, indptr, indices, ctx.in_features, plan)
+    if needs_values:
+        dvalues = linear_values_grad(grad, x, indptr, indices, plans[ctx.n_input_plan :])
+    if needs_bias:
+        dbias = grad.sum(0)
+    return dx, dvalues, dbias, None, None, *([None] * size for size in ctx.plan_sizes)
+
+
+linear.register_autograd(_backward, setup_context=_setup_context)

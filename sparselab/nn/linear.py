@@ -1,0 +1,374 @@
+"""A linear layer that stores, computes and trains only its live connections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparselab import kernels
+from sparselab.kernels import PaddedCSR, index_dtype, n_connections
+from sparselab.nn import functional
+from sparselab.nn.init import fan_in_bound, fan_in_uniform_
+from sparselab.nn.topology import GradientWatcher, TopologyPlans
+
+_TOPOLOGY = ("values", "indptr", "indices")
+
+
+class SparseLinear(nn.Module):
+    """Drop-in for `torch.nn.Linear`: ``y = x W^T + b`` with a sparse W.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    bias : bool
+    sparsity : float in [0, 1]
+        Fraction of W that does not exist. Exactly ``round((1 - sparsity) * out_features * in_features)``
+        connections are drawn uniformly at random, from torch's random generator.
+    device : torch.device, optional
+        Forward passes run on the CPU.
+    dtype : torch.dtype, optional
+        float32 or float64.
+
+    Attributes
+    ----------
+    values : Parameter, (nnz,)
+        Weights of the live connections, row by row, columns ascending. There are no spare slots, so weight
+        decay, noise and clipping touch live weights only.
+    indptr : int64 buffer, (out_features + 1,)
+        ``values[indptr[i] : indptr[i + 1]]`` are the weights of output i.
+    indices : uint16, int32 or int64 buffer, (nnz,)
+        Input of each connection; uint16 up to 65,536 inputs.
+    bias : Parameter, (out_features,), or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a size is not a non-negative integer or the sparsity not a number in [0, 1].
+
+    Notes
+    -----
+    6 bytes per connection at inference (float32), about 14 with the plans that training keeps. The plans are
+    derived from the topology when they are needed and are neither saved nor copied.
+
+    The Parameter is one-dimensional: code that finds weights by ``p.ndim >= 2`` (often to choose what decays)
+    should look for ``p.ndim >= 2 or name.endswith("values")``.
+
+    Examples
+    --------
+    >>> import torch, sparselab
+    >>> layer = sparselab.SparseLinear(1536, 384, sparsity=0.9)
+    >>> layer(torch.randn(8, 16, 1536)).shape
+    torch.Size([8, 16, 384])
+    >>> layer.nnz
+    58982
+    """
+
+    values: nn.Parameter
+    indptr: Tensor
+    indices: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        sparsity: float = 0.9,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = _size("in_features", in_features)
+        self.out_features = _size("out_features", out_features)
+        self._plans: TopologyPlans | None = None
+        self.gradient_watcher: GradientWatcher | None = None
+        nnz = n_connections(self.shape, sparsity)
+        place = torch.empty(0, device=device).device
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        _check_dtype("dtype", dtype)
+        column = torch.from_numpy(np.empty(0, index_dtype(self.in_features))).dtype
+        self.values = nn.Parameter(torch.empty(nnz, device=place, dtype=dtype))
+        self.register_buffer("indptr", torch.empty(self.out_features + 1, dtype=torch.int64, device=place))
+        self.register_buffer("indices", torch.empty(nnz, dtype=column, device=place))
+        self.bias = nn.Parameter(torch.empty(self.out_features, device=place, dtype=dtype)) if bias else None
+        if place.type != "meta":
+            self.reset_parameters()
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, sparsity: float) -> SparseLinear:
+        """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
+        weight = linear.weight.detach()
+        new = cls._like(linear, sparsity, device="meta").to_empty(device=weight.device)
+        flat = weight.reshape(-1)
+        order = torch.argsort(flat.abs(), descending=True, stable=True)
+        positions = torch.sort(order[: new.nnz]).values
+        new._set_topology(positions.cpu().numpy())
+        with torch.no_grad():
+            new.values.copy_(flat[positions])
+            if new.bias is not None:
+                new.bias.copy_(linear.bias)
+        return new
+
+    @classmethod
+    def _like(cls, linear: nn.Linear, sparsity: float, device: torch.device | str | None = None) -> SparseLinear:
+        """A new layer with the sizes, dtype, mode and trainability of a dense one, and random weights."""
+        weight = linear.weight
+        place = weight.device if device is None else device
+        new = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, sparsity, place, weight.dtype
+        ).train(linear.training)
+        new.values.requires_grad_(weight.requires_grad)
+        if new.bias is not None:
+            new.bias.requires_grad_(linear.bias.requires_grad)
+        return new
+
+    def to_dense(self) -> nn.Linear:
+        """A `torch.nn.Linear` with the same outputs."""
+        new = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, self.values.device, self.values.dtype
+        ).train(self.training)
+        with torch.no_grad():
+            new.weight.zero_().view(-1)[self.positions()] = self.values
+            if self.bias is not None:
+                new.bias.copy_(self.bias)
+        return new
+
+    def reset_parameters(self) -> None:
+        """Draw a new random topology of the same count, and new weights and biases."""
+        seed = int(torch.randint(2**62, ()).item())
+        size = self.out_features * self.in_features
+        self._set_topology(kernels.sample_distinct(np.random.default_rng(seed), size, self.nnz))
+        fan_in_uniform_(self.values, self.indptr)
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.uniform_(-1, 1).mul_(fan_in_bound(self.indptr, self.bias.dtype))
+
+    def _set_topology(self, positions: np.ndarray[Any, Any]) -> None:
+        row = positions // max(self.in_features, 1)
+        begin = np.zeros(self.out_features + 1, np.int64)
+        np.cumsum(np.bincount(row, minlength=self.out_features), out=begin[1:])
+        columns = (positions - row * self.in_features).astype(index_dtype(self.in_features))
+        self.indptr.copy_(torch.from_numpy(begin))
+        self.indices.copy_(torch.from_numpy(columns))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``, the shape of W."""
+        return self.out_features, self.in_features
+
+    @property
+    def nnz(self) -> int:
+        """Live connections."""
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Live fraction of W (1 for a layer without positions)."""
+        size = self.in_features * self.out_features
+        return self.nnz / size if size else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """``1 - density``."""
+        return 1.0 - self.density
+
+    def positions(self) -> Tensor:
+        """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
+        row = torch.repeat_interleave(
+            torch.arange(self.out_features, device=self.indptr.device), torch.diff(self.indptr)
+        )
+        return row * self.in_features + self.indices.long()
+
+    def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
+        """Drop and grow connections in place.
+
+        Parameters
+        ----------
+        drop : int64 (n,)
+            Slots to remove.
+        grow : int64 (m,)
+            Positions ``row * in_features + column`` to add with weight 0. A dropped position may be grown again;
+            it then keeps its weight.
+
+        Returns
+        -------
+        int64 (new nnz,)
+            The old slot of each new slot, or -1 where it was grown. Whatever lives per slot, such as the state
+            of an optimizer, follows by it; `values` and its gradient have been moved.
+
+        Raises
+        ------
+        ValueError
+            As `sparselab.kernels.rewrite`.
+        """
+        begin = self.indptr.numpy()
+        W = PaddedCSR.unchecked(
+            self.shape, begin, np.diff(begin), self.indices.numpy(), self.values.detach().numpy()
+        )
+        new, source = kernels.rewrite(W, drop.numpy(), grow.numpy(), compact=True)
+        moved = torch.from_numpy(source)
+        if self.values.grad is not None:
+            gradient = self.values.grad[moved.clamp(min=0)].masked_fill_(moved < 0, 0)
+            self.values.grad = None
+        else:
+            gradient = None
+        with torch.no_grad():
+            self._resize(new.nnz)
+            self.values.copy_(torch.from_numpy(new.values))
+            self.indices.copy_(torch.from_numpy(new.indices))
+            self.indptr.copy_(torch.from_numpy(new.indptr))
+        self.values.grad = gradient
+        return moved
+
+    def _resize(self, nnz: int) -> None:
+        if nnz != self.nnz:
+            self.values.data = self.values.data.new_empty(nnz)
+            self.indices = self.indices.new_empty(nnz)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + b``.
+
+        Parameters
+        ----------
+        x : (..., in_features), the dtype of `values`
+            Under CPU autocast any floating dtype; the product is then computed and returned in the dtype of
+            `values`.
+
+        Returns
+        -------
+        (..., out_features)
+
+        Raises
+        ------
+        RuntimeError
+            As `torch.nn.Linear`: if the last dimension or the dtype does not fit.
+        NotImplementedError
+            If the layer or x is not on the CPU.
+        """
+        x = self._checked(x)
+        tokens = x.reshape(-1, self.in_features)
+        y: Tensor = functional.linear(
+            tokens, self.values, self.bias, self.indptr, self.indices, *self._current_plans(x.requires_grad)
+        )
+        if self.gradient_watcher is not None and y.requires_grad:
+            self._watch(self.gradient_watcher, tokens.detach(), y)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _current_plans(self, input_needs_grad: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Plans of the product and, where autograd will ask for them, of its gradients."""
+        if self.indptr.is_meta:
+            return [], [], []
+        plans = self._plans
+        if plans is None or not plans.matches(self.indptr, self.indices):
+            plans = self._plans = TopologyPlans(self.indptr, self.indices, self.in_features)
+        training = torch.is_grad_enabled()
+        return (
+            plans.forward,
+            plans.input_grad if training and input_needs_grad else [],
+            plans.values_grad if training and self.values.requires_grad else [],
+        )
+
+    @staticmethod
+    def _watch(watcher: GradientWatcher, x: Tensor, y: Tensor) -> None:
+        watcher.forward_seen()
+        y.register_hook(lambda dy: watcher.backward_seen(x, dy.detach()))
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise RuntimeError(
+                f"input must have shape (..., in_features={self.in_features}), got {tuple(x.shape)}"
+            )
+        for name, tensor in (("input", x), ("layer", self.values)):
+            if tensor.device.type not in ("cpu", "meta"):
+                raise NotImplementedError(
+                    f"SparseLinear has kernels for the CPU; the {name} must be there, got {tensor.device}"
+                )
+        _check_dtype("values", self.values.dtype)
+        if x.dtype != self.values.dtype:
+            if not (x.is_floating_point() and torch.is_autocast_enabled("cpu")):
+                raise RuntimeError(
+                    f"input must have the dtype of the layer's values, {self.values.dtype}, got {x.dtype}"
+                )
+            x = x.to(self.values.dtype)
+        return x
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, sparsity={self.sparsity:.4g}, nnz={self.nnz}"
+        )
+
+    def plan_bytes(self) -> int:
+        """Bytes of the kernel plans held now."""
+        return sum(tensor.nbytes for tensor in self._plans.tensors) if self._plans is not None else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans are derived, and a watcher belongs to the algorithm that set it, not to a copy.
+        state = {**self.__dict__, "_plans": None, "gradient_watcher": None}
+        if self.indices.dtype == torch.uint16:
+            # pickle cannot load a uint16 tensor (torch.save can), so the columns travel as int16 bits.
+            state["_buffers"] = {**self._buffers, "indices": self.indices.view(torch.int16)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.indices.dtype == torch.int16:
+            self.indices = self.indices.view(torch.uint16)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Load into whatever topology this layer has now: the saved one is checked and replaces it."""
+        try:
+            loaded = self._check_loaded({name: state_dict.get(prefix + name) for name in _TOPOLOGY})
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            return
+        if loaded is not None:
+            state_dict = {**state_dict, prefix + "indices": loaded}
+            self._resize(len(loaded))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_loaded(self, state: dict[str, Any]) -> Tensor | None:
+        """The loaded columns in this layer's dtype; None if the state holds nothing of the topology."""
+        missing = [name for name, tensor in state.items() if tensor is None]
+        if len(missing) == len(state):
+            return None
+        if missing:
+            raise ValueError(f"{', '.join(_TOPOLOGY)} must be loaded together, got no {missing[0]}")
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        values, indptr, indices = (state[name].detach().cpu() for name in _TOPOLOGY)
+        if not values.is_floating_point() or values.ndim != 1:
+            raise TypeError(
+                f"values must be a 1-D floating point tensor, got {values.dtype} of shape {tuple(values.shape)}"
+            )
+        begin = indptr.numpy()
+        if indptr.dtype != torch.int64 or begin.shape != (self.out_features + 1,):
+            raise ValueError(
+                f"indptr must be int64 of shape ({self.out_features + 1},), got {indptr.dtype} of shape {begin.shape}"
+            )
+        if begin[0] != 0:
+            raise ValueError(f"indptr must start at 0, got {begin[0]}")
+        no_values = np.broadcast_to(np.float32(0), values.shape)
+        PaddedCSR(self.shape, begin, np.diff(begin), indices.numpy(), no_values)
+        return indices.to(self.indices.dtype)
+
+
+def _size(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return int(value)
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be torch.float32 or torch.float64, got {dtype}")

@@ -1,0 +1,78 @@
+"""A sparse layer as plain as possible: dense arithmetic, but the topology interface of the real one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, layer):
+        ctx.save_for_backward(x, values)
+        ctx.layer = layer
+        ctx.watcher = layer.gradient_watcher
+        if ctx.watcher is not None and any(ctx.needs_input_grad):
+            ctx.watcher.forward_seen()
+        return x @ layer.dense(values).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, values = ctx.saved_tensors
+        if ctx.watcher is not None:
+            ctx.watcher.backward_seen(x.detach(), dy.detach())
+        dw = (dy.T @ x).reshape(-1)[ctx.layer.positions()]
+        return dy @ ctx.layer.dense(values), dw, None
+
+
+class FakeSparse(nn.Module):
+    """``y = x W^T`` with ``nnz`` live connections at random positions."""
+
+    def __init__(self, in_features, out_features, sparsity=0.9, seed=0, dtype=torch.float32):
+        super().__init__()
+        self.shape = (out_features, in_features)
+        n = in_features * out_features
+        rng = np.random.default_rng(seed)
+        nnz = round((1 - sparsity) * n)
+        live = np.sort(rng.choice(n, nnz, replace=False))
+        self.register_buffer("live", torch.from_numpy(live))
+        self.values = nn.Parameter(torch.from_numpy(rng.standard_normal(nnz)).to(dtype))
+        self.gradient_watcher = None
+
+    @property
+    def nnz(self):
+        return self.values.numel()
+
+    @property
+    def sparsity(self):
+        return 1 - self.nnz / (self.shape[0] * self.shape[1])
+
+    def dense(self, values):
+        flat = torch.zeros(self.shape[0] * self.shape[1], dtype=values.dtype)
+        return flat.index_put((self.live,), values).reshape(self.shape)
+
+    def positions(self):
+        return self.live
+
+    def rewrite(self, drop, grow):
+        old = self.live.numpy()
+        kept = np.delete(old, drop.numpy())
+        new = np.concatenate((kept, grow.numpy()))
+        assert np.unique(new).size == new.size, "a position was grown twice, or where one is kept"
+        new.sort()
+        slot = np.searchsorted(old, new).clip(max=max(old.size - 1, 0))
+        source = torch.from_numpy(np.where(old[slot] == new, slot, -1))
+        with torch.no_grad():
+            values = torch.where(source < 0, 0, self.values[source])
+            if values.shape == self.values.shape:
+                self.values.copy_(values)
+            else:
+                self.values.data = values
+        if self.values.grad is not None:
+            self.values.grad = torch.where(source < 0, 0, self.values.grad[source])
+        self.live = torch.from_numpy(new)
+        return source
+
+    def forward(self, x):
+        return _Function.apply(x, self.values, self)

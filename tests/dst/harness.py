@@ -1,0 +1,101 @@
+"""Training in miniature, and the judges that the algorithm tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sparselab.dst import SET, RigL, Static
+from sparselab.nn import SparseLinear
+from sparselab.nn.topology import find_sparse
+from tests.dst.fake import FakeSparse
+
+#: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
+LAYERS = ["fake", "real"]
+
+ALGORITHMS = {
+    "static": lambda **kw: Static(0.8),
+    "set": lambda **kw: SET(0.8, drop_fraction=0.3, update_freq=7, seed=3, **kw),
+    "rigl": lambda **kw: RigL(0.8, drop_fraction=0.3, update_freq=7, seed=3, **kw),
+}
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+}
+
+
+def build(kind, dtype=torch.float32, seed=0):
+    """A small model of two sparse layers, one dense layer and biases where the layer has them."""
+    torch.manual_seed(seed)
+    if kind == "fake":
+        first = FakeSparse(20, 31, 0.8, seed=seed, dtype=dtype)
+        second = FakeSparse(31, 10, 0.8, seed=seed + 1, dtype=dtype)
+    else:
+        first = SparseLinear(20, 31, sparsity=0.8, dtype=dtype)
+        second = SparseLinear(31, 10, sparsity=0.8, dtype=dtype)
+    return nn.Sequential(first, nn.ReLU(), second, nn.Linear(10, 3, dtype=dtype))
+
+
+def backward(model, step, n_tokens=16):
+    """Gradients of step number `step`, whose batch depends on nothing else."""
+    dtype = next(model.parameters()).dtype
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(n_tokens, 20, generator=generator, dtype=dtype)
+    y = torch.randint(0, 3, (n_tokens,), generator=generator)
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
+def train(model, optimizer, algorithm, first, last):
+    """Steps number `first` to `last`, both included."""
+    for step in range(first, last + 1):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        algorithm.step()
+
+
+def sparse_layers(model):
+    return [layer for _, layer in find_sparse(model)]
+
+
+def by_position(layer, optimizer):
+    """``{name: {position: number}}`` for the weights, their gradient and each of their moments."""
+    positions = layer.positions().tolist()
+    tensors = {"value": layer.values.detach()}
+    if layer.values.grad is not None:
+        tensors["gradient"] = layer.values.grad
+    for name, entry in optimizer.state[layer.values].items():
+        if isinstance(entry, torch.Tensor) and entry.dim() > 0:
+            tensors[name] = entry
+    return {name: dict(zip(positions, t.tolist(), strict=True)) for name, t in tensors.items()}
+
+
+def assert_followed(before, after):
+    """Survivors carry the same numbers, grown connections carry zeros."""
+    assert before.keys() == after.keys()
+    for name in before:
+        for position, number in after[name].items():
+            expected = before[name].get(position, 0.0)
+            assert number == expected, f"{name} at position {position}: {number}, not {expected}"
+
+
+def assert_topology(layer, nnz):
+    """Exactly `nnz` connections, at distinct positions inside the matrix, in order."""
+    positions = layer.positions()
+    assert positions.shape == layer.values.shape == (nnz,)
+    assert layer.nnz == nnz
+    assert bool((positions[1:] > positions[:-1]).all())
+    assert positions[0] >= 0
+    assert positions[-1] < layer.shape[0] * layer.shape[1]
+
+
+def assert_same_state(model, optimizer, other_model, other_optimizer):
+    """Two runs are in the same state, bit for bit."""
+    for (name, a), (_, b) in zip(model.state_dict().items(), other_model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), f"{name} differs"
+    for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
+        ours, theirs = optimizer.state[a], other_optimizer.state[b]
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key])), f"{key} differs"
