@@ -82,9 +82,9 @@ def spmm(
     --------
     >>> import numpy as np
     >>> W = PaddedCSR.from_dense([[0.0, 2.0], [3.0, 0.0]])
-    >>> spmm(W, np.array([[1.0], [10.0]], np.float32))
+    >>> spmm(W, np.array([[1.0], [10.0]]))
     array([[20.],
-           [ 3.]], dtype=float32)
+           [ 3.]])
     """
     X = _check_matrix("X", X, (W.shape[1], None), W.dtype)
     plan = plan_spmm(W) if plan is None else _checked(plan, W.nnz, W.shape)

@@ -25,7 +25,7 @@ _FLAGS = tuple(sorted(FASTMATH))
 _NAMES = {types.float32: "f32", types.float64: "f64"}
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """LLVM vector of `lanes` values of `dtype` (float32 or float64)."""
 
     def __init__(self, dtype: types.Type, lanes: int) -> None:
@@ -41,7 +41,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
         super().__init__(manager, vector, vector.llvm)
 
@@ -104,7 +104,7 @@ class _Emit:
         return self.context.get_dummy_value()
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def get(_: Any, array: Any, index: Any) -> Any:
     """``array[index]`` without the wrap-around of negative indices, which costs four operations a load."""
     if not (_is_array(array) and isinstance(index, types.Integer)):
@@ -117,7 +117,7 @@ def get(_: Any, array: Any, index: Any) -> Any:
     return array.dtype(array, index), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def put(_: Any, array: Any, index: Any, value: Any) -> Any:
     """``array[index] = value`` without the wrap-around of negative indices."""
     if not (_is_array(array) and isinstance(index, types.Integer) and value == array.dtype):
@@ -131,7 +131,7 @@ def put(_: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, index, value), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def view_at(_: Any, address: Any, like: Any) -> Any:
     """1-D array over the memory at an address, of the dtype of `like`; its length is not known.
 
@@ -159,7 +159,7 @@ def view_at(_: Any, address: Any, like: Any) -> Any:
     return array_type(address, like), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load_row(_: Any, tile: Any, index: Any) -> Any:
     """The tile row that starts at ``tile[index]``; the place must lie on a cache line."""
     if not (_is_array(tile) and isinstance(index, types.Integer)):
@@ -173,7 +173,7 @@ def load_row(_: Any, tile: Any, index: Any) -> Any:
     return vector(tile, index), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store_row(_: Any, tile: Any, index: Any, row: Any) -> Any:
     """Store a tile row at ``tile[index]``; the place must lie on a cache line."""
     if not (_is_array(tile) and isinstance(index, types.Integer) and isinstance(row, Vector)):
@@ -187,7 +187,7 @@ def store_row(_: Any, tile: Any, index: Any, row: Any) -> Any:
     return types.void(tile, index, row), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def splat_row(_: Any, value: Any) -> Any:
     """A tile row whose every lane is `value`."""
     if value not in _NAMES:
@@ -203,7 +203,7 @@ def splat_row(_: Any, value: Any) -> Any:
     return vector(value), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def fma_row(_: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c``, lane by lane."""
     if not (isinstance(a, Vector) and a == b == c):
@@ -215,7 +215,7 @@ def fma_row(_: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def transpose8(
     _: Any, source: Any, first: Any, stride: Any, target: Any, target_first: Any, target_stride: Any
 ) -> Any:
@@ -292,7 +292,7 @@ def _sum_lanes(emit: _Emit, partials: list[Any]) -> Any:
 
 
 def _dots(count: int, clamped: bool) -> Any:
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def dots(
         _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, last: Any, column0: Any, out: Any
     ) -> Any:
@@ -305,7 +305,9 @@ def _dots(count: int, clamped: bool) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emit = _Emit(context, builder, signature, args)
             row_start, slot0, last_slot, origin = (emit.index(k) for k in (1, 4, 5, 6))
-            constant = lambda value: ir.Constant(_I64, value)  # noqa: E731
+
+            def constant(value: int) -> ir.Constant:
+                return ir.Constant(_I64, value)
 
             def parts(array: Any, start: Any) -> list[Any]:
                 places = [builder.add(start, constant(lanes * j)) for j in range(width // lanes)]

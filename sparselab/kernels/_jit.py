@@ -65,7 +65,7 @@ def cache_directory() -> Path:
 _CACHE_DIRECTORY = cache_directory()
 
 
-class _InCacheDirectory(caching.CompileResultCacheImpl):  # type: ignore[misc]
+class _InCacheDirectory(caching.CompileResultCacheImpl):
     # Numba's other places (beside the source, the user's cache) are not named by the digest.
     # The class lost its underscore in numba 0.67.
     _locator_classes = (
@@ -73,7 +73,7 @@ class _InCacheDirectory(caching.CompileResultCacheImpl):  # type: ignore[misc]
     )
 
 
-class _KernelCache(caching.FunctionCache):  # type: ignore[misc]
+class _KernelCache(caching.FunctionCache):
     """Numba's disk cache, except that an unreadable or unwritable one costs time and never raises."""
 
     _impl_class = _InCacheDirectory

@@ -132,7 +132,7 @@ class PaddedCSR:
         rng = np.random.default_rng(seed)
         positions = sample_distinct(rng, rows * columns, n_connections(shape, sparsity))
         row = positions // max(columns, 1)
-        values = rng.standard_normal(len(positions), dtype=np.dtype(dtype).type)
+        values: Array = rng.standard_normal(len(positions), dtype=np.dtype(dtype))  # type: ignore[arg-type]
         counts = np.bincount(row, minlength=rows)
         return cls._from_sorted((rows, columns), counts, positions - row * columns, values, padding)
 

@@ -81,12 +81,14 @@ class TopologyPlans:
 
     @property
     def input_grad(self) -> list[Tensor]:
+        """Plan of the gradient by the input."""
         if not self._input_grad:
             self._input_grad = self._make(lambda W: pack_transpose(kernels.plan_spmm_t(W)))
         return self._input_grad
 
     @property
     def values_grad(self) -> list[Tensor]:
+        """Plan of the gradient by the values."""
         if not self._values_grad:
             self._values_grad = self._make(lambda W: pack_segments(kernels.plan_sddmm_dw(W)))
         return self._values_grad

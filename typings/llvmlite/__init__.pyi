@@ -1,0 +1,4 @@
+"""The part of llvmlite that sparselab uses, with types."""
+
+from llvmlite import binding as binding
+from llvmlite import ir as ir

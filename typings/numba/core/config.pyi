@@ -1,0 +1,4 @@
+CACHE_DIR: str
+CPU_NAME: str | None
+CPU_FEATURES: str | None
+NUMBA_NUM_THREADS: int

@@ -1,0 +1,3 @@
+from typing import Any
+
+def populate_array(array: Any, data: Any, shape: Any, strides: Any, itemsize: Any, meminfo: Any) -> Any: ...
