@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparselab.kernels._jit import jit
+from sparselab.kernels._jit import jit, mapped_empty
 from sparselab.kernels._target import L1_BLOCK_COLUMNS, L2_BUDGET_BYTES, TILE_BYTES
 from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, slot_dtype
 
@@ -67,8 +67,8 @@ def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
     """Plan of `spmm_t` for the topology of W (values are not read). Costs about 7 bytes per connection."""
     rows, cols = W.shape
     indptr = np.zeros(cols + 1, np.int64)
-    indices = np.empty(W.nnz, index_dtype(rows))
-    slots = np.empty(W.nnz, slot_dtype(W.capacity))
+    indices = mapped_empty(W.nnz, index_dtype(rows))
+    slots = mapped_empty(W.nnz, slot_dtype(W.capacity))
     _transpose(W.indptr, W.row_nnz, W.indices, indptr, indices, slots)
     block = _product_block(W.nnz, (cols, rows))
     segments = _segments(indptr[:-1], np.diff(indptr), indices, (cols, rows), block)
@@ -96,9 +96,9 @@ def _segments(
     ptr = np.zeros((len(chunk_rows) - 1, n_blocks + 1), np.int64)
     _count_segments(begin, row_nnz, indices, block_columns, chunk_rows, ptr)
     n_segments = int(ptr[-1, -1]) if ptr.size else 0
-    row = np.empty(n_segments, slot_dtype(n_rows))
-    start = np.empty(n_segments, slot_dtype(int(begin[-1]) + int(row_nnz[-1]) if n_rows else 0))
-    length = np.empty(n_segments, slot_dtype(block_columns))
+    row = mapped_empty(n_segments, slot_dtype(n_rows))
+    start = mapped_empty(n_segments, slot_dtype(int(begin[-1]) + int(row_nnz[-1]) if n_rows else 0))
+    length = mapped_empty(n_segments, slot_dtype(block_columns))
     _fill_segments(begin, row_nnz, indices, block_columns, chunk_rows, ptr, row, start, length)
     return Segments(int(row_nnz.sum()), block_columns, chunk_rows, ptr, row, start, length)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR, index_dtype, n_connections
@@ -252,8 +253,8 @@ class SparseLinear(nn.Module):
         y: Tensor = functional.linear(
             tokens, self.values, self.bias, self.indptr, self.indices, *self._current_plans(x.requires_grad)
         )
-        if self.gradient_watcher is not None and y.requires_grad:
-            self._watch(self.gradient_watcher, tokens.detach(), y)
+        if self.gradient_watcher is not None and y.requires_grad and self.values.requires_grad:
+            self._watch(self.gradient_watcher, tokens, y)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _current_plans(self, input_needs_grad: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -273,7 +274,14 @@ class SparseLinear(nn.Module):
     @staticmethod
     def _watch(watcher: GradientWatcher, x: Tensor, y: Tensor) -> None:
         watcher.forward_seen()
-        y.register_hook(lambda dy: watcher.backward_seen(x, dy.detach()))
+        # Held weakly: autograd lets its saved tensors go after the backward pass, but keeps hooks for as long as
+        # the user keeps the loss.
+        tokens = TensorWeakRef(x)
+
+        def after_backward(dy: Tensor) -> None:
+            watcher.backward_seen(tokens().detach(), dy.detach())
+
+        y.register_hook(after_backward)
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[-1] != self.in_features:
