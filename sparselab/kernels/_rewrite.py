@@ -48,9 +48,7 @@ def _merge(  # type: ignore[no-untyped-def]
             if grown == live:
                 if not dropped[slot]:
                     return grow[g]
-                g += 1
-                if g < len(grow) and grow[g] == grow[g - 1]:
-                    return grow[g]
+                g += 1  # a second mention comes out as grown < live in the next round, and is refused there
             if grown == live or not dropped[slot]:
                 new_indices[at] = live
                 new_values[at] = values[slot]

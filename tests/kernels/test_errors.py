@@ -115,7 +115,7 @@ def test_a_plan_of_another_count(operation: Operation) -> None:
         (OPERATIONS[2], plan_spmm_t(W), "plan must be a Segments, got TransposePlan"),
         (OPERATIONS[2], tuple(plan_sddmm_dw(W)), "plan must be a Segments, got tuple"),
     ],
-    ids=str,
+    ids=["spmm", "spmm_t", "sddmm_dw", "a tuple"],
 )
 def test_a_plan_of_another_kind(operation: Operation, plan: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
