@@ -20,7 +20,7 @@ from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, slot_dtype
 
 #: Columns of one block in `sddmm_dw`, which gains nothing from first-level cache blocks: its dots are bound
 #: by arithmetic, and the longer a segment the fewer of its dots fall outside full groups.
-_GRADIENT_BLOCK_COLUMNS = 8 * L1_BLOCK_COLUMNS
+_GRADIENT_BLOCK_COLUMNS = 4 * L1_BLOCK_COLUMNS
 
 #: A segment shorter than this pays more for its row of sums than for its connections.
 _USEFUL_SEGMENT = 12
@@ -77,13 +77,18 @@ def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
 
 def plan_sddmm_dw(W: PaddedCSR) -> Segments:
     """Plan of `sddmm_dw` for the topology of W (values are not read)."""
-    return _segments(W.indptr, W.row_nnz, W.indices, W.shape, _GRADIENT_BLOCK_COLUMNS)
+    return _segments(W.indptr, W.row_nnz, W.indices, W.shape, _gradient_block(W.shape[1]))
 
 
 def _product_block(nnz: int, shape: tuple[int, int]) -> int:
     per_column = nnz / max(shape[0] * shape[1], 1)
     wanted = _USEFUL_SEGMENT / per_column if per_column else shape[1]
     return int(min(max(wanted, L1_BLOCK_COLUMNS), max(shape[1], 1)))
+
+
+def _gradient_block(n_columns: int) -> int:
+    n_blocks = max(-(-n_columns // _GRADIENT_BLOCK_COLUMNS), 1)
+    return -(-n_columns // n_blocks) + 7 & ~7
 
 
 def _segments(
@@ -193,7 +198,8 @@ def product_groups(plan: Segments, n_tiles: int, n_workers: int, bytes_per_conne
     workers busy.
     """
     n_chunks = len(plan.chunk_rows) - 1
-    footprint = plan.n_connections * bytes_per_connection + int(plan.chunk_rows[-1]) * TILE_BYTES
+    # The sums count twice, since they are read and written.
+    footprint = plan.n_connections * bytes_per_connection + 2 * int(plan.chunk_rows[-1]) * TILE_BYTES
     n_groups = min(max(1, -(-footprint // L2_BUDGET_BYTES)), n_chunks)
     while n_groups < n_chunks and n_groups * n_tiles < 8 * n_workers and n_groups * n_tiles % n_workers:
         n_groups += 1
@@ -203,22 +209,16 @@ def product_groups(plan: Segments, n_tiles: int, n_workers: int, bytes_per_conne
 def gradient_shares(plan: Segments, n_workers: int, bytes_per_connection: int) -> Array:
     """Rectangles of chunks x blocks, one row ``(chunk0, chunk1, block0, block1)`` each.
 
-    Each connection lies in one rectangle, so each gradient has one writer. A rectangle packs the tokens of
-    its rows and of its columns; among the ways to cut, the one that packs least is taken.
+    Each connection lies in one rectangle, so each gradient has one writer. Rows are split first: workers on
+    different columns of the same rows write to the same cache lines, and ran at half the speed. Columns are
+    split only where there are fewer chunks of rows than workers.
     """
     n_chunks, n_blocks = plan.ptr.shape[0], plan.ptr.shape[1] - 1
-    n_rows, n_columns = int(plan.chunk_rows[-1]), n_blocks * plan.block_columns
-    footprint = plan.n_connections * bytes_per_connection + n_rows * TILE_BYTES
-    wanted = max(1, -(-footprint // L2_BUDGET_BYTES))
-    wanted = -(-wanted // n_workers) * n_workers
-
-    def packed(column_parts: int) -> tuple[int, int]:
-        row_parts = min(-(-wanted // column_parts), n_chunks)
-        idle = max(n_workers - row_parts * column_parts, 0)
-        return idle, row_parts * n_columns + column_parts * n_rows
-
-    column_parts = min(range(1, min(wanted, n_blocks) + 1), key=packed)
-    row_parts = min(-(-wanted // column_parts), n_chunks)
+    # Half of the budget is left to the tokens that pass through.
+    footprint = 2 * (plan.n_connections * bytes_per_connection + int(plan.chunk_rows[-1]) * TILE_BYTES)
+    turns = -(-max(1, -(-footprint // L2_BUDGET_BYTES)) // n_workers)
+    row_parts = min(turns * n_workers, n_chunks)
+    column_parts = min(-(-n_workers // row_parts), n_blocks)
     chunk_edges, block_edges = split_evenly(n_chunks, row_parts), split_evenly(n_blocks, column_parts)
     rectangles: list[Any] = [
         (chunk_edges[i], chunk_edges[i + 1], block_edges[j], block_edges[j + 1])

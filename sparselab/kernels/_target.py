@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from llvmlite import binding
 from numba.core import config
@@ -27,11 +28,12 @@ def _vector_bytes() -> int:
 
 
 def _l2_bytes() -> int:
+    """Second-level cache of one core, where Linux tells it; else 1 MiB."""
     try:
-        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not glibc
-        size = 0
-    return size if size > 0 else 1 << 20
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 1 << 20
 
 
 VECTOR_BYTES = _vector_bytes()
@@ -43,5 +45,5 @@ TILE_BYTES = 256 if VECTOR_BYTES == 64 else 128
 #: Columns of one block of X, so that the block (32 KiB) stays in a first-level cache of 48 KiB or 64 KiB.
 L1_BLOCK_COLUMNS = 32768 // TILE_BYTES
 
-#: Share of the second-level cache that a worker plans to fill.
-L2_BUDGET_BYTES = _l2_bytes() * 13 // 20
+#: How much of the second-level cache a worker plans to fill.
+L2_BUDGET_BYTES = _l2_bytes() * 9 // 10

@@ -18,12 +18,15 @@ def pack(x, start, row_stride, token_stride, n_rows, n_tokens, tile):  # type: i
     width = TILE_BYTES // tile.itemsize
     if row_stride == 1:
         blocked_rows, blocked_tokens = n_rows // 8 * 8, n_tokens // 8 * 8
-        for r in range(0, blocked_rows, 8):
+        # As many rows together as a cache line of x holds: the lines of all tokens may fall into one set.
+        together = 64 // tile.itemsize
+        for r0 in range(0, blocked_rows, together):
             for t in range(0, blocked_tokens, 8):
-                transpose8(x, start + t * token_stride + r, token_stride, tile, r * width + t, width)
+                for r in range(r0, min(r0 + together, blocked_rows), 8):
+                    transpose8(x, start + t * token_stride + r, token_stride, tile, r * width + t, width)
+        for r in range(blocked_rows):
             for t in range(blocked_tokens, n_tokens):
-                for i in range(r, r + 8):
-                    tile[i * width + t] = get(x, start + i + t * token_stride)
+                tile[r * width + t] = get(x, start + r + t * token_stride)
         for r in range(blocked_rows, n_rows):
             for t in range(n_tokens):
                 tile[r * width + t] = get(x, start + r + t * token_stride)

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab import kernels
-from sparselab.kernels import PaddedCSR, Segments, TransposePlan
+from sparselab.kernels import Segments, TransposePlan
+from sparselab.kernels._sddmm_dw import sample
+from sparselab.kernels._spmm import multiply
+from sparselab.kernels._spmm_t import multiply_t
 from sparselab.nn._threads import use_torch_threads
 
 #: Tensors that make up one `Segments`: `pack_segments` and `_unpack_segments` agree on them.
@@ -40,12 +42,6 @@ def _unpack_segments(tensors: Sequence[Tensor]) -> Segments:
 
 def _unpack_transpose(tensors: Sequence[Tensor]) -> TransposePlan:
     return TransposePlan(tensors[0].numpy(), tensors[1].numpy(), _unpack_segments(tensors[2:]))
-
-
-def _matrix(values: Tensor, indptr: Tensor, indices: Tensor, in_features: int) -> PaddedCSR:
-    begin = indptr.numpy()
-    shape = (len(begin) - 1, in_features)
-    return PaddedCSR.unchecked(shape, begin, np.diff(begin), indices.numpy(), values.detach().numpy())
 
 
 def _feature_major(tokens: Tensor) -> np.ndarray[Any, Any]:
@@ -81,10 +77,10 @@ def linear(
     The topology and the plans are trusted; `SparseLinear` checks them where they come in.
     """
     use_torch_threads()
-    W = _matrix(values, indptr, indices, x.shape[1])
-    y = x.new_empty((x.shape[0], W.shape[0]))
+    y = x.new_empty((x.shape[0], indptr.shape[0] - 1))
     offset = None if bias is None else bias.detach().numpy()
-    kernels.spmm(W, _feature_major(x), y.numpy().T, bias=offset, plan=_unpack_segments(plan))
+    order = _unpack_segments(plan)
+    multiply(values.detach().numpy(), indices.numpy(), order, _feature_major(x), y.numpy().T, offset)
     return y
 
 
@@ -103,62 +99,53 @@ def _(
 
 
 @torch.library.custom_op("sparselab::linear_input_grad", mutates_args=(), device_types="cpu")
-def linear_input_grad(
-    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features: int, plan: Sequence[Tensor]
-) -> Tensor:
+def linear_input_grad(grad: Tensor, values: Tensor, in_features: int, plan: Sequence[Tensor]) -> Tensor:
     """``dx = dy W`` for dy (tokens, out_features), any strides."""
     use_torch_threads()
-    W = _matrix(values, indptr, indices, in_features)
     dx = grad.new_empty((grad.shape[0], in_features))
-    kernels.spmm_t(W, _feature_major(grad), dx.numpy().T, plan=_unpack_transpose(plan))
+    multiply_t(values.detach().numpy(), _unpack_transpose(plan), _feature_major(grad), dx.numpy().T)
     return dx
 
 
 @linear_input_grad.register_fake
-def _(
-    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features: int, plan: Sequence[Tensor]
-) -> Tensor:
+def _(grad: Tensor, values: Tensor, in_features: int, plan: Sequence[Tensor]) -> Tensor:
     return grad.new_empty((grad.shape[0], in_features))
 
 
 @torch.library.custom_op("sparselab::linear_values_grad", mutates_args=(), device_types="cpu")
-def linear_values_grad(
-    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plan: Sequence[Tensor]
-) -> Tensor:
+def linear_values_grad(grad: Tensor, x: Tensor, indices: Tensor, plan: Sequence[Tensor]) -> Tensor:
     """``dW[slot] = sum_t dy[t, i] x[t, j]`` for each live connection (i, j)."""
     use_torch_threads()
     result = grad.new_empty(indices.shape[0])
-    W = _matrix(result, indptr, indices, x.shape[1])
-    kernels.sddmm_dw(W, _feature_major(grad), _feature_major(x), result.numpy(), plan=_unpack_segments(plan))
+    order = _unpack_segments(plan)
+    sample(indices.numpy(), order, _feature_major(grad), _feature_major(x), result.numpy())
     return result
 
 
 @linear_values_grad.register_fake
-def _(grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plan: Sequence[Tensor]) -> Tensor:
+def _(grad: Tensor, x: Tensor, indices: Tensor, plan: Sequence[Tensor]) -> Tensor:
     return grad.new_empty(indices.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, indptr, indices, plan, input_grad_plan, values_grad_plan = inputs
+    x, values, _, _, indices, plan, input_grad_plan, values_grad_plan = inputs
     needs_x, needs_values = ctx.needs_input_grad[:2]
     ctx.in_features = x.shape[1]
     ctx.plan_sizes = len(plan), len(input_grad_plan), len(values_grad_plan)
     ctx.n_input_plan = len(input_grad_plan) if needs_x else 0
     plans = (*(input_grad_plan if needs_x else ()), *(values_grad_plan if needs_values else ()))
-    ctx.save_for_backward(
-        x if needs_values else None, values if needs_x else None, indptr, indices, *plans
-    )
+    ctx.save_for_backward(x if needs_values else None, values if needs_x else None, indices, *plans)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, indptr, indices, *plans = ctx.saved_tensors
+    x, values, indices, *plans = ctx.saved_tensors
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
     dx = dvalues = dbias = None
     if needs_x:
         plan = plans[: ctx.n_input_plan]
-        dx = linear_input_grad(grad, values, indptr, indices, ctx.in_features, plan)
+        dx = linear_input_grad(grad, values, ctx.in_features, plan)
     if needs_values:
-        dvalues = linear_values_grad(grad, x, indptr, indices, plans[ctx.n_input_plan :])
+        dvalues = linear_values_grad(grad, x, indices, plans[ctx.n_input_plan :])
     if needs_bias:
         dbias = grad.sum(0)
     return dx, dvalues, dbias, None, None, *([None] * size for size in ctx.plan_sizes)

@@ -113,7 +113,9 @@ class SparseLinear(nn.Module):
         return new
 
     @classmethod
-    def _like(cls, linear: nn.Linear, sparsity: float, device: torch.device | str | None = None) -> SparseLinear:
+    def _like(
+        cls, linear: nn.Linear, sparsity: float, device: torch.device | str | None = None
+    ) -> SparseLinear:
         """A new layer with the sizes, dtype, mode and trainability of a dense one, and random weights."""
         weight = linear.weight
         place = weight.device if device is None else device
