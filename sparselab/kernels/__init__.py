@@ -258,7 +258,7 @@ def _checked(plan: Segments, nnz: int, shape: tuple[int, int]) -> Segments:
     if not isinstance(plan, Segments):
         raise TypeError(f"plan must be a Segments, got {type(plan).__name__}")
     rows, blocks = int(plan.chunk_rows[-1]), plan.ptr.shape[1] - 1
-    expected = nnz, shape[0], -(-shape[1] // plan.block_columns)
+    expected = nnz, shape[0], max(-(-shape[1] // plan.block_columns), 1)
     if (plan.n_connections, rows, blocks) != expected or plan.block_columns > max(shape[1], 1):
         raise ValueError(
             f"plan must be made for this topology ({shape[0]} rows, {shape[1]} columns, {nnz} connections), "

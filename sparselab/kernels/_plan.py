@@ -35,7 +35,8 @@ class Segments(NamedTuple):
 
     ``ptr[c, b] : ptr[c, b + 1]`` are the segments of row chunk c in column block b. Chunk c is rows
     ``chunk_rows[c] : chunk_rows[c + 1]``, all chunks of about equal work. Segment p is the `length[p]`
-    connections of row ``row[p]`` from slot ``start[p]`` on.
+    connections of row ``row[p]`` from slot ``start[p]`` on. Every row has a segment in block 0, if need be an
+    empty one, so that block 0 can begin the row's sum.
     """
 
     n_connections: int
@@ -97,7 +98,7 @@ def _segments(
     n_rows, n_columns = shape
     block_columns = max(1, min(block_columns, n_columns))
     chunk_rows = _chunks(row_nnz)
-    n_blocks = -(-n_columns // block_columns)
+    n_blocks = max(-(-n_columns // block_columns), 1)
     ptr = np.zeros((len(chunk_rows) - 1, n_blocks + 1), np.int64)
     _count_segments(begin, row_nnz, indices, block_columns, chunk_rows, ptr)
     n_segments = int(ptr[-1, -1]) if ptr.size else 0
@@ -141,7 +142,8 @@ def _transpose(begin, row_nnz, indices, indptr, rows, slots):  # type: ignore[no
 def _count_segments(begin, row_nnz, indices, block, chunk_rows, ptr):  # type: ignore[no-untyped-def]
     for c in range(len(chunk_rows) - 1):
         for i in range(chunk_rows[c], chunk_rows[c + 1]):
-            previous = np.int64(-1)
+            previous = np.int64(0)
+            ptr[c, 1] += 1
             for slot in range(begin[i], begin[i] + row_nnz[i]):
                 b = np.int64(indices[slot]) // block
                 if b != previous:
@@ -167,8 +169,8 @@ def _fill_segments(  # type: ignore[no-untyped-def]
         for i in range(chunk_rows[c], chunk_rows[c + 1]):
             slot = begin[i]
             end = begin[i] + row_nnz[i]
-            while slot < end:
-                b = np.int64(indices[slot]) // block
+            b = np.int64(0)
+            while b == 0 or slot < end:
                 first = slot
                 limit = (b + 1) * block
                 while slot < end and np.int64(indices[slot]) < limit:
@@ -177,6 +179,7 @@ def _fill_segments(  # type: ignore[no-untyped-def]
                 start[fill[b]] = first
                 length[fill[b]] = slot - first
                 fill[b] += 1
+                b = np.int64(indices[slot]) // block if slot < end else n_blocks
         for b in range(n_blocks):
             p, q = ptr[c, b], ptr[c, b + 1]
             order = np.argsort(length[p:q], kind="mergesort")

@@ -95,7 +95,7 @@ def sample(indices: Array, plan: Segments, DY: Array, X: Array, out: Array) -> N
     """
     out.fill(0)
     n_columns, n_tokens = X.shape
-    if plan.row.size == 0 or n_tokens == 0:
+    if plan.n_connections == 0 or n_tokens == 0:
         return
     width = TILE_BYTES // out.itemsize
     rectangles = gradient_shares(plan, worker_count(), out.itemsize + indices.itemsize)

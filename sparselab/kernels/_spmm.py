@@ -22,11 +22,12 @@ from sparselab.kernels.layout import Array
 
 
 @jit
-def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, row0):  # type: ignore[no-untyped-def]
+def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, row0, bias, begin):  # type: ignore[no-untyped-def]
     """Add the segments p : q, whose tokens are packed in `x` from `column0` on, to the tile rows of sums.
 
     Two segments at a time, because one tile row of sums is too few independent chains to hide the latency of
-    a multiply-add. Segments are sorted by length, so the first of the two is the shorter.
+    a multiply-add. Segments are sorted by length, so the first of the two is the shorter. The sums `begin` with
+    the bias in the first block, in which every row has a segment.
     """
     width = TILE_BYTES // x.itemsize
     origin = column0 * width
@@ -35,7 +36,11 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
         n, m = np.int64(get(length, p)), np.int64(get(length, p + 1))
         at_a = (np.int64(get(row, p)) - row0) * width
         at_b = (np.int64(get(row, p + 1)) - row0) * width
-        sum_a, sum_b = load_row(sums, at_a), load_row(sums, at_b)
+        if begin:
+            sum_a = splat_row(get(bias, np.int64(get(row, p))))
+            sum_b = splat_row(get(bias, np.int64(get(row, p + 1))))
+        else:
+            sum_a, sum_b = load_row(sums, at_a), load_row(sums, at_b)
         for k in range(n):
             x_a = load_row(x, np.int64(get(indices, a + k)) * width - origin)
             x_b = load_row(x, np.int64(get(indices, b + k)) * width - origin)
@@ -50,7 +55,7 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
     if p < q:
         a, n = np.int64(get(start, p)), np.int64(get(length, p))
         at_a = (np.int64(get(row, p)) - row0) * width
-        sum_a = load_row(sums, at_a)
+        sum_a = splat_row(get(bias, np.int64(get(row, p)))) if begin else load_row(sums, at_a)
         for k in range(n):
             x_a = load_row(x, np.int64(get(indices, a + k)) * width - origin)
             sum_a = fma_row(splat_row(get(values, a + k)), x_a, sum_a)
@@ -75,8 +80,6 @@ def _multiply_share(  # type: ignore[no-untyped-def]
         row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
         token0 = pair % n_tiles * width
         tokens = min(width, n_tokens - token0)
-        for i in range(row0, row1):
-            store_row(sums, (i - row0) * width, splat_row(get(bias, i)))
         for b in range(plan.ptr.shape[1] - 1):
             column0 = b * plan.block_columns
             columns = min(plan.block_columns, n_columns - column0)
@@ -85,7 +88,19 @@ def _multiply_share(  # type: ignore[no-untyped-def]
             for c in range(chunk0, chunk1):
                 p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
                 _add_segments(
-                    values, indices, plan.row, plan.start, plan.length, p, q, tile, column0, sums, row0
+                    values,
+                    indices,
+                    plan.row,
+                    plan.start,
+                    plan.length,
+                    p,
+                    q,
+                    tile,
+                    column0,
+                    sums,
+                    row0,
+                    bias,
+                    b == 0,
                 )
         first = row0 * y_strides[0] + token0 * y_strides[1]
         unpack(sums, row1 - row0, tokens, y, first, y_strides[0], y_strides[1])
