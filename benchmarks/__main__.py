@@ -20,7 +20,9 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     try:
         in_features, out_features, tokens = (int(part) for part in text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected INxOUTxTOKENS such as 768x3072x2048, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected INxOUTxTOKENS such as 768x3072x2048, got {text!r}"
+        ) from None
     return in_features, out_features, tokens
 
 
@@ -30,7 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     commands = parser.add_subparsers(dest="command", required=True)
     layer = commands.add_parser("linear", help="time one layer beside dense torch and torch.sparse_csr")
-    layer.add_argument("--shapes", type=parse_shape, nargs="+", default=linear.SHAPES, metavar="INxOUTxTOKENS")
+    layer.add_argument(
+        "--shapes", type=parse_shape, nargs="+", default=linear.SHAPES, metavar="INxOUTxTOKENS"
+    )
     layer.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     layer.add_argument("--rounds", type=int, default=21)
     layer.add_argument("--operations", nargs="+", choices=linear.OPERATIONS, default=list(linear.OPERATIONS))

@@ -24,9 +24,7 @@ def build(arm: str, sparsity: float) -> nn.Module:
             return nn.Linear(inputs, outputs)
         return sparselab.SparseLinear(inputs, outputs, sparsity=sparsity)
 
-    blocks = [
-        nn.Sequential(linear(WIDTH, HIDDEN), nn.GELU(), linear(HIDDEN, WIDTH)) for _ in range(LAYERS)
-    ]
+    blocks = [nn.Sequential(linear(WIDTH, HIDDEN), nn.GELU(), linear(HIDDEN, WIDTH)) for _ in range(LAYERS)]
     return nn.Sequential(*blocks)
 
 

@@ -7,8 +7,10 @@ puts them into its graph as they are. A device other than the CPU has no impleme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +22,15 @@ from sparselab.kernels._spmm import multiply
 from sparselab.kernels._spmm_t import multiply_t
 from sparselab.nn._threads import use_torch_threads
 
-#: Tensors that make up one `Segments`: `pack_segments` and `_unpack_segments` agree on them.
-_SEGMENT_TENSORS = 5
+
+class GradientWatcher(Protocol):
+    """Sees the two factors of a layer's dense gradient, ``dW = dy^T x``, as they pass through autograd."""
+
+    def forward_seen(self) -> None:
+        """A forward pass whose backward pass may come."""
+
+    def backward_seen(self, x: Tensor, dy: Tensor) -> None:
+        """Its backward pass: x (tokens, in_features) and dy (tokens, out_features), detached, not copied."""
 
 
 def pack_segments(plan: Segments) -> list[Tensor]:
@@ -127,10 +136,28 @@ def _(grad: Tensor, x: Tensor, indices: Tensor, plan: Sequence[Tensor]) -> Tenso
     return grad.new_empty(indices.shape[0])
 
 
+class _Watching(threading.local):
+    watcher: GradientWatcher | None = None
+
+
+_watching = _Watching()
+
+
+@contextlib.contextmanager
+def watching(watcher: GradientWatcher) -> Iterator[None]:
+    """Show `watcher` the operands of the backward passes of every `linear` called in this context."""
+    _watching.watcher = watcher
+    try:
+        yield
+    finally:
+        _watching.watcher = None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, _, _, indices, plan, input_grad_plan, values_grad_plan = inputs
     needs_x, needs_values = ctx.needs_input_grad[:2]
     ctx.in_features = x.shape[1]
+    ctx.watcher = _watching.watcher if needs_values else None
     ctx.plan_sizes = len(plan), len(input_grad_plan), len(values_grad_plan)
     ctx.n_input_plan = len(input_grad_plan) if needs_x else 0
     plans = (*(input_grad_plan if needs_x else ()), *(values_grad_plan if needs_values else ()))
@@ -141,6 +168,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, indices, *plans = ctx.saved_tensors
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
     dx = dvalues = dbias = None
+    if ctx.watcher is not None:
+        ctx.watcher.backward_seen(x.detach(), grad.detach())
     if needs_x:
         plan = plans[: ctx.n_input_plan]
         dx = linear_input_grad(grad, values, ctx.in_features, plan)

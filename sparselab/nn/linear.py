@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR, index_dtype, n_connections
@@ -251,13 +251,30 @@ class SparseLinear(nn.Module):
             If the layer or x is not on the CPU.
         """
         x = self._checked(x)
-        tokens = x.reshape(-1, self.in_features)
-        y: Tensor = functional.linear(
-            tokens, self.values, self.bias, self.indptr, self.indices, *self._current_plans(x.requires_grad)
-        )
-        if self.gradient_watcher is not None and y.requires_grad and self.values.requires_grad:
-            self._watch(self.gradient_watcher, tokens, y)
+        tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        watched = self.gradient_watcher is not None and self.values.requires_grad
+        y = self._watched_product(tokens) if watched else self._product(tokens)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _product(self, tokens: Tensor) -> Tensor:
+        y: Tensor = functional.linear(
+            tokens,
+            self.values,
+            self.bias,
+            self.indptr,
+            self.indices,
+            *self._current_plans(tokens.requires_grad),
+        )
+        return y
+
+    @torch.compiler.disable
+    def _watched_product(self, tokens: Tensor) -> Tensor:
+        assert self.gradient_watcher is not None
+        with functional.watching(self.gradient_watcher):
+            y = self._product(tokens)
+        if y.requires_grad:
+            self.gradient_watcher.forward_seen()
+        return y
 
     def _current_plans(self, input_needs_grad: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Plans of the product and, where autograd will ask for them, of its gradients."""
@@ -272,18 +289,6 @@ class SparseLinear(nn.Module):
             plans.input_grad if training and input_needs_grad else [],
             plans.values_grad if training and self.values.requires_grad else [],
         )
-
-    @staticmethod
-    def _watch(watcher: GradientWatcher, x: Tensor, y: Tensor) -> None:
-        watcher.forward_seen()
-        # Held weakly: autograd lets its saved tensors go after the backward pass, but keeps hooks for as long as
-        # the user keeps the loss.
-        tokens = TensorWeakRef(x)
-
-        def after_backward(dy: Tensor) -> None:
-            watcher.backward_seen(tokens().detach(), dy.detach())
-
-        y.register_hook(after_backward)
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[-1] != self.in_features:

@@ -11,17 +11,7 @@ from torch import Tensor, nn
 
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR
-from sparselab.nn.functional import pack_segments, pack_transpose
-
-
-class GradientWatcher(Protocol):
-    """Sees the two factors of a layer's dense gradient, ``dW = dy^T x``, as they pass through autograd."""
-
-    def forward_seen(self) -> None:
-        """A forward pass whose backward pass may come."""
-
-    def backward_seen(self, x: Tensor, dy: Tensor) -> None:
-        """Its backward pass: x (tokens, in_features) and dy (tokens, out_features), detached, not copied."""
+from sparselab.nn.functional import GradientWatcher, pack_segments, pack_transpose
 
 
 @runtime_checkable

@@ -1,0 +1,131 @@
+"""Swapping layers by name, and what a whole model measures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sparselab import SparseLinear, measure_sparsity, memory_report, sparsify
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(16, 48), "out": nn.Linear(16, 16, bias=False)})
+        self.mlp = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+        self.head = nn.Linear(16, 5)
+
+
+def kinds(model: nn.Module) -> dict[str, float]:
+    return {name: m.sparsity for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+def test_the_first_matching_pattern_counts() -> None:
+    model = Block()
+    assert sparsify(model, {"attn.out": 0.5, "attn.*": 0.75, "mlp.?": 0.875}) is model
+    assert kinds(model) == {"attn.qkv": 0.75, "attn.out": 0.5, "mlp.0": 0.875, "mlp.2": 0.875}
+    assert type(model.head) is nn.Linear
+    assert model.attn["out"].bias is None
+
+
+def test_a_pattern_without_a_layer_is_refused_before_anything_changes() -> None:
+    model = Block()
+    with pytest.raises(ValueError, match=r"got 'atn\.\*' without one; .*attn\.qkv, attn\.out, mlp\.0"):
+        sparsify(model, {"mlp.*": 0.9, "atn.*": 0.9})
+    assert kinds(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("rules", "init", "error", "message"),
+    [
+        ({"head": 1.5}, "random", ValueError, "sparsity must be a finite number"),
+        ({"head": "high"}, "random", TypeError, "sparsity must be a number"),
+        ({"head": 0.5}, "largest", ValueError, 'init must be "random" or "magnitude", got \'largest\''),
+    ],
+)
+def test_bad_rules_are_named(
+    rules: dict[str, float], init: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        sparsify(Block(), rules, init=init)
+
+
+def test_tied_weights_are_refused() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7)})
+    model["head"].weight = model["embed"].weight
+    with pytest.raises(ValueError, match="'embed' and 'head'"):
+        sparsify(model, {"head": 0.5})
+
+
+def test_a_layer_in_two_places_stays_one_layer() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleList([shared, nn.Sequential(shared)])
+    sparsify(model, {"0": 0.5})
+    assert isinstance(model[0], SparseLinear)
+    assert model[0] is model[1][0]
+
+
+def test_subclasses_and_attention_are_left_alone() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "plain": nn.Linear(8, 8)})
+    sparsify(model, {"*": 0.5})
+    assert kinds(model) == {"plain": 0.5}
+    model["attention"](*[torch.randn(3, 1, 8)] * 3)
+
+
+def test_dtype_mode_and_trainability_are_kept() -> None:
+    model = Block().double().eval()
+    model.mlp[0].weight.requires_grad_(False)
+    sparsify(model, {"mlp.*": 0.5})
+    new = model.mlp[0]
+    assert (new.values.dtype, new.training) == (torch.float64, False)
+    assert (new.values.requires_grad, new.bias.requires_grad) == (False, True)
+
+
+def test_magnitude_keeps_the_largest_and_the_first_of_equals() -> None:
+    linear = nn.Linear(3, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, -5.0, 2.0], [2.0, 3.0, -2.0]]))
+    layer = SparseLinear.from_dense(linear, 0.5)
+    assert layer.to_dense().weight.tolist() == [[0, -5, 2], [0, 3, 0]]
+    assert torch.equal(layer.bias, linear.bias)
+    model = sparsify(nn.Sequential(linear), {"0": 0.5}, init="magnitude")
+    assert torch.equal(model[0].values, layer.values)
+
+
+def test_dense_and_back_is_the_same_layer() -> None:
+    layer = SparseLinear(30, 20, sparsity=0.7)
+    again = SparseLinear.from_dense(layer.to_dense(), layer.sparsity)
+    assert torch.equal(again.positions(), layer.positions())
+    assert torch.equal(again.values, layer.values)
+
+
+def test_measured_sparsity_counts_dense_weights_as_live() -> None:
+    assert measure_sparsity(nn.ReLU()) == 0
+    assert measure_sparsity(SparseLinear(10, 10, sparsity=0.75)) == 0.75
+    model = nn.Sequential(SparseLinear(10, 10, sparsity=0.8), nn.Linear(10, 30), nn.LayerNorm(30))
+    assert measure_sparsity(model) == pytest.approx(80 / 400)
+
+
+def test_memory_is_counted_by_hand() -> None:
+    model = nn.Sequential(SparseLinear(100, 50, sparsity=0.9), nn.Linear(50, 10))
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = memory_report(model, optimizer)
+    weights = 500 * (4 + 2) + 51 * 8 + 50 * 4 + 510 * 4
+    assert (before.gradient_bytes, before.plan_bytes, before.optimizer_bytes) == (0, 0, 0)
+    assert (before.parameters_live, before.parameters_dense) == (500 + 50 + 510, 5000 + 50 + 510)
+    assert (before.weight_bytes, before.dense_weight_bytes) == (weights, 4 * (5050 + 510))
+    model(torch.randn(3, 100)).sum().backward()
+    optimizer.step()
+    after = memory_report(model, optimizer)
+    assert after.gradient_bytes == 4 * (500 + 50 + 510)
+    assert after.optimizer_bytes == 2 * after.gradient_bytes + 4 * 4  # two moments, and a step per parameter
+    assert after.plan_bytes == model[0].plan_bytes() > 0
+    assert after.training_bytes == weights + 3 * after.gradient_bytes + 16 + after.plan_bytes
+    assert f"{after.training_bytes:,} B" in str(after)
+
+
+def test_tied_weights_count_once() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["embed"].weight
+    assert memory_report(model).weight_bytes == 7 * 4 * 4
