@@ -26,8 +26,8 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
     """Add the segments p : q, whose tokens are packed in `x` from `column0` on, to the tile rows of sums.
 
     Two segments at a time, because one tile row of sums is too few independent chains to hide the latency of
-    a multiply-add. Segments are sorted by length, so the first of the two is the shorter. The sums `begin` with
-    the bias in the first block, in which every row has a segment.
+    a multiply-add. Segments are sorted by length, so the first of the two is the shorter. The sums `begin`
+    with the bias in the first block, in which every row has a segment.
     """
     width = TILE_BYTES // x.itemsize
     origin = column0 * width

@@ -1,10 +1,11 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
 from sparselab.nn.convert import measure_sparsity, sparsify
+from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_uniform_
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.report import MemoryReport, memory_report
-from sparselab.nn.topology import GradientWatcher, SparseTopology, find_sparse
+from sparselab.nn.topology import SparseTopology, find_sparse
 
 __all__ = [
     "GradientWatcher",

@@ -39,8 +39,8 @@ def sparsify(
     Raises
     ------
     ValueError
-        If a pattern matches no linear layer, a sparsity is not in [0, 1], init is neither choice, or a matching
-        layer shares its weight with another module. Nothing has been changed then.
+        If a pattern matches no linear layer, a sparsity is not in [0, 1], init is neither choice, or a
+        matching layer shares its weight with another module. Nothing has been changed then.
 
     Notes
     -----

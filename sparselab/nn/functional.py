@@ -1,8 +1,9 @@
 """The kernels as torch operators with gradients.
 
-``sparselab::linear`` is differentiable; ``sparselab::linear_input_grad`` and ``sparselab::linear_values_grad``
-are its two gradients and run only where autograd asks for them. All three are opaque to torch: `torch.compile`
-puts them into its graph as they are. A device other than the CPU has no implementation.
+``sparselab::linear`` is differentiable; ``sparselab::linear_input_grad`` and
+``sparselab::linear_values_grad`` are its two gradients and run only where autograd asks for them. All three
+are opaque to torch: `torch.compile` puts them into its graph as they are. A device other than the CPU has no
+implementation.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def _unpack_transpose(tensors: Sequence[Tensor]) -> TransposePlan:
 
 
 def _feature_major(tokens: Tensor) -> np.ndarray[Any, Any]:
-    return tokens.detach().numpy().T
+    array: np.ndarray[Any, Any] = tokens.detach().numpy().T
+    return array
 
 
 @torch.library.custom_op("sparselab::linear", mutates_args=(), device_types="cpu")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR, index_dtype, n_connections
 from sparselab.nn import functional
+from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_bound, fan_in_uniform_
-from sparselab.nn.topology import GradientWatcher, TopologyPlans
+from sparselab.nn.topology import TopologyPlans
 
 _TOPOLOGY = ("values", "indptr", "indices")
 
@@ -192,14 +193,14 @@ class SparseLinear(nn.Module):
         drop : int64 (n,)
             Slots to remove.
         grow : int64 (m,)
-            Positions ``row * in_features + column`` to add with weight 0. A dropped position may be grown again;
-            it then keeps its weight.
+            Positions ``row * in_features + column`` to add with weight 0. A dropped position may be grown
+            again; it then keeps its weight.
 
         Returns
         -------
         int64 (new nnz,)
-            The old slot of each new slot, or -1 where it was grown. Whatever lives per slot, such as the state
-            of an optimizer, follows by it; `values` and its gradient have been moved.
+            The old slot of each new slot, or -1 where it was grown. Whatever lives per slot, such as the
+            state of an optimizer, follows by it; `values` and its gradient have been moved.
 
         Raises
         ------
@@ -267,7 +268,7 @@ class SparseLinear(nn.Module):
         )
         return y
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _watched_product(self, tokens: Tensor) -> Tensor:
         assert self.gradient_watcher is not None
         with functional.watching(self.gradient_watcher):
@@ -328,7 +329,7 @@ class SparseLinear(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.indices.dtype == torch.int16:
             self.indices = self.indices.view(torch.uint16)
 
@@ -362,18 +363,21 @@ class SparseLinear(nn.Module):
         values, indptr, indices = (state[name].detach().cpu() for name in _TOPOLOGY)
         if not values.is_floating_point() or values.ndim != 1:
             raise TypeError(
-                f"values must be a 1-D floating point tensor, got {values.dtype} of shape {tuple(values.shape)}"
+                f"values must be a 1-D floating point tensor, got {values.dtype} "
+                f"of shape {tuple(values.shape)}"
             )
         begin = indptr.numpy()
         if indptr.dtype != torch.int64 or begin.shape != (self.out_features + 1,):
             raise ValueError(
-                f"indptr must be int64 of shape ({self.out_features + 1},), got {indptr.dtype} of shape {begin.shape}"
+                f"indptr must be int64 of shape ({self.out_features + 1},), "
+                f"got {indptr.dtype} of shape {begin.shape}"
             )
         if begin[0] != 0:
             raise ValueError(f"indptr must start at 0, got {begin[0]}")
         no_values = np.broadcast_to(np.float32(0), values.shape)
         PaddedCSR(self.shape, begin, np.diff(begin), indices.numpy(), no_values)
-        return indices.to(self.indices.dtype)
+        columns: Tensor = indices.to(self.indices.dtype)
+        return columns
 
 
 def _size(name: str, value: int) -> int:

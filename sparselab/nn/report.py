@@ -57,8 +57,8 @@ def memory_report(
     Returns
     -------
     MemoryReport
-        ``parameters_live`` and ``parameters_dense``: trainable numbers that exist, and those of the same model
-        with dense layers. ``weight_bytes``: parameters and buffers (which hold the topology);
+        ``parameters_live`` and ``parameters_dense``: trainable numbers that exist, and those of the same
+        model with dense layers. ``weight_bytes``: parameters and buffers (which hold the topology);
         ``dense_weight_bytes``: the same for dense layers. ``gradient_bytes``, ``plan_bytes`` and
         ``optimizer_bytes``: what exists at the time of the call, so call it after a training step.
 

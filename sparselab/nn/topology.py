@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -37,7 +37,10 @@ class SparseTopology(Protocol):
         """int64 (nnz,): ``row * in_features + column`` of each slot, ascending."""
 
     def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
-        """Drop slots and grow positions in place, moving values and gradient; each new slot's old slot, or -1."""
+        """Drop slots and grow positions in place, moving values and gradient.
+
+        Returns each new slot's old slot, or -1.
+        """
 
 
 def find_sparse(module: nn.Module) -> Iterator[tuple[str, SparseTopology]]:
@@ -88,7 +91,7 @@ class TopologyPlans:
         """All tensors held now, for counting their bytes."""
         return [*self.forward, *self._input_grad, *self._values_grad]
 
-    def _make(self, plan) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    def _make(self, plan: Callable[[PaddedCSR], list[Tensor]]) -> list[Tensor]:
         with torch.inference_mode(False):  # an inference tensor could not be saved for backward later
             begin = self._indptr.numpy()
             shape = (len(begin) - 1, self._in_features)
