@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR, index_dtype, n_connections
 from sparselab.nn import functional
+from sparselab.nn._plans import LayerPlans
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_bound, fan_in_uniform_
-from sparselab.nn.topology import TopologyPlans
 
 _TOPOLOGY = ("values", "indptr", "indices")
 
@@ -84,7 +84,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features = _size("in_features", in_features)
         self.out_features = _size("out_features", out_features)
-        self._plans: TopologyPlans | None = None
+        self._plans = LayerPlans()
         self.gradient_watcher: GradientWatcher | None = None
         nnz = n_connections(self.shape, sparsity)
         place = torch.empty(0, device=device).device
@@ -259,12 +259,7 @@ class SparseLinear(nn.Module):
 
     def _product(self, tokens: Tensor) -> Tensor:
         y: Tensor = functional.linear(
-            tokens,
-            self.values,
-            self.bias,
-            self.indptr,
-            self.indices,
-            *self._current_plans(tokens.requires_grad),
+            tokens, self.values, self.bias, self.indptr, self.indices, self._plans.number
         )
         return y
 
@@ -276,20 +271,6 @@ class SparseLinear(nn.Module):
         if y.requires_grad:
             self.gradient_watcher.forward_seen()
         return y
-
-    def _current_plans(self, input_needs_grad: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Plans of the product and, where autograd will ask for them, of its gradients."""
-        if self.indptr.is_meta:
-            return [], [], []
-        plans = self._plans
-        if plans is None or not plans.matches(self.indptr, self.indices):
-            plans = self._plans = TopologyPlans(self.indptr, self.indices, self.in_features)
-        training = torch.is_grad_enabled()
-        return (
-            plans.forward,
-            plans.input_grad if training and input_needs_grad else [],
-            plans.values_grad if training and self.values.requires_grad else [],
-        )
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[-1] != self.in_features:
@@ -318,11 +299,12 @@ class SparseLinear(nn.Module):
 
     def plan_bytes(self) -> int:
         """Bytes of the kernel plans held now."""
-        return sum(tensor.nbytes for tensor in self._plans.tensors) if self._plans is not None else 0
+        return self._plans.nbytes
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans are derived, and a watcher belongs to the algorithm that set it, not to a copy.
-        state = {**self.__dict__, "_plans": None, "gradient_watcher": None}
+        state = {**self.__dict__, "gradient_watcher": None}
+        del state["_plans"]
         if self.indices.dtype == torch.uint16:
             # pickle cannot load a uint16 tensor (torch.save can), so the columns travel as int16 bits.
             state["_buffers"] = {**self._buffers, "indices": self.indices.view(torch.int16)}
@@ -330,6 +312,7 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._plans = LayerPlans()
         if self.indices.dtype == torch.int16:
             self.indices = self.indices.view(torch.uint16)
 
