@@ -16,7 +16,7 @@ SAVED_AFTER, THEN = 300, 45
 
 
 class Run:
-    """A small regression task: all that training changes is here, the batches depend on the step only."""
+    """A small regression task: all that training changes; the batches depend on the step only."""
 
     def __init__(self, algorithm: str, seed: int) -> None:
         torch.manual_seed(seed)
