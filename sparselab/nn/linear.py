@@ -227,8 +227,17 @@ class SparseLinear(nn.Module):
         return moved
 
     def _resize(self, nnz: int) -> None:
-        if nnz != self.nnz:
-            self.values.data = self.values.data.new_empty(nnz)
+        """Make room for another count; what `values`, its gradient and `indices` held is lost."""
+        if nnz == self.nnz:
+            return
+        with torch.inference_mode(False):
+            values = self.values.data.new_empty(nnz)
+            other = torch.float64 if values.dtype == torch.float32 else torch.float32
+            self.values.grad = None
+            # A graph that is still alive (the user holds a loss) holds the node that accumulates this
+            # parameter's gradient, and that node remembers the shape. Torch replaces it when the dtype changes.
+            self.values.data = values.new_empty(0, dtype=other)
+            self.values.data = values
             self.indices = self.indices.new_empty(nnz)
 
     def forward(self, x: Tensor) -> Tensor:
