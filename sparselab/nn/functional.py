@@ -73,11 +73,11 @@ def linear(
     TypeError, ValueError
         If the topology is not valid.
     """
+    plan = find_plans(plans, indptr, indices, x.shape[1]).forward
     rows = indptr.shape[0] - 1
     _check_fit("values", values, indices.shape[0], x.dtype)
     if bias is not None:
         _check_fit("bias", bias, rows, x.dtype)
-    plan = find_plans(plans, indptr, indices, x.shape[1]).forward
     use_torch_threads()
     y = x.new_empty((x.shape[0], rows))
     offset = None if bias is None else _array(bias)

@@ -101,6 +101,8 @@ class SparseLinear(nn.Module):
     @classmethod
     def from_dense(cls, linear: nn.Linear, sparsity: float) -> SparseLinear:
         """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         weight = linear.weight.detach()
         new = cls._like(linear, sparsity, device="meta").to_empty(device=weight.device)
         flat = weight.reshape(-1)
@@ -141,7 +143,7 @@ class SparseLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
-        seed = int(torch.randint(2**62, ()).item())
+        seed = int(torch.randint(2**62, (), device="cpu").item())
         size = self.out_features * self.in_features
         self._set_topology(kernels.sample_distinct(np.random.default_rng(seed), size, self.nnz))
         fan_in_uniform_(self.values, self.indptr)
@@ -235,7 +237,7 @@ class SparseLinear(nn.Module):
             other = torch.float64 if values.dtype == torch.float32 else torch.float32
             self.values.grad = None
             # A graph that is still alive (the user holds a loss) holds the node that accumulates this
-            # parameter's gradient, and that node remembers the shape. Torch replaces it when the dtype changes.
+            # parameter's gradient, and the node remembers the shape. Torch replaces it for another dtype.
             self.values.data = values.new_empty(0, dtype=other)
             self.values.data = values
             self.indices = self.indices.new_empty(nnz)
@@ -256,7 +258,7 @@ class SparseLinear(nn.Module):
         Raises
         ------
         RuntimeError
-            As `torch.nn.Linear`: if the last dimension or the dtype does not fit.
+            As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
         NotImplementedError
             If the layer or x is not on the CPU.
         """
@@ -291,6 +293,8 @@ class SparseLinear(nn.Module):
                 raise NotImplementedError(
                     f"SparseLinear has kernels for the CPU; the {name} must be there, got {tensor.device}"
                 )
+        if x.device != self.values.device:
+            raise RuntimeError(f"input must be on the layer's device, {self.values.device}, got {x.device}")
         _check_dtype("values", self.values.dtype)
         if x.dtype != self.values.dtype:
             if not (x.is_floating_point() and torch.is_autocast_enabled("cpu")):
@@ -352,18 +356,16 @@ class SparseLinear(nn.Module):
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.is_meta:
+                raise ValueError(f"{name} must hold data, got a tensor on the meta device")
         values, indptr, indices = (state[name].detach().cpu() for name in _TOPOLOGY)
         if not values.is_floating_point() or values.ndim != 1:
-            raise TypeError(
-                f"values must be a 1-D floating point tensor, got {values.dtype} "
-                f"of shape {tuple(values.shape)}"
-            )
+            raise TypeError(f"values must be a 1-D floating point tensor, got {_kind(values)}")
+        if indptr.dtype != torch.int64 or indptr.shape != (self.out_features + 1,):
+            raise ValueError(f"indptr must be int64 of shape ({self.out_features + 1},), got {_kind(indptr)}")
+        if indices.dtype not in (torch.uint16, torch.int32, torch.int64):
+            raise TypeError(f"indices must be uint16, int32 or int64, got {_kind(indices)}")
         begin = indptr.numpy()
-        if indptr.dtype != torch.int64 or begin.shape != (self.out_features + 1,):
-            raise ValueError(
-                f"indptr must be int64 of shape ({self.out_features + 1},), "
-                f"got {indptr.dtype} of shape {begin.shape}"
-            )
         if begin[0] != 0:
             raise ValueError(f"indptr must start at 0, got {begin[0]}")
         no_values = np.broadcast_to(np.float32(0), values.shape)
@@ -378,6 +380,10 @@ def _size(name: str, value: int) -> int:
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
     return int(value)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
