@@ -10,7 +10,7 @@ from torch import nn
 
 from sparselab.kernels import n_connections
 from sparselab.nn.linear import SparseLinear
-from sparselab.nn.topology import SparseTopology
+from sparselab.nn.topology import is_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -121,7 +121,7 @@ def measure_sparsity(model: nn.Module) -> float:
     """
     live = positions = 0
     for module in model.modules():
-        if isinstance(module, SparseTopology):
+        if is_sparse(module):
             live += module.nnz
             positions += module.shape[0] * module.shape[1]
         else:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR, index_dtype, n_connections
 from sparselab.nn import functional
+from sparselab.nn._plans import LayerPlans
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_bound, fan_in_uniform_
-from sparselab.nn.topology import TopologyPlans
 
 _TOPOLOGY = ("values", "indptr", "indices")
 
@@ -84,7 +84,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features = _size("in_features", in_features)
         self.out_features = _size("out_features", out_features)
-        self._plans: TopologyPlans | None = None
+        self._plans = LayerPlans()
         self.gradient_watcher: GradientWatcher | None = None
         nnz = n_connections(self.shape, sparsity)
         place = torch.empty(0, device=device).device
@@ -101,6 +101,8 @@ class SparseLinear(nn.Module):
     @classmethod
     def from_dense(cls, linear: nn.Linear, sparsity: float) -> SparseLinear:
         """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         weight = linear.weight.detach()
         new = cls._like(linear, sparsity, device="meta").to_empty(device=weight.device)
         flat = weight.reshape(-1)
@@ -141,7 +143,7 @@ class SparseLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
-        seed = int(torch.randint(2**62, ()).item())
+        seed = int(torch.randint(2**62, (), device="cpu").item())
         size = self.out_features * self.in_features
         self._set_topology(kernels.sample_distinct(np.random.default_rng(seed), size, self.nnz))
         fan_in_uniform_(self.values, self.indptr)
@@ -227,8 +229,17 @@ class SparseLinear(nn.Module):
         return moved
 
     def _resize(self, nnz: int) -> None:
-        if nnz != self.nnz:
-            self.values.data = self.values.data.new_empty(nnz)
+        """Make room for another count; what `values`, its gradient and `indices` held is lost."""
+        if nnz == self.nnz:
+            return
+        with torch.inference_mode(False):
+            values = self.values.data.new_empty(nnz)
+            other = torch.float64 if values.dtype == torch.float32 else torch.float32
+            self.values.grad = None
+            # A graph that is still alive (the user holds a loss) holds the node that accumulates this
+            # parameter's gradient, and the node remembers the shape. Torch replaces it for another dtype.
+            self.values.data = values.new_empty(0, dtype=other)
+            self.values.data = values
             self.indices = self.indices.new_empty(nnz)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,7 +258,7 @@ class SparseLinear(nn.Module):
         Raises
         ------
         RuntimeError
-            As `torch.nn.Linear`: if the last dimension or the dtype does not fit.
+            As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
         NotImplementedError
             If the layer or x is not on the CPU.
         """
@@ -259,12 +270,7 @@ class SparseLinear(nn.Module):
 
     def _product(self, tokens: Tensor) -> Tensor:
         y: Tensor = functional.linear(
-            tokens,
-            self.values,
-            self.bias,
-            self.indptr,
-            self.indices,
-            *self._current_plans(tokens.requires_grad),
+            tokens, self.values, self.bias, self.indptr, self.indices, self._plans.number
         )
         return y
 
@@ -277,20 +283,6 @@ class SparseLinear(nn.Module):
             self.gradient_watcher.forward_seen()
         return y
 
-    def _current_plans(self, input_needs_grad: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Plans of the product and, where autograd will ask for them, of its gradients."""
-        if self.indptr.is_meta:
-            return [], [], []
-        plans = self._plans
-        if plans is None or not plans.matches(self.indptr, self.indices):
-            plans = self._plans = TopologyPlans(self.indptr, self.indices, self.in_features)
-        training = torch.is_grad_enabled()
-        return (
-            plans.forward,
-            plans.input_grad if training and input_needs_grad else [],
-            plans.values_grad if training and self.values.requires_grad else [],
-        )
-
     def _checked(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(
@@ -301,6 +293,8 @@ class SparseLinear(nn.Module):
                 raise NotImplementedError(
                     f"SparseLinear has kernels for the CPU; the {name} must be there, got {tensor.device}"
                 )
+        if x.device != self.values.device:
+            raise RuntimeError(f"input must be on the layer's device, {self.values.device}, got {x.device}")
         _check_dtype("values", self.values.dtype)
         if x.dtype != self.values.dtype:
             if not (x.is_floating_point() and torch.is_autocast_enabled("cpu")):
@@ -318,11 +312,12 @@ class SparseLinear(nn.Module):
 
     def plan_bytes(self) -> int:
         """Bytes of the kernel plans held now."""
-        return sum(tensor.nbytes for tensor in self._plans.tensors) if self._plans is not None else 0
+        return self._plans.nbytes
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans are derived, and a watcher belongs to the algorithm that set it, not to a copy.
-        state = {**self.__dict__, "_plans": None, "gradient_watcher": None}
+        state = {**self.__dict__, "gradient_watcher": None}
+        del state["_plans"]
         if self.indices.dtype == torch.uint16:
             # pickle cannot load a uint16 tensor (torch.save can), so the columns travel as int16 bits.
             state["_buffers"] = {**self._buffers, "indices": self.indices.view(torch.int16)}
@@ -330,6 +325,7 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._plans = LayerPlans()
         if self.indices.dtype == torch.int16:
             self.indices = self.indices.view(torch.uint16)
 
@@ -360,18 +356,16 @@ class SparseLinear(nn.Module):
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.is_meta:
+                raise ValueError(f"{name} must hold data, got a tensor on the meta device")
         values, indptr, indices = (state[name].detach().cpu() for name in _TOPOLOGY)
         if not values.is_floating_point() or values.ndim != 1:
-            raise TypeError(
-                f"values must be a 1-D floating point tensor, got {values.dtype} "
-                f"of shape {tuple(values.shape)}"
-            )
+            raise TypeError(f"values must be a 1-D floating point tensor, got {_kind(values)}")
+        if indptr.dtype != torch.int64 or indptr.shape != (self.out_features + 1,):
+            raise ValueError(f"indptr must be int64 of shape ({self.out_features + 1},), got {_kind(indptr)}")
+        if indices.dtype not in (torch.uint16, torch.int32, torch.int64):
+            raise TypeError(f"indices must be uint16, int32 or int64, got {_kind(indices)}")
         begin = indptr.numpy()
-        if indptr.dtype != torch.int64 or begin.shape != (self.out_features + 1,):
-            raise ValueError(
-                f"indptr must be int64 of shape ({self.out_features + 1},), "
-                f"got {indptr.dtype} of shape {begin.shape}"
-            )
         if begin[0] != 0:
             raise ValueError(f"indptr must start at 0, got {begin[0]}")
         no_values = np.broadcast_to(np.float32(0), values.shape)
@@ -386,6 +380,10 @@ def _size(name: str, value: int) -> int:
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
     return int(value)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:

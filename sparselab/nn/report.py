@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.nn.linear import SparseLinear
-from sparselab.nn.topology import SparseTopology
+from sparselab.nn.topology import SparseTopology, is_sparse
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def memory_report(
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     parameters = list(model.parameters())
     weights = _bytes([*parameters, *model.buffers()])
-    sparse = [module for module in model.modules() if isinstance(module, SparseTopology)]
+    sparse = [module for module in model.modules() if is_sparse(module)]
     extra_positions = sum(layer.shape[0] * layer.shape[1] - layer.nnz for layer in sparse)
     dense_bytes = sum(layer.shape[0] * layer.shape[1] * layer.values.itemsize for layer in sparse)
     own_bytes = _bytes([tensor for layer in sparse for tensor in _weight_tensors(layer)])

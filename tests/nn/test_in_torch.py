@@ -20,13 +20,14 @@ from sparselab.nn import functional
 def test_opcheck() -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)
     x, dy = torch.randn(4, 20, requires_grad=True), torch.randn(4, 10)
-    plans = layer._current_plans(True)
     values = layer.values.detach().clone().requires_grad_()
     bias = layer.bias.detach().clone().requires_grad_()
-    torch.library.opcheck(functional.linear, (x, values, bias, layer.indptr, layer.indices, *plans))
-    torch.library.opcheck(functional.linear, (x, values, None, layer.indptr, layer.indices, *plans))
-    torch.library.opcheck(functional.linear_input_grad, (dy, values.detach(), 20, plans[1]))
-    torch.library.opcheck(functional.linear_values_grad, (dy, x.detach(), layer.indices, plans[2]))
+    topology = layer.indptr, layer.indices
+    for number in (layer._plans.number, 0):
+        torch.library.opcheck(functional.linear, (x, values, bias, *topology, number))
+        torch.library.opcheck(functional.linear, (x, values, None, *topology, number))
+        torch.library.opcheck(functional.linear_input_grad, (dy, values.detach(), *topology, 20, number))
+        torch.library.opcheck(functional.linear_values_grad, (dy, x.detach(), *topology, number))
 
 
 def test_compiles_into_one_graph() -> None:

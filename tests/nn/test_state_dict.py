@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -61,6 +62,24 @@ def test_loads_while_an_optimizer_holds_the_parameter() -> None:
     assert torch.equal(target.values, source.values - 1)
 
 
+def test_a_state_may_be_strided_and_read_only() -> None:
+    source, target = make_pair()
+    state = {name: torch.stack([tensor, tensor], 1)[:, 0] for name, tensor in source.state_dict().items()}
+    x = torch.randn(5, 30)
+    for assign in (False, True):
+        target.load_state_dict(state, assign=assign)
+        assert torch.equal(target(x), source(x))
+    assert not target.indptr.is_contiguous()
+
+
+def test_loads_into_a_layer_without_memory() -> None:
+    source = SparseLinear(30, 20, sparsity=0.8)
+    target = SparseLinear(30, 20, sparsity=0.5, device="meta")
+    target.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(5, 30)
+    assert torch.equal(target(x), source(x))
+
+
 def test_missing_and_unexpected_keys_are_reported_as_by_torch() -> None:
     source, target = make_pair()
     state = source.state_dict()
@@ -98,6 +117,10 @@ def put(index: int, value: int) -> Any:
     return change
 
 
+def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in state.items() if key != name}
+
+
 HOSTILE = {
     "unsorted columns": (edit("indices", swap_first_two), "indices must be strictly ascending within a row"),
     "duplicate": (
@@ -109,7 +132,7 @@ HOSTILE = {
     "column out of range": (edit("indices", put(-1, 30)), r"indices must be columns of 0\.\.29, got 30"),
     "float columns": (
         edit("indices", lambda t: t.float()),
-        "indices must have dtype uint16 or int32 or int64",
+        "indices must be uint16, int32 or int64, got torch.float32",
     ),
     "too few columns": (edit("indices", lambda t: t[:-1]), r"indices must have shape \(120,\), got \(119,\)"),
     "falling indptr": (edit("indptr", put(3, 1000)), "indptr must start at 0 or above and never decrease"),
@@ -121,23 +144,40 @@ HOSTILE = {
     "too few values": (edit("values", lambda t: t[:-1]), r"values must have shape \(120,\), got \(119,\)"),
     "integer values": (edit("values", lambda t: t.long()), "values must be a 1-D floating point tensor"),
     "values of two dimensions": (edit("values", lambda t: t.view(2, -1)), "values must be a 1-D"),
-    "no values": (lambda state: {k: v for k, v in state.items() if k != "values"}, "got no values"),
+    "bfloat16 columns": (edit("indices", lambda t: t.bfloat16()), "indices must be uint16, int32 or int64"),
+    "columns of two dimensions": (
+        edit("indices", lambda t: t.view(2, -1)),
+        r"indices must have shape \(120,\)",
+    ),
+    "bfloat16 indptr": (edit("indptr", lambda t: t.bfloat16()), "indptr must be int64 .* got torch.bfloat16"),
+    "indptr without dimensions": (edit("indptr", lambda t: t[0]), r"indptr must be int64 of shape \(21,\)"),
+    "complex values": (edit("values", lambda t: t + 0j), "values must be a 1-D floating point tensor"),
+    "no data": (
+        edit("values", lambda t: t.to("meta")),
+        "values must hold data, got a tensor on the meta device",
+    ),
+    "no values": (lambda state: without(state, "values"), "must be loaded together, got no values"),
+    "no indptr": (lambda state: without(state, "indptr"), "must be loaded together, got no indptr"),
+    "no indices": (lambda state: without(state, "indices"), "must be loaded together, got no indices"),
     "not a tensor": (lambda state: {**state, "values": [1.0]}, "values must be a tensor, got list"),
 }
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_state_is_refused_and_changes_nothing(what: str) -> None:
+def test_a_hostile_state_is_refused_and_changes_nothing(what: str, assign: bool) -> None:
     source, target = make_pair()
     change, message = HOSTILE[what]
     x = torch.randn(5, 30)
-    before = target(x)
+    before, kept = target(x), copy.deepcopy(target.state_dict())
     model = nn.ModuleDict({"inner": target})
     state = {f"inner.{name}": tensor for name, tensor in change(source.state_dict()).items()}
     with pytest.raises(RuntimeError, match=message) as error:
-        model.load_state_dict(state)
+        model.load_state_dict(state, strict=False, assign=assign)
     assert "inner: " in str(error.value)
     assert torch.equal(target(x), before)
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, kept[name])
 
 
 def test_wide_columns_become_narrow_only_where_they_fit() -> None:

@@ -1,0 +1,109 @@
+"""Kernel plans of a layer, which the operators find by a number.
+
+An operator takes tensors and numbers. It is given a number and not the plans, because what `torch.compile`
+has traced must stay true when the topology changes: the number stays the same, and the operator looks at the
+topology it is given each time it runs. No number is used twice. A number without a layer, or with another
+topology, costs time and is never wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sparselab import kernels
+from sparselab.kernels import PaddedCSR, Segments, TransposePlan
+
+_numbers = itertools.count(1)
+_layers: weakref.WeakValueDictionary[int, LayerPlans] = weakref.WeakValueDictionary()
+
+
+class LayerPlans:
+    """The plans of the topology that a layer has now."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        self._plans: TopologyPlans | None = None
+        _layers[self.number] = self
+
+    def of(self, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
+        """The plans of this topology; those of the one before are let go."""
+        plans = self._plans
+        if plans is None or plans.key != _key(indptr, indices, in_features):
+            plans = self._plans = TopologyPlans(indptr, indices, in_features)
+        return plans
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plans made so far."""
+        return 0 if self._plans is None else self._plans.nbytes
+
+
+class TopologyPlans:
+    """Plans of one topology, each made when it is first needed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        From `PaddedCSR.check`: this is the last place before the kernels, which check no bounds.
+    """
+
+    def __init__(self, indptr: Tensor, indices: Tensor, in_features: int) -> None:
+        self.key = _key(indptr, indices, in_features)
+        # These hold the memory, so that no other tensor can come to have the addresses in the key.
+        self._held = indptr.detach(), indices.detach()
+        begin, columns = indptr.numpy(), indices.numpy()
+        shape = (len(begin) - 1, in_features)
+        no_values = np.broadcast_to(np.float32(0), columns.shape)
+        self._W = PaddedCSR(shape, begin, np.diff(begin), columns, no_values)
+        if begin[0] != 0:
+            raise ValueError(f"indptr must start at 0, got {begin[0]}")
+
+    @cached_property
+    def forward(self) -> Segments:
+        """Plan of the product."""
+        return kernels.plan_spmm(self._W)
+
+    @cached_property
+    def input_grad(self) -> TransposePlan:
+        """Plan of the gradient by the input."""
+        return kernels.plan_spmm_t(self._W)
+
+    @cached_property
+    def values_grad(self) -> Segments:
+        """Plan of the gradient by the values."""
+        return kernels.plan_sddmm_dw(self._W)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plans made so far."""
+        return sum(_nbytes(self.__dict__.get(name)) for name in ("forward", "input_grad", "values_grad"))
+
+
+def find_plans(number: int, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
+    """Plans of this topology, from the layer of that number if it still exists."""
+    layer = _layers.get(number)
+    if layer is None:
+        return TopologyPlans(indptr, indices, in_features)
+    return layer.of(indptr, indices, in_features)
+
+
+def _key(indptr: Tensor, indices: Tensor, in_features: int) -> tuple[Any, ...]:
+    return _identity(indptr), _identity(indices), in_features
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor is and how often it was written to; a detached tensor is the same one."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), version
+
+
+def _nbytes(plan: Any) -> int:
+    if isinstance(plan, np.ndarray):
+        return plan.nbytes
+    return sum(_nbytes(part) for part in plan) if isinstance(plan, tuple) else 0
