@@ -61,8 +61,8 @@ def test_a_device_without_kernels_is_named() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         with pytest.raises(NotImplementedError, match="the input must be there, got cuda:0"):
             layer(torch.zeros(2, 10, device="cuda"))
+        layer.values = torch.nn.Parameter(torch.zeros(layer.nnz, device="cuda"))
         with pytest.raises(NotImplementedError, match="the layer must be there, got cuda:0"):
-            layer.values = torch.nn.Parameter(torch.zeros(layer.nnz, device="cuda"))
             layer(torch.zeros(2, 10))
 
 
