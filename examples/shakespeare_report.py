@@ -25,10 +25,10 @@ ROWS = [
     ("weights, MB", "weight_bytes", lambda v: f"{v / 1e6:.2f}"),
     ("training state, MB", "training_bytes", lambda v: f"{v / 1e6:.2f}"),
     ("resident memory, MB", "resident", lambda v: f"{v / 1e6:.0f}"),
-    ("  of it before training", "resident_before", lambda v: f"{v / 1e6:.0f}"),
+    ("  of it code, before the model", "resident_before", lambda v: f"{v / 1e6:.0f}"),
     ("resident memory, peak, MB", "resident_peak", lambda v: f"{v / 1e6:.0f}"),
     ("ms per step, median", "step_ms", lambda v: f"{v:.0f}"),
-    ("first step, s (compiles)", "first_step_s", lambda v: f"{v:.1f}"),
+    ("compiling or loading kernels, s", "load_s", lambda v: f"{v:.1f}"),
     ("all steps, s", "train_s", lambda v: f"{v:.1f}"),
     ("validation loss, nats", "val_loss", lambda v: f"{v:.3f}"),
 ]
@@ -57,7 +57,7 @@ def make_table(results: dict[str, dict[str, Any]], bigram: dict[str, Any]) -> Ta
         table.add_column(name, justify="right")
     for label, key, form in ROWS:
         dense, sparse = results["dense"][key], results["sparse"][key]
-        ratio = "" if key in ("resident_before", "first_step_s") else f"{sparse / dense:.2f}"
+        ratio = "" if key in ("resident_before", "load_s") else f"{sparse / dense:.2f}"
         table.add_row(label, form(dense), form(sparse), ratio, form(bigram[key]) if key in bigram else "")
     return table
 
@@ -68,7 +68,7 @@ def draw_losses(results: dict[str, dict[str, Any]], bigram: dict[str, Any], path
     for arm, result in results.items():
         curves = result["curves"]
         steps = np.arange(1, len(curves["loss"]) + 1)
-        seconds = np.cumsum(curves["seconds"])
+        seconds = result["load_s"] + np.cumsum(curves["seconds"])
         val_at = np.array(curves["val_step"])
         for panel, x in zip(panels, (steps, seconds), strict=True):
             panel.plot(x, curves["loss"], color=COLOURS[arm], alpha=0.35, linewidth=0.8)
