@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from sparselab import SparseLinear, measure_sparsity, memory_report, sparsify
 
@@ -58,6 +59,78 @@ def test_tied_weights_are_refused() -> None:
         sparsify(model, {"head": 0.5})
 
 
+def test_tied_biases_are_refused() -> None:
+    model = nn.ModuleList([nn.Linear(4, 7), nn.Linear(5, 7)])
+    model[0].bias = model[1].bias
+    with pytest.raises(ValueError, match="weight or bias another module uses too, got '0' and '1'"):
+        sparsify(model, {"1": 0.5})
+    assert kinds(model) == {}
+
+
+COMPUTED = {
+    "by a hook": lambda linear: torch.nn.utils.spectral_norm(linear),
+    "by a mask": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_computed_weights_are_refused(how: str) -> None:
+    model = nn.Sequential(COMPUTED[how](nn.Linear(4, 7)))
+    with pytest.raises(ValueError, match="rules must not match a layer that computes its weight, got '0'"):
+        sparsify(model, {"*": 0.5})
+    assert kinds(model) == {}
+
+
+def test_parametrized_layers_are_left_alone() -> None:
+    linear = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 7))
+    model = sparsify(nn.Sequential(linear, nn.Linear(7, 2)), {"*": 0.5})
+    assert kinds(model) == {"1": 0.5}
+
+
+def test_a_linear_layer_itself_cannot_be_swapped() -> None:
+    with pytest.raises(ValueError, match=r"model must contain .*SparseLinear.from_dense"):
+        sparsify(nn.Linear(4, 7), {"*": 0.5})
+
+
+def test_an_unsupported_dtype_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 3, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"torch.float32 or torch.float64, got torch.bfloat16"):
+        sparsify(model, {"*": 0.5})
+    assert kinds(model) == {}
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("swapped", ["*.linear1", "*.linear2", "*.linear?"])
+def test_a_transformer_evaluates_as_it_trains(swapped: str, padding: bool) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = sparsify(nn.Sequential(nn.TransformerEncoder(layer, 2)), {swapped: 0.5})
+    x = torch.randn(3, 5, 16)
+    hidden = torch.arange(5) >= torch.tensor([[5], [4], [2]])
+    encoder = model[0]
+    options = {"src_key_padding_mask": hidden} if padding else {}
+    expected = encoder.train()(x, **options)[~hidden]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x, **options)[~hidden], expected)
+
+
+def test_a_transformer_left_dense_keeps_its_fused_encoder() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = sparsify(nn.ModuleList([nn.TransformerEncoder(layer, 1), nn.Linear(4, 4)]), {"1": 0.5})
+    assert model[0].use_nested_tensor
+    assert model[0].layers[0].activation_relu_or_gelu == 1
+
+
+def test_upper_and_lower_case_differ_and_stars_cross_dots() -> None:
+    with pytest.raises(ValueError, match="got 'MLP"):
+        sparsify(Block(), {"MLP.*": 0.5})
+    model = sparsify(nn.ModuleDict({"a": Block()}), {"*[02]": 0.5})
+    assert kinds(model) == {"a.mlp.0": 0.5, "a.mlp.2": 0.5}
+
+
+def test_a_pattern_that_never_counts_still_matches() -> None:
+    assert kinds(sparsify(Block(), {"*": 0.5, "head": 0.25}))["head"] == 0.5
+
+
 def test_a_layer_in_two_places_stays_one_layer() -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleList([shared, nn.Sequential(shared)])
@@ -105,6 +178,25 @@ def test_measured_sparsity_counts_dense_weights_as_live() -> None:
     assert measure_sparsity(SparseLinear(10, 10, sparsity=0.75)) == 0.75
     model = nn.Sequential(SparseLinear(10, 10, sparsity=0.8), nn.Linear(10, 30), nn.LayerNorm(30))
     assert measure_sparsity(model) == pytest.approx(80 / 400)
+
+
+def test_measured_sparsity_counts_a_shared_weight_once() -> None:
+    embedding, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    head.weight = embedding.weight
+    assert measure_sparsity(nn.Sequential(embedding, head, SparseLinear(4, 5, sparsity=1.0))) == 0.5
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.999, 1.0])
+def test_counts_are_exact_and_ties_are_broken_by_position(sparsity: float) -> None:
+    linear = nn.Linear(17, 13)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-2, 3, (13, 17)))
+    layer = SparseLinear.from_dense(linear, sparsity)
+    assert layer.nnz == round((1 - sparsity) * 13 * 17)
+    weight = linear.weight.detach().reshape(-1).tolist()
+    order = sorted(range(13 * 17), key=lambda at: (-abs(weight[at]), at))
+    assert layer.positions().tolist() == sorted(order[: layer.nnz])
+    assert layer.values.tolist() == [weight[at] for at in layer.positions()]
 
 
 def test_memory_is_counted_by_hand() -> None:
