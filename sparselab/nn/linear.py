@@ -265,7 +265,11 @@ class SparseLinear(nn.Module):
         x = self._checked(x)
         tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         watched = self.gradient_watcher is not None and self.values.requires_grad
-        y = self._watched_product(tokens) if watched else self._product(tokens)
+        product = self._watched_product if watched else self._product
+        if watched and torch.compiler.is_compiling():
+            # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
+            product = torch.compiler.disable(product)
+        y = product(tokens)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, tokens: Tensor) -> Tensor:
@@ -274,7 +278,6 @@ class SparseLinear(nn.Module):
         )
         return y
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _watched_product(self, tokens: Tensor) -> Tensor:
         assert self.gradient_watcher is not None
         with functional.watching(self.gradient_watcher):
