@@ -268,7 +268,7 @@ class SparseLinear(nn.Module):
         product = self._watched_product if watched else self._product
         if watched and torch.compiler.is_compiling():
             # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
-            product = torch.compiler.disable(product)
+            product = torch.compiler.disable(product)  # type: ignore[no-untyped-call]
         y = product(tokens)
         return y.reshape(*x.shape[:-1], self.out_features)
 
