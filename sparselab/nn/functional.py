@@ -143,7 +143,9 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
         return
     for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 "SparseLinear has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
                 "use reverse mode, as backward() and torch.autograd.grad do"
