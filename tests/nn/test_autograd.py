@@ -19,6 +19,25 @@ def gradients(layer: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> 
     return list(torch.autograd.grad(call(x).square().sum(), [x, *layer.parameters()]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_autocast_gives_the_input_a_gradient_of_its_dtype(dtype: torch.dtype) -> None:
+    layer = SparseLinear(20, 10, sparsity=0.5)
+    x = torch.randn(4, 20, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.square().sum().backward()
+    wanted = gradients(layer, x.float(), layer)
+    assert y.dtype == torch.float32
+    assert x.grad.dtype == dtype
+    assert torch.equal(x.grad, wanted[0].to(dtype))
+    assert torch.equal(layer.values.grad, wanted[1])
+    with (
+        pytest.raises(RuntimeError, match="input must have the dtype"),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        layer(torch.zeros(4, 20, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_nothing(reentrant: bool) -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)
@@ -191,3 +210,25 @@ def test_frozen_values_with_strides_are_read_right() -> None:
     (got,) = torch.autograd.grad(y.sum(), x)
     (wanted,) = torch.autograd.grad(torch.func.functional_call(layer, packed, (x,)).sum(), x)
     assert torch.equal(got, wanted)
+
+
+def test_topologies_of_one_size_are_told_apart() -> None:
+    layers = [SparseLinear(20, 10, sparsity=0.5) for _ in range(2)]
+    parts = [{**dict(layer.named_parameters()), **dict(layer.named_buffers())} for layer in layers]
+    assert [part["indices"]._version for part in parts] == [parts[0]["indices"]._version] * 2
+    x = torch.randn(4, 20, requires_grad=True)
+    for own, part in zip(layers, parts, strict=True):
+        expected = gradients(own, x, own)
+        own.zero_grad()
+        y = torch.func.functional_call(layers[0], part, (x,))
+        got = torch.autograd.grad(y.square().sum(), [x, *own.parameters()])
+        for actual, wanted in zip(got, expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+def test_columns_replaced_behind_the_buffer_are_noticed() -> None:
+    layer = SparseLinear(20, 1, sparsity=0.75, bias=False)
+    x = torch.randn(4, 20)
+    layer(x)
+    layer.indices.data = torch.arange(layer.nnz).to(torch.uint16)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
