@@ -47,7 +47,7 @@ lint: $(VENV)/.installed
 	@$(BIN)/python -m mypy
 
 bench: $(VENV)/.installed
-	@$(BIN)/python -m benchmarks $(ARGS)
+	@$(BIN)/python -m benchmarks $(or $(ARGS),linear)
 
 clean:
 	rm -rf $(VENV) results build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def run_memory(options: argparse.Namespace, console: Console) -> list[dict[str, 
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     console = Console(width=150)
