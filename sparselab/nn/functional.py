@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparselab.kernels._sddmm_dw import sample
 from sparselab.kernels._spmm import multiply
@@ -134,6 +135,21 @@ def _check_fit(name: str, tensor: Tensor, length: int, dtype: torch.dtype) -> No
         raise RuntimeError(
             f"{name} must be {dtype} of shape ({length},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise if a tensor carries a forward-mode tangent, which torch drops at an operator of Python's."""
+    # The level only saves time: without it every tensor would be asked, at 2 us each.
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                "SparseLinear has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
+                "use reverse mode, as backward() and torch.autograd.grad do"
+            )
 
 
 class _Watching(threading.local):

@@ -260,7 +260,7 @@ class SparseLinear(nn.Module):
         RuntimeError
             As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
         NotImplementedError
-            If the layer or x is not on the CPU.
+            If the layer or x is not on the CPU, or forward-mode derivatives are asked for.
         """
         x = self._checked(x)
         tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)
@@ -273,6 +273,7 @@ class SparseLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, tokens: Tensor) -> Tensor:
+        functional.refuse_forward_mode(tokens, self.values, self.bias)
         y: Tensor = functional.linear(
             tokens, self.values, self.bias, self.indptr, self.indices, self._plans.number
         )

@@ -104,5 +104,6 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    # On the meta device no storage has an address; there each object is one.
+    return sum({each.data_ptr() or each._cdata: each.nbytes() for each in storages}.values())

@@ -180,11 +180,12 @@ def test_a_hostile_state_is_refused_and_changes_nothing(what: str, assign: bool)
         assert torch.equal(tensor, kept[name])
 
 
-def test_wide_columns_become_narrow_only_where_they_fit() -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_wide_columns_become_narrow_only_where_they_fit(assign: bool) -> None:
     source, target = make_pair()
     state = source.state_dict()
     state["indices"] = state["indices"].long()
-    target.load_state_dict(state)
+    target.load_state_dict(state, assign=assign)
     assert target.indices.dtype == torch.uint16
     state["indices"][-1] += 1 << 16  # the same column after truncation
     with pytest.raises(RuntimeError, match="indices must be columns"):
