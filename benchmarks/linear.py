@@ -100,6 +100,8 @@ class _InBfloat16(nn.Module):
 
 @contender("dense bfloat16")
 def _dense_bfloat16(layer: SparseLinear) -> nn.Module:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise RuntimeError("this CPU has no bfloat16 instructions; emulated, a product takes seconds")
     return _InBfloat16(layer.to_dense())
 
 

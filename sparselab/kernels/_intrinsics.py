@@ -160,6 +160,22 @@ def view_at(_: Any, address: Any, like: Any) -> Any:
 
 
 @intrinsic
+def tile_width(_: Any, array: Any) -> Any:
+    """Values in one row of a tile of the array's dtype, as a constant of the compiled code.
+
+    ``TILE_BYTES // array.itemsize`` would be read from the array: a multiplication for each row of a tile.
+    """
+    if not isinstance(array, types.Array):
+        return None
+    width = TILE_BYTES // _itemsize(array.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.intp, width)
+
+    return types.intp(array), codegen
+
+
+@intrinsic
 def load_row(_: Any, tile: Any, index: Any) -> Any:
     """The tile row that starts at ``tile[index]``; the place must lie on a cache line."""
     if not (_is_array(tile) and isinstance(index, types.Integer)):
@@ -264,7 +280,7 @@ def _sum_lanes(emit: _Emit, partials: list[Any]) -> Any:
     """Sum the lanes of each of 2^n vectors: lane k of the result is the sum of ``partials[k]``.
 
     A tree of pairwise shuffles and additions: about three operations per vector, where a horizontal sum of
-    one vector alone takes two per halving.
+    one vector alone takes two per halving. Every shuffle is one that CPUs have as a single instruction.
     """
     builder = emit.builder
     count, lanes = len(partials), partials[0].type.count
@@ -272,10 +288,14 @@ def _sum_lanes(emit: _Emit, partials: list[Any]) -> Any:
     while len(partials) > 1:
         low = [lanes + lane - bit if lane & bit else lane for lane in range(lanes)]
         high = [lanes + lane if lane & bit else lane + bit for lane in range(lanes)]
-        half = len(partials) // 2
+        if bit == 1 and isinstance(partials[0].type.element, ir.FloatType):
+            # Interleave the lower and the upper halves of each four lanes (x86 unpack, NEON zip): exchanging
+            # neighbours instead would take two instructions on x86.
+            low = [lane // 4 * 4 + lane % 4 // 2 + lane % 2 * lanes for lane in range(lanes)]
+            high = [lane + 2 for lane in low]
         partials = [
             builder.fadd(emit.shuffle(a, b, low), emit.shuffle(a, b, high), flags=_FLAGS)
-            for a, b in zip(partials[:half], partials[half:], strict=True)
+            for a, b in zip(partials[::2], partials[1::2], strict=True)
         ]
         bit *= 2
     total = partials[0]
@@ -285,16 +305,13 @@ def _sum_lanes(emit: _Emit, partials: list[Any]) -> Any:
         total = builder.fadd(
             emit.shuffle(total, total, lower), emit.shuffle(total, total, upper), flags=_FLAGS
         )
-    # Round r split the vectors by the r-th highest bit of their index and put the choice into lane bit r.
-    bits = count.bit_length() - 1
-    order = [int(f"{k:0{bits}b}"[::-1], 2) if bits else 0 for k in range(count)]
-    return emit.shuffle(total, total, order)
+    return total
 
 
-def _dots(count: int, clamped: bool) -> Any:
+def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
     @intrinsic
     def dots(
-        _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, last: Any, column0: Any, out: Any
+        _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, bound: Any, column0: Any, out: Any
     ) -> Any:
         dtype = tile.dtype
         lanes = register_lanes(dtype)
@@ -304,7 +321,7 @@ def _dots(count: int, clamped: bool) -> Any:
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emit = _Emit(context, builder, signature, args)
-            row_start, slot0, last_slot, origin = (emit.index(k) for k in (1, 4, 5, 6))
+            row_start, slot0, limit, origin = (emit.index(k) for k in (1, 4, 5, 6))
 
             def constant(value: int) -> ir.Constant:
                 return ir.Constant(_I64, value)
@@ -318,8 +335,8 @@ def _dots(count: int, clamped: bool) -> Any:
             for k in range(group):
                 place = builder.add(slot0, constant(k))
                 if clamped:
-                    inside = builder.icmp_signed("<", place, last_slot)
-                    place = builder.select(inside, place, last_slot)
+                    inside = builder.icmp_signed("<", place, limit)
+                    place = builder.select(inside, place, limit)
                 column = builder.load(emit.at(emit.data(3), place))
                 column = context.cast(builder, column, signature.args[3].dtype, types.intp)
                 offset = builder.mul(builder.sub(column, origin), constant(width))
@@ -330,12 +347,20 @@ def _dots(count: int, clamped: bool) -> Any:
                 partials.append(partial)
             sums = _sum_lanes(emit, partials)
             target = emit.at(emit.data(7), constant(0) if clamped else slot0)
+            if partly:
+                wanted = [
+                    builder.icmp_signed(">=", builder.add(slot0, constant(k)), limit) for k in range(group)
+                ]
+                mask = ir.Constant(ir.VectorType(ir.IntType(1), group), ir.Undefined)
+                for k, bit in enumerate(wanted):
+                    mask = builder.insert_element(mask, bit, ir.Constant(_I32, k))
+                sums = builder.select(mask, sums, ir.Constant(sums.type, None))
             if not clamped:
                 sums = builder.fadd(emit.load(target, sums.type, _itemsize(dtype)), sums, flags=_FLAGS)
             emit.store(sums, target, _itemsize(dtype))
             return emit.nothing()
 
-        return types.void(rows, row, tile, columns, slot, last, column0, out), codegen
+        return types.void(rows, row, tile, columns, slot, bound, column0, out), codegen
 
     return dots
 
@@ -344,10 +369,13 @@ def _dots(count: int, clamped: bool) -> Any:
 DOTS = 8
 SOME_DOTS = 4
 
-#: ``add_dots(rows, row, tile, columns, slot, last, column0, out)``: for the `DOTS` slots from `slot` on, add
+#: ``add_dots(rows, row, tile, columns, slot, bound, column0, out)``: for the `DOTS` slots from `slot` on, add
 #: to ``out[slot]`` the dot of the tile row ``rows[row:]`` with that of the slot's column in `tile`, whose
 #: first row is column `column0`.
-add_dots = _dots(DOTS, clamped=False)
+add_dots = _dots(DOTS)
 
-#: As `add_dots` for up to `SOME_DOTS` slots, none read past `last`; the dots are stored at ``out[0:]``.
+#: As `add_dots`, only for the slots from `bound` on.
+add_last_dots = _dots(DOTS, partly=True)
+
+#: As `add_dots` for up to `SOME_DOTS` slots, none read past `bound`; the dots are stored at ``out[0:]``.
 some_dots = _dots(SOME_DOTS, clamped=True)

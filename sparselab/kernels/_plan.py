@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparselab.kernels._jit import jit, mapped_empty
-from sparselab.kernels._target import L1_BLOCK_COLUMNS, L2_BUDGET_BYTES, TILE_BYTES
+from sparselab.kernels._target import BLOCK_COLUMNS, CACHE_BUDGET_BYTES, TILE_BYTES
 from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, slot_dtype
 
 #: Columns of one block in `sddmm_dw`, which gains nothing from first-level cache blocks: its dots are bound
 #: by arithmetic, and the longer a segment the fewer of its dots fall outside full groups.
-_GRADIENT_BLOCK_COLUMNS = 4 * L1_BLOCK_COLUMNS
+_GRADIENT_BLOCK_COLUMNS = 131072 // TILE_BYTES
 
 #: A segment shorter than this pays more for its row of sums than for its connections.
 _USEFUL_SEGMENT = 12
@@ -84,7 +84,7 @@ def plan_sddmm_dw(W: PaddedCSR) -> Segments:
 def _product_block(nnz: int, shape: tuple[int, int]) -> int:
     per_column = nnz / max(shape[0] * shape[1], 1)
     wanted = _USEFUL_SEGMENT / per_column if per_column else shape[1]
-    return int(min(max(wanted, L1_BLOCK_COLUMNS), max(shape[1], 1)))
+    return int(min(max(wanted, BLOCK_COLUMNS), max(shape[1], 1)))
 
 
 def _gradient_block(n_columns: int) -> int:
@@ -203,7 +203,7 @@ def product_groups(plan: Segments, n_tiles: int, n_workers: int, bytes_per_conne
     n_chunks = len(plan.chunk_rows) - 1
     # The sums count twice, since they are read and written.
     footprint = plan.n_connections * bytes_per_connection + 2 * int(plan.chunk_rows[-1]) * TILE_BYTES
-    n_groups = min(max(1, -(-footprint // L2_BUDGET_BYTES)), n_chunks)
+    n_groups = min(max(1, -(-footprint // CACHE_BUDGET_BYTES)), n_chunks)
     while n_groups < n_chunks and n_groups * n_tiles < 8 * n_workers and n_groups * n_tiles % n_workers:
         n_groups += 1
     return split_evenly(n_chunks, n_groups)
@@ -219,7 +219,7 @@ def gradient_shares(plan: Segments, n_workers: int, bytes_per_connection: int) -
     n_chunks, n_blocks = plan.ptr.shape[0], plan.ptr.shape[1] - 1
     # Half of the budget is left to the tokens that pass through.
     footprint = 2 * (plan.n_connections * bytes_per_connection + int(plan.chunk_rows[-1]) * TILE_BYTES)
-    turns = -(-max(1, -(-footprint // L2_BUDGET_BYTES)) // n_workers)
+    turns = -(-max(1, -(-footprint // CACHE_BUDGET_BYTES)) // n_workers)
     row_parts = min(turns * n_workers, n_chunks)
     column_parts = min(-(-n_workers // row_parts), n_blocks)
     chunk_edges, block_edges = split_evenly(n_chunks, row_parts), split_evenly(n_blocks, column_parts)

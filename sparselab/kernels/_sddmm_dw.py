@@ -12,7 +12,16 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from sparselab.kernels._intrinsics import DOTS, SOME_DOTS, add_dots, get, some_dots, view_at
+from sparselab.kernels._intrinsics import (
+    DOTS,
+    SOME_DOTS,
+    add_dots,
+    add_last_dots,
+    get,
+    some_dots,
+    tile_width,
+    view_at,
+)
 from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, gradient_shares
 from sparselab.kernels._spmm import strides
@@ -27,7 +36,7 @@ _REST = 16
 @jit
 def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest, out):  # type: ignore[no-untyped-def]
     """Add the dots of segments p : q over one tile to `out`."""
-    width = TILE_BYTES // x.itemsize
+    width = tile_width(x)
     group = min(DOTS, VECTOR_BYTES // x.itemsize)
     small = min(SOME_DOTS, VECTOR_BYTES // x.itemsize)
     for s in range(p, q):
@@ -37,6 +46,10 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
         while slot + group <= end:
             add_dots(dy, at, x, indices, slot, slot, column0, out)
             slot += group
+        if slot < end and get(length, s) >= group:
+            # The segment's last group: dots that were added before are computed again and left out.
+            add_last_dots(dy, at, x, indices, end - group, slot, column0, out)
+            continue
         while slot < end:
             some_dots(dy, at, x, indices, slot, end - 1, column0, rest)
             for k in range(min(small, end - slot)):
@@ -51,7 +64,7 @@ def _sample_share(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Compute the share's rectangles, one after the other."""
     memory = work[share]
-    width = TILE_BYTES // memory.itemsize
+    width = tile_width(memory)
     rest = memory[:_REST]
     x_tile = memory[_REST : _REST + plan.block_columns * width]
     dy_tile = memory[_REST + plan.block_columns * width :]
@@ -63,12 +76,12 @@ def _sample_share(  # type: ignore[no-untyped-def]
         for token0 in range(0, n_tokens, width):
             tokens = min(width, n_tokens - token0)
             first = row0 * dy_strides[0] + token0 * dy_strides[1]
-            pack(dy, first, dy_strides[0], dy_strides[1], row1 - row0, tokens, dy_tile)
+            pack(dy, first, dy_strides[0], dy_strides[1], row1 - row0, tokens, dy_tile, width)
             for b in range(rectangles[r, 2], rectangles[r, 3]):
                 column0 = b * plan.block_columns
                 columns = min(plan.block_columns, n_columns - column0)
                 first = column0 * x_strides[0] + token0 * x_strides[1]
-                pack(x, first, x_strides[0], x_strides[1], columns, tokens, x_tile)
+                pack(x, first, x_strides[0], x_strides[1], columns, tokens, x_tile, width)
                 for c in range(chunk0, chunk1):
                     p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
                     _add_segments(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from sparselab.kernels._intrinsics import fma_row, get, load_row, splat_row, store_row, view_at
+from sparselab.kernels._intrinsics import fma_row, get, load_row, splat_row, store_row, tile_width, view_at
 from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, product_groups
 from sparselab.kernels._target import TILE_BYTES
@@ -29,7 +29,7 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
     a multiply-add. Segments are sorted by length, so the first of the two is the shorter. The sums `begin`
     with the bias in the first block, in which every row has a segment.
     """
-    width = TILE_BYTES // x.itemsize
+    width = tile_width(x)
     origin = column0 * width
     while p + 1 < q:
         a, b = np.int64(get(start, p)), np.int64(get(start, p + 1))
@@ -69,7 +69,7 @@ def _multiply_share(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Compute one share of the (row group, tile) pairs; pairs of a share follow each other group by group."""
     memory = work[share]
-    width = TILE_BYTES // memory.itemsize
+    width = tile_width(memory)
     tile = memory[: plan.block_columns * width]
     sums = memory[plan.block_columns * width :]
     x, y = view_at(x_at, memory), view_at(y_at, memory)
@@ -84,7 +84,7 @@ def _multiply_share(  # type: ignore[no-untyped-def]
             column0 = b * plan.block_columns
             columns = min(plan.block_columns, n_columns - column0)
             first = column0 * x_strides[0] + token0 * x_strides[1]
-            pack(x, first, x_strides[0], x_strides[1], columns, tokens, tile)
+            pack(x, first, x_strides[0], x_strides[1], columns, tokens, tile, width)
             for c in range(chunk0, chunk1):
                 p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
                 _add_segments(
@@ -103,7 +103,7 @@ def _multiply_share(  # type: ignore[no-untyped-def]
                     b == 0,
                 )
         first = row0 * y_strides[0] + token0 * y_strides[1]
-        unpack(sums, row1 - row0, tokens, y, first, y_strides[0], y_strides[1])
+        unpack(sums, width, row1 - row0, tokens, y, first, y_strides[0], y_strides[1])
 
 
 @jit_parallel

@@ -42,8 +42,11 @@ VECTOR_BYTES = _vector_bytes()
 #: in registers next to the operands: 8 of 32 zmm, 8 of 16 ymm, 16 of 32 NEON registers.
 TILE_BYTES = 256 if VECTOR_BYTES == 64 else 128
 
-#: Columns of one block of X, so that the block (32 KiB) stays in a first-level cache of 48 KiB or 64 KiB.
-L1_BLOCK_COLUMNS = 32768 // TILE_BYTES
+#: Columns of one block of X in the products. With AVX-512 the block (32 KiB) stays in a first-level cache of
+#: 48 KiB. Narrower vectors ask for half as many bytes a cycle, which the second level almost delivers: there
+#: longer segments gain more than the first level would (48 KiB; see benchmarks/LOG.md).
+BLOCK_COLUMNS = 128 if VECTOR_BYTES == 64 else 384
 
-#: How much of the second-level cache a worker plans to fill.
-L2_BUDGET_BYTES = _l2_bytes() * 9 // 10
+#: How much a worker plans to keep in caches of its own: most of a large second level. Where that is small,
+#: the CPUs known have a third level of 2 MiB or more a core that streams about as fast.
+CACHE_BUDGET_BYTES = max(_l2_bytes() * 9 // 10, 2 << 20)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from sparselab.kernels._intrinsics import get, put, transpose8
 from sparselab.kernels._jit import jit
-from sparselab.kernels._target import TILE_BYTES
 
 
 @jit
-def pack(x, start, row_stride, token_stride, n_rows, n_tokens, tile):  # type: ignore[no-untyped-def]
+def pack(x, start, row_stride, token_stride, n_rows, n_tokens, tile, width):  # type: ignore[no-untyped-def]
     """Fill `tile` from ``x[start + r * row_stride + t * token_stride]``; missing tokens become zeros."""
-    width = TILE_BYTES // tile.itemsize
     if row_stride == 1:
         blocked_rows, blocked_tokens = n_rows // 8 * 8, n_tokens // 8 * 8
         # As many rows together as a cache line of x holds: the lines of all tokens may fall into one set.
@@ -44,9 +42,8 @@ def pack(x, start, row_stride, token_stride, n_rows, n_tokens, tile):  # type: i
 
 
 @jit
-def unpack(tile, n_rows, n_tokens, y, start, row_stride, token_stride):  # type: ignore[no-untyped-def]
+def unpack(tile, width, n_rows, n_tokens, y, start, row_stride, token_stride):  # type: ignore[no-untyped-def]
     """Store the tile's first `n_tokens` tokens at ``y[start + r * row_stride + t * token_stride]``."""
-    width = TILE_BYTES // tile.itemsize
     blocked_rows, blocked_tokens = n_rows // 8 * 8, n_tokens // 8 * 8
     if row_stride != 1:
         blocked_tokens = 0

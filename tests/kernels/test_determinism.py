@@ -80,7 +80,7 @@ def test_the_size_of_the_cache_changes_no_bit(
     operands = operation.draw(np.random.default_rng(3), W, 150)
     results = []
     for budget in (1 << 40, 1 << 15, 1 << 12, 1):
-        monkeypatch.setattr(_plan, "L2_BUDGET_BYTES", budget)
+        monkeypatch.setattr(_plan, "CACHE_BUDGET_BYTES", budget)
         results.append(operation.call(W, *operands))
     parts = [part for _, part in launches]
     assert len(set(parts)) >= 3, parts
@@ -94,7 +94,7 @@ def test_the_size_of_the_cache_changes_no_bit(
 def test_groups_and_rectangles_cover_every_chunk_and_block_once(
     workers: int, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_plan, "L2_BUDGET_BYTES", budget)
+    monkeypatch.setattr(_plan, "CACHE_BUDGET_BYTES", budget)
     monkeypatch.setattr(_plan, "_GRADIENT_BLOCK_COLUMNS", 64)
     plan = _plan.plan_sddmm_dw(example())
     covered = np.zeros((plan.ptr.shape[0], plan.ptr.shape[1] - 1), np.int64)

@@ -119,6 +119,12 @@ def test_the_reader_of_assembly_finds_the_inner_loop_and_its_spills(
     assert bool(loop.spills) is spills
 
 
+@pytest.mark.parametrize(("target", "loops"), [(".Lend", 0), (".LB", 1)])
+def test_a_branch_back_to_a_block_that_leaves_is_no_loop(target: str, loops: int) -> None:
+    listing = f".LA:\n\tnop\n\tjmp\t{target}\n.LB:\n\tnop\n\tje\t.LA\n.Lend:\n\tretq\n"
+    assert len(list(innermost_loops(listing))) == loops
+
+
 def test_comments_and_scalars_are_not_counted_as_vector_work() -> None:
     loop = Loop(
         ["\tfmadd\ts0, s1, s2, s3", "\tnop // fmla v0.4s, v1.4s", "\tvfmadd231ss\t%xmm1, %xmm2, %xmm3"]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sparselab.kernels._target import L1_BLOCK_COLUMNS, TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels._target import BLOCK_COLUMNS, TILE_BYTES, VECTOR_BYTES
 from tests.kernels.process import run_python
 
 OTHER_WIDTHS = sorted({16, 32, 64} - {VECTOR_BYTES})
@@ -27,4 +27,4 @@ def test_the_marked_tests_pass_for_another_width(width: int) -> None:
 
 def test_the_sizes_that_follow_from_the_width() -> None:
     assert TILE_BYTES % VECTOR_BYTES == 0
-    assert TILE_BYTES * L1_BLOCK_COLUMNS == 32 * 1024
+    assert (32 if VECTOR_BYTES == 64 else 48) * 1024 == TILE_BYTES * BLOCK_COLUMNS
