@@ -1,1 +1,1 @@
-"""Speed and memory of sparselab beside dense PyTorch, on this machine: ``python -m benchmarks --help``."""
+"""What developers measure beside ``python -m sparselab bench``: ``python -m benchmarks --help``."""

@@ -1,30 +1,16 @@
-"""Command line: ``python -m benchmarks linear`` and ``python -m benchmarks memory``."""
+"""Command line: ``python -m benchmarks memory``. Speed is ``python -m sparselab bench``."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks import linear, machine, memory
-from benchmarks.timing import Timing
-
-
-def parse_shape(text: str) -> tuple[int, int, int]:
-    try:
-        in_features, out_features, tokens = (int(part) for part in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected INxOUTxTOKENS such as 768x3072x2048, got {text!r}"
-        ) from None
-    return in_features, out_features, tokens
+from benchmarks import memory
+from sparselab.bench import machine, tables
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,73 +18,36 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     commands = parser.add_subparsers(dest="command", required=True)
-    layer = commands.add_parser("linear", help="time one layer beside dense torch and torch.sparse_csr")
-    layer.add_argument(
-        "--shapes", type=parse_shape, nargs="+", default=linear.SHAPES, metavar="INxOUTxTOKENS"
-    )
-    layer.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
-    layer.add_argument("--rounds", type=int, default=21)
-    layer.add_argument("--operations", nargs="+", choices=linear.OPERATIONS, default=list(linear.OPERATIONS))
-    layer.add_argument("--contenders", nargs="+", choices=linear.CONTENDERS, default=list(linear.CONTENDERS))
     bytes_of = commands.add_parser("memory", help="bytes and resident set of training steps")
     bytes_of.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.9, 0.95])
     return parser.parse_args()
 
 
-def run_linear(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    table = Table(title="milliseconds, median (and how many times faster sparselab is)")
-    for column in ("layer", "operation", *options.contenders):
-        table.add_column(column, justify="left" if column in ("layer", "operation") else "right")
+def run_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = memory.run(options.sparsity, options.threads)
+    dense = found[0]
     rows = []
-    for shape in options.shapes:
-        for sparsity in options.sparsity:
-            case = linear.Case(*shape, sparsity)
-            results = linear.run_case(case, options.operations, options.contenders, options.rounds)
-            for operation, timings in results.items():
-                table.add_row(str(case), operation, *(cell(timings, name) for name in options.contenders))
-                plain = {
-                    name: asdict(value) if isinstance(value, Timing) else value
-                    for name, value in timings.items()
-                }
-                rows.append({"case": asdict(case), "operation": operation, "timings_ms": plain})
-    console.print(table)
-    return rows
-
-
-def cell(timings: dict[str, Timing | str], name: str) -> str:
-    timing, ours = timings[name], timings.get("sparselab")
-    if isinstance(timing, str):
-        return "cannot run"
-    if name == "sparselab" or not isinstance(ours, Timing):
-        return f"{timing.median:.2f}"
-    return f"{timing.median:.2f} ({timing.median / ours.median:.1f}x)"
-
-
-def run_memory(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    rows = memory.run(options.sparsity, options.threads)
-    dense = rows[0]
-    table = Table(title="MiB after three AdamW steps (and share of dense)")
-    for column in ("arm", "weights", "training state", "resident set growth"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    for row in rows:
+    for row in found:
         name = row["arm"] if row["arm"] == "dense" else f"sparse {row['sparsity']:.0%}"
         shares = (
             f"{row[key] / 2**20:.1f} ({row[key] / dense[key]:.0%})"
             for key in ("weight_bytes", "training_bytes", "rss_growth")
         )
-        table.add_row(name, *shares)
-    console.print(table)
-    return rows
+        rows.append([name, *shares])
+    tables.show(
+        "MiB after three AdamW steps (and share of dense)",
+        ["arm", "weights", "training state", "resident set growth"],
+        rows,
+    )
+    return found
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
     options = parse_arguments()
     torch.set_num_threads(options.threads)
-    console = Console(width=150)
     description = machine.describe()
-    console.print(", ".join(f"{key} {value}" for key, value in description.items()))
-    rows = {"linear": run_linear, "memory": run_memory}[options.command](options, console)
+    print(", ".join(f"{key} {value}" for key, value in description.items()))
+    rows = {"memory": run_memory}[options.command](options)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": description, "results": rows}, indent=1))

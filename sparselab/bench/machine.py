@@ -16,6 +16,7 @@ from sparselab.kernels import _target
 
 
 def cpu_name() -> str:
+    """The CPU's own name for itself, where the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -31,11 +32,20 @@ def describe() -> dict[str, str | int]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "vector_bytes": _target.VECTOR_BYTES,
+        "tile_bytes": _target.TILE_BYTES,
+        "bfloat16_instructions": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "bfloat16_matrix_units": bool(torch.cpu._is_amx_tile_supported()),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the package runs on."""
+    return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "numpy": np.__version__,
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
+        "torch": torch.__version__,
         "sparselab": sparselab.__version__,
     }

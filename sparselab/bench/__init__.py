@@ -1,0 +1,1 @@
+"""What this machine gains: the commands ``python -m sparselab bench`` and ``python -m sparselab info``."""
