@@ -14,7 +14,7 @@ help:
 	@echo "make demo    train a small GPT dense and sparse, print a table, draw pictures (about 5 minutes)"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    run the linter, the formatter's check and the type checker"
-	@echo "make bench   measure speed and memory"
+	@echo "make bench   time sparse layers on this machine"
 	@echo "make clean   remove .venv, results and caches"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python, ARGS='--text my.txt' passes options on. PIP_EXTRA_INDEX_URL may"
@@ -47,7 +47,7 @@ lint: $(VENV)/.installed
 	@$(BIN)/python -m mypy
 
 bench: $(VENV)/.installed
-	@$(BIN)/python -m benchmarks $(or $(ARGS),linear)
+	@$(BIN)/python -m sparselab bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) results build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

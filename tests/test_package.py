@@ -18,12 +18,13 @@ import pytest
 import sparselab
 from tests.kernels.process import ROOT, run_python
 
-#: What the files below a folder must not import. Dependencies point one way: kernels <- nn <- dst.
+#: What the files below a folder must not import. Dependencies point one way: kernels <- nn <- dst, bench.
 FORBIDDEN = {
     "sparselab": {"tests", "examples", "benchmarks"},
-    "sparselab/kernels": {"torch", "sparselab.nn", "sparselab.dst"},
-    "sparselab/nn": {"sparselab.dst"},
-    "sparselab/dst": {"sparselab.nn"},
+    "sparselab/kernels": {"torch", "sparselab.nn", "sparselab.dst", "sparselab.bench"},
+    "sparselab/nn": {"sparselab.dst", "sparselab.bench"},
+    "sparselab/dst": {"sparselab.nn", "sparselab.bench"},
+    "sparselab/bench": {"sparselab.dst"},
 }
 #: Exceptions: the door through which algorithms reach the layers.
 ALLOWED = {"sparselab/dst": {"sparselab.nn.topology"}}
@@ -72,6 +73,7 @@ def test_imports_point_one_way(path: str) -> None:
         ("sparselab/kernels/x.py", "import importlib\nimportlib.import_module('torch')"),
         ("sparselab/nn/deep/x.py", "import numpy, sparselab.dst.rigl"),
         ("sparselab/dst/x.py", "from sparselab.nn.linear import SparseLinear"),
+        ("sparselab/nn/x.py", "from sparselab import bench"),
         ("sparselab/x.py", "if True:\n    import tests.oracle"),
     ],
 )
@@ -95,6 +97,7 @@ def test_imports_that_point_the_right_way_pass(path: str, source: str) -> None:
     ("statement", "absent"),
     [
         ("import sparselab; dir(sparselab)", ["numpy", "numba", "torch"]),
+        ("import sparselab.__main__", ["numpy", "numba", "torch"]),
         ("import sparselab.kernels", ["torch"]),
         ("from sparselab import PaddedCSR, kernels", ["torch"]),
     ],
