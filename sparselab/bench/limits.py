@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numba import prange
 
-from sparselab.bench.timing import progress
 from sparselab.kernels._intrinsics import fma_row, get, load_row, splat_row, store_row, tile_width
 from sparselab.kernels._jit import aligned_empty, jit, jit_parallel, launch
 from sparselab.kernels._target import BLOCK_COLUMNS, TILE_BYTES, _l2_bytes
@@ -99,7 +98,10 @@ def _loaded(n_shares, passes, values, indices, work):  # type: ignore[no-untyped
 
 
 class _Loop:
-    """One of the loops with its data; `seconds` of the fastest call by thread count."""
+    """One of the loops with its data; `seconds` of the fastest call by thread count.
+
+    The first call also compiles; a second one makes that forgotten.
+    """
 
     def __init__(self, parallel: Any, serial: Any, buffer_bytes: int, most: int, connections: int) -> None:
         rows = max(min(buffer_bytes // TILE_BYTES, 1 << 16), 1)
@@ -132,36 +134,38 @@ class _Loop:
         return self.flops_per_share * threads / self.seconds[threads] / 1e9
 
 
-def measure(threads: Sequence[int], connections: int = 1 << 22, repetitions: int = 25) -> list[Limits]:
-    """Measure the limits of each number of threads, in turns, best of many short repetitions.
+class Meter:
+    """Measures the limits of each number of threads, in turns; what counts is the best of all repetitions.
+
+    Call `run` now and then during a benchmark: on a shared machine a single measurement may fall into a bad
+    moment, and results would then exceed the limit.
 
     Parameters
     ----------
     threads : sequence of int
-        Torch's thread count is left at the last of them.
     connections : int
         Connections that each thread adds in one repetition; the default takes a few milliseconds.
-    repetitions : int
-
-    Returns
-    -------
-    list of Limits
-        One for each number of threads.
     """
-    most = max(threads)
-    block = BLOCK_COLUMNS * TILE_BYTES // 2
-    loops = (
-        _Loop(_in_registers, _in_registers_share, block, most, connections),
-        _Loop(_loaded, _loaded_share, block, most, connections),
-        _Loop(_loaded, _loaded_share, _l2_bytes() // 2, most, connections),
-    )
-    for repetition in progress(range(1 + repetitions), "limits of this machine"):
-        for count in threads:
-            torch.set_num_threads(count)
-            use_torch_threads()
-            for loop in loops:
-                if repetition == 0:  # compiles and fills the caches
+
+    def __init__(self, threads: Sequence[int], connections: int = 1 << 22) -> None:
+        most = max(threads)
+        block = BLOCK_COLUMNS * TILE_BYTES // 2
+        self._threads = threads
+        self._loops = (
+            _Loop(_in_registers, _in_registers_share, block, most, connections),
+            _Loop(_loaded, _loaded_share, block, most, connections),
+            _Loop(_loaded, _loaded_share, _l2_bytes() // 2, most, connections),
+        )
+
+    def run(self, repetitions: int = 5) -> None:
+        """Measure some more; torch's thread count is left at the last one measured."""
+        for _ in range(repetitions):
+            for count in self._threads:
+                torch.set_num_threads(count)
+                use_torch_threads()
+                for loop in self._loops:
                     loop.run(count)
-                    del loop.seconds[count]
-                loop.run(count)
-    return [Limits(count, *(loop.gflops(count) for loop in loops)) for count in threads]
+
+    def limits(self) -> list[Limits]:
+        """The best so far, one for each number of threads."""
+        return [Limits(count, *(loop.gflops(count) for loop in self._loops)) for count in self._threads]

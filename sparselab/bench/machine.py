@@ -25,7 +25,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe() -> dict[str, str | int]:
+def describe() -> dict[str, str | int | float]:
     """Machine, versions and thread count, for the head of a table."""
     return {
         "cpu": cpu_name(),
@@ -33,6 +33,7 @@ def describe() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "vector_bytes": _target.VECTOR_BYTES,
         "tile_bytes": _target.TILE_BYTES,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "unknown",
         "bfloat16_instructions": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "bfloat16_matrix_units": bool(torch.cpu._is_amx_tile_supported()),
         **versions(),

@@ -10,9 +10,9 @@ from itertools import product
 
 import torch
 
-from sparselab.bench import break_even, limits, linear, machine, report
+from sparselab.bench import break_even, linear, machine, report
 from sparselab.bench import options as command_line
-from sparselab.bench.limits import Limits
+from sparselab.bench.limits import Limits, Meter
 from sparselab.bench.linear import OURS, Case, Result
 
 #: Densities and sizes of ``--scaling``; sizes are factors of both sides of the layer.
@@ -39,10 +39,12 @@ def main(arguments: Sequence[str]) -> int:
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     found = {**machine.describe(), "threads": " ".join(map(str, options.threads))}
     print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
-    peak = limits.measure(options.threads)
-    report.show_limits(peak)
+    meter = Meter(options.threads)
+    meter.run(20)
 
-    results = _table(options)
+    results = _table(options, meter)
+    peak = meter.limits()
+    report.show_limits(peak)
     report.show_results("layers", results, peak)
     gains = report.thread_gains(results, peak)
     if gains:
@@ -76,13 +78,14 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 1 if refused else 0
 
 
-def _table(options: argparse.Namespace) -> list[Result]:
+def _table(options: argparse.Namespace, meter: Meter) -> list[Result]:
     results = []
     for ((in_features, out_features), tokens), sparsity in product(options.layers, options.sparsity):
         case = Case(in_features, out_features, tokens, sparsity)
         results += linear.run_case(
             case, options.operations, options.contenders, options.rounds, options.threads
         )
+        meter.run()
     return results
 
 

@@ -48,4 +48,4 @@ def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
         table.add_column(column, justify="left" if k < left else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console().print("", table)

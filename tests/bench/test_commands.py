@@ -15,7 +15,7 @@ import torch
 
 import sparselab
 from sparselab.__main__ import main
-from sparselab.bench import info, limits, linear, options
+from sparselab.bench import info, limits, linear, options, run
 from sparselab.kernels import cache_directory
 from tests.bench.test_gate import Altered
 from tests.kernels.process import run_python
@@ -26,8 +26,7 @@ OPTIONAL = ("matplotlib", "rich", "tqdm")
 
 @pytest.fixture(autouse=True)
 def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = functools.partial(limits.measure, connections=512, repetitions=1)
-    monkeypatch.setattr(limits, "measure", short)
+    monkeypatch.setattr(run, "Meter", functools.partial(limits.Meter, connections=512))
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

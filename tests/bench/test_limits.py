@@ -59,7 +59,14 @@ def test_every_row_of_the_buffer_is_visited_equally_often(rows: int) -> None:
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")
 def test_limits_of_several_thread_counts() -> None:
-    one, two = limits.measure([1, 2], connections=512, repetitions=1)
+    meter = limits.Meter([1, 2], connections=512)
+    meter.run(1)
+    before = meter.limits()
+    meter.run(2)
+    one, two = after = meter.limits()
+    for early, late in zip(before, after, strict=True):
+        assert late.registers >= early.registers
+        assert late.second_level >= early.second_level
     assert (one.threads, two.threads) == (1, 2)
     assert torch.get_num_threads() == 2
     for each in (one, two):
