@@ -27,7 +27,7 @@ def _expand_share(share, n_shares, values, indices, begin, end, row0, row1, n_co
 @jit_parallel
 def _expand(n_shares, values, indices, begin, end, row0, row1, n_columns, block):  # type: ignore[no-untyped-def]
     for share in prange(n_shares):
-        _expand_share(share, n_shares, values, indices, begin, end, row0, row1, n_columns, block)
+        _expand_share(np.int64(share), n_shares, values, indices, begin, end, row0, row1, n_columns, block)
 
 
 @jit
@@ -42,7 +42,7 @@ def _collect_share(share, n_shares, block, indices, begin, end, row0, row1, n_co
 @jit_parallel
 def _collect(n_shares, block, indices, begin, end, row0, row1, n_columns, out):  # type: ignore[no-untyped-def]
     for share in prange(n_shares):
-        _collect_share(share, n_shares, block, indices, begin, end, row0, row1, n_columns, out)
+        _collect_share(np.int64(share), n_shares, block, indices, begin, end, row0, row1, n_columns, out)
 
 
 def expand_rows(

@@ -148,7 +148,7 @@ def _one(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     for share in prange(n_shares):
         _one_share(
-            share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
             x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
         )  # fmt: skip
 
@@ -160,7 +160,7 @@ def _eight(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     for share in prange(n_shares):
         _eight_share(
-            share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
             x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
         )  # fmt: skip
 
@@ -172,7 +172,7 @@ def _sixteen(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     for share in prange(n_shares):
         _sixteen_share(
-            share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
             x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
         )  # fmt: skip
 

@@ -117,7 +117,11 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def jit_parallel(function: Callable[..., Any]) -> Any:
-    """Compile a launcher: a function whose only loop is a `prange` over shares of the work."""
+    """Compile a launcher: a function whose only loop is a `prange` over shares of the work.
+
+    It hands the share on as ``np.int64(share)``: the unsigned number that `prange` counts with would compile
+    the range function a second time.
+    """
     return _compile(function, parallel=True)
 
 

@@ -87,7 +87,7 @@ def _sample(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     for share in prange(n_shares):
         _sample_share(
-            share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
+            np.int64(share), n_shares, indices, plan, rectangles, dy_at, dy_strides,
             x_at, x_strides, n_columns, n_tokens, work, out,
         )  # fmt: skip
 

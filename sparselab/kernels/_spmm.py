@@ -121,7 +121,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 ):
     for share in prange(n_shares):
         _multiply_share(
-            share, n_shares, values, indices, bias, plan, groups,
+            np.int64(share), n_shares, values, indices, bias, plan, groups,
             x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ def _gather_share(share, n_shares, values, slots, out):  # type: ignore[no-untyp
 @jit_parallel
 def _gather(n_shares, values, slots, out):  # type: ignore[no-untyped-def]
     for share in prange(n_shares):
-        _gather_share(share, n_shares, values, slots, out)
+        _gather_share(np.int64(share), n_shares, values, slots, out)
 
 
 def multiply_t(values: Array, plan: TransposePlan, DY: Array, DX: Array) -> None:
