@@ -250,7 +250,7 @@ def load_code(arm: str) -> float:
     """Train one small layer, so that libraries are loaded and kernels compiled; seconds that took."""
     start = time.perf_counter()
     layer = nn.Linear(64, 64) if arm == "dense" else sparselab.SparseLinear(64, 64)
-    layer(torch.zeros(1, 64, requires_grad=True)).sum().backward()
+    layer(torch.zeros(32, 64, requires_grad=True)).sum().backward()
     return time.perf_counter() - start
 
 

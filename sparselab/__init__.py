@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
+    from sparselab._warmup import warmup
     from sparselab.dst import SET, Constant, Cosine, RigL, Static
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import SparseLinear, measure_sparsity, memory_report, sparsify
@@ -29,6 +30,7 @@ __all__ = [
     "memory_report",
     "nn",
     "sparsify",
+    "warmup",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "measure_sparsity": "nn",
     "memory_report": "nn",
     "sparsify": "nn",
+    "warmup": "_warmup",
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sparselab.kernels import _rewrite, _sddmm_dw, _spmm, _spmm_t
+from sparselab.kernels._few_tokens import MOST_TOKENS, address, matrix, multiply_few
 from sparselab.kernels._jit import aligned_empty, cache_directory
 from sparselab.kernels._plan import Segments, TransposePlan, plan_sddmm_dw, plan_spmm, plan_spmm_t
 from sparselab.kernels._rewrite import Rewrite
@@ -60,7 +61,8 @@ def spmm(
     bias : array of W's dtype, (rows,), optional
         Added to every token.
     plan : Segments, optional
-        ``plan_spmm(W)``, kept from an earlier call for the same topology. Made anew if absent.
+        ``plan_spmm(W)``, kept from an earlier call for the same topology. Made anew if absent; up to 16
+        tokens are multiplied without one.
 
     Returns
     -------
@@ -87,11 +89,21 @@ def spmm(
            [ 3.]])
     """
     X = _check_matrix("X", X, (W.shape[1], None), W.dtype)
-    plan = plan_spmm(W) if plan is None else _checked(plan, W.nnz, W.shape)
+    if plan is not None:
+        _checked(plan, W.nnz, W.shape)
     if bias is not None:
         bias = _contiguous(_check_vector("bias", bias, W.shape[0], W.dtype))
     Y, result = _output(out, (W.shape[0], X.shape[1]), W, X, bias)
-    _spmm.multiply(_contiguous(W.values), _contiguous(W.indices), plan, X, Y, bias)
+    values, indices = _contiguous(W.values), _contiguous(W.indices)
+    if X.shape[1] <= MOST_TOKENS:
+        begin = W.indptr[:-1]
+        offsets = np.zeros(W.shape[0], W.dtype) if bias is None else bias
+        multiply_few(
+            address(values), values, indices, begin, begin + W.row_nnz, address(offsets), offsets,
+            matrix(X), matrix(Y),
+        )  # fmt: skip
+    else:
+        _spmm.multiply(values, indices, plan_spmm(W) if plan is None else plan, X, Y, bias)
     return _finish(Y, result)
 
 

@@ -17,11 +17,11 @@ from numba.extending import intrinsic, register_model
 from numba.np.arrayobj import populate_array
 
 from sparselab.kernels._jit import FASTMATH
-from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels._target import TILE_BYTES
 
-_I32 = ir.IntType(32)
-_I64 = ir.IntType(64)
-_FLAGS = tuple(sorted(FASTMATH))
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+FLAGS = tuple(sorted(FASTMATH))
 _NAMES = {types.float32: "f32", types.float64: "f64"}
 
 
@@ -50,20 +50,20 @@ def _element(dtype: types.Type) -> ir.Type:
     return ir.FloatType() if dtype == types.float32 else ir.DoubleType()
 
 
-def _itemsize(dtype: types.Type) -> int:
+def item_bytes(dtype: types.Type) -> int:
     return int(dtype.bitwidth) // 8
 
 
 def tile_row(dtype: types.Type) -> Vector:
     """The vector type of one tile row."""
-    return Vector(dtype, TILE_BYTES // _itemsize(dtype))
+    return Vector(dtype, TILE_BYTES // item_bytes(dtype))
 
 
 def _is_array(value: types.Type) -> bool:
     return isinstance(value, types.Array) and value.ndim == 1 and value.layout == "C"
 
 
-class _Emit:
+class Emit:
     """The few LLVM idioms that the intrinsics share, bound to one call site."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
@@ -88,7 +88,7 @@ class _Emit:
         self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
     def shuffle(self, a: Any, b: Any, lanes: list[int]) -> Any:
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
     def fmuladd(self, a: Any, b: Any, c: Any) -> Any:
         # fmuladd, not fma: without FMA hardware the latter becomes one libm call per lane.
@@ -111,10 +111,29 @@ def get(_: Any, array: Any, index: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emit(context, builder, signature, args)
+        emit = Emit(context, builder, signature, args)
         return builder.load(emit.at(emit.data(0), emit.index(1)))
 
     return array.dtype(array, index), codegen
+
+
+@intrinsic
+def weight(_: Any, values: Any, index: Any) -> Any:
+    """``values[index]`` as a number to multiply by; a uint16 array holds the bits of bfloat16 values."""
+    if not (_is_array(values) and isinstance(index, types.Integer)):
+        return None
+    bits = values.dtype == types.uint16
+    result = types.float32 if bits else values.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        value = builder.load(emit.at(emit.data(0), emit.index(1)))
+        if bits:
+            value = builder.shl(builder.zext(value, I32), ir.Constant(I32, 16))
+            value = builder.bitcast(value, ir.FloatType())
+        return value
+
+    return result(values, index), codegen
 
 
 @intrinsic
@@ -124,7 +143,7 @@ def put(_: Any, array: Any, index: Any, value: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emit(context, builder, signature, args)
+        emit = Emit(context, builder, signature, args)
         builder.store(args[2], emit.at(emit.data(0), emit.index(1)))
         return emit.nothing()
 
@@ -143,9 +162,9 @@ def view_at(_: Any, address: Any, like: Any) -> Any:
     array_type = types.Array(like.dtype, 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emit(context, builder, signature, args)
+        emit = Emit(context, builder, signature, args)
         array = context.make_array(array_type)(context, builder)
-        size = context.get_constant(types.intp, _itemsize(array_type.dtype))
+        size = context.get_constant(types.intp, item_bytes(array_type.dtype))
         populate_array(
             array,
             data=builder.inttoptr(emit.index(0), array.data.type),
@@ -167,7 +186,7 @@ def tile_width(_: Any, array: Any) -> Any:
     """
     if not isinstance(array, types.Array):
         return None
-    width = TILE_BYTES // _itemsize(array.dtype)
+    width = TILE_BYTES // item_bytes(array.dtype)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.get_constant(types.intp, width)
@@ -183,7 +202,7 @@ def load_row(_: Any, tile: Any, index: Any) -> Any:
     vector = tile_row(tile.dtype)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emit(context, builder, signature, args)
+        emit = Emit(context, builder, signature, args)
         return emit.load(emit.at(emit.data(0), emit.index(1)), vector.llvm, 64)
 
     return vector(tile, index), codegen
@@ -191,16 +210,82 @@ def load_row(_: Any, tile: Any, index: Any) -> Any:
 
 @intrinsic
 def store_row(_: Any, tile: Any, index: Any, row: Any) -> Any:
-    """Store a tile row at ``tile[index]``; the place must lie on a cache line."""
+    """Store a vector at ``tile[index]``, aligned to its size or a cache line."""
     if not (_is_array(tile) and isinstance(index, types.Integer) and isinstance(row, Vector)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emit(context, builder, signature, args)
-        emit.store(args[2], emit.at(emit.data(0), emit.index(1)), 64)
+        emit = Emit(context, builder, signature, args)
+        emit.store(args[2], emit.at(emit.data(0), emit.index(1)), _pointer_alignment(row))
         return emit.nothing()
 
     return types.void(tile, index, row), codegen
+
+
+def _pointer_alignment(vector: Vector) -> int:
+    return min(64, vector.lanes * item_bytes(vector.dtype))
+
+
+def _zeros(lanes: int) -> Any:
+    @intrinsic
+    def zeros(_: Any, array: Any) -> Any:
+        vector = Vector(array.dtype, lanes)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return ir.Constant(vector.llvm, [0] * lanes)
+
+        return vector(array), codegen
+
+    return zeros
+
+
+#: ``zeros8(array)`` and ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they
+#: tell the functions below how many lanes to work on.
+zeros8, zeros16 = _zeros(8), _zeros(16)
+
+
+@intrinsic
+def lanes_of(_: Any, like: Any) -> Any:
+    """Lanes of a vector, as a constant of the compiled code."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.intp, like.lanes)
+
+    return types.intp(like), codegen
+
+
+@intrinsic
+def load_like(_: Any, array: Any, index: Any, like: Any) -> Any:
+    """The vector at ``array[index]`` with as many lanes as `like`, aligned to its size or a cache line."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        return emit.load(emit.at(emit.data(0), emit.index(1)), like.llvm, _pointer_alignment(like))
+
+    return like(array, index, like), codegen
+
+
+@intrinsic
+def splat_like(_: Any, value: Any, like: Any) -> Any:
+    """A vector with as many lanes as `like`, each of them `value`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        undefined = ir.Constant(like.llvm, ir.Undefined)
+        one = builder.insert_element(undefined, args[0], ir.Constant(I32, 0))
+        return emit.shuffle(one, undefined, [0] * like.lanes)
+
+    return like(value, like), codegen
+
+
+@intrinsic
+def add_rows(_: Any, a: Any, b: Any) -> Any:
+    """``a + b``, lane by lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(args[0], args[1], flags=FLAGS)
+
+    return a(a, b), codegen
 
 
 @intrinsic
@@ -211,9 +296,9 @@ def splat_row(_: Any, value: Any) -> Any:
     vector = tile_row(value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emit(context, builder, signature, args)
+        emit = Emit(context, builder, signature, args)
         undefined = ir.Constant(vector.llvm, ir.Undefined)
-        one = builder.insert_element(undefined, args[0], ir.Constant(_I32, 0))
+        one = builder.insert_element(undefined, args[0], ir.Constant(I32, 0))
         return emit.shuffle(one, undefined, [0] * vector.lanes)
 
     return vector(value), codegen
@@ -226,7 +311,7 @@ def fma_row(_: Any, a: Any, b: Any, c: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _Emit(context, builder, signature, args).fmuladd(*args)
+        return Emit(context, builder, signature, args).fmuladd(*args)
 
     return a(a, b, c), codegen
 
@@ -243,14 +328,14 @@ def transpose8(
     if not (_is_array(source) and _is_array(target) and source.dtype == target.dtype):
         return None
     vector = Vector(source.dtype, 8)
-    itemsize = _itemsize(source.dtype)
+    itemsize = item_bytes(source.dtype)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emit(context, builder, signature, args)
+        emit = Emit(context, builder, signature, args)
 
         def lines(array: int) -> list[Any]:
             start, step = emit.index(array + 1), emit.index(array + 2)
-            offsets = [builder.add(start, builder.mul(step, ir.Constant(_I64, k))) for k in range(8)]
+            offsets = [builder.add(start, builder.mul(step, ir.Constant(I64, k))) for k in range(8)]
             return [emit.at(emit.data(array), offset) for offset in offsets]
 
         rows = [emit.load(pointer, vector.llvm, itemsize) for pointer in lines(0)]
@@ -269,113 +354,3 @@ def transpose8(
         types.void(source, first, stride, target, target_first, target_stride),
         codegen,
     )
-
-
-def register_lanes(dtype: types.Type) -> int:
-    """Values of `dtype` in one vector register."""
-    return VECTOR_BYTES // _itemsize(dtype)
-
-
-def _sum_lanes(emit: _Emit, partials: list[Any]) -> Any:
-    """Sum the lanes of each of 2^n vectors: lane k of the result is the sum of ``partials[k]``.
-
-    A tree of pairwise shuffles and additions: about three operations per vector, where a horizontal sum of
-    one vector alone takes two per halving. Every shuffle is one that CPUs have as a single instruction.
-    """
-    builder = emit.builder
-    count, lanes = len(partials), partials[0].type.count
-    bit = 1
-    while len(partials) > 1:
-        low = [lanes + lane - bit if lane & bit else lane for lane in range(lanes)]
-        high = [lanes + lane if lane & bit else lane + bit for lane in range(lanes)]
-        if bit == 1 and isinstance(partials[0].type.element, ir.FloatType):
-            # Interleave the lower and the upper halves of each four lanes (x86 unpack, NEON zip): exchanging
-            # neighbours instead would take two instructions on x86.
-            low = [lane // 4 * 4 + lane % 4 // 2 + lane % 2 * lanes for lane in range(lanes)]
-            high = [lane + 2 for lane in low]
-        partials = [
-            builder.fadd(emit.shuffle(a, b, low), emit.shuffle(a, b, high), flags=_FLAGS)
-            for a, b in zip(partials[::2], partials[1::2], strict=True)
-        ]
-        bit *= 2
-    total = partials[0]
-    while lanes > count:
-        lanes //= 2
-        lower, upper = list(range(lanes)), list(range(lanes, 2 * lanes))
-        total = builder.fadd(
-            emit.shuffle(total, total, lower), emit.shuffle(total, total, upper), flags=_FLAGS
-        )
-    return total
-
-
-def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
-    @intrinsic
-    def dots(
-        _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, bound: Any, column0: Any, out: Any
-    ) -> Any:
-        dtype = tile.dtype
-        lanes = register_lanes(dtype)
-        group = min(count, lanes)
-        part = Vector(dtype, lanes)
-        width = TILE_BYTES // _itemsize(dtype)
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            emit = _Emit(context, builder, signature, args)
-            row_start, slot0, limit, origin = (emit.index(k) for k in (1, 4, 5, 6))
-
-            def constant(value: int) -> ir.Constant:
-                return ir.Constant(_I64, value)
-
-            def parts(array: Any, start: Any) -> list[Any]:
-                places = [builder.add(start, constant(lanes * j)) for j in range(width // lanes)]
-                return [emit.load(emit.at(array, place), part.llvm, VECTOR_BYTES) for place in places]
-
-            left = parts(emit.data(0), row_start)
-            partials = []
-            for k in range(group):
-                place = builder.add(slot0, constant(k))
-                if clamped:
-                    inside = builder.icmp_signed("<", place, limit)
-                    place = builder.select(inside, place, limit)
-                column = builder.load(emit.at(emit.data(3), place))
-                column = context.cast(builder, column, signature.args[3].dtype, types.intp)
-                offset = builder.mul(builder.sub(column, origin), constant(width))
-                right = parts(emit.data(2), offset)
-                partial = builder.fmul(left[0], right[0], flags=_FLAGS)
-                for a, b in zip(left[1:], right[1:], strict=True):
-                    partial = emit.fmuladd(a, b, partial)
-                partials.append(partial)
-            sums = _sum_lanes(emit, partials)
-            target = emit.at(emit.data(7), constant(0) if clamped else slot0)
-            if partly:
-                wanted = [
-                    builder.icmp_signed(">=", builder.add(slot0, constant(k)), limit) for k in range(group)
-                ]
-                mask = ir.Constant(ir.VectorType(ir.IntType(1), group), ir.Undefined)
-                for k, bit in enumerate(wanted):
-                    mask = builder.insert_element(mask, bit, ir.Constant(_I32, k))
-                sums = builder.select(mask, sums, ir.Constant(sums.type, None))
-            if not clamped:
-                sums = builder.fadd(emit.load(target, sums.type, _itemsize(dtype)), sums, flags=_FLAGS)
-            emit.store(sums, target, _itemsize(dtype))
-            return emit.nothing()
-
-        return types.void(rows, row, tile, columns, slot, bound, column0, out), codegen
-
-    return dots
-
-
-#: Most dots that one call of `add_dots` and `some_dots` computes (fewer where a register has fewer lanes).
-DOTS = 8
-SOME_DOTS = 4
-
-#: ``add_dots(rows, row, tile, columns, slot, bound, column0, out)``: for the `DOTS` slots from `slot` on, add
-#: to ``out[slot]`` the dot of the tile row ``rows[row:]`` with that of the slot's column in `tile`, whose
-#: first row is column `column0`.
-add_dots = _dots(DOTS)
-
-#: As `add_dots`, only for the slots from `bound` on.
-add_last_dots = _dots(DOTS, partly=True)
-
-#: As `add_dots` for up to `SOME_DOTS` slots, none read past `bound`; the dots are stored at ``out[0:]``.
-some_dots = _dots(SOME_DOTS, clamped=True)

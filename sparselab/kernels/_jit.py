@@ -117,7 +117,11 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def jit_parallel(function: Callable[..., Any]) -> Any:
-    """Compile a launcher: a function whose only loop is a `prange` over shares of the work."""
+    """Compile a launcher: a function whose only loop is a `prange` over shares of the work.
+
+    It hands the share on as ``np.int64(share)``: the unsigned number that `prange` counts with would compile
+    the range function a second time.
+    """
     return _compile(function, parallel=True)
 
 
@@ -143,11 +147,11 @@ def worker_count() -> int:
 def launch(parallel: Any, serial: Any, n_shares: int, *args: Any) -> None:
     """Run ``serial(share, n_shares, *args)`` for every share, on threads where that is safe.
 
-    Two situations forbid a plain parallel call. A child of `os.fork` is killed by the OpenMP runtime when it
-    starts threads, so there the shares run one after the other. Numba's *workqueue* layer aborts the process
-    when two Python threads launch at once, so under it launches take turns.
+    There are at most `worker_count` shares. Two situations forbid a plain parallel call. A child of `os.fork`
+    is killed by the OpenMP runtime when it starts threads, so there is one share. Numba's *workqueue* layer
+    aborts the process when two Python threads launch at once, so under it launches take turns.
     """
-    if n_shares == 1 or worker_count() == 1:
+    if n_shares == 1:
         for share in range(n_shares):
             serial(share, n_shares, *args)
         return

@@ -51,9 +51,11 @@ class Segments(NamedTuple):
 class TransposePlan(NamedTuple):
     """The order of `spmm_t`: the transpose's connections, row by row, and its segments.
 
-    Connection k of the transpose has column ``indices[k]`` (a row of W) and the value in slot ``slots[k]``.
+    Row j of the transpose is the connections ``indptr[j] : indptr[j + 1]``. Connection k has column
+    ``indices[k]`` (a row of W) and the value in slot ``slots[k]``.
     """
 
+    indptr: Array
     indices: Array
     slots: Array
     segments: Segments
@@ -73,7 +75,7 @@ def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
     _transpose(W.indptr, W.row_nnz, W.indices, indptr, indices, slots)
     block = _product_block(W.nnz, (cols, rows))
     segments = _segments(indptr[:-1], np.diff(indptr), indices, (cols, rows), block)
-    return TransposePlan(indices, slots, segments)
+    return TransposePlan(indptr, indices, slots, segments)
 
 
 def plan_sddmm_dw(W: PaddedCSR) -> Segments:

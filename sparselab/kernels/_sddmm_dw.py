@@ -12,22 +12,13 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from sparselab.kernels._intrinsics import (
-    DOTS,
-    SOME_DOTS,
-    add_dots,
-    add_last_dots,
-    get,
-    some_dots,
-    tile_width,
-    view_at,
-)
+from sparselab.kernels._dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
+from sparselab.kernels._intrinsics import get, tile_width, view_at
 from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, gradient_shares
-from sparselab.kernels._spmm import strides
 from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels._tiles import pack
-from sparselab.kernels.layout import Array
+from sparselab.kernels.layout import Array, strides
 
 #: Items of scratch, on a cache line of their own, for the dots of an incomplete group.
 _REST = 16
@@ -96,7 +87,7 @@ def _sample(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     for share in prange(n_shares):
         _sample_share(
-            share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
+            np.int64(share), n_shares, indices, plan, rectangles, dy_at, dy_strides,
             x_at, x_strides, n_columns, n_tokens, work, out,
         )  # fmt: skip
 

@@ -13,12 +13,21 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from sparselab.kernels._intrinsics import fma_row, get, load_row, splat_row, store_row, tile_width, view_at
+from sparselab.kernels._intrinsics import (
+    fma_row,
+    get,
+    load_row,
+    splat_row,
+    store_row,
+    tile_width,
+    view_at,
+    weight,
+)
 from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, product_groups
 from sparselab.kernels._target import TILE_BYTES
 from sparselab.kernels._tiles import pack, unpack
-from sparselab.kernels.layout import Array
+from sparselab.kernels.layout import Array, strides
 
 
 @jit
@@ -44,11 +53,11 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
         for k in range(n):
             x_a = load_row(x, np.int64(get(indices, a + k)) * width - origin)
             x_b = load_row(x, np.int64(get(indices, b + k)) * width - origin)
-            sum_a = fma_row(splat_row(get(values, a + k)), x_a, sum_a)
-            sum_b = fma_row(splat_row(get(values, b + k)), x_b, sum_b)
+            sum_a = fma_row(splat_row(weight(values, a + k)), x_a, sum_a)
+            sum_b = fma_row(splat_row(weight(values, b + k)), x_b, sum_b)
         for k in range(n, m):
             x_b = load_row(x, np.int64(get(indices, b + k)) * width - origin)
-            sum_b = fma_row(splat_row(get(values, b + k)), x_b, sum_b)
+            sum_b = fma_row(splat_row(weight(values, b + k)), x_b, sum_b)
         store_row(sums, at_a, sum_a)
         store_row(sums, at_b, sum_b)
         p += 2
@@ -58,7 +67,7 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
         sum_a = splat_row(get(bias, np.int64(get(row, p)))) if begin else load_row(sums, at_a)
         for k in range(n):
             x_a = load_row(x, np.int64(get(indices, a + k)) * width - origin)
-            sum_a = fma_row(splat_row(get(values, a + k)), x_a, sum_a)
+            sum_a = fma_row(splat_row(weight(values, a + k)), x_a, sum_a)
         store_row(sums, at_a, sum_a)
 
 
@@ -112,7 +121,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 ):
     for share in prange(n_shares):
         _multiply_share(
-            share, n_shares, values, indices, bias, plan, groups,
+            np.int64(share), n_shares, values, indices, bias, plan, groups,
             x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
         )  # fmt: skip
 
@@ -122,11 +131,11 @@ def multiply(
 ) -> None:
     """``Y = S X + b`` where S is the matrix whose connections `plan` walks in `values` and `indices`.
 
-    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides and are not checked; Y is
-    overwritten.
+    X ``(columns, tokens)`` and Y ``(rows, tokens)``, of one dtype, may have any strides and are not checked;
+    Y is overwritten. The values have that dtype too, or are the bits of bfloat16 in uint16 beside float32.
     """
     n_columns, n_tokens = X.shape
-    dtype = values.dtype
+    dtype = Y.dtype
     if Y.size == 0:
         return
     width = TILE_BYTES // dtype.itemsize
@@ -152,8 +161,3 @@ def multiply(
         n_tokens,
         work,
     )
-
-
-def strides(matrix: Array) -> tuple[int, int]:
-    """Strides in items."""
-    return matrix.strides[0] // matrix.itemsize, matrix.strides[1] // matrix.itemsize

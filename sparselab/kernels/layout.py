@@ -29,6 +29,11 @@ def slot_dtype(n_slots: int) -> np.dtype[Any]:
     return np.dtype(np.int32 if n_slots < 1 << 31 else np.int64)
 
 
+def strides(matrix: Array) -> tuple[int, int]:
+    """Strides in items."""
+    return matrix.strides[0] // matrix.itemsize, matrix.strides[1] // matrix.itemsize
+
+
 @dataclass(frozen=True, eq=False)
 class PaddedCSR:
     """A sparse matrix whose rows may have room to grow.

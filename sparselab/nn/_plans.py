@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sparselab import kernels
@@ -34,6 +35,8 @@ class LayerPlans:
     def of(self, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
         """The plans of this topology; those of the one before are let go."""
         plans = self._plans
+        if plans is not None and plans.is_of(indptr, indices):
+            return plans
         if plans is None or plans.key != _key(indptr, indices, in_features):
             plans = self._plans = TopologyPlans(indptr, indices, in_features)
         return plans
@@ -55,14 +58,37 @@ class TopologyPlans:
 
     def __init__(self, indptr: Tensor, indices: Tensor, in_features: int) -> None:
         self.key = _key(indptr, indices, in_features)
+        self._seen = indptr, indices, _stamp(indptr), _stamp(indices)
         # These hold the memory, so that no other tensor can come to have the addresses in the key.
         self._held = indptr.detach(), indices.detach()
-        begin, columns = indptr.numpy(), indices.numpy()
-        shape = (len(begin) - 1, in_features)
+        begin, columns = indptr.contiguous().numpy(), indices.contiguous().numpy()
+        self.shape = shape = (len(begin) - 1, in_features)
         no_values = np.broadcast_to(np.float32(0), columns.shape)
         self._W = PaddedCSR(shape, begin, np.diff(begin), columns, no_values)
         if begin[0] != 0:
             raise ValueError(f"indptr must start at 0, got {begin[0]}")
+        self.indices = columns
+        #: Row i is the slots ``begin[i] : end[i]``.
+        self.begin, self.end = begin[:-1], begin[1:]
+        size = shape[0] * shape[1]
+        self.density = len(columns) / size if size else 1.0
+        self._zeros = torch.zeros(self.shape[0])
+
+    def is_of(self, indptr: Tensor, indices: Tensor) -> bool:
+        """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
+        mine, columns, stamp, columns_stamp = self._seen
+        return (
+            mine is indptr
+            and columns is indices
+            and stamp == _stamp(indptr)
+            and columns_stamp == _stamp(indices)
+        )
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """A zero for each row, to be read only."""
+        if self._zeros.dtype != dtype:
+            self._zeros = torch.zeros(self.shape[0], dtype=dtype)
+        return self._zeros
 
     @cached_property
     def forward(self) -> Segments:
@@ -99,8 +125,11 @@ def _key(indptr: Tensor, indices: Tensor, in_features: int) -> tuple[Any, ...]:
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor is and how often it was written to; a detached tensor is the same one."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), version
+    return *_stamp(tensor), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _nbytes(plan: Any) -> int:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import numba
 import torch
 
-_started = False
+
+class _Count(threading.local):
+    """What this Python thread asked Numba for last; 0 before its first time."""
+
+    asked = 0
+
+
+_count = _Count()
 
 
 def use_torch_threads() -> None:
@@ -14,10 +23,10 @@ def use_torch_threads() -> None:
     Called before every launch, because Numba keeps its count per Python thread. Numba's first use starts its
     thread pool, which overwrites torch's count (numba issue 9387); it is put back.
     """
-    global _started
     wanted = torch.get_num_threads()
-    if not _started:
-        numba.get_num_threads()
-        torch.set_num_threads(wanted)
-        _started = True
+    if wanted == _count.asked:
+        return
+    numba.get_num_threads()
+    torch.set_num_threads(wanted)
     numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+    _count.asked = wanted

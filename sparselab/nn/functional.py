@@ -13,16 +13,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparselab.kernels._sddmm_dw import sample
-from sparselab.kernels._spmm import multiply
-from sparselab.kernels._spmm_t import multiply_t
-from sparselab.nn._plans import find_plans
-from sparselab.nn._threads import use_torch_threads
+from sparselab.nn._plans import LayerPlans, TopologyPlans, find_plans
+from sparselab.nn._products import input_grad, product, values_grad
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class GradientWatcher(Protocol):
@@ -33,17 +31,6 @@ class GradientWatcher(Protocol):
 
     def backward_seen(self, x: Tensor, dy: Tensor) -> None:
         """Its backward pass: x (tokens, in_features) and dy (tokens, out_features), detached, not copied."""
-
-
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's memory in C order, as the kernels walk it."""
-    array: np.ndarray[Any, Any] = tensor.detach().contiguous().numpy()
-    return array
-
-
-def _feature_major(tokens: Tensor) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = tokens.detach().numpy().T
-    return array
 
 
 @torch.library.custom_op("sparselab::linear", mutates_args=(), device_types="cpu")
@@ -74,16 +61,9 @@ def linear(
     TypeError, ValueError
         If the topology is not valid.
     """
-    plan = find_plans(plans, indptr, indices, x.shape[1]).forward
-    rows = indptr.shape[0] - 1
-    _check_fit("values", values, indices.shape[0], x.dtype)
-    if bias is not None:
-        _check_fit("bias", bias, rows, x.dtype)
-    use_torch_threads()
-    y = x.new_empty((x.shape[0], rows))
-    offset = None if bias is None else _array(bias)
-    multiply(_array(values), _array(indices), plan, _feature_major(x), _feature_major(y), offset)
-    return y
+    found = find_plans(plans, indptr, indices, x.shape[1])
+    check_fit(x, values, bias, found)
+    return product(x, values, bias, found)
 
 
 @linear.register_fake
@@ -103,11 +83,7 @@ def linear_input_grad(
     grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features: int, plans: int
 ) -> Tensor:
     """``dx = dy W`` for dy (tokens, out_features), any strides."""
-    plan = find_plans(plans, indptr, indices, in_features).input_grad
-    use_torch_threads()
-    dx = grad.new_empty((grad.shape[0], in_features))
-    multiply_t(_array(values), plan, _feature_major(grad), _feature_major(dx))
-    return dx
+    return input_grad(grad, values, find_plans(plans, indptr, indices, in_features))
 
 
 @linear_input_grad.register_fake
@@ -118,11 +94,7 @@ def _(grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features
 @torch.library.custom_op("sparselab::linear_values_grad", mutates_args=(), device_types="cpu")
 def linear_values_grad(grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int) -> Tensor:
     """``dW[slot] = sum_t dy[t, i] x[t, j]`` for each live connection (i, j)."""
-    plan = find_plans(plans, indptr, indices, x.shape[1]).values_grad
-    use_torch_threads()
-    result = grad.new_empty(indices.shape[0])
-    sample(_array(indices), plan, _feature_major(grad), _feature_major(x), result.numpy())
-    return result
+    return values_grad(grad, x, find_plans(plans, indptr, indices, x.shape[1]))
 
 
 @linear_values_grad.register_fake
@@ -130,21 +102,50 @@ def _(grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int) -> T
     return grad.new_empty(indices.shape[0])
 
 
-def _check_fit(name: str, tensor: Tensor, length: int, dtype: torch.dtype) -> None:
-    if tensor.shape != (length,) or tensor.dtype != dtype:
-        raise RuntimeError(
-            f"{name} must be {dtype} of shape ({length},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
-        )
+def check_fit(x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans) -> None:
+    """Raise RuntimeError if values or bias do not fit the topology or the dtype of x."""
+    for name, tensor, length in (("values", values, len(plans.indices)), ("bias", bias, plans.shape[0])):
+        if tensor is not None and (tensor.shape != (length,) or tensor.dtype != x.dtype):
+            raise RuntimeError(
+                f"{name} must be {x.dtype} of shape ({length},), "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
+def sparse_linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: LayerPlans
+) -> Tensor:
+    """As `linear`; without torch's dispatcher (some 20 us) where nobody is there to see the difference."""
+    tensors = (x, values) if bias is None else (x, values, bias)
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(*tensors)
+        if _is_plain(tensors):
+            found = plans.of(indptr, indices, x.shape[1])
+            check_fit(x, values, bias, found)
+            return product(x, values, bias, found)
+    y: Tensor = linear(x, values, bias, indptr, indices, plans.number)
+    return y
+
+
+def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors are ordinary ones, no gradient is wanted, and nothing traces or transforms."""
+    wants_gradient = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in _ORDINARY or not tensor.is_cpu or (wants_gradient and tensor.requires_grad):
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
     """Raise if a tensor carries a forward-mode tangent, which torch drops at an operator of Python's."""
     # The level only saves time: without it every tensor would be asked, at 2 us each.
-    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
+    if getattr(forward_ad, "_current_level", 0) < 0:
         return
     for tensor in tensors:
-        if tensor is None:
-            continue
         if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 "SparseLinear has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR, index_dtype, n_connections
 from sparselab.nn import functional
+from sparselab.nn._checks import check_dtype, check_input, check_size, check_topology
 from sparselab.nn._plans import LayerPlans
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_bound, fan_in_uniform_
+from sparselab.nn.variants import Variant, choose
 
 _TOPOLOGY = ("values", "indptr", "indices")
 
@@ -32,7 +34,7 @@ class SparseLinear(nn.Module):
     device : torch.device, optional
         Forward passes run on the CPU.
     dtype : torch.dtype, optional
-        float32 or float64.
+        float32, float64 or bfloat16. In bfloat16 the sums are still made in float32.
 
     Attributes
     ----------
@@ -52,7 +54,8 @@ class SparseLinear(nn.Module):
 
     Notes
     -----
-    6 bytes per connection at inference (float32), about 14 with the plans that training keeps. The plans are
+    6 bytes per connection at inference in float32, 4 in bfloat16 (``layer.to(torch.bfloat16)``); about 8 more
+    with the plans that training keeps. The plans are
     derived from the topology when they are needed and are neither saved nor copied.
 
     The Parameter is one-dimensional: code that finds weights by ``p.ndim >= 2`` (often to choose what decays)
@@ -82,14 +85,14 @@ class SparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = _size("in_features", in_features)
-        self.out_features = _size("out_features", out_features)
+        self.in_features = check_size("in_features", in_features)
+        self.out_features = check_size("out_features", out_features)
         self._plans = LayerPlans()
         self.gradient_watcher: GradientWatcher | None = None
         nnz = n_connections(self.shape, sparsity)
         place = torch.empty(0, device=device).device
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        _check_dtype("dtype", dtype)
+        check_dtype("dtype", dtype)
         column = torch.from_numpy(np.empty(0, index_dtype(self.in_features))).dtype
         self.values = nn.Parameter(torch.empty(nnz, device=place, dtype=dtype))
         self.register_buffer("indptr", torch.empty(self.out_features + 1, dtype=torch.int64, device=place))
@@ -206,9 +209,13 @@ class SparseLinear(nn.Module):
 
         Raises
         ------
+        TypeError
+            If the values are bfloat16, which is for inference.
         ValueError
             As `sparselab.kernels.rewrite`.
         """
+        if self.values.dtype == torch.bfloat16:
+            raise TypeError("values must be float32 or float64 for a change of topology, got bfloat16")
         begin = self.indptr.numpy()
         W = PaddedCSR.unchecked(
             self.shape, begin, np.diff(begin), self.indices.numpy(), self.values.detach().numpy()
@@ -262,22 +269,20 @@ class SparseLinear(nn.Module):
         NotImplementedError
             If the layer or x is not on the CPU, or forward-mode derivatives are asked for.
         """
-        x = self._checked(x)
-        tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        x = check_input(x, self.values, self.in_features)
+        tokens = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
         watched = self.gradient_watcher is not None and self.values.requires_grad
         product = self._watched_product if watched else self._product
         if watched and torch.compiler.is_compiling():
             # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
             product = torch.compiler.disable(product)  # type: ignore[no-untyped-call]
         y = product(tokens)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, tokens: Tensor) -> Tensor:
-        functional.refuse_forward_mode(tokens, self.values, self.bias)
-        y: Tensor = functional.linear(
-            tokens, self.values, self.bias, self.indptr, self.indices, self._plans.number
+        return functional.sparse_linear(
+            tokens, self.values, self.bias, self.indptr, self.indices, self._plans
         )
-        return y
 
     def _watched_product(self, tokens: Tensor) -> Tensor:
         assert self.gradient_watcher is not None
@@ -287,32 +292,27 @@ class SparseLinear(nn.Module):
             self.gradient_watcher.forward_seen()
         return y
 
-    def _checked(self, x: Tensor) -> Tensor:
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"input must have shape (..., in_features={self.in_features}), got {tuple(x.shape)}"
-            )
-        for name, tensor in (("input", x), ("layer", self.values)):
-            if tensor.device.type not in ("cpu", "meta"):
-                raise NotImplementedError(
-                    f"SparseLinear has kernels for the CPU; the {name} must be there, got {tensor.device}"
-                )
-        if x.device != self.values.device:
-            raise RuntimeError(f"input must be on the layer's device, {self.values.device}, got {x.device}")
-        _check_dtype("values", self.values.dtype)
-        if x.dtype != self.values.dtype:
-            if not (x.is_floating_point() and torch.is_autocast_enabled("cpu")):
-                raise RuntimeError(
-                    f"input must have the dtype of the layer's values, {self.values.dtype}, got {x.dtype}"
-                )
-            x = x.to(self.values.dtype)
-        return x
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, sparsity={self.sparsity:.4g}, nnz={self.nnz}"
         )
+
+    def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
+        """How a batch of so many tokens is computed, and why.
+
+        Parameters
+        ----------
+        n_tokens : int
+            Product of all leading dimensions of the input.
+        operation : {"forward", "input_grad", "values_grad"}
+
+        Examples
+        --------
+        >>> SparseLinear(3072, 768, sparsity=0.9).variant(1)
+        Variant(operation='forward', name='few tokens', reason='1 tokens (at most 16) do not fill a tile')
+        """
+        return choose(operation, n_tokens, self.density)
 
     def plan_bytes(self) -> int:
         """Bytes of the kernel plans held now."""
@@ -339,7 +339,9 @@ class SparseLinear(nn.Module):
     ) -> None:  # fmt: skip
         """Load into whatever topology this layer has now: the saved one is checked and replaces it."""
         try:
-            loaded = self._check_loaded({name: state_dict.get(prefix + name) for name in _TOPOLOGY})
+            loaded = check_topology(
+                {name: state_dict.get(prefix + name) for name in _TOPOLOGY}, self.shape, self.indices.dtype
+            )
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return
@@ -349,47 +351,3 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _check_loaded(self, state: dict[str, Any]) -> Tensor | None:
-        """The loaded columns in this layer's dtype; None if the state holds nothing of the topology."""
-        missing = [name for name, tensor in state.items() if tensor is None]
-        if len(missing) == len(state):
-            return None
-        if missing:
-            raise ValueError(f"{', '.join(_TOPOLOGY)} must be loaded together, got no {missing[0]}")
-        for name, tensor in state.items():
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-            if tensor.is_meta:
-                raise ValueError(f"{name} must hold data, got a tensor on the meta device")
-        values, indptr, indices = (state[name].detach().cpu() for name in _TOPOLOGY)
-        if not values.is_floating_point() or values.ndim != 1:
-            raise TypeError(f"values must be a 1-D floating point tensor, got {_kind(values)}")
-        if indptr.dtype != torch.int64 or indptr.shape != (self.out_features + 1,):
-            raise ValueError(f"indptr must be int64 of shape ({self.out_features + 1},), got {_kind(indptr)}")
-        if indices.dtype not in (torch.uint16, torch.int32, torch.int64):
-            raise TypeError(f"indices must be uint16, int32 or int64, got {_kind(indices)}")
-        begin = indptr.numpy()
-        if begin[0] != 0:
-            raise ValueError(f"indptr must start at 0, got {begin[0]}")
-        no_values = np.broadcast_to(np.float32(0), values.shape)
-        PaddedCSR(self.shape, begin, np.diff(begin), indices.numpy(), no_values)
-        columns: Tensor = indices.to(self.indices.dtype)
-        return columns
-
-
-def _size(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return int(value)
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-
-
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be torch.float32 or torch.float64, got {dtype}")

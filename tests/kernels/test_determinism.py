@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from sparselab.kernels import PaddedCSR, _plan, _sddmm_dw, _spmm, spmm, spmm_t
+from sparselab.kernels import PaddedCSR, _few_tokens, _plan, _sddmm_dw, _spmm, spmm, spmm_t
 from sparselab.kernels._target import TILE_BYTES
 from tests.kernels.contract import OPERATIONS, Operation, assert_same_bits
 from tests.oracle import Exact, assert_close
@@ -22,6 +22,10 @@ class Launches(list[tuple[int, int]]):
     """(shares, groups or rectangles) of every product launched while the test runs."""
 
     def record(self, parallel: Any, serial: Any, n_shares: int, *args: Any) -> None:
+        if parallel in (_few_tokens._one, _few_tokens._eight, _few_tokens._sixteen):
+            self.append((n_shares, 0))
+            self.launch(parallel, serial, n_shares, *args)
+            return
         work = args[4] if serial is _spmm._multiply_share else args[2]
         self.append((n_shares, len(work) - (serial is _spmm._multiply_share)))
         self.launch(parallel, serial, n_shares, *args)
@@ -30,6 +34,8 @@ class Launches(list[tuple[int, int]]):
         self.launch = _spmm.launch
         monkeypatch.setattr(_spmm, "launch", self.record)
         monkeypatch.setattr(_sddmm_dw, "launch", self.record)
+        monkeypatch.setattr(_few_tokens, "launch", self.record)
+        monkeypatch.setattr(_few_tokens, "_MIN_SHARE", 1)
 
 
 @pytest.fixture

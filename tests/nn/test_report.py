@@ -99,18 +99,18 @@ def test_plans_come_with_the_passes_that_need_them() -> None:
     layer = SparseLinear(300, 200, sparsity=0.9)
     held = [memory_report(layer).plan_bytes]
     with torch.no_grad():
-        layer(torch.randn(4, 300))
+        layer(torch.randn(40, 300))
     held.append(memory_report(layer).plan_bytes)
-    layer(torch.randn(4, 300)).sum().backward()
+    layer(torch.randn(40, 300)).sum().backward()
     held.append(memory_report(layer).plan_bytes)
-    layer(torch.randn(4, 300, requires_grad=True)).sum().backward()
+    layer(torch.randn(40, 300, requires_grad=True)).sum().backward()
     held.append(memory_report(layer).plan_bytes)
     assert held[0] == 0
     assert held == sorted(set(held))
     # The transpose plan alone is a 2-byte row and a 4-byte slot per connection.
     assert held[3] - held[2] >= 6 * layer.nnz
     layer.rewrite(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-    layer(torch.randn(4, 300)).sum().backward()
+    layer(torch.randn(40, 300)).sum().backward()
     assert memory_report(layer).plan_bytes == held[2]
 
 

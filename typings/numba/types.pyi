@@ -15,6 +15,7 @@ class Array(Type):
     def __init__(self, dtype: Type, ndim: int, layout: str) -> None: ...
 
 float32: Type
+uint16: Type
 float64: Type
 intp: Type
 void: Type

@@ -1,0 +1,226 @@
+"""Sparse x dense for few tokens: ``Y = W X + b`` with at most `MOST_TOKENS` columns in X.
+
+A whole tile would spend most of its arithmetic on padding. Here a row's sums are one narrow vector (or one
+number) that walks the row's connections once, in four independent chains, and no plan is needed. The limit is
+the bandwidth at which values and columns arrive, since each is used once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from sparselab.kernels._intrinsics import (
+    add_rows,
+    fma_row,
+    get,
+    lanes_of,
+    load_like,
+    put,
+    splat_like,
+    store_row,
+    view_at,
+    weight,
+    zeros8,
+    zeros16,
+)
+from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
+from sparselab.kernels._tiles import pack
+from sparselab.kernels.layout import Array, strides
+
+#: Up to here narrow vectors beat a whole tile.
+MOST_TOKENS = 16
+
+#: Multiply-adds that are worth a thread of their own; starting one costs some microseconds.
+_MIN_SHARE = 40_000
+
+
+@jit
+def _rows_of_share(share, n_shares, begin, end):  # type: ignore[no-untyped-def]
+    """Rows of one share; the shares are cut where the connections are halved, not the rows."""
+    n_rows = len(begin)
+    first, last = np.int64(0), np.int64(n_rows)
+    if n_rows:
+        low, high = begin[0], end[n_rows - 1]
+        if share > 0:
+            first = np.searchsorted(begin, low + (high - low) * share // n_shares)
+        if share + 1 < n_shares:
+            last = np.searchsorted(begin, low + (high - low) * (share + 1) // n_shares)
+    return first, last
+
+
+@jit
+def _one_share(  # type: ignore[no-untyped-def]
+    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    """One token: each row is a dot with gathered inputs."""
+    values, bias = view_at(values_at, bits), view_at(bias_at, like)
+    x, y = view_at(x_at, like), view_at(y_at, like)
+    step = x_strides[0]
+    first, last = _rows_of_share(share, n_shares, begin, end)
+    for i in range(first, last):
+        total = get(bias, i)
+        if step == 1:
+            for k in range(begin[i], end[i]):
+                total += weight(values, k) * get(x, np.int64(get(indices, k)))
+        else:
+            for k in range(begin[i], end[i]):
+                total += weight(values, k) * get(x, np.int64(get(indices, k)) * step)
+        put(y, i * y_strides[0], total)
+
+
+@jit
+def _row_sum(values, indices, k, end, tile, start):  # type: ignore[no-untyped-def]
+    """`start` plus the products of connections k : end with their rows of the tile."""
+    width = lanes_of(start)
+    a, b = start, splat_like(tile.dtype.type(0), start)
+    c, d = b, b
+    while k + 4 <= end:
+        a = fma_row(
+            splat_like(weight(values, k), a), load_like(tile, np.int64(get(indices, k)) * width, a), a
+        )
+        b = fma_row(
+            splat_like(weight(values, k + 1), a), load_like(tile, np.int64(get(indices, k + 1)) * width, a), b
+        )
+        c = fma_row(
+            splat_like(weight(values, k + 2), a), load_like(tile, np.int64(get(indices, k + 2)) * width, a), c
+        )
+        d = fma_row(
+            splat_like(weight(values, k + 3), a), load_like(tile, np.int64(get(indices, k + 3)) * width, a), d
+        )
+        k += 4
+    while k < end:
+        a = fma_row(
+            splat_like(weight(values, k), a), load_like(tile, np.int64(get(indices, k)) * width, a), a
+        )
+        k += 1
+    return add_rows(add_rows(a, b), add_rows(c, d))
+
+
+@jit
+def _some_share(  # type: ignore[no-untyped-def]
+    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work, zeros,
+):  # fmt: skip
+    """Some tokens: all of X is packed, one vector of tokens to a row of the tile."""
+    width = lanes_of(zeros)
+    values, bias = view_at(values_at, bits), view_at(bias_at, like)
+    x, y = view_at(x_at, like), view_at(y_at, like)
+    line, tile = work[share, :width], work[share, width:]
+    pack(x, 0, x_strides[0], x_strides[1], n_columns, n_tokens, tile, width)
+    first, last = _rows_of_share(share, n_shares, begin, end)
+    for i in range(first, last):
+        start = splat_like(get(bias, i), zeros)
+        store_row(line, 0, _row_sum(values, indices, begin[i], end[i], tile, start))
+        for t in range(n_tokens):
+            put(y, i * y_strides[0] + t * y_strides[1], get(line, t))
+
+
+@jit
+def _eight_share(  # type: ignore[no-untyped-def]
+    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    _some_share(
+        share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+        x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work, zeros8(like),
+    )  # fmt: skip
+
+
+@jit
+def _sixteen_share(  # type: ignore[no-untyped-def]
+    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    _some_share(
+        share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+        x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work, zeros16(like),
+    )  # fmt: skip
+
+
+@jit_parallel
+def _one(  # type: ignore[no-untyped-def]
+    n_shares, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    for share in prange(n_shares):
+        _one_share(
+            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
+            x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+        )  # fmt: skip
+
+
+@jit_parallel
+def _eight(  # type: ignore[no-untyped-def]
+    n_shares, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    for share in prange(n_shares):
+        _eight_share(
+            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
+            x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+        )  # fmt: skip
+
+
+@jit_parallel
+def _sixteen(  # type: ignore[no-untyped-def]
+    n_shares, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    for share in prange(n_shares):
+        _sixteen_share(
+            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
+            x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+        )  # fmt: skip
+
+
+class Matrix(NamedTuple):
+    """A dense matrix by its memory, which costs less to make and to hand over than an array."""
+
+    address: int
+    strides: tuple[int, int]
+    shape: tuple[int, int]
+
+
+def matrix(array: Array) -> Matrix:
+    """A 2-D array as the kernels here take it."""
+    return Matrix(array.__array_interface__["data"][0], strides(array), array.shape)
+
+
+def address(array: Array) -> int:
+    """Where an array begins."""
+    return int(array.__array_interface__["data"][0])
+
+
+_EMPTY = {np.dtype(name): np.empty((0, 0), name) for name in (np.float32, np.float64)}
+
+
+def multiply_few(
+    values_at: int, bits: Array, indices: Array, begin: Array, end: Array, bias_at: int, like: Array,
+    X: Matrix, Y: Matrix,
+) -> None:  # fmt: skip
+    """``Y = W X + b`` for 1 to `MOST_TOKENS` tokens, where row i of W is the slots ``begin[i] : end[i]``.
+
+    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides (in items). The weights and the bias
+    are contiguous at the two addresses, of the dtypes of the arrays `bits` and `like`, whose contents are not
+    read; `like` has the dtype of X and Y, `bits` the same or uint16 for bfloat16. Nothing is checked; Y is
+    overwritten and overlaps nothing.
+    """
+    n_columns, n_tokens = X.shape
+    if Y.shape[0] * n_tokens == 0:
+        return
+    width = 1 if n_tokens == 1 else 8 if n_tokens <= 8 else 16
+    n_shares = min(worker_count(), 1 + len(indices) * width // (8 * _MIN_SHARE))
+    if width == 1:
+        work = _EMPTY[like.dtype]
+        kernel, share = _one, _one_share
+    else:
+        work = scratch(n_shares, (n_columns + 1) * width, like.dtype)
+        kernel, share = (_eight, _eight_share) if width == 8 else (_sixteen, _sixteen_share)
+    launch(
+        kernel, share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+        X.address, X.strides, n_columns, Y.address, Y.strides, n_tokens, work,
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""The three products of a sparse layer on CPU tensors, each by the variant that suits it.
+
+Tensors here are plain and checked; gradients and tracing are the business of `functional`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselab.kernels._dense_blocks import collect_rows, expand_rows
+from sparselab.kernels._few_tokens import Matrix, multiply_few
+from sparselab.kernels._sddmm_dw import sample
+from sparselab.kernels._spmm import multiply
+from sparselab.kernels._spmm_t import multiply_t
+from sparselab.nn._plans import TopologyPlans
+from sparselab.nn._threads import use_torch_threads
+from sparselab.nn.variants import choose_name
+
+_BLOCK_BYTES = 8 << 20
+
+#: Arrays that only tell a kernel the dtype of an address; bfloat16 as its bits.
+_LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+    torch.bfloat16: np.empty(0, np.uint16),
+}
+
+
+def product(x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans) -> Tensor:
+    """``x W^T + b``, (tokens, rows), in the dtype of x."""
+    if x.dtype == torch.bfloat16:
+        wide = None if bias is None else bias.detach().float()
+        return product(x.float(), values, wide, plans).to(torch.bfloat16)
+    use_torch_threads()
+    rows, n_tokens = plans.shape[0], x.shape[0]
+    y = torch.empty((n_tokens, rows), dtype=x.dtype)
+    variant = choose_name("forward", n_tokens, plans.density)
+    if variant == "few tokens":
+        weights = values if values.is_contiguous() else values.contiguous()
+        offsets = plans.zeros(x.dtype) if bias is None else bias.contiguous()
+        x_strides, columns = x.stride(), plans.shape[1]
+        multiply_few(
+            weights.data_ptr(), _LIKE[values.dtype], plans.indices, plans.begin, plans.end,
+            offsets.data_ptr(), _LIKE[x.dtype],
+            Matrix(x.data_ptr(), (x_strides[1], x_strides[0]), (columns, n_tokens)),
+            Matrix(y.data_ptr(), (1, rows), (rows, n_tokens)),
+        )  # fmt: skip
+        return y
+    if variant == "dense blocks":
+        b = None if bias is None else bias.detach()
+        for row0, row1, block in _blocks(values, plans, x):
+            part = y[:, row0:row1]
+            if b is None:
+                torch.mm(x.detach(), block.T, out=part)
+            else:
+                torch.addmm(b[row0:row1], x.detach(), block.T, out=part)
+        return y
+    offset = _vector(plans.zeros(x.dtype) if bias is None else bias)
+    multiply(_vector(values), plans.indices, plans.forward, _array(x).T, _array(y).T, offset)
+    return y
+
+
+def input_grad(grad: Tensor, values: Tensor, plans: TopologyPlans) -> Tensor:
+    """``dy W``, (tokens, columns), in the dtype of dy."""
+    if grad.dtype == torch.bfloat16:
+        return input_grad(grad.float(), values, plans).to(torch.bfloat16)
+    use_torch_threads()
+    dx = grad.new_empty((grad.shape[0], plans.shape[1]))
+    if plans.shape[0] == 0:
+        return dx.zero_()
+    if choose_name("input_grad", grad.shape[0], plans.density) == "dense blocks":
+        for row0, row1, block in _blocks(values, plans, grad):
+            torch.addmm(dx, grad[:, row0:row1], block, beta=min(row0, 1), out=dx)
+    else:
+        multiply_t(_vector(values), plans.input_grad, _array(grad).T, _array(dx).T)
+    return dx
+
+
+def values_grad(grad: Tensor, x: Tensor, plans: TopologyPlans) -> Tensor:
+    """``sum_t dy[t, i] x[t, j]`` for each live connection (i, j), in the dtype of dy."""
+    if grad.dtype == torch.bfloat16:
+        return values_grad(grad.float(), x.float(), plans).to(torch.bfloat16)
+    use_torch_threads()
+    result = grad.new_empty(plans.indices.shape[0])
+    if choose_name("values_grad", grad.shape[0], plans.density) == "dense blocks":
+        for row0, row1, block in _row_blocks(plans, grad):
+            torch.mm(grad[:, row0:row1].T, x, out=block)
+            flat = block.view(-1).numpy()
+            collect_rows(
+                flat, plans.indices, plans.begin, plans.end, row0, row1, plans.shape[1], _array(result)
+            )
+    else:
+        sample(plans.indices, plans.values_grad, _array(grad).T, _array(x).T, _array(result))
+    return result
+
+
+def _row_blocks(plans: TopologyPlans, like: Tensor) -> Any:
+    """Rows and uninitialised dense blocks for them, all in the same memory."""
+    rows, columns = plans.shape
+    height = max(1, min(rows, _BLOCK_BYTES // max(1, columns * like.element_size())))
+    memory = like.new_empty((height, columns))
+    for row0 in range(0, rows, height):
+        row1 = min(rows, row0 + height)
+        yield row0, row1, memory[: row1 - row0]
+
+
+def _blocks(values: Tensor, plans: TopologyPlans, like: Tensor) -> Any:
+    """Rows and their dense weights; a block is lent until the next one is made."""
+    weights = _vector(values)
+    for row0, row1, block in _row_blocks(plans, like):
+        flat = block.view(-1).numpy()
+        expand_rows(weights, plans.indices, plans.begin, plans.end, row0, row1, plans.shape[1], flat)
+        yield row0, row1, block
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = tensor.detach().numpy()
+    return array
+
+
+def _vector(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The tensor's memory in C order; the bits of bfloat16, which NumPy lacks, as uint16."""
+    tensor = tensor.detach().contiguous()
+    return _array(tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor)

@@ -1,0 +1,66 @@
+"""Which of several ways a product of a sparse layer is computed, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sparselab.kernels._few_tokens import MOST_TOKENS
+from sparselab.kernels._target import VECTOR_BYTES
+
+#: Density from which expanding blocks of rows and calling the dense library is faster: where the lines of
+#: time against density cross in ``python -m sparselab bench``, with AVX-512 and without.
+DENSE_FROM = {
+    "forward": 0.42 if VECTOR_BYTES == 64 else 0.48,
+    "input_grad": 0.42 if VECTOR_BYTES == 64 else 0.45,
+    "values_grad": 0.32 if VECTOR_BYTES == 64 else 0.38,
+}
+
+#: Fewer tokens do not repay the expansion of the weights.
+_DENSE_TOKENS = 64
+
+
+class Variant(NamedTuple):
+    """How one product is computed: `name` is ``"few tokens"``, ``"tiles"`` or ``"dense blocks"``."""
+
+    operation: str
+    name: str
+    reason: str
+
+
+def choose(operation: str, n_tokens: int, density: float) -> Variant:
+    """The variant for one product.
+
+    Parameters
+    ----------
+    operation : {"forward", "input_grad", "values_grad"}
+    n_tokens : int
+        Rows of the batch, all leading dimensions together.
+    density : float
+        Live fraction of the weights.
+
+    Raises
+    ------
+    ValueError
+        If the operation is unknown.
+    """
+    if operation not in DENSE_FROM:
+        raise ValueError(f"operation must be one of {', '.join(DENSE_FROM)}, got {operation!r}")
+    name = choose_name(operation, n_tokens, density)
+    if name == "few tokens":
+        reason = f"{n_tokens} tokens (at most {MOST_TOKENS}) do not fill a tile"
+    elif name == "dense blocks":
+        reason = f"density {density:.2f} is at least {DENSE_FROM[operation]:.2f}, where a dense product wins"
+    elif density >= DENSE_FROM[operation]:
+        reason = f"{n_tokens} tokens (fewer than {_DENSE_TOKENS}) do not repay dense blocks"
+    else:
+        reason = f"density {density:.2f} is below {DENSE_FROM[operation]:.2f}"
+    return Variant(operation, name, reason)
+
+
+def choose_name(operation: str, n_tokens: int, density: float) -> str:
+    """The name alone of what `choose` returns; costs a fraction of a microsecond."""
+    if operation == "forward" and n_tokens <= MOST_TOKENS:
+        return "few tokens"
+    if density >= DENSE_FROM[operation] and n_tokens >= _DENSE_TOKENS:
+        return "dense blocks"
+    return "tiles"
