@@ -43,10 +43,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Operation:
-    """What is timed: ``prepare(module, x, dy)`` gives the call, which computes `products` sparse products."""
+    """What is timed: ``prepare(module, x, dy)`` gives the call, which computes `products` of a layer."""
 
     prepare: Callable[[nn.Module, Tensor, Tensor], Call]
-    products: int
+    products: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,15 @@ class Contender:
 class Result:
     """One row of a table: an operation on a case, on some threads.
 
-    `timings` has one entry for each contender; a text says why a contender was not timed.
+    `timings` has one entry for each contender; a text says why a contender was not timed. `variant` names the
+    kernels that the layer chose.
     """
 
     case: Case
     operation: str
     threads: int
     timings: dict[str, Timing | str]
+    variant: str
 
     def median(self, name: str) -> float | None:
         """Milliseconds of a contender, None if it was not timed."""
@@ -85,7 +87,7 @@ class Result:
         milliseconds = self.median(OURS)
         if milliseconds is None:
             return None
-        flops = 2 * self.case.nnz * self.case.tokens * OPERATIONS[self.operation].products
+        flops = 2 * self.case.nnz * self.case.tokens * len(OPERATIONS[self.operation].products)
         return flops / milliseconds / 1e6
 
 
@@ -93,8 +95,11 @@ OPERATIONS: dict[str, Operation] = {}
 CONTENDERS: dict[str, Contender] = {}
 
 
-def operation(name: str, products: int) -> Callable[..., Callable[..., Call]]:
-    """Register how to prepare a call to time, ``(module, x, dy) -> call``, and its number of products."""
+def operation(name: str, *products: str) -> Callable[..., Callable[..., Call]]:
+    """Register how to prepare a call to time, ``(module, x, dy) -> call``.
+
+    `products` are the operations of `SparseLinear.variant` that the call computes.
+    """
 
     def register(prepare: Callable[[nn.Module, Tensor, Tensor], Call]) -> Callable[..., Call]:
         OPERATIONS[name] = Operation(prepare, products)
@@ -113,7 +118,7 @@ def contender(name: str, tolerance: float = 1e-5) -> Callable[..., Callable[...,
     return register
 
 
-@operation("forward", products=1)
+@operation("forward", "forward")
 def _forward(module: nn.Module, x: Tensor, dy: Tensor) -> Call:
     def call() -> Tensor:
         with torch.no_grad():
@@ -123,7 +128,7 @@ def _forward(module: nn.Module, x: Tensor, dy: Tensor) -> Call:
     return call
 
 
-@operation("forward + backward", products=3)
+@operation("forward + backward", "forward", "input_grad", "values_grad")
 def _forward_backward(module: nn.Module, x: Tensor, dy: Tensor) -> Call:
     x = x.clone().requires_grad_()
 
@@ -213,12 +218,14 @@ def run_case(
     gate = Gate(layer, x, dy)
     results = []
     for name in operations:
+        products = OPERATIONS[name].products
+        variants = dict.fromkeys(layer.variant(case.tokens, each).name for each in products)
         calls: dict[tuple[str, int], Call] = {}
         reasons: dict[str, str] = {}
         for which in contenders:
             try:
                 module = CONTENDERS[which].make(layer)
-                gate.check(module, CONTENDERS[which].tolerance, gradients=OPERATIONS[name].products > 1)
+                gate.check(module, CONTENDERS[which].tolerance, gradients=len(products) > 1)
                 call = OPERATIONS[name].prepare(module, x, dy)
                 call()
             except WrongResultError as error:
@@ -230,7 +237,7 @@ def run_case(
         timings = interleave(calls, rounds, f"{case}, {name}")
         for count in threads:
             of_count = {which: reasons.get(which) or timings[which, count] for which in contenders}
-            results.append(Result(case, name, count, of_count))
+            results.append(Result(case, name, count, of_count, " + ".join(variants)))
     return results
 
 

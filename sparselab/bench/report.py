@@ -45,10 +45,21 @@ def show_results(title: str, results: Sequence[Result], limits: Sequence[Limits]
             *(_time(result, name) for name in names),
             _number(result.gflops, ".1f"),
             _number(share_of_limit(result, limits), ".0%"),
+            result.variant,
         ]
         for result in results
     ]
-    columns = ["layer", "operation", "tokens", "sparsity", "threads", *names, "GFLOP/s", "of limit"]
+    columns = [
+        "layer",
+        "operation",
+        "tokens",
+        "sparsity",
+        "threads",
+        *names,
+        "GFLOP/s",
+        "of limit",
+        "variant",
+    ]
     tables.show(f"{title}: milliseconds, median (and how many times faster {OURS} is)", columns, rows, left=2)
     for name, reason in reasons(results):
         print(f"  {name} {reason}")
@@ -169,6 +180,7 @@ def plain_results(results: Sequence[Result], limits: Sequence[Limits]) -> Iterat
             "case": {**asdict(result.case), "nnz": result.case.nnz},
             "operation": result.operation,
             "threads": result.threads,
+            "variant": result.variant,
             "timings_ms": {
                 name: asdict(timing) if isinstance(timing, Timing) else timing
                 for name, timing in result.timings.items()

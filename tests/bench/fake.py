@@ -27,6 +27,7 @@ def result(
             name: value if isinstance(value, str) else Timing(value, value, value)
             for name, value in timings.items()
         },
+        "tiles",
     )
 
 

@@ -29,6 +29,11 @@ def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "Meter", functools.partial(limits.Meter, connections=512))
 
 
+def variant(case: dict[str, Any]) -> str:
+    layer = sparselab.SparseLinear(case["in_features"], case["out_features"], sparsity=case["sparsity"])
+    return layer.variant(case["tokens"]).name
+
+
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What is said of wrong arguments; the exit status must be 2."""
     with pytest.raises(SystemExit) as exit_:
@@ -66,6 +71,7 @@ def test_every_case_is_in_table_and_json(
         assert list(row["timings_ms"]) == list(linear.CONTENDERS)
         assert row["timings_ms"]["dense"]["median"] > 0
         assert row["threads"] == 1
+        assert row["variant"].split(" + ")[0] == variant(row["case"])
         flops = 2 * row["case"]["nnz"] * row["case"]["tokens"] * (3 if "backward" in row["operation"] else 1)
         assert row["gflops"] == pytest.approx(flops / row["timings_ms"]["sparselab"]["median"] / 1e6)
         assert row["share_of_limit"] == pytest.approx(row["gflops"] / data["limits"][0]["first_level_gflops"])

@@ -32,10 +32,10 @@ def test_the_table_of_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert title == "layers: milliseconds, median (and how many times faster sparselab is)"
     assert columns.split() == [
         "layer", "operation", "tokens", "sparsity", "threads",
-        "sparselab", "dense", "other", "GFLOP/s", "of", "limit",
+        "sparselab", "dense", "other", "GFLOP/s", "of", "limit", "variant",
     ]  # fmt: skip
-    assert " ".join(rows[0].split()) == "50 -> 20 forward 100 90% 1 0.00 0.00 (4.0x) - 20.0 20%"
-    assert rows[1].endswith("(1.5x)      -     30.0       30%")
+    assert " ".join(rows[0].split()) == "50 -> 20 forward 100 90% 1 0.00 0.00 (4.0x) - 20.0 20% tiles"
+    assert rows[1].endswith("(1.5x)      -     30.0       30%    tiles")
     assert reason == "  other cannot run: absent"
 
 
