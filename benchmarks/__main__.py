@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks linear`` and ``python -m benchmarks memory``."""
+"""Command line: ``python -m benchmarks --help``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import linear, machine, memory
+from benchmarks import linear, machine, memory, models, peers, revisions
 from benchmarks.timing import Timing
+from benchmarks.turns import TurnError
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -42,7 +43,52 @@ def parse_arguments() -> argparse.Namespace:
     layer.add_argument("--contenders", nargs="+", choices=linear.CONTENDERS, default=list(linear.CONTENDERS))
     bytes_of = commands.add_parser("memory", help="bytes and resident set of training steps")
     bytes_of.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.9, 0.95])
+    add_models(commands)
+    add_turns(commands)
     return parser.parse_args()
+
+
+def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    whole = commands.add_parser("models", help="time training steps of transformers, dense and sparse")
+    whole.add_argument("--models", nargs="+", choices=models.SIZES, default=list(models.SIZES))
+    whole.add_argument("--rounds", type=positive, default=21)
+    whole.add_argument("--batch", type=positive, help="texts per step (default: 16 for 10M, 8 for 40M)")
+    whole.add_argument("--context", type=positive, help="tokens per text (default: 128)")
+    whole.add_argument("--fused", action="store_true", help="torch's fused AdamW in both arms")
+
+
+def add_turns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    others = commands.add_parser("peers", help="time one layer beside two peer packages")
+    others.add_argument(
+        "--environment", type=Path, default=peers.ENVIRONMENT, metavar="DIR",
+        help="virtual environment of the peers, made when absent (default: %(default)s)",
+    )  # fmt: skip
+    others.add_argument("--no-install", action="store_true", help="neither make it nor install anything")
+    two = commands.add_parser("revisions", help="time one layer in two revisions of this repository")
+    two.add_argument("revisions", nargs=2, metavar="REVISION", help="such as main, HEAD~3 or a hash")
+    for command in (others, two):
+        command.add_argument(
+            "--shapes", type=parse_shape, nargs="+", default=linear.SHAPES, metavar="INxOUTxTOKENS"
+        )
+        command.add_argument("--sparsity", type=fraction, nargs="+", default=[0.9])
+        command.add_argument("--turns", type=positive, default=7, help="turns of each (default: %(default)s)")
+        command.add_argument("--calls", type=positive, default=5, help="per turn (default: %(default)s)")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up to, not including, 1, got {text!r}")
+    return value
 
 
 def run_linear(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
@@ -98,7 +144,14 @@ def main() -> None:
     console = Console(width=150)
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
-    rows = {"linear": run_linear, "memory": run_memory}[options.command](options, console)
+    commands = {
+        "linear": run_linear, "memory": run_memory,
+        "models": models.report, "peers": peers.report, "revisions": revisions.report,
+    }  # fmt: skip
+    try:
+        rows = commands[options.command](options, console)
+    except TurnError as error:
+        raise SystemExit(f"error: {error}") from None
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": description, "results": rows}, indent=1))
