@@ -86,7 +86,7 @@ class Session:
         self.package, self.build = CONTENDERS[contender]
         self.calls: dict[str, Callable[[], object]] = {}
 
-    def who(self, threads: int) -> dict[str, Any]:
+    def begin(self, threads: int) -> dict[str, Any]:
         """Import the contender; say from where."""
         torch.set_num_threads(threads)
         return {"file": importlib.import_module(self.package).__file__, "torch": torch.__version__}

@@ -183,7 +183,7 @@ def run(
                 driver = stack.enter_context(
                     turns.start(name, own.get(name, name), folder / name, threads, python, path)
                 )
-                origin = driver.ask("who", threads=threads)["file"]
+                origin = driver.ask("begin", threads=threads)["file"]
                 if name in PEERS:
                     check_origin(origin, environment)
             except TurnError as error:

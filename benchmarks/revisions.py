@@ -109,7 +109,7 @@ def run(
             driver = stack.enter_context(
                 turns.start(name, "this_sparselab", folder / f"run-{place}", threads, environment=environment)
             )
-            origin = driver.ask("who", threads=threads)["file"]
+            origin = driver.ask("begin", threads=threads)["file"]
             if tree.resolve() not in Path(origin).resolve().parents:
                 raise TurnError(f"{name}: sparselab was imported from {origin}, not from {tree}")
             drivers[name] = driver

@@ -105,6 +105,7 @@ class Driver:
         except (OSError, ValueError):
             line = None
         except queue.Empty:
+            self._process.kill()
             self.close()
             raise TurnError(f"{self.name} did not answer {do!r} within {self.timeout_s:g} s") from None
         if line is None:
