@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks memory``. Speed is ``python -m sparselab bench``."""
+"""Command line: ``python -m benchmarks --help``. One layer's speed is ``python -m sparselab bench``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from benchmarks import memory
+from benchmarks import memory, models, peers, revisions
+from benchmarks.turns import TurnError
 from sparselab.bench import machine, tables
+from sparselab.bench.linear import SHAPES
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    try:
+        in_features, out_features, tokens = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected INxOUTxTOKENS such as 768x3072x2048, got {text!r}"
+        ) from None
+    return in_features, out_features, tokens
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -20,10 +33,59 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     bytes_of = commands.add_parser("memory", help="bytes and resident set of training steps")
     bytes_of.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.9, 0.95])
+    add_models(commands)
+    add_turns(commands)
     return parser.parse_args()
 
 
-def run_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    whole = commands.add_parser("models", help="time training steps of transformers, dense and sparse")
+    whole.add_argument("--models", nargs="+", choices=models.SIZES, default=list(models.SIZES))
+    whole.add_argument("--rounds", type=positive, default=21)
+    whole.add_argument("--batch", type=positive, help="texts per step (default: 16 for 10M, 8 for 40M)")
+    whole.add_argument("--context", type=positive, help="tokens per text (default: 128)")
+    whole.add_argument("--fused", action="store_true", help="torch's fused AdamW in both arms")
+
+
+def add_turns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    others = commands.add_parser("peers", help="time one layer beside two peer packages")
+    others.add_argument(
+        "--environment", type=Path, default=peers.ENVIRONMENT, metavar="DIR",
+        help="virtual environment of the peers, made when absent (default: %(default)s)",
+    )  # fmt: skip
+    others.add_argument("--no-install", action="store_true", help="neither make it nor install anything")
+    two = commands.add_parser("revisions", help="time one layer in two revisions of this repository")
+    two.add_argument("revisions", nargs=2, metavar="REVISION", help="such as main, HEAD~3 or a hash")
+    for command in (others, two):
+        command.add_argument(
+            "--shapes",
+            type=parse_shape,
+            nargs="+",
+            metavar="INxOUTxTOKENS",
+            default=[(*shape, tokens) for shape, tokens in SHAPES.items()],
+        )
+        command.add_argument("--sparsity", type=fraction, nargs="+", default=[0.9])
+        command.add_argument("--turns", type=positive, default=7, help="turns of each (default: %(default)s)")
+        command.add_argument("--calls", type=positive, default=5, help="per turn (default: %(default)s)")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up to, not including, 1, got {text!r}")
+    return value
+
+
+def run_memory(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     found = memory.run(options.sparsity, options.threads)
     dense = found[0]
     rows = []
@@ -34,10 +96,12 @@ def run_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
             for key in ("weight_bytes", "training_bytes", "rss_growth")
         )
         rows.append([name, *shares])
-    tables.show(
-        "MiB after three AdamW steps (and share of dense)",
-        ["arm", "weights", "training state", "resident set growth"],
-        rows,
+    console.print(
+        tables.plain(
+            "MiB after three AdamW steps (and share of dense)",
+            ["arm", "weights", "training state", "resident set growth"],
+            rows,
+        )
     )
     return found
 
@@ -45,9 +109,17 @@ def run_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(options.threads)
+    console = Console(width=150)
     description = machine.describe()
-    print(", ".join(f"{key} {value}" for key, value in description.items()))
-    rows = {"memory": run_memory}[options.command](options)
+    console.print(", ".join(f"{key} {value}" for key, value in description.items()))
+    commands = {
+        "memory": run_memory,
+        "models": models.report, "peers": peers.report, "revisions": revisions.report,
+    }  # fmt: skip
+    try:
+        rows = commands[options.command](options, console)
+    except TurnError as error:
+        raise SystemExit(f"error: {error}") from None
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": description, "results": rows}, indent=1))

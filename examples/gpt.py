@@ -17,11 +17,11 @@ def initial_std(name: str, n_layer: int) -> float:
 class Attention(nn.Module):
     """Causal self-attention; queries, keys and values come from one projection."""
 
-    def __init__(self, d_model: int, n_head: int) -> None:
+    def __init__(self, d_model: int, n_head: int, bias: bool) -> None:
         super().__init__()
         self.n_head = n_head
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.out = nn.Linear(d_model, d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias)
+        self.out = nn.Linear(d_model, d_model, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -32,22 +32,22 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, bias: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, d_ff)
-        self.down = nn.Linear(d_ff, d_model)
+        self.up = nn.Linear(d_model, d_ff, bias)
+        self.down = nn.Linear(d_ff, d_model, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, d_model: int, d_ff: int, n_head: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, n_head: int, bias: bool) -> None:
         super().__init__()
         self.attn_norm = nn.LayerNorm(d_model)
-        self.attn = Attention(d_model, n_head)
+        self.attn = Attention(d_model, n_head, bias)
         self.mlp_norm = nn.LayerNorm(d_model)
-        self.mlp = FeedForward(d_model, d_ff)
+        self.mlp = FeedForward(d_model, d_ff, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.attn_norm(x))
@@ -55,15 +55,25 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Pre-norm transformer; `forward` maps tokens ``[batch, length]`` to logits for each place."""
+    """Pre-norm transformer; `forward` maps tokens ``[batch, length]`` to logits for each place.
+
+    `bias` is that of the projections in attention and feed-forward blocks.
+    """
 
     def __init__(
-        self, vocabulary: int, context: int, n_layer: int, d_model: int, d_ff: int, n_head: int
+        self,
+        vocabulary: int,
+        context: int,
+        n_layer: int,
+        d_model: int,
+        d_ff: int,
+        n_head: int,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, d_model)
         self.places = nn.Embedding(context, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, d_ff, n_head) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Block(d_model, d_ff, n_head, bias) for _ in range(n_layer))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
