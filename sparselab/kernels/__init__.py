@@ -194,21 +194,13 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) ->
         If a dropped slot is not live or named twice, or a grown position is out of range, live, or named
         twice.
     """
-    drop = np.sort(_check_integers("drop", drop))
-    grow = np.sort(_check_integers("grow", grow))
+    drop = _ascending(_check_integers("drop", drop))
+    grow = _ascending(_check_integers("grow", grow))
     size = W.shape[0] * W.shape[1]
     if len(grow) and (grow[0] < 0 or grow[-1] >= size):
         wrong = grow[0] if grow[0] < 0 else grow[-1]
         raise ValueError(f"grow must hold positions of 0..{size - 1}, got {wrong}")
-    if len(drop):
-        live = np.zeros(W.capacity, np.bool_)
-        live[W.live_slots()] = True
-        inside = (drop >= 0) & (drop < W.capacity)
-        inside[inside] = live[drop[inside]]
-        if len(wrong_slots := drop[~inside]):
-            raise ValueError(f"drop must hold live slots, got {wrong_slots[0]}")
-        if np.any(drop[1:] == drop[:-1]):
-            raise ValueError("drop must name each slot once, got a slot twice")
+    W = W.unchecked(W.shape, *(_contiguous(part) for part in (W.indptr, W.row_nnz, W.indices, W.values)))
     return _rewrite.rewrite_topology(W, drop, grow, compact)
 
 
@@ -250,7 +242,11 @@ def _check_integers(name: str, array: object) -> Array:
         return np.empty(0, np.int64)
     if integers.ndim != 1 or integers.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a 1-D integer array, got {integers.dtype} of shape {integers.shape}")
-    return integers.astype(np.int64)
+    return np.ascontiguousarray(integers, np.int32 if integers.dtype == np.int32 else np.int64)
+
+
+def _ascending(integers: Array) -> Array:
+    return np.sort(integers) if np.any(integers[1:] < integers[:-1]) else _contiguous(integers)
 
 
 def _checked(plan: Segments, nnz: int, shape: tuple[int, int]) -> Segments:
