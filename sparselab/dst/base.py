@@ -223,7 +223,7 @@ class Vacancy:
 
     @property
     def kept(self) -> Array:
-        """Positions ``row * in_features + column`` that keep their connection, ascending: nothing may grow there."""
+        """Positions ``row * in_features + column`` that keep their connection, ascending."""
         return kept_positions(self.matrix, self.drop)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from sparselab.kernels._rewrite import move_entries, sources_ascend
+from sparselab.kernels._rewrite import move_entries
 
 #: Moving a number needs its width only.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -155,18 +155,18 @@ class StateMove:
 def follow(entries: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``: in place if the length stays the same.
 
-    In place, so that other references to the tensor see it, and so that the update of a large layer takes no
-    memory for it.
+    In place, so that other references to the tensor see it.
     """
-    if entries.shape == source.shape and entries.is_contiguous() and entries.device.type == "cpu":
-        slots = source.cpu().numpy()
-        integers = _INTEGERS.get(entries.itemsize)
-        if integers is not None and sources_ascend(slots):
-            move_entries(entries.detach().view(integers).numpy(), slots)
-            return entries
-    # One more entry, so that -1 reads a zero.
-    moved = torch.cat((entries, entries.new_zeros(1)))[source.to(entries.device)]
-    return entries.copy_(moved) if entries.shape == moved.shape else moved
+    integers = _INTEGERS.get(entries.itemsize)
+    if integers is not None and entries.is_contiguous() and not entries.is_complex():
+        old = entries.detach().cpu().view(integers).numpy()
+        moved = torch.from_numpy(move_entries(old, source.cpu().numpy())).view(entries.dtype)
+    else:
+        # One more entry, so that -1 reads a zero.
+        moved = torch.cat((entries, entries.new_zeros(1)))[source.to(entries.device)]
+    if entries.shape == moved.shape:
+        return entries.copy_(moved)
+    return moved.to(entries.device)
 
 
 def _holds_tensor(entry: object) -> bool:

@@ -87,7 +87,7 @@ def spmm(
            [ 3.]])
     """
     X = _check_matrix("X", X, (W.shape[1], None), W.dtype)
-    plan = plan_spmm(W) if plan is None else _checked(plan, W.nnz, W.shape)
+    plan = plan_spmm(W) if plan is None else _checked(plan, W.nnz, W.capacity, W.shape)
     if bias is not None:
         bias = _contiguous(_check_vector("bias", bias, W.shape[0], W.dtype))
     Y, result = _output(out, (W.shape[0], X.shape[1]), W, X, bias)
@@ -154,7 +154,7 @@ def sddmm_dw(
     """
     DY = _check_matrix("DY", DY, (W.shape[0], None), W.dtype)
     X = _check_matrix("X", X, (W.shape[1], DY.shape[1]), W.dtype)
-    plan = plan_sddmm_dw(W) if plan is None else _checked(plan, W.nnz, W.shape)
+    plan = plan_sddmm_dw(W) if plan is None else _checked(plan, W.nnz, W.capacity, W.shape)
     if out is None:
         dW = target = aligned_empty(W.capacity, W.dtype)
     else:
@@ -249,17 +249,18 @@ def _ascending(integers: Array) -> Array:
     return np.sort(integers) if np.any(integers[1:] < integers[:-1]) else _contiguous(integers)
 
 
-def _checked(plan: Segments, nnz: int, shape: tuple[int, int]) -> Segments:
+def _checked(plan: Segments, nnz: int, capacity: int, shape: tuple[int, int]) -> Segments:
     """Refuse a plan of another matrix, as far as sizes tell: a foreign plan would read out of bounds."""
     if not isinstance(plan, Segments):
         raise TypeError(f"plan must be a Segments, got {type(plan).__name__}")
     rows, blocks = int(plan.chunk_rows[-1]), plan.ptr.shape[1] - 1
-    expected = nnz, shape[0], max(-(-shape[1] // plan.block_columns), 1)
-    if (plan.n_connections, rows, blocks) != expected or plan.block_columns > max(shape[1], 1):
+    expected = nnz, capacity, shape[0], max(-(-shape[1] // plan.block_columns), 1)
+    came = plan.n_connections, plan.capacity, rows, blocks
+    if came != expected or plan.block_columns > max(shape[1], 1):
         raise ValueError(
-            f"plan must be made for this topology ({shape[0]} rows, {shape[1]} columns, {nnz} connections), "
-            f"got one for {rows} rows, {blocks} blocks of {plan.block_columns} columns, "
-            f"{plan.n_connections} connections"
+            f"plan must be made for this topology ({shape[0]} rows, {shape[1]} columns, {nnz} connections in "
+            f"{capacity} slots), got one for {rows} rows, {blocks} blocks of {plan.block_columns} columns, "
+            f"{plan.n_connections} connections in {plan.capacity} slots"
         )
     return plan
 
@@ -267,7 +268,12 @@ def _checked(plan: Segments, nnz: int, shape: tuple[int, int]) -> Segments:
 def _checked_transpose(plan: TransposePlan, W: PaddedCSR) -> TransposePlan:
     if not isinstance(plan, TransposePlan):
         raise TypeError(f"plan must be a TransposePlan, got {type(plan).__name__}")
-    _checked(plan.segments, W.nnz, W.shape[::-1])
+    _checked(plan.segments, W.nnz, W.nnz, W.shape[::-1])
+    if plan.capacity != W.capacity:
+        raise ValueError(
+            f"plan must be made for this topology ({W.nnz} connections in {W.capacity} slots), "
+            f"got one for {plan.capacity} slots"
+        )
     return plan
 
 

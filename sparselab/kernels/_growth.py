@@ -12,7 +12,7 @@ from numba import prange
 from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
 from sparselab.kernels.layout import Array, PaddedCSR, slot_dtype
 
-_MIN_SHARE = 16384
+_MIN_SHARE = 1 << 16
 
 
 def share_rows(W: PaddedCSR) -> Array:

@@ -8,8 +8,10 @@ import numpy as np
 from numba import prange
 
 from sparselab.kernels._growth import first_not_below, share_rows
-from sparselab.kernels._jit import jit, jit_parallel, launch
+from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
 from sparselab.kernels.layout import Array, PaddedCSR
+
+_MIN_SHARE = 1 << 16
 
 
 class Rewrite(NamedTuple):
@@ -26,7 +28,7 @@ class Rewrite(NamedTuple):
 
 @jit
 def _count_share(share, n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice):  # type: ignore[no-untyped-def]
-    """Lengths of the new rows; and the first dropped slot of these rows that is spare, and one named twice."""
+    """Lengths of the new rows; and the first dropped slot of these rows that is spare, and one twice."""
     row0 = edges[share]
     d = first_not_below(drop, begin[row0])
     g = first_not_below(grow, row0 * n_columns)
@@ -116,7 +118,7 @@ def _merge_all(  # type: ignore[no-untyped-def]
 
 
 def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> Rewrite:
-    """`sparselab.kernels.rewrite` on ascending integers, `grow` within the matrix; the rest is checked here."""
+    """`sparselab.kernels.rewrite` on ascending integers, with `grow` in range; checks the rest."""
     columns = W.shape[1]
     edges = share_rows(W)
     n_shares = len(edges) - 1
@@ -172,50 +174,48 @@ def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
 
 
 @jit
-def _move_ascending(entries, source):  # type: ignore[no-untyped-def]
-    """Left-movers from the left, right-movers from the right: neither overwrites what is still to be read.
-
-    What slot i held is wanted by some slot j. If i is refilled from its right, then j < i, because sources
-    ascend; so j moves left as well and was served before. The mirror image holds for right-movers.
-    """
-    n = len(entries)
-    for i in range(n):
-        if source[i] > i:
-            entries[i] = entries[source[i]]
-    for i in range(n - 1, -1, -1):
-        if 0 <= source[i] < i:
-            entries[i] = entries[source[i]]
-    for i in range(n):
-        if source[i] < 0:
-            entries[i] = 0
+def _gather_share(share, n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
+    n = len(source)
+    n_entries = len(entries)
+    for i in range(share * n // n_shares, (share + 1) * n // n_shares):
+        slot = source[i]
+        wrong[share] |= (slot >= n_entries) | (slot < -1)
+        # Read in any case, then kept or not: a branch on which slot was grown would be mispredicted.
+        entry = entries[min(max(slot, 0), n_entries - 1)]
+        moved[i] = entry if slot >= 0 else 0
 
 
-@jit
-def _is_ascending(source, n):  # type: ignore[no-untyped-def]
-    previous = -1
-    for i in range(len(source)):
-        if source[i] >= n or source[i] < -1:
-            return False
-        if source[i] >= 0:
-            if source[i] <= previous:
-                return False
-            previous = source[i]
-    return True
+@jit_parallel
+def _gather(n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
+    for share in prange(n_shares):
+        _gather_share(share, n_shares, entries, source, moved, wrong)
 
 
-def sources_ascend(source: Array) -> bool:
-    """Whether `move_entries` may be used: the sources that are not -1 strictly ascend, and stay in range."""
-    return bool(_is_ascending(source, len(source)))
-
-
-def move_entries(entries: Array, source: Array) -> None:
-    """``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``, in place and without a second array.
+def move_entries(entries: Array, source: Array) -> Array:
+    """What lives per slot, after a rewrite: ``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``.
 
     Parameters
     ----------
     entries : int array, (n,)
-        Overwritten. Floats are moved as the integers of their width.
-    source : int64 array, (n,)
-        For which `sources_ascend`, as for every `rewrite` without spare slots; not checked.
+        Read only. Floats are moved as the integers of their width.
+    source : int64 array, (m,)
+
+    Returns
+    -------
+    int array, (m,)
+
+    Raises
+    ------
+    IndexError
+        If a source is neither a slot nor -1.
     """
-    _move_ascending(entries, source)
+    n_shares = max(1, min(worker_count(), len(source) // _MIN_SHARE))
+    moved = np.empty(len(source), entries.dtype)
+    wrong = np.zeros(n_shares, np.bool_)
+    if len(entries):
+        launch(_gather, _gather_share, n_shares, entries, source, moved, wrong)
+    else:
+        moved[:] = 0
+    if wrong.any() or (len(entries) == 0 and np.any(source != -1)):
+        raise IndexError(f"source must hold -1 or slots of 0..{len(entries) - 1}")
+    return moved

@@ -19,7 +19,7 @@ from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
 from sparselab.kernels.layout import Array, slot_dtype
 
 _DIGIT = 11
-_MIN_SHARE = 16384
+_MIN_SHARE = 1 << 16
 
 
 def float_bits(scores: Array) -> tuple[Array, np.int64, np.int64]:
@@ -148,7 +148,7 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
 def _edge(
     n_shares: int, bits: Array, mask: np.int64, infinity: np.int64, k: int
 ) -> tuple[np.int64, np.int64, int]:
-    """``(shift, edge, missing)``: all keys with ``key >> shift > edge`` are taken, `missing` of those equal."""
+    """``(shift, edge, missing)``: take keys with ``key >> shift > edge``, and `missing` of those equal."""
     width = bits.dtype.itemsize * 8
     prefix_shift, prefix, shift = 63, 0, width - _DIGIT
     first, missing = -(1 << (_DIGIT - 1)), k

@@ -35,7 +35,7 @@ _DIGIT = 12
 #: Counters for entries that do not count. Several, since successive additions to one wait for each other.
 _IDLE = 8
 
-_MIN_SHARE = 32768
+_MIN_SHARE = 1 << 17
 
 
 def largest(scores: npt.NDArray[np.floating[Any]], k: int) -> Array:
@@ -316,7 +316,7 @@ class StreamedTopK:
         self._count += int(fresh.sum())
 
     def _live_rows(self, first_row: int, n_rows: int) -> tuple[Array, Array, Array, np.int64, np.int64]:
-        """``(begin, row_nnz, live, origin, step)``: slot s of row r has column ``live[s] - origin - r * step``."""
+        """``(begin, row_nnz, live, origin, step)``; slot s has column ``live[s] - origin - row * step``."""
         W = self._live
         if isinstance(W, PaddedCSR):
             rows = slice(first_row, first_row + n_rows)
