@@ -20,7 +20,7 @@ import numpy.typing as npt
 from numba import prange
 
 from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
-from sparselab.kernels._select import float_bits, select
+from sparselab.kernels._select import select
 from sparselab.kernels.layout import Array, PaddedCSR, slot_dtype
 
 #: Entries tested together before any is looked at alone; short, because one hit costs a walk over them all.
@@ -59,6 +59,16 @@ def largest(scores: npt.NDArray[np.floating[Any]], k: int) -> Array:
         If `k` is outside ``[0, n]``.
     """
     return select(np.ascontiguousarray(scores), k)
+
+
+def _float_bits(scores: Array) -> tuple[Array, np.int64, np.int64]:
+    """The scores as integers of the same width, the mask of their magnitude, and the bits of infinity.
+
+    Magnitudes order like these integers, so they can be counted by their leading bits.
+    """
+    integer = np.dtype(np.int32 if scores.dtype == np.float32 else np.int64)
+    infinity = np.array(np.inf, scores.dtype).view(integer)
+    return scores.view(integer), np.int64(np.iinfo(integer).max), np.int64(infinity)
 
 
 @jit
@@ -237,7 +247,7 @@ class StreamedTopK:
         size = live.shape[0] * n_columns if isinstance(live, PaddedCSR) else np.iinfo(np.int64).max
         self._scores = np.empty(capacity, dtype)
         self._positions = np.empty(capacity, slot_dtype(size))
-        self._bits, self._mask, self._infinity = float_bits(self._scores)
+        self._bits, self._mask, self._infinity = _float_bits(self._scores)
         self._shift = np.int64(self._bits.itemsize * 8 - 1 - _DIGIT)
         self._counts = np.zeros(1 << _DIGIT, np.int64)
         self.live_scores = np.empty(n_slots if k else 0, dtype)
@@ -278,7 +288,7 @@ class StreamedTopK:
             self._take_in(first_row, block)
 
     def _take_in(self, first_row: int, block: Array) -> None:
-        bits = float_bits(block)[0]
+        bits = _float_bits(block)[0]
         base = np.int64(first_row * self._n_columns)
         rows = self._live_rows(first_row, block.shape[0])
         n_shares = max(1, min(worker_count(), block.size // _MIN_SHARE, block.shape[0]))
