@@ -8,6 +8,7 @@ import numpy as np
 from numba import prange
 
 from sparselab.kernels._growth import first_not_below, share_rows
+from sparselab.kernels._intrinsics import get
 from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
 from sparselab.kernels.layout import Array, PaddedCSR
 
@@ -177,12 +178,15 @@ def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
 def _gather_share(share, n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
     n = len(source)
     n_entries = len(entries)
+    lowest = highest = np.int64(-1)
     for i in range(share * n // n_shares, (share + 1) * n // n_shares):
         slot = source[i]
-        wrong[share] |= (slot >= n_entries) | (slot < -1)
+        lowest = min(lowest, slot)
+        highest = max(highest, slot)
         # Read in any case, then kept or not: a branch on which slot was grown would be mispredicted.
-        entry = entries[min(max(slot, 0), n_entries - 1)]
+        entry = get(entries, min(max(slot, np.int64(0)), n_entries - 1))
         moved[i] = entry if slot >= 0 else 0
+    wrong[share] = lowest < -1 or highest >= n_entries
 
 
 @jit_parallel
