@@ -177,16 +177,17 @@ def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
 @jit
 def _gather_share(share, n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
     n = len(source)
-    n_entries = len(entries)
-    lowest = highest = np.int64(-1)
-    for i in range(share * n // n_shares, (share + 1) * n // n_shares):
-        slot = source[i]
-        lowest = min(lowest, slot)
-        highest = max(highest, slot)
-        # Read in any case, then kept or not: a branch on which slot was grown would be mispredicted.
-        entry = get(entries, min(max(slot, np.int64(0)), n_entries - 1))
-        moved[i] = entry if slot >= 0 else 0
-    wrong[share] = lowest < -1 or highest >= n_entries
+    first, last = share * n // n_shares, (share + 1) * n // n_shares
+    out_of_range = 0
+    for i in range(first, last):
+        out_of_range += (source[i] >= len(entries)) | (source[i] < -1)
+    wrong[share] = out_of_range > 0
+    if out_of_range > 0:
+        return
+    for i in range(first, last):
+        # Multiplied, because a branch on which slot was grown would be mispredicted.
+        kept = np.int64(source[i] >= 0)
+        moved[i] = get(entries, source[i] * kept) * kept
 
 
 @jit_parallel

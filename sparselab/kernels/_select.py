@@ -38,27 +38,28 @@ def _count_taken(n_shares, scores, edge, nan_at_edge, above, equal):  # type: ig
 
 
 @jit
-def _take_share(share, n_shares, scores, edge, nan_at_edge, wanted, quota, ends, out):  # type: ignore[no-untyped-def]
-    """Write the indices that are taken (or, if not `wanted`, left), `quota` of those at the edge taken."""
+def _take_share(share, n_shares, scores, edge, nan_at_edge, rest, quota, ends, out):  # type: ignore[no-untyped-def]
+    """Write the indices that are taken (or, if `rest` is 1, left), `quota` of those at the edge taken."""
     n = len(scores)
     at = ends[share]
     end = ends[share + 1]
     left = quota[share]
     for i in range(share * n // n_shares, (share + 1) * n // n_shares):
         score = scores[i]
-        at_edge = (score == edge) | (nan_at_edge & (score != score))
-        taken = (score > edge) | (at_edge & (left > 0))
-        left -= at_edge
+        taken = np.int64(score > edge)
+        if score == edge or (nan_at_edge and score != score):
+            taken = np.int64(left > 0)
+            left -= 1
         # Always stored and sometimes kept: a branch on what the score is would be mispredicted.
         if at < end:
             out[at] = i
-        at += taken == wanted
+        at += taken ^ rest
 
 
 @jit_parallel
-def _take(n_shares, scores, edge, nan_at_edge, wanted, quota, ends, out):  # type: ignore[no-untyped-def]
+def _take(n_shares, scores, edge, nan_at_edge, rest, quota, ends, out):  # type: ignore[no-untyped-def]
     for share in prange(n_shares):
-        _take_share(share, n_shares, scores, edge, nan_at_edge, wanted, quota, ends, out)
+        _take_share(share, n_shares, scores, edge, nan_at_edge, rest, quota, ends, out)
 
 
 def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False) -> Array:
@@ -109,5 +110,5 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
     ends = np.zeros(n_shares + 1, np.int64)
     np.cumsum(sizes, out=ends[1:])
     out = np.empty(ends[-1], slot_dtype(n))
-    launch(_take, _take_share, n_shares, scores, edge, nan_at_edge, not rest, quota, ends, out)
+    launch(_take, _take_share, n_shares, scores, edge, nan_at_edge, int(rest), quota, ends, out)
     return out
