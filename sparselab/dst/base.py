@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparselab.dst._checks import require_count, require_finite
-from sparselab.dst.optimizer_state import OptimizerTracker
+from sparselab.dst.optimizer_state import OptimizerTracker, StateMove, follow
 from sparselab.dst.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.score import lowest, magnitude
-from sparselab.kernels import n_connections
-from sparselab.nn.topology import SparseTopology, find_sparse
+from sparselab.kernels import PaddedCSR, n_connections
+from sparselab.kernels._growth import kept_positions
+from sparselab.kernels.layout import Array
+from sparselab.nn.topology import SparseTopology, as_matrix, find_sparse
 
 # Which algorithm a layer belongs to. Neither is kept alive by it, and copies of a layer belong to nobody.
 _owners: weakref.WeakKeyDictionary[Any, weakref.ref[SparsityAlgorithm]] = weakref.WeakKeyDictionary()
@@ -208,22 +209,22 @@ class Vacancy:
         Finished optimizer steps.
     shape : (int, int)
         ``(out_features, in_features)``.
-    positions : int64 array, (nnz,)
-        Live positions ``row * in_features + column`` before the drop, ascending.
-    drop : int64 array, (k,)
+    matrix : PaddedCSR
+        The connections before the drop, without spare slots. Its values are not to be read.
+    drop : int array, (k,)
         Slots that lose their connection, ascending; as many are to be grown.
     """
 
     layer_index: int
     step: int
     shape: tuple[int, int]
-    positions: npt.NDArray[np.int64]
-    drop: npt.NDArray[np.int64]
+    matrix: PaddedCSR
+    drop: Array
 
     @property
-    def kept(self) -> npt.NDArray[np.int64]:
-        """Positions that keep their connection, ascending: where nothing may grow."""
-        return np.delete(self.positions, self.drop)
+    def kept(self) -> Array:
+        """Positions ``row * in_features + column`` that keep their connection, ascending."""
+        return kept_positions(self.matrix, self.drop)
 
 
 class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
@@ -314,7 +315,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
         )
 
     @abc.abstractmethod
-    def _grow(self, vacancy: Vacancy) -> npt.NDArray[np.int64]:
+    def _grow(self, vacancy: Vacancy) -> Array:
         """As many distinct positions as are dropped, none of them in ``vacancy.kept``."""
 
     def _check(self) -> None:
@@ -343,15 +344,25 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
             if not drop.size:
                 reports.append(UpdateReport())
                 continue
-            vacancy = Vacancy(index, step, layer.shape, layer.positions().cpu().numpy(), drop)
-            grow = self._grow(vacancy)
+            grow = self._grow(Vacancy(index, step, layer.shape, as_matrix(layer), drop))
             if grow.size != drop.size:
                 raise RuntimeError(f"{type(self).__name__} grew {grow.size} for {drop.size} dropped")
-            source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
-            move.apply(source)
-            regrown = int((source >= 0).sum()) - (vacancy.positions.size - drop.size)
-            reports.append(UpdateReport(drop.size, grow.size, regrown))
+            n_survivors = self._rewire(layer, move, drop, grow)
+            reports.append(UpdateReport(drop.size, grow.size, n_survivors - (layer.nnz - drop.size)))
         self.last_update = tuple(reports)
+
+    def _rewire(self, layer: SparseTopology, move: StateMove, drop: Array, grow: Array) -> int:
+        """Change the topology and all that follows it; returns how many connections survived."""
+        # Taken away meanwhile, because the layer would move it through copies larger than itself.
+        gradient, layer.values.grad = layer.values.grad, None
+        try:
+            source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
+        finally:
+            layer.values.grad = gradient
+        if gradient is not None:
+            layer.values.grad = follow(gradient, source)
+        move.apply(source)
+        return int(np.count_nonzero(source.cpu().numpy() >= 0))
 
     def _fraction(self, step: int) -> float:
         fraction = self.drop_fraction(step)

@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sparselab.kernels import PaddedCSR
+from sparselab.kernels._growth import merge_candidates
 from sparselab.kernels._topk import StreamedTopK, largest
-from sparselab.nn.topology import SparseTopology
+from sparselab.kernels.layout import Array
+from sparselab.nn.topology import SparseTopology, as_matrix
 
 _BLOCK_BYTES = 4 << 20
 
@@ -30,7 +33,7 @@ class GradientSummary:
         False if the gradient has a NaN or an infinity; the other fields mean nothing then.
     live_scores : float array, (nnz,)
         ``|G|`` at the live slots.
-    free_positions : int64 array, (at most k,)
+    free_positions : int array, (at most k,)
         Positions without a weight that have the largest ``|G|``, ascending.
     free_scores : float array
         ``|G|`` at `free_positions`.
@@ -38,39 +41,35 @@ class GradientSummary:
 
     finite: bool
     live_scores: npt.NDArray[np.floating[Any]]
-    free_positions: npt.NDArray[np.int64]
+    free_positions: Array
     free_scores: npt.NDArray[np.floating[Any]]
 
-    def best(
-        self, positions: npt.NDArray[np.int64], drop: npt.NDArray[np.int64], k: int
-    ) -> npt.NDArray[np.int64]:
+    def best(self, W: PaddedCSR, drop: Array, k: int) -> Array:
         """The `k` positions of largest ``|G|`` among those without a weight and those just dropped.
 
         Parameters
         ----------
-        positions : int64 array, (nnz,)
-            Live positions, ascending.
-        drop : int64 array
-            Slots being dropped.
+        W : PaddedCSR
+            The connections before the drop, as they were when the gradient was formed.
+        drop : int array
+            Slots being dropped, ascending.
         k : int
             How many; at most what the summary was made for.
 
         Returns
         -------
-        int64 array, (k,)
+        int array, (k,)
             Ascending; ties went to the lower position.
         """
-        candidates = np.concatenate((positions[drop], self.free_positions))
-        scores = np.concatenate((self.live_scores[drop], self.free_scores))
-        order = np.argsort(candidates, kind="stable")  # merges the two ascending runs
-        winners: npt.NDArray[np.int64] = candidates[order][largest(scores[order], k)]
+        positions, scores = merge_candidates(W, drop, self.live_scores, self.free_positions, self.free_scores)
+        winners: Array = positions[largest(scores, k)]
         return winners
 
 
 @torch.no_grad()
 def summarise(
     pairs: list[tuple[torch.Tensor, torch.Tensor]],
-    live: npt.NDArray[np.int64],
+    live: PaddedCSR | Array,
     shape: tuple[int, int],
     k: int,
     dtype: torch.dtype,
@@ -81,8 +80,8 @@ def summarise(
     ----------
     pairs : list of (X, dY)
         X is ``(n_tokens, in_features)``, dY ``(n_tokens, out_features)``. Read only.
-    live : int64 array, (nnz,)
-        Live positions, ascending.
+    live : PaddedCSR, or int64 array (nnz,)
+        The connections, or their positions, ascending.
     shape : (int, int)
         ``(out_features, in_features)``.
     k : int
@@ -102,8 +101,7 @@ def summarise(
     pairs = [(x.to(dtype), dy.to(dtype)) for x, dy in pairs]
     height = min(rows, max(1, _BLOCK_BYTES // max(1, cols * dtype.itemsize)))
     buffer = torch.empty((height, cols), dtype=dtype)
-    live_gradient = np.empty(live.size, buffer.numpy().dtype)
-    top = StreamedTopK(k, live, cols, live_gradient.dtype)
+    top = StreamedTopK(k, live, cols, buffer.numpy().dtype)
     for row in range(0, rows, height):
         stop = min(row + height, rows)
         block = buffer[: stop - row]
@@ -111,12 +109,8 @@ def summarise(
             block.addmm_(dy[:, row:stop].T, x, beta=min(i, 1))
         top.push(row, block.numpy())
         if not top.finite:
-            break
-        first, last = np.searchsorted(live, (row * cols, stop * cols))
-        live_gradient[first:last] = block.numpy().reshape(-1)[live[first:last] - row * cols]
-    if not top.finite:
-        return GradientSummary(False, live_gradient, np.empty(0, np.int64), live_gradient[:0])
-    return GradientSummary(True, np.abs(live_gradient, out=live_gradient), *top.result())
+            return GradientSummary(False, top.live_scores, np.empty(0, np.int64), top.live_scores[:0])
+    return GradientSummary(True, top.live_scores, *top.result())
 
 
 class GradientCollector:
@@ -195,12 +189,16 @@ class GradientCollector:
             self._finish(self._held)
         return self._summary
 
+    def release(self) -> None:
+        """Let go of what was seen, which takes as much room as the weights."""
+        self._summary = None
+        self._held = []
+
     def _finish(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         layer = self._layer()
         if layer is None:
             return
-        live = layer.positions().cpu().numpy()
         # The same rounding as the drop, so that there are candidates for every connection dropped.
-        k = int(self._drop_fraction * live.size)
-        self._summary = summarise(pairs, live, layer.shape, k, layer.values.dtype)
+        k = int(self._drop_fraction * layer.nnz)
+        self._summary = summarise(pairs, as_matrix(layer), layer.shape, k, layer.values.dtype)
         self._held = []

@@ -16,6 +16,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from sparselab.kernels._rewrite import move_entries
+
+#: Moving a number needs its width only.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 # Hooks whose tracker is gone. The garbage collector may take a tracker while torch walks over its hooks, and
 # removing one there would be an error in the middle of an optimizer step; so it waits.
 _retired_hooks: list[RemovableHandle] = []
@@ -143,11 +148,25 @@ class StateMove:
             Old slot of each new slot, or -1.
         """
         for state, name in self._places:
-            old = state[name]
-            # One more entry, so that -1 reads a zero.
-            moved = torch.cat((old, old.new_zeros(1)))[source.to(old.device)]
-            # In place where it fits, so that other references to the tensor see it.
-            state[name] = old.copy_(moved) if old.shape == moved.shape else moved
+            state[name] = follow(state[name], source)
+
+
+@torch.no_grad()
+def follow(entries: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``: in place if the length stays the same.
+
+    In place, so that other references to the tensor see it.
+    """
+    integers = _INTEGERS.get(entries.itemsize)
+    if integers is not None and entries.is_contiguous() and not entries.is_complex():
+        old = entries.detach().cpu().view(integers).numpy()
+        moved = torch.from_numpy(move_entries(old, source.cpu().numpy())).view(entries.dtype)
+    else:
+        # One more entry, so that -1 reads a zero.
+        moved = torch.cat((entries, entries.new_zeros(1)))[source.to(entries.device)]
+    if entries.shape == moved.shape:
+        return entries.copy_(moved)
+    return moved.to(entries.device)
 
 
 def _holds_tensor(entry: object) -> bool:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
 from sparselab.dst._checks import require_count
 from sparselab.dst.base import DynamicSparsityAlgorithm, Vacancy
 from sparselab.dst.gradient import GradientCollector
 from sparselab.dst.schedule import Schedule
+from sparselab.kernels.layout import Array
 
 
 class RigL(DynamicSparsityAlgorithm):
@@ -99,10 +97,12 @@ class RigL(DynamicSparsityAlgorithm):
             return "no gradient"
         return "" if summary.finite else "gradient is not finite"
 
-    def _grow(self, vacancy: Vacancy) -> npt.NDArray[np.int64]:
-        summary = self._collectors[vacancy.layer_index].summary()
+    def _grow(self, vacancy: Vacancy) -> Array:
+        collector = self._collectors[vacancy.layer_index]
+        summary = collector.summary()
         assert summary is not None
-        return summary.best(vacancy.positions, vacancy.drop, vacancy.drop.size)
+        collector.release()
+        return summary.best(vacancy.matrix, vacancy.drop, vacancy.drop.size)
 
     def _config(self) -> dict[str, object]:
         return {**super()._config(), "grad_accumulation": self.grad_accumulation}

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sparselab.kernels._growth import skip_kept
 from sparselab.kernels._sampling import sample_distinct
-from sparselab.kernels._topk import largest
+from sparselab.kernels._select import select
+from sparselab.kernels.layout import Array
 
 
 def magnitude(values: torch.Tensor) -> npt.NDArray[np.float32 | np.float64]:
@@ -20,7 +22,7 @@ def magnitude(values: torch.Tensor) -> npt.NDArray[np.float32 | np.float64]:
     return scores
 
 
-def lowest(scores: npt.NDArray[np.float32 | np.float64], k: int) -> npt.NDArray[np.int64]:
+def lowest(scores: npt.NDArray[np.float32 | np.float64], k: int) -> Array:
     """Slots of the `k` lowest scores, ascending.
 
     The order in which slots are kept is ``(score descending, slot ascending)``, so among equal scores the
@@ -33,26 +35,26 @@ def lowest(scores: npt.NDArray[np.float32 | np.float64], k: int) -> npt.NDArray[
     k : int
         How many, ``0 <= k <= nnz``.
 
+    Returns
+    -------
+    int32 or int64 array, (k,)
+
     Raises
     ------
     ValueError
         If `k` is outside ``[0, nnz]``.
     """
-    gone = np.ones(scores.size, np.bool_)
-    gone[largest(scores, scores.size - k)] = False
-    return np.flatnonzero(gone).astype(np.int64, copy=False)
+    return select(scores, scores.size - k, rest=True)
 
 
-def random_free(
-    rng: np.random.Generator, kept: npt.NDArray[np.int64], n_positions: int, k: int
-) -> npt.NDArray[np.int64]:
+def random_free(rng: np.random.Generator, kept: Array, n_positions: int, k: int) -> Array:
     """Draw `k` distinct positions that are not kept, every set of `k` equally likely.
 
     Parameters
     ----------
     rng : numpy.random.Generator
         Advanced by the call.
-    kept : int64 array, (n_kept,)
+    kept : int array, (n_kept,)
         Positions that may not be drawn, strictly ascending. Read only.
     n_positions : int
         Rows times columns.
@@ -75,6 +77,4 @@ def random_free(
     ``kept[i] - i`` free positions lie before ``kept[i]``, so the one of rank r is preceded by as many kept
     positions as have ``kept[i] - i <= r``. Nothing is drawn in vain, however full the layer is.
     """
-    ranks = sample_distinct(rng, n_positions - kept.size, k)
-    free_before = kept - np.arange(kept.size, dtype=np.int64)
-    return ranks + np.searchsorted(free_before, ranks, side="right")
+    return skip_kept(sample_distinct(rng, n_positions - kept.size, k), kept)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from sparselab.dst.base import DynamicSparsityAlgorithm, Vacancy
 from sparselab.dst.score import random_free
+from sparselab.kernels.layout import Array
 
 
 class SET(DynamicSparsityAlgorithm):
@@ -30,7 +30,7 @@ class SET(DynamicSparsityAlgorithm):
     by network science", Nature Communications 9:2383 (2018), Algorithm 1.
     """
 
-    def _grow(self, vacancy: Vacancy) -> npt.NDArray[np.int64]:
+    def _grow(self, vacancy: Vacancy) -> Array:
         rng = np.random.default_rng([self.seed, vacancy.layer_index, vacancy.step])
         rows, cols = vacancy.shape
         return random_free(rng, vacancy.kept, rows * cols, vacancy.drop.size)

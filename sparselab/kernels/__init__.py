@@ -90,7 +90,7 @@ def spmm(
     """
     X = _check_matrix("X", X, (W.shape[1], None), W.dtype)
     if plan is not None:
-        _checked(plan, W.nnz, W.shape)
+        _checked(plan, W.nnz, W.capacity, W.shape)
     if bias is not None:
         bias = _contiguous(_check_vector("bias", bias, W.shape[0], W.dtype))
     Y, result = _output(out, (W.shape[0], X.shape[1]), W, X, bias)
@@ -166,7 +166,7 @@ def sddmm_dw(
     """
     DY = _check_matrix("DY", DY, (W.shape[0], None), W.dtype)
     X = _check_matrix("X", X, (W.shape[1], DY.shape[1]), W.dtype)
-    plan = plan_sddmm_dw(W) if plan is None else _checked(plan, W.nnz, W.shape)
+    plan = plan_sddmm_dw(W) if plan is None else _checked(plan, W.nnz, W.capacity, W.shape)
     if out is None:
         dW = target = aligned_empty(W.capacity, W.dtype)
     else:
@@ -206,21 +206,13 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) ->
         If a dropped slot is not live or named twice, or a grown position is out of range, live, or named
         twice.
     """
-    drop = np.sort(_check_integers("drop", drop))
-    grow = np.sort(_check_integers("grow", grow))
+    drop = _ascending(_check_integers("drop", drop))
+    grow = _ascending(_check_integers("grow", grow))
     size = W.shape[0] * W.shape[1]
     if len(grow) and (grow[0] < 0 or grow[-1] >= size):
         wrong = grow[0] if grow[0] < 0 else grow[-1]
         raise ValueError(f"grow must hold positions of 0..{size - 1}, got {wrong}")
-    if len(drop):
-        live = np.zeros(W.capacity, np.bool_)
-        live[W.live_slots()] = True
-        inside = (drop >= 0) & (drop < W.capacity)
-        inside[inside] = live[drop[inside]]
-        if len(wrong_slots := drop[~inside]):
-            raise ValueError(f"drop must hold live slots, got {wrong_slots[0]}")
-        if np.any(drop[1:] == drop[:-1]):
-            raise ValueError("drop must name each slot once, got a slot twice")
+    W = W.unchecked(W.shape, *(_contiguous(part) for part in (W.indptr, W.row_nnz, W.indices, W.values)))
     return _rewrite.rewrite_topology(W, drop, grow, compact)
 
 
@@ -262,20 +254,25 @@ def _check_integers(name: str, array: object) -> Array:
         return np.empty(0, np.int64)
     if integers.ndim != 1 or integers.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a 1-D integer array, got {integers.dtype} of shape {integers.shape}")
-    return integers.astype(np.int64)
+    return np.ascontiguousarray(integers, np.int32 if integers.dtype == np.int32 else np.int64)
 
 
-def _checked(plan: Segments, nnz: int, shape: tuple[int, int]) -> Segments:
+def _ascending(integers: Array) -> Array:
+    return np.sort(integers) if np.any(integers[1:] < integers[:-1]) else _contiguous(integers)
+
+
+def _checked(plan: Segments, nnz: int, capacity: int, shape: tuple[int, int]) -> Segments:
     """Refuse a plan of another matrix, as far as sizes tell: a foreign plan would read out of bounds."""
     if not isinstance(plan, Segments):
         raise TypeError(f"plan must be a Segments, got {type(plan).__name__}")
     rows, blocks = int(plan.chunk_rows[-1]), plan.ptr.shape[1] - 1
-    expected = nnz, shape[0], max(-(-shape[1] // plan.block_columns), 1)
-    if (plan.n_connections, rows, blocks) != expected or plan.block_columns > max(shape[1], 1):
+    expected = nnz, capacity, shape[0], max(-(-shape[1] // plan.block_columns), 1)
+    came = plan.n_connections, plan.capacity, rows, blocks
+    if came != expected or plan.block_columns > max(shape[1], 1):
         raise ValueError(
-            f"plan must be made for this topology ({shape[0]} rows, {shape[1]} columns, {nnz} connections), "
-            f"got one for {rows} rows, {blocks} blocks of {plan.block_columns} columns, "
-            f"{plan.n_connections} connections"
+            f"plan must be made for this topology ({shape[0]} rows, {shape[1]} columns, {nnz} connections in "
+            f"{capacity} slots), got one for {rows} rows, {blocks} blocks of {plan.block_columns} columns, "
+            f"{plan.n_connections} connections in {plan.capacity} slots"
         )
     return plan
 
@@ -283,7 +280,12 @@ def _checked(plan: Segments, nnz: int, shape: tuple[int, int]) -> Segments:
 def _checked_transpose(plan: TransposePlan, W: PaddedCSR) -> TransposePlan:
     if not isinstance(plan, TransposePlan):
         raise TypeError(f"plan must be a TransposePlan, got {type(plan).__name__}")
-    _checked(plan.segments, W.nnz, W.shape[::-1])
+    _checked(plan.segments, W.nnz, W.nnz, W.shape[::-1])
+    if plan.capacity != W.capacity:
+        raise ValueError(
+            f"plan must be made for this topology ({W.nnz} connections in {W.capacity} slots), "
+            f"got one for {plan.capacity} slots"
+        )
     return plan
 
 

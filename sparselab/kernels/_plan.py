@@ -13,8 +13,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import prange
 
-from sparselab.kernels._jit import jit, mapped_empty
+from sparselab.kernels._growth import share_rows
+from sparselab.kernels._jit import jit, jit_parallel, launch, mapped_empty, worker_count
 from sparselab.kernels._target import BLOCK_COLUMNS, CACHE_BUDGET_BYTES, TILE_BYTES
 from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, slot_dtype
 
@@ -28,6 +30,7 @@ _USEFUL_SEGMENT = 12
 _CHUNK_BYTES = 128 * 1024
 _MIN_CHUNKS = 16
 _MIN_CHUNK_ROWS = 8
+_MIN_SHARE = 1 << 15
 
 
 class Segments(NamedTuple):
@@ -36,10 +39,11 @@ class Segments(NamedTuple):
     ``ptr[c, b] : ptr[c, b + 1]`` are the segments of row chunk c in column block b. Chunk c is rows
     ``chunk_rows[c] : chunk_rows[c + 1]``, all chunks of about equal work. Segment p is the `length[p]`
     connections of row ``row[p]`` from slot ``start[p]`` on. Every row has a segment in block 0, if need be an
-    empty one, so that block 0 can begin the row's sum.
+    empty one, so that block 0 can begin the row's sum. `capacity` is the number of slots that they lie in.
     """
 
     n_connections: int
+    capacity: int
     block_columns: int
     chunk_rows: Array
     ptr: Array
@@ -52,9 +56,10 @@ class TransposePlan(NamedTuple):
     """The order of `spmm_t`: the transpose's connections, row by row, and its segments.
 
     Row j of the transpose is the connections ``indptr[j] : indptr[j + 1]``. Connection k has column
-    ``indices[k]`` (a row of W) and the value in slot ``slots[k]``.
+    ``indices[k]`` (a row of W) and the value in slot ``slots[k]`` of the `capacity` slots of W.
     """
 
+    capacity: int
     indptr: Array
     indices: Array
     slots: Array
@@ -69,13 +74,25 @@ def plan_spmm(W: PaddedCSR) -> Segments:
 def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
     """Plan of `spmm_t` for the topology of W (values are not read). Costs about 7 bytes per connection."""
     rows, cols = W.shape
-    indptr = np.zeros(cols + 1, np.int64)
     indices = mapped_empty(W.nnz, index_dtype(rows))
     slots = mapped_empty(W.nnz, slot_dtype(W.capacity))
-    _transpose(W.indptr, W.row_nnz, W.indices, indptr, indices, slots)
+    edges = share_rows(W)
+    n_shares = len(edges) - 1
+    fill = np.zeros((n_shares, cols), np.int64)
+    launch(_count_columns, _count_columns_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill)
+    column_nnz = fill.sum(0)
+    indptr = np.zeros(cols + 1, np.int64)
+    np.cumsum(column_nnz, out=indptr[1:])
+    # A column's connections of one share follow those of the shares before it, so that rows ascend.
+    fill[1:] = np.cumsum(fill[:-1], axis=0)
+    fill[:1] = 0
+    fill += indptr[:-1]
+    launch(
+        _transpose, _transpose_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill, indices, slots
+    )
     block = _product_block(W.nnz, (cols, rows))
-    segments = _segments(indptr[:-1], np.diff(indptr), indices, (cols, rows), block)
-    return TransposePlan(indptr, indices, slots, segments)
+    segments = _segments(indptr[:-1], column_nnz, indices, (cols, rows), block)
+    return TransposePlan(W.capacity, indptr, indices, slots, segments)
 
 
 def plan_sddmm_dw(W: PaddedCSR) -> Segments:
@@ -101,14 +118,27 @@ def _segments(
     block_columns = max(1, min(block_columns, n_columns))
     chunk_rows = _chunks(row_nnz)
     n_blocks = max(-(-n_columns // block_columns), 1)
-    ptr = np.zeros((len(chunk_rows) - 1, n_blocks + 1), np.int64)
-    _count_segments(begin, row_nnz, indices, block_columns, chunk_rows, ptr)
+    n_chunks = len(chunk_rows) - 1
+    n_shares = max(1, min(worker_count(), n_chunks, len(indices) // _MIN_SHARE))
+    ptr = np.zeros((n_chunks, n_blocks + 1), np.int64)
+    longest = np.zeros(n_shares, np.int64)
+    launch(
+        _count_segments, _count_segments_share, n_shares, begin, row_nnz, indices, block_columns, chunk_rows,
+        ptr, longest,
+    )  # fmt: skip
+    sizes = ptr[:, 1:]
+    ends = np.cumsum(sizes).reshape(sizes.shape)
+    ptr[:, 1:] = ends
+    ptr[1:, 0] = ends[:-1, -1]
     n_segments = int(ptr[-1, -1]) if ptr.size else 0
     row = mapped_empty(n_segments, slot_dtype(n_rows))
     start = mapped_empty(n_segments, slot_dtype(int(begin[-1]) + int(row_nnz[-1]) if n_rows else 0))
     length = mapped_empty(n_segments, slot_dtype(block_columns))
-    _fill_segments(begin, row_nnz, indices, block_columns, chunk_rows, ptr, row, start, length)
-    return Segments(int(row_nnz.sum()), block_columns, chunk_rows, ptr, row, start, length)
+    launch(
+        _fill, _fill_segments, n_shares, begin, row_nnz, indices, block_columns, chunk_rows, ptr,
+        longest.max(), row, start, length,
+    )  # fmt: skip
+    return Segments(int(row_nnz.sum()), len(indices), block_columns, chunk_rows, ptr, row, start, length)
 
 
 def _chunks(row_nnz: Array) -> Array:
@@ -124,70 +154,129 @@ def _chunks(row_nnz: Array) -> Array:
 
 
 @jit
-def _transpose(begin, row_nnz, indices, indptr, rows, slots):  # type: ignore[no-untyped-def]
-    """Counting sort of the connections by column; within a column rows ascend."""
-    for i in range(len(row_nnz)):
+def _count_columns_share(share, n_shares, edges, begin, row_nnz, indices, counts):  # type: ignore[no-untyped-def]
+    mine = counts[share]
+    for i in range(edges[share], edges[share + 1]):
         for slot in range(begin[i], begin[i] + row_nnz[i]):
-            indptr[np.int64(indices[slot]) + 1] += 1
-    for j in range(1, len(indptr)):
-        indptr[j] += indptr[j - 1]
-    fill = indptr[:-1].copy()
-    for i in range(len(row_nnz)):
-        for slot in range(begin[i], begin[i] + row_nnz[i]):
-            j = np.int64(indices[slot])
-            rows[fill[j]] = i
-            slots[fill[j]] = slot
-            fill[j] += 1
+            mine[np.int64(indices[slot])] += 1
+
+
+@jit_parallel
+def _count_columns(n_shares, edges, begin, row_nnz, indices, counts):  # type: ignore[no-untyped-def]
+    for share in prange(n_shares):
+        _count_columns_share(np.int64(share), n_shares, edges, begin, row_nnz, indices, counts)
 
 
 @jit
-def _count_segments(begin, row_nnz, indices, block, chunk_rows, ptr):  # type: ignore[no-untyped-def]
-    for c in range(len(chunk_rows) - 1):
+def _transpose_share(share, n_shares, edges, begin, row_nnz, indices, fill, rows, slots):  # type: ignore[no-untyped-def]
+    """Counting sort of a share's connections by column; within a column rows ascend."""
+    mine = fill[share]
+    for i in range(edges[share], edges[share + 1]):
+        for slot in range(begin[i], begin[i] + row_nnz[i]):
+            j = np.int64(indices[slot])
+            at = mine[j]
+            rows[at] = i
+            slots[at] = slot
+            mine[j] = at + 1
+
+
+@jit_parallel
+def _transpose(n_shares, edges, begin, row_nnz, indices, fill, rows, slots):  # type: ignore[no-untyped-def]
+    for share in prange(n_shares):
+        _transpose_share(np.int64(share), n_shares, edges, begin, row_nnz, indices, fill, rows, slots)
+
+
+@jit
+def _count_segments_share(  # type: ignore[no-untyped-def]
+    share, n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest
+):
+    """``ptr[c, b + 1]`` becomes the number of segments of chunk c in block b."""
+    n_chunks = len(chunk_rows) - 1
+    most = np.int64(0)
+    for c in range(share * n_chunks // n_shares, (share + 1) * n_chunks // n_shares):
         for i in range(chunk_rows[c], chunk_rows[c + 1]):
-            previous = np.int64(0)
             ptr[c, 1] += 1
+            first = begin[i]
+            limit = block
             for slot in range(begin[i], begin[i] + row_nnz[i]):
-                b = np.int64(indices[slot]) // block
-                if b != previous:
+                j = np.int64(indices[slot])
+                if j >= limit:
+                    b = j // block
                     ptr[c, b + 1] += 1
-                    previous = b
-    total = np.int64(0)
-    for c in range(ptr.shape[0]):
-        ptr[c, 0] = total
-        for b in range(1, ptr.shape[1]):
-            total += ptr[c, b]
-            ptr[c, b] = total
+                    most = max(most, slot - first)
+                    first = slot
+                    limit = (b + 1) * block
+            most = max(most, begin[i] + row_nnz[i] - first)
+    longest[share] = most
+
+
+@jit_parallel
+def _count_segments(  # type: ignore[no-untyped-def]
+    n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest
+):
+    for share in prange(n_shares):
+        _count_segments_share(
+            np.int64(share), n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest
+        )
 
 
 @jit
 def _fill_segments(  # type: ignore[no-untyped-def]
-    begin, row_nnz, indices, block, chunk_rows, ptr, row, start, length
+    share, n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest, row, start, length
 ):
-    """Write the segments in row order, then sort those of each chunk and block by length (stable)."""
-    n_blocks = ptr.shape[1] - 1
-    fill = np.empty(n_blocks, np.int64)
-    for c in range(ptr.shape[0]):
-        fill[:] = ptr[c, :-1]
-        for i in range(chunk_rows[c], chunk_rows[c + 1]):
-            slot = begin[i]
-            end = begin[i] + row_nnz[i]
-            b = np.int64(0)
-            while b == 0 or slot < end:
-                first = slot
-                limit = (b + 1) * block
-                while slot < end and np.int64(indices[slot]) < limit:
-                    slot += 1
-                row[fill[b]] = i
-                start[fill[b]] = first
-                length[fill[b]] = slot - first
-                fill[b] += 1
-                b = np.int64(indices[slot]) // block if slot < end else n_blocks
-        for b in range(n_blocks):
-            p, q = ptr[c, b], ptr[c, b + 1]
-            order = np.argsort(length[p:q], kind="mergesort")
-            row[p:q] = row[p:q][order]
-            start[p:q] = start[p:q][order]
-            length[p:q] = length[p:q][order]
+    """Write the segments of a share's chunks, those of each chunk and block sorted by length (stable)."""
+    n_chunks, n_blocks = ptr.shape[0], ptr.shape[1] - 1
+    first_chunk, last_chunk = share * n_chunks // n_shares, (share + 1) * n_chunks // n_shares
+    # For each block, first how many segments of each length there are, then where the next one goes.
+    place = np.empty((n_blocks, longest + 2), np.int64)
+    for c in range(first_chunk, last_chunk):
+        place[:] = 0
+        for write in range(2):
+            for i in range(chunk_rows[c], chunk_rows[c + 1]):
+                slot = begin[i]
+                end = begin[i] + row_nnz[i]
+                b = np.int64(0)
+                while b == 0 or slot < end:
+                    first = slot
+                    limit = (b + 1) * block
+                    while slot < end and np.int64(indices[slot]) < limit:
+                        slot += 1
+                    n = slot - first
+                    if write:
+                        at = place[b, n]
+                        row[at] = i
+                        start[at] = first
+                        length[at] = n
+                        place[b, n] = at + 1
+                    else:
+                        place[b, n + 1] += 1
+                    b = np.int64(indices[slot]) // block if slot < end else n_blocks
+            if not write:
+                for b in range(n_blocks):
+                    place[b, 0] = ptr[c, b]
+                    for n in range(1, longest + 2):
+                        place[b, n] += place[b, n - 1]
+
+
+@jit_parallel
+def _fill(  # type: ignore[no-untyped-def]
+    n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest, row, start, length
+):
+    for share in prange(n_shares):
+        _fill_segments(
+            np.int64(share),
+            n_shares,
+            begin,
+            row_nnz,
+            indices,
+            block,
+            chunk_rows,
+            ptr,
+            longest,
+            row,
+            start,
+            length,
+        )
 
 
 def split_evenly(n_items: int, n_parts: int) -> Array:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba import prange
 
-from sparselab.kernels._jit import jit
+from sparselab.kernels._growth import first_not_below, share_rows
+from sparselab.kernels._intrinsics import get
+from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
 from sparselab.kernels.layout import Array, PaddedCSR
+
+_MIN_SHARE = 1 << 16
 
 
 class Rewrite(NamedTuple):
@@ -23,22 +28,67 @@ class Rewrite(NamedTuple):
 
 
 @jit
+def _count_share(share, n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice):  # type: ignore[no-untyped-def]
+    """Lengths of the new rows; and the first dropped slot of these rows that is spare, and one twice."""
+    row0 = edges[share]
+    d = first_not_below(drop, begin[row0])
+    g = first_not_below(grow, row0 * n_columns)
+    for i in range(row0, edges[share + 1]):
+        n = row_nnz[i]
+        end = begin[i] + n
+        while d < len(drop) and drop[d] < begin[i + 1]:
+            if drop[d] >= end and not_live[share] < 0:
+                not_live[share] = drop[d]
+            if d > 0 and drop[d] == drop[d - 1]:
+                twice[share] = drop[d]
+            n -= 1
+            d += 1
+        while g < len(grow) and grow[g] < (i + 1) * n_columns:
+            n += 1
+            g += 1
+        new_nnz[i] = n
+
+
+@jit_parallel
+def _count(n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice):  # type: ignore[no-untyped-def]
+    for share in prange(n_shares):
+        _count_share(
+            np.int64(share), n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice
+        )
+
+
+@jit
 def _merge(  # type: ignore[no-untyped-def]
-    begin, row_nnz, indices, values, dropped, grow, n_columns, new_begin, new_indices, new_values, source
-):
-    """Merge kept and grown columns row by row. Returns a position that was grown twice or was live, or -1."""
-    g = 0
-    for i in range(len(row_nnz)):
+    share, n_shares, edges, begin, row_nnz, indices, values, drop, grow, n_columns, new_begin, new_indices,
+    new_values, source, wrong,
+):  # fmt: skip
+    """Merge kept and grown columns row by row. Notes a position that was grown twice or was live."""
+    row0 = edges[share]
+    d = first_not_below(drop, begin[row0])
+    g = first_not_below(grow, row0 * n_columns)
+    for i in range(row0, edges[share + 1]):
         slot = begin[i]
         end = slot + row_nnz[i]
         at = new_begin[i]
-        row_end = (i + 1) * n_columns
-        while slot < end or (g < len(grow) and grow[g] < row_end):
+        row_start = i * n_columns
+        row_end = row_start + n_columns
+        while True:
+            # Up to the next dropped slot and the next grown column, connections keep their order.
+            gone = np.int64(drop[d]) if d < len(drop) and drop[d] < end else end
+            grown = np.int64(grow[g]) - row_start if g < len(grow) and grow[g] < row_end else n_columns
+            while slot < gone and np.int64(indices[slot]) < grown:
+                new_indices[at] = indices[slot]
+                new_values[at] = values[slot]
+                source[at] = slot
+                at += 1
+                slot += 1
+            if slot == end and grown == n_columns:
+                break
             live = np.int64(indices[slot]) if slot < end else n_columns
-            grown = grow[g] - i * n_columns if g < len(grow) and grow[g] < row_end else n_columns
             if grown < live:
-                if g and grow[g - 1] == grow[g]:
-                    return grow[g]
+                if g > 0 and grow[g - 1] == grow[g]:
+                    wrong[share] = grow[g]
+                    return
                 new_indices[at] = grown
                 new_values[at] = 0
                 source[at] = -1
@@ -46,38 +96,74 @@ def _merge(  # type: ignore[no-untyped-def]
                 g += 1
                 continue
             if grown == live:
-                if not dropped[slot]:
-                    return grow[g]
-                g += 1  # a second mention comes out as grown < live in the next round, and is refused there
-            if grown == live or not dropped[slot]:
+                if slot != gone:
+                    wrong[share] = grow[g]
+                    return
                 new_indices[at] = live
                 new_values[at] = values[slot]
                 source[at] = slot
                 at += 1
+                g += 1  # a second mention comes out as grown < live in the next round, and is refused there
+            d += 1
             slot += 1
-    return np.int64(-1)
+
+
+@jit_parallel
+def _merge_all(  # type: ignore[no-untyped-def]
+    n_shares, edges, begin, row_nnz, indices, values, drop, grow, n_columns, new_begin, new_indices,
+    new_values, source, wrong,
+):  # fmt: skip
+    for share in prange(n_shares):
+        _merge(
+            np.int64(share), n_shares,
+            edges, begin, row_nnz, indices, values, drop, grow, n_columns, new_begin,
+            new_indices, new_values, source, wrong,
+        )  # fmt: skip
 
 
 def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> Rewrite:
-    """`sparselab.kernels.rewrite` after its checks: `grow` is sorted, `drop` holds distinct live slots."""
-    rows, columns = W.shape
-    dropped = np.zeros(W.capacity, np.bool_)
-    dropped[drop] = True
-    row_of_dropped = np.searchsorted(W.indptr, drop, side="right") - 1
-    new_nnz = W.row_nnz - np.bincount(row_of_dropped, minlength=rows)
-    new_nnz += np.bincount(grow // max(columns, 1), minlength=rows)
+    """`sparselab.kernels.rewrite` on ascending integers, with `grow` in range; checks the rest."""
+    columns = W.shape[1]
+    edges = share_rows(W)
+    n_shares = len(edges) - 1
+    new_nnz = np.empty(W.shape[0], np.int64)
+    not_live, twice, wrong = np.full((3, n_shares), -1, np.int64)
+    begin, row_nnz = W.indptr, W.row_nnz
+    launch(
+        _count, _count_share, n_shares, edges, begin, row_nnz, drop, grow, columns, new_nnz, not_live, twice
+    )
+    _refuse_wrong_slots(W, drop, not_live, twice)
     indptr = _fit(W, new_nnz, compact)
     capacity = int(indptr[-1])
-    indices = np.zeros(capacity, W.indices.dtype)
-    values = np.zeros(capacity, W.values.dtype)
-    source = np.full(capacity, -1, np.int64)
-    twice = _merge(
-        W.indptr, W.row_nnz, W.indices, W.values, dropped, grow, columns, indptr, indices, values, source
-    )
-    if twice >= 0:
-        where = f"({twice // columns}, {twice % columns})"
+    # Without spare slots every entry is about to be written.
+    tight = capacity == int(new_nnz.sum())
+    indices = np.empty(capacity, W.indices.dtype) if tight else np.zeros(capacity, W.indices.dtype)
+    values = np.empty(capacity, W.values.dtype) if tight else np.zeros(capacity, W.values.dtype)
+    source = np.empty(capacity, np.int64) if tight else np.full(capacity, -1, np.int64)
+    launch(
+        _merge_all, _merge, n_shares, edges, begin, row_nnz, W.indices, W.values, drop, grow, columns, indptr,
+        indices, values, source, wrong,
+    )  # fmt: skip
+    if np.any(found := wrong >= 0):
+        position = int(wrong[int(np.argmax(found))])
+        where = f"({position // columns}, {position % columns})"
         raise ValueError(f"grow must hold distinct positions that are free or dropped, got {where} otherwise")
     return Rewrite(PaddedCSR.unchecked(W.shape, indptr, new_nnz, indices, values), source)
+
+
+def _refuse_wrong_slots(W: PaddedCSR, drop: Array, not_live: Array, twice: Array) -> None:
+    if len(drop) == 0:
+        return
+    outside = drop[(drop < W.indptr[0]) | (drop >= W.indptr[-1])] if _leaves(W, drop) else drop[:0]
+    inside = not_live[not_live >= 0]
+    if len(outside) or len(inside):
+        raise ValueError(f"drop must hold live slots, got {min([*outside[:1], *inside[:1]])}")
+    if np.any(twice >= 0):
+        raise ValueError("drop must name each slot once, got a slot twice")
+
+
+def _leaves(W: PaddedCSR, drop: Array) -> bool:
+    return bool(drop[0] < W.indptr[0] or drop[-1] >= W.indptr[-1])
 
 
 def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
@@ -89,3 +175,55 @@ def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
     indptr = np.zeros(len(row_nnz) + 1, np.int64)
     np.cumsum(row_nnz + np.diff(share), out=indptr[1:])
     return indptr
+
+
+@jit
+def _gather_share(share, n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
+    n = len(source)
+    first, last = share * n // n_shares, (share + 1) * n // n_shares
+    out_of_range = 0
+    for i in range(first, last):
+        out_of_range += (source[i] >= len(entries)) | (source[i] < -1)
+    wrong[share] = out_of_range > 0
+    if out_of_range > 0:
+        return
+    for i in range(first, last):
+        # Multiplied, because a branch on which slot was grown would be mispredicted.
+        kept = np.int64(source[i] >= 0)
+        moved[i] = get(entries, source[i] * kept) * kept
+
+
+@jit_parallel
+def _gather(n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
+    for share in prange(n_shares):
+        _gather_share(np.int64(share), n_shares, entries, source, moved, wrong)
+
+
+def move_entries(entries: Array, source: Array) -> Array:
+    """What lives per slot, after a rewrite: ``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``.
+
+    Parameters
+    ----------
+    entries : int array, (n,)
+        Read only. Floats are moved as the integers of their width.
+    source : int64 array, (m,)
+
+    Returns
+    -------
+    int array, (m,)
+
+    Raises
+    ------
+    IndexError
+        If a source is neither a slot nor -1.
+    """
+    n_shares = max(1, min(worker_count(), len(source) // _MIN_SHARE))
+    moved = np.empty(len(source), entries.dtype)
+    wrong = np.zeros(n_shares, np.bool_)
+    if len(entries):
+        launch(_gather, _gather_share, n_shares, entries, source, moved, wrong)
+    else:
+        moved[:] = 0
+    if wrong.any() or (len(entries) == 0 and np.any(source != -1)):
+        raise IndexError(f"source must hold -1 or slots of 0..{len(entries) - 1}")
+    return moved

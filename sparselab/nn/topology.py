@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol, TypeGuard
 
+import numpy as np
 from torch import Tensor, nn
 
+from sparselab.kernels import PaddedCSR, index_dtype
+from sparselab.nn._threads import use_torch_threads
 from sparselab.nn.functional import GradientWatcher
 
 
@@ -55,3 +58,27 @@ def find_sparse(module: nn.Module) -> Iterator[tuple[str, SparseTopology]]:
     for name, child in module.named_modules():
         if is_sparse(child):
             yield name, child
+
+
+def as_matrix(layer: SparseTopology) -> PaddedCSR:
+    """The connections of a layer, for the compiled functions of `sparselab.kernels`.
+
+    Nothing is copied where the layer keeps compressed rows as `sparselab.SparseLinear` does; else they are
+    made from its positions. Kernels launched by this Python thread use as many threads as torch from now on.
+
+    Returns
+    -------
+    PaddedCSR
+        Without spare slots. Its values are not to be read.
+    """
+    use_torch_threads()
+    begin, indices = getattr(layer, "indptr", None), getattr(layer, "indices", None)
+    if isinstance(begin, Tensor) and isinstance(indices, Tensor):
+        indptr, columns = begin.cpu().numpy(), indices.cpu().numpy()
+    else:
+        rows, n_columns = layer.shape
+        row, column = np.divmod(layer.positions().cpu().numpy(), max(n_columns, 1))
+        indptr = np.searchsorted(row, np.arange(rows + 1))
+        columns = column.astype(index_dtype(n_columns))
+    no_values = np.broadcast_to(np.float32(0), columns.shape)
+    return PaddedCSR.unchecked(layer.shape, indptr, np.diff(indptr), columns, no_values)
