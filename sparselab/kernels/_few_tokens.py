@@ -33,8 +33,8 @@ from sparselab.kernels.layout import Array, strides
 #: Up to here narrow vectors beat a whole tile.
 MOST_TOKENS = 16
 
-#: Multiply-adds that are worth a thread of their own; starting one costs some microseconds.
-_MIN_SHARE = 40_000
+#: Connections that are worth a thread of their own (5 us); starting one takes half as long.
+_MIN_SHARE = 16_384
 
 
 @jit
@@ -213,7 +213,7 @@ def multiply_few(
     if Y.shape[0] * n_tokens == 0:
         return
     width = 1 if n_tokens == 1 else 8 if n_tokens <= 8 else 16
-    n_shares = min(worker_count(), 1 + len(indices) * width // (8 * _MIN_SHARE))
+    n_shares = min(worker_count(), 1 + len(indices) // _MIN_SHARE)
     if width == 1:
         work = _EMPTY[like.dtype]
         kernel, share = _one, _one_share
