@@ -50,7 +50,7 @@ class Config:
     update_every: int = 100
     last_update: float = 0.75  # as a fraction of the steps; the last quarter trains a settled topology
     # training; each arm's rate is the best of a few tried, by the validation loss of one seed
-    steps: int = 300
+    steps: int = 180
     batch: int = 16
     dense_lr: float = 2e-3
     sparse_lr: float = 5e-3
