@@ -7,8 +7,8 @@ from typing import NamedTuple
 from sparselab.kernels._few_tokens import MOST_TOKENS
 from sparselab.kernels._target import VECTOR_BYTES
 
-#: Density from which expanding blocks of rows and calling the dense library is faster. Without AVX-512 as timed
-#: on a Zen 3, with it from the rates of the kernels and of the dense library in benchmarks/LOG.md.
+#: Density from which expanding blocks of rows and calling the dense library is faster. Without AVX-512 as
+#: timed on a Zen 3, with it from the rates of the kernels and of the dense library in benchmarks/LOG.md.
 DENSE_FROM = {
     "forward": 0.42 if VECTOR_BYTES == 64 else 0.48,
     "input_grad": 0.42 if VECTOR_BYTES == 64 else 0.45,
