@@ -35,7 +35,7 @@ class LayerPlans:
     def of(self, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
         """The plans of this topology; those of the one before are let go."""
         plans = self._plans
-        if plans is not None and plans.is_of(indptr, indices):
+        if plans is not None and plans.is_of(indptr, indices, in_features):
             return plans
         if plans is None or plans.key != _key(indptr, indices, in_features):
             plans = self._plans = TopologyPlans(indptr, indices, in_features)
@@ -74,11 +74,12 @@ class TopologyPlans:
         self.density = len(columns) / size if size else 1.0
         self._zeros = torch.zeros(self.shape[0])
 
-    def is_of(self, indptr: Tensor, indices: Tensor) -> bool:
+    def is_of(self, indptr: Tensor, indices: Tensor, in_features: int) -> bool:
         """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
         mine, columns, stamp, columns_stamp = self._seen
         return (
-            mine is indptr
+            in_features == self.shape[1]
+            and mine is indptr
             and columns is indices
             and stamp == _stamp(indptr)
             and columns_stamp == _stamp(indices)

@@ -128,10 +128,15 @@ def sparse_linear(
 
 
 def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors are ordinary ones, no gradient is wanted, and nothing traces or transforms."""
+    """Whether the tensors are ordinary ones, no gradient is wanted, and nothing traces or transforms.
+
+    A tensor whose sign is still to be turned (`Tensor.is_neg`) is not ordinary: the dispatcher turns it.
+    """
     wants_gradient = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in _ORDINARY or not tensor.is_cpu or (wants_gradient and tensor.requires_grad):
+        if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg():
+            return False
+        if wants_gradient and tensor.requires_grad:
             return False
     return not (
         torch._C._len_torch_dispatch_stack()

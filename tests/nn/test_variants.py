@@ -112,3 +112,27 @@ def test_a_tracer_sees_the_operator_even_without_gradients() -> None:
     with torch.no_grad():
         traced = make_fx(lambda x: layer(x))(torch.randn(5, 40))
     assert "sparselab.linear" in traced.code
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_a_sign_that_is_still_to_be_turned_is_turned(tokens: int) -> None:
+    layer = SparseLinear(40, 30, sparsity=0.8)
+    x = torch.randn(tokens, 40, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x.resolve_neg()))
+
+
+@pytest.mark.parametrize("width", [10, 100])
+def test_plans_of_another_width_are_not_taken(width: int) -> None:
+    layer = SparseLinear(40, 30, sparsity=0.5)
+    operands = layer.values.detach(), layer.bias, layer.indptr, layer.indices
+    with torch.no_grad():
+        layer(torch.randn(70, 40))
+        if width < 40:
+            with pytest.raises(ValueError, match="indices must"):
+                torch.ops.sparselab.linear(torch.randn(70, width), *operands, layer._plans.number)
+        else:
+            x = torch.randn(70, width)
+            y = torch.ops.sparselab.linear(x, *operands, layer._plans.number)
+            torch.testing.assert_close(y, layer(x[:, :40]))
