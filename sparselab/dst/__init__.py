@@ -1,19 +1,38 @@
 """Dynamic sparse training: algorithms that rewire sparse layers while a model trains.
 
-Attach one with ``model.apply(algorithm)``, and call ``algorithm.step()`` after every ``optimizer.step()``.
+Attach one with ``algorithm.attach(model, optimizer)``, which steps along with the optimizer; or with
+``model.apply(algorithm)``, and call ``algorithm.step()`` after every ``optimizer.step()``.
 """
 
-from sparselab.dst.base import DynamicSparsityAlgorithm, SparsityAlgorithm, UpdateReport, Vacancy
+from sparselab.dst.base import SparsityAlgorithm
+from sparselab.dst.drop import DropScore, Magnitude
+from sparselab.dst.dynamic import DynamicSparsityAlgorithm
+from sparselab.dst.group import Group
+from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
+from sparselab.dst.grown import FanInUniform, Normal
+from sparselab.dst.redistribute import ByRemaining, Redistribution
 from sparselab.dst.rigl import RigL
 from sparselab.dst.schedule import Constant, Cosine, Schedule, as_schedule
 from sparselab.dst.set import SET
 from sparselab.dst.static import Static
+from sparselab.dst.update import LayerView, UpdateReport, Vacancy
 
 __all__ = [
     "SET",
+    "ByRemaining",
     "Constant",
     "Cosine",
+    "DropScore",
     "DynamicSparsityAlgorithm",
+    "FanInUniform",
+    "GradientGrowth",
+    "Group",
+    "Growth",
+    "LayerView",
+    "Magnitude",
+    "Normal",
+    "RandomGrowth",
+    "Redistribution",
     "RigL",
     "Schedule",
     "SparsityAlgorithm",

@@ -15,8 +15,8 @@ LAYERS = ["fake", "real"]
 
 ALGORITHMS = {
     "static": lambda **kw: Static(0.8),
-    "set": lambda **kw: SET(0.8, drop_fraction=0.3, update_freq=7, seed=3, **kw),
-    "rigl": lambda **kw: RigL(0.8, drop_fraction=0.3, update_freq=7, seed=3, **kw),
+    "set": lambda **kw: SET(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
+    "rigl": lambda **kw: RigL(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
 }
 
 OPTIMIZERS = {
