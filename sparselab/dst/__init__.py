@@ -11,8 +11,18 @@ from sparselab.dst.group import Group
 from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
 from sparselab.dst.grown import FanInUniform, Normal
 from sparselab.dst.redistribute import ByRemaining, Redistribution
+from sparselab.dst.allocation import allocate, apportion, er, erk, uniform
 from sparselab.dst.rigl import RigL
-from sparselab.dst.schedule import Constant, Cosine, Schedule, as_schedule
+from sparselab.dst.schedule import (
+    Constant,
+    Cosine,
+    Cycling,
+    Exponential,
+    Linear,
+    Polynomial,
+    Schedule,
+    as_schedule,
+)
 from sparselab.dst.set import SET
 from sparselab.dst.static import Static
 from sparselab.dst.update import LayerView, UpdateReport, Vacancy
@@ -33,11 +43,26 @@ __all__ = [
     "Normal",
     "RandomGrowth",
     "Redistribution",
+from sparselab.dst.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
+
+    "AtSteps",
+    "Cycling",
+    "EverySteps",
+    "Exponential",
+    "Linear",
+    "Polynomial",
     "RigL",
     "Schedule",
     "SparsityAlgorithm",
     "Static",
     "UpdateReport",
+    "UpdateSchedule",
     "Vacancy",
+    "allocate",
+    "apportion",
     "as_schedule",
+    "as_update_schedule",
+    "er",
+    "erk",
+    "uniform",
 ]
