@@ -4,6 +4,7 @@ Attach one with ``model.apply(algorithm)``, and call ``algorithm.step()`` after 
 """
 
 from sparselab.dst.base import DynamicSparsityAlgorithm, SparsityAlgorithm, UpdateReport, Vacancy
+from sparselab.dst.one_shot import prune, train_prune_finetune
 from sparselab.dst.rigl import RigL
 from sparselab.dst.schedule import Constant, Cosine, Schedule, as_schedule
 from sparselab.dst.set import SET
@@ -21,4 +22,6 @@ __all__ = [
     "UpdateReport",
     "Vacancy",
     "as_schedule",
+    "prune",
+    "train_prune_finetune",
 ]

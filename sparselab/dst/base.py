@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sparselab.dst._checks import require_count, require_finite
-from sparselab.dst.optimizer_state import OptimizerTracker, StateMove, follow
+from sparselab.dst.optimizer_state import OptimizerTracker, StateMove
 from sparselab.dst.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.score import lowest, magnitude
 from sparselab.kernels import PaddedCSR, n_connections
@@ -259,7 +259,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
     Connections are kept in the order ``(|w| descending, position ascending)``, so ties, which are common
     among grown weights that are still zero, never change a count. NaN counts as the smallest magnitude. A
     connection that was just dropped may grow back, and then keeps its weight and its optimizer state; any
-    other grown connection starts with zeros. Frozen layers (``values.requires_grad`` is False) are left
+    other grown connection starts with zeros. Frozen layers (``stored.requires_grad`` is False) are left
     alone.
 
     Optimizers are found by themselves, through a hook that torch calls after every ``optimizer.step()``; see
@@ -323,7 +323,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
 
     def _reason_to_skip(self, layer_index: int) -> str:
         """Why this layer cannot be updated now; empty if it can."""
-        return "" if self._layers[layer_index].values.requires_grad else "frozen"
+        return "" if self._layers[layer_index].stored.requires_grad else "frozen"
 
     def _attached(self, layer: SparseTopology) -> None:
         self._tracker.watch()
@@ -334,13 +334,13 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
             return
         fraction = self._fraction(step)
         self._check()
-        moves = [self._tracker.plan_move(layer.values) for layer in self._layers]
+        moves = [self._tracker.plan_move(layer) for layer in self._layers]
         reports = []
         for index, (layer, move) in enumerate(zip(self._layers, moves, strict=True)):
             if reason := self._reason_to_skip(index):
                 reports.append(UpdateReport(skipped=reason))
                 continue
-            drop = lowest(magnitude(layer.values), int(fraction * layer.nnz))
+            drop = lowest(magnitude(layer.per_connection(layer.stored)), int(fraction * layer.nnz))
             if not drop.size:
                 reports.append(UpdateReport())
                 continue
@@ -353,14 +353,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
 
     def _rewire(self, layer: SparseTopology, move: StateMove, drop: Array, grow: Array) -> int:
         """Change the topology and all that follows it; returns how many connections survived."""
-        # Taken away meanwhile, because the layer would move it through copies larger than itself.
-        gradient, layer.values.grad = layer.values.grad, None
-        try:
-            source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
-        finally:
-            layer.values.grad = gradient
-        if gradient is not None:
-            layer.values.grad = follow(gradient, source)
+        source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
         move.apply(source)
         return int(np.count_nonzero(source.cpu().numpy() >= 0))
 

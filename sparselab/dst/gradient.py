@@ -200,5 +200,5 @@ class GradientCollector:
             return
         # The same rounding as the drop, so that there are candidates for every connection dropped.
         k = int(self._drop_fraction * layer.nnz)
-        self._summary = summarise(pairs, as_matrix(layer), layer.shape, k, layer.values.dtype)
+        self._summary = summarise(pairs, as_matrix(layer), layer.shape, k, layer.stored.dtype)
         self._held = []
