@@ -1,8 +1,8 @@
 """The handwritten digits: 60,000 images to train on and 10,000 to test with, in four IDX files.
 
 They are looked for in the folder asked for, in ``mnist`` of the data folders of this computer
-(``../shared/data`` beside the repository, then ``$SPARSELAB_DATA``), and in the user's cache, into which they are
-downloaded. Other images in the same format may be put into a folder of their own.
+(``../shared/data`` beside the repository, then ``$SPARSELAB_DATA``), and in the user's cache, into which they
+are downloaded. Other images in the same format may be put into a folder of their own.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def fetch(name: str) -> bytes:
         return cached_or_downloaded(remote, str(Path("mnist", name)))
     except DownloadError as error:
         raise DataError(
-            f"{remote.url}: could not be downloaded ({error}); pass --data DIR, a folder with {', '.join(FILES)}"
+            f"{remote.url}: could not be downloaded ({error}); "
+            f"pass --data DIR, a folder with {', '.join(FILES)}"
         ) from None
 
 
@@ -132,8 +133,8 @@ def parse(packed: bytes, name: str) -> Named:
     shape = tuple(np.frombuffer(data[4:begin], dtype=">u4").tolist()) if len(data) >= begin else ()
     if len(shape) != data[3] or len(data) - begin != math.prod(shape):
         raise DataError(
-            f"{name}: holds {max(0, len(data) - begin):,} bytes after its header; expected {math.prod(shape):,}, "
-            f"the product of the dimensions {shape}"
+            f"{name}: holds {max(0, len(data) - begin):,} bytes after its header; "
+            f"expected {math.prod(shape):,}, the product of the dimensions {shape}"
         )
     return Named(np.frombuffer(data, dtype=np.uint8, offset=begin).reshape(shape), name)
 
@@ -146,8 +147,8 @@ def check_pair(images: Named, labels: Named) -> None:
         )
     if labels.array.shape != images.array.shape[:1]:
         raise DataError(
-            f"{labels.name}: holds an array of shape {labels.array.shape}; expected ({len(images.array)},), one "
-            f"class for each of the images in {images.name}"
+            f"{labels.name}: holds an array of shape {labels.array.shape}; "
+            f"expected ({len(images.array)},), one class for each of the images in {images.name}"
         )
     if labels.array.max() >= CLASSES:
         raise DataError(f"{labels.name}: holds the class {labels.array.max()}; expected 0 to {CLASSES - 1}")
