@@ -88,8 +88,7 @@ def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, spars
     last = max(1, round(cfg.last_update * cfg.steps))
     algo = sparselab.RigL(
         drop_fraction=sparselab.Cosine(cfg.drop_fraction, half_period=last),
-        update_freq=cfg.update_every,
-        stop=last,
+        update={"freq": cfg.update_every, "stop": last},
         seed=cfg.seed,
     )
     model.apply(algo)

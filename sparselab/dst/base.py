@@ -1,24 +1,19 @@
-"""What all algorithms share: attaching to layers, counting steps, the drop-grow loop, saving and resuming."""
+"""What all algorithms share: attaching to layers, counting steps, saving and resuming."""
 
 from __future__ import annotations
 
-import abc
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
+from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from sparselab.dst._checks import require_count, require_finite
-from sparselab.dst.optimizer_state import OptimizerTracker, StateMove, follow
-from sparselab.dst.schedule import Constant, Schedule, as_schedule
-from sparselab.dst.score import lowest, magnitude
-from sparselab.kernels import PaddedCSR, n_connections
-from sparselab.kernels._growth import kept_positions
-from sparselab.kernels.layout import Array
-from sparselab.nn.topology import SparseTopology, as_matrix, find_sparse
+from sparselab.dst.schedule import Schedule
+from sparselab.kernels import n_connections
+from sparselab.nn.topology import SparseTopology, find_sparse, is_sparse
 
 # Which algorithm a layer belongs to. Neither is kept alive by it, and copies of a layer belong to nobody.
 _owners: weakref.WeakKeyDictionary[Any, weakref.ref[SparsityAlgorithm]] = weakref.WeakKeyDictionary()
@@ -27,12 +22,14 @@ _owners: weakref.WeakKeyDictionary[Any, weakref.ref[SparsityAlgorithm]] = weakre
 class SparsityAlgorithm:
     """Decides which connections the sparse layers of a model have while it trains.
 
-    Attach it with ``model.apply(algorithm)`` and call `step` after every ``optimizer.step()``.
+    Attach it with ``model.apply(algorithm)`` and call `step` after every ``optimizer.step()``; or let `attach`
+    do both.
 
     Parameters
     ----------
-    sparsity : float or None
-        The sparsity that every attached layer must have; None leaves each layer its own.
+    sparsity : float, Schedule or None
+        The sparsity that every attached layer must have; None leaves each layer its own. With a schedule,
+        which only some algorithms take, layers need not have it when they are attached.
 
     Raises
     ------
@@ -42,8 +39,8 @@ class SparsityAlgorithm:
         If `sparsity` is outside ``[0, 1]``.
     """
 
-    def __init__(self, sparsity: float | None = None) -> None:
-        if sparsity is not None:
+    def __init__(self, sparsity: float | Schedule | None = None) -> None:
+        if sparsity is not None and not isinstance(sparsity, Schedule):
             require_finite("sparsity", sparsity, "a number in [0, 1], or None")
             if not 0 <= sparsity <= 1:
                 raise ValueError(
@@ -51,6 +48,7 @@ class SparsityAlgorithm:
                 )
         self.sparsity = sparsity
         self._layers: list[SparseTopology] = []
+        self._names: list[str] = []
         self._step = 0
 
     @property
@@ -59,9 +57,56 @@ class SparsityAlgorithm:
         return tuple(self._layers)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Their qualified names in the model given to `attach`, or ``layer 0``, ``layer 1``, ..."""
+        return tuple(name or f"layer {index}" for index, name in enumerate(self._names))
+
+    @property
     def steps_done(self) -> int:
         """Finished optimizer steps."""
         return self._step
+
+    def attach(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> RemovableHandle | None:
+        """Attach every sparse layer of a model, by name, and optionally step along with an optimizer.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+        optimizer : torch.optim.Optimizer, optional
+            Calls `step` after each of its steps from now on; do not call it yourself then.
+
+        Returns
+        -------
+        torch.utils.hooks.RemovableHandle or None
+            Its ``remove()`` ends the automatic steps; None without an optimizer.
+
+        Raises
+        ------
+        ValueError
+            If the model has no sparse layer, or one of them belongs to another algorithm.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sparselab.dst import SET
+        >>> from sparselab.nn import SparseLinear
+        >>> model = torch.nn.Sequential(SparseLinear(64, 32), torch.nn.Linear(32, 4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> algorithm = SET()
+        >>> handle = algorithm.attach(model, optimizer)
+        >>> optimizer.step()
+        >>> algorithm.names, algorithm.steps_done
+        (('0',), 1)
+        """
+        found = list(find_sparse(model))
+        if not found:
+            raise ValueError(
+                f"model must have sparse layers for {type(self).__name__} to attach to, got a "
+                f"{type(model).__name__} without any (see sparsify)"
+            )
+        for name, layer in found:
+            self._attach(layer, name)
+        return None if optimizer is None else step_along(self, optimizer)
 
     def __call__(self, module: torch.nn.Module) -> None:
         """Attach `module` if it is a sparse layer, ignore it otherwise; meant for ``model.apply(algorithm)``.
@@ -73,12 +118,14 @@ class SparsityAlgorithm:
         ValueError
             If the layer belongs to another algorithm, or does not have the declared sparsity.
         """
-        name_and_layer = next(iter(find_sparse(module)), None)
-        if name_and_layer is None or name_and_layer[0]:
-            return
-        layer = name_and_layer[1]
-        if any(layer is known for known in self._layers):
-            return
+        if is_sparse(module):
+            self._attach(module, "")
+
+    def _attach(self, layer: SparseTopology, name: str) -> None:
+        for index, known in enumerate(self._layers):
+            if layer is known:
+                self._names[index] = name or self._names[index]
+                return
         owner = _owners.get(layer)
         if owner is not None and (other := owner()) is not None:
             raise ValueError(
@@ -88,10 +135,11 @@ class SparsityAlgorithm:
         self._check_sparsity(layer)
         _owners[layer] = weakref.ref(self)
         self._layers.append(layer)
+        self._names.append(name)
         self._attached(layer)
 
     def _check_sparsity(self, layer: SparseTopology) -> None:
-        if self.sparsity is None:
+        if self.sparsity is None or isinstance(self.sparsity, Schedule):
             return
         expected = n_connections(layer.shape, self.sparsity)
         if layer.nnz != expected:
@@ -100,6 +148,9 @@ class SparsityAlgorithm:
                 f"{layer.nnz} (sparsity {layer.sparsity:.6g}). An algorithm keeps the number of connections: "
                 f"build the layer with that sparsity, or pass sparsity=None to keep each layer's own"
             )
+
+    def track(self, optimizer: Optimizer) -> None:
+        """Name an optimizer whose state must follow the connections; nothing to do where they stay."""
 
     def step(self) -> None:
         """Count one finished optimizer step, and rewire the layers if it is time.
@@ -131,8 +182,15 @@ class SparsityAlgorithm:
         """Settings that decide what the next steps do: plain values only."""
         return {}
 
+    def _memory(self) -> dict[str, Any]:
+        """What the algorithm has learnt so far and needs to go on: plain values and tensors."""
+        return {}
+
+    def _remember(self, memory: dict[str, Any]) -> None:
+        """Take back what `_memory` returned; raise ValueError, before anything is changed, if it does not fit."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume, in plain values.
+        """Everything needed to resume, in plain values and tensors.
 
         The topology itself is in the ``state_dict`` of the model, the moments in that of the optimizer. There
         is no random state: draws depend on the seed, the layer and the step only.
@@ -142,10 +200,13 @@ class SparsityAlgorithm:
             "step": self._step,
             "config": self._config(),
             "layers": [{"shape": list(layer.shape), "nnz": layer.nnz} for layer in self._layers],
+            "memory": self._memory(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` returned, with the same layers attached in the same order.
+
+        Load the model's state first: it holds the topology that this state belongs to.
 
         Parameters
         ----------
@@ -171,213 +232,27 @@ class SparsityAlgorithm:
         if state["layers"] != ours["layers"]:
             raise ValueError(
                 f"the state was saved for layers {state['layers']}, but those attached are {ours['layers']}. "
-                f"Attach the algorithm to the same layers, in the same order, before loading"
+                f"Attach the algorithm to the same layers, in the same order, and load the model's state "
+                f"first"
             )
-        self._step = require_count("state['step']", state["step"])
+        step = require_count("state['step']", state["step"])
+        self._remember(state["memory"])
+        self._step = step
         self._prepare_step(self._step + 1)
 
 
-@dataclass(frozen=True)
-class UpdateReport:
-    """What one update did to one layer.
-
-    Attributes
-    ----------
-    dropped, grown : int
-        Connections dropped and positions grown; always equal.
-    regrown : int
-        Positions that were both, so that connection and state survived.
-    skipped : str
-        Why the layer was left alone; empty if it was not.
-    """
-
-    dropped: int = 0
-    grown: int = 0
-    regrown: int = 0
-    skipped: str = ""
-
-
-@dataclass(frozen=True)
-class Vacancy:
-    """The connections a layer is losing, which tells an algorithm where it may grow and how much.
-
-    Attributes
-    ----------
-    layer_index : int
-        Which of the attached layers.
-    step : int
-        Finished optimizer steps.
-    shape : (int, int)
-        ``(out_features, in_features)``.
-    matrix : PaddedCSR
-        The connections before the drop, without spare slots. Its values are not to be read.
-    drop : int array, (k,)
-        Slots that lose their connection, ascending; as many are to be grown.
-    """
-
-    layer_index: int
-    step: int
-    shape: tuple[int, int]
-    matrix: PaddedCSR
-    drop: Array
-
-    @property
-    def kept(self) -> Array:
-        """Positions ``row * in_features + column`` that keep their connection, ascending."""
-        return kept_positions(self.matrix, self.drop)
-
-
-class DynamicSparsityAlgorithm(SparsityAlgorithm, abc.ABC):
-    """Every so often, drop the weakest connections of each layer and grow as many elsewhere.
-
-    The update of step t drops the ``k = int(drop_fraction(t) * nnz)`` connections of smallest ``|w|`` of a
-    layer with nnz of them, and grows k others, so nnz never changes. Subclasses say where, in `_grow`.
-
-    Parameters
-    ----------
-    sparsity : float or None
-        The sparsity that every attached layer must have; None leaves each layer its own.
-    drop_fraction : float, Schedule or callable
-        Fraction of the connections to replace, in ``[0, 1]``; a schedule or function is called with the step.
-    update_freq : int
-        Steps between updates. Step t (the first is 1) ends with an update if ``t % update_freq == 0`` and
-        ``start <= t`` and t is below `stop`.
-    start : int
-        First step that may update.
-    stop : int or None
-        Step from which the topology stays as it is; None means never.
-    seed : int
-        All random draws depend on ``(seed, layer, step)`` and nothing else.
+def step_along(algorithm: Any, optimizer: Optimizer) -> RemovableHandle:
+    """Call ``algorithm.step()`` after every step of `optimizer`; the handle's ``remove()`` ends it.
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument is of the wrong type or outside its range.
-
-    Notes
-    -----
-    Connections are kept in the order ``(|w| descending, position ascending)``, so ties, which are common
-    among grown weights that are still zero, never change a count. NaN counts as the smallest magnitude. A
-    connection that was just dropped may grow back, and then keeps its weight and its optimizer state; any
-    other grown connection starts with zeros. Frozen layers (``values.requires_grad`` is False) are left
-    alone.
-
-    Optimizers are found by themselves, through a hook that torch calls after every ``optimizer.step()``; see
-    `track` for those that are not. Every state tensor with one entry per connection is moved in place. State
-    of another shape is an error, raised before anything is changed.
+    TypeError
+        If it is not a torch optimizer.
     """
-
-    def __init__(
-        self,
-        sparsity: float | None = None,
-        drop_fraction: float | Schedule | Callable[[int], float] = 0.3,
-        update_freq: int = 100,
-        start: int = 0,
-        stop: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(sparsity)
-        self.drop_fraction = as_schedule(drop_fraction)
-        self.update_freq = require_count("update_freq", update_freq, minimum=1)
-        self.start = require_count("start", start)
-        self.stop = None if stop is None else require_count("stop", stop)
-        self.seed = require_count("seed", seed)
-        self._tracker = OptimizerTracker(self._layers)
-        self.last_update: tuple[UpdateReport, ...] | None = None
-        if isinstance(self.drop_fraction, Constant):
-            self._fraction(0)
-
-    def track(self, optimizer: torch.optim.Optimizer) -> None:
-        """Name an optimizer whose state must follow the connections.
-
-        Only needed for one that torch does not report: that does not derive from ``torch.optim.Optimizer``,
-        or whose state was loaded and which has not stepped since. Held weakly.
-
-        Parameters
-        ----------
-        optimizer : torch.optim.Optimizer
-            Or any object with the same ``param_groups`` and ``state``.
-
-        Raises
-        ------
-        TypeError
-            If it has no ``param_groups`` and ``state``.
-        """
-        self._tracker.add(optimizer)
-
-    def is_update_step(self, step: int) -> bool:
-        """Whether optimizer step number `step` (the first is 1) ends with an update."""
-        return (
-            step > 0
-            and step % self.update_freq == 0
-            and self.start <= step
-            and (self.stop is None or step < self.stop)
-        )
-
-    @abc.abstractmethod
-    def _grow(self, vacancy: Vacancy) -> Array:
-        """As many distinct positions as are dropped, none of them in ``vacancy.kept``."""
-
-    def _check(self) -> None:
-        """Raise if the update that is due cannot be done; nothing has been changed yet."""
-
-    def _reason_to_skip(self, layer_index: int) -> str:
-        """Why this layer cannot be updated now; empty if it can."""
-        return "" if self._layers[layer_index].values.requires_grad else "frozen"
-
-    def _attached(self, layer: SparseTopology) -> None:
-        self._tracker.watch()
-        self._prepare_step(self._step + 1)
-
-    def _finish_step(self, step: int) -> None:
-        if not self.is_update_step(step):
-            return
-        fraction = self._fraction(step)
-        self._check()
-        moves = [self._tracker.plan_move(layer.values) for layer in self._layers]
-        reports = []
-        for index, (layer, move) in enumerate(zip(self._layers, moves, strict=True)):
-            if reason := self._reason_to_skip(index):
-                reports.append(UpdateReport(skipped=reason))
-                continue
-            drop = lowest(magnitude(layer.values), int(fraction * layer.nnz))
-            if not drop.size:
-                reports.append(UpdateReport())
-                continue
-            grow = self._grow(Vacancy(index, step, layer.shape, as_matrix(layer), drop))
-            if grow.size != drop.size:
-                raise RuntimeError(f"{type(self).__name__} grew {grow.size} for {drop.size} dropped")
-            n_survivors = self._rewire(layer, move, drop, grow)
-            reports.append(UpdateReport(drop.size, grow.size, n_survivors - (layer.nnz - drop.size)))
-        self.last_update = tuple(reports)
-
-    def _rewire(self, layer: SparseTopology, move: StateMove, drop: Array, grow: Array) -> int:
-        """Change the topology and all that follows it; returns how many connections survived."""
-        # Taken away meanwhile, because the layer would move it through copies larger than itself.
-        gradient, layer.values.grad = layer.values.grad, None
-        try:
-            source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
-        finally:
-            layer.values.grad = gradient
-        if gradient is not None:
-            layer.values.grad = follow(gradient, source)
-        move.apply(source)
-        return int(np.count_nonzero(source.cpu().numpy() >= 0))
-
-    def _fraction(self, step: int) -> float:
-        fraction = self.drop_fraction(step)
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"drop_fraction must lie in [0, 1]; got {fraction!r} at step {step}")
-        return fraction
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            "drop_fraction": self.drop_fraction.describe(),
-            "update_freq": self.update_freq,
-            "start": self.start,
-            "stop": self.stop,
-            "seed": self.seed,
-        }
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    algorithm.track(optimizer)
+    return optimizer.register_step_post_hook(lambda *_: algorithm.step())
 
 
 def _name(layer: SparseTopology) -> str:

@@ -7,6 +7,7 @@ pass, where X and dY are alive anyway, in blocks that fit a cache, and only on t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,8 +121,8 @@ class GradientCollector:
     ----------
     layer : SparseTopology
         Held weakly, because the layer holds the collector.
-    drop_fraction : float
-        Fraction of the connections that will be dropped, which says how many candidates to keep.
+    most : callable
+        Says, once the gradient is there, how many candidates to keep.
     passes : int
         Backward passes that one optimizer step sums over.
 
@@ -135,9 +136,9 @@ class GradientCollector:
     is the same.
     """
 
-    def __init__(self, layer: SparseTopology, drop_fraction: float, passes: int) -> None:
+    def __init__(self, layer: SparseTopology, most: Callable[[], int], passes: int) -> None:
         self._layer = weakref.ref(layer)
-        self._drop_fraction = drop_fraction
+        self._most = most
         self._passes = passes
         self._forwards = 0
         self._backwards = 0
@@ -198,7 +199,5 @@ class GradientCollector:
         layer = self._layer()
         if layer is None:
             return
-        # The same rounding as the drop, so that there are candidates for every connection dropped.
-        k = int(self._drop_fraction * layer.nnz)
-        self._summary = summarise(pairs, as_matrix(layer), layer.shape, k, layer.values.dtype)
+        self._summary = summarise(pairs, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype)
         self._held = []

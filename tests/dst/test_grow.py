@@ -2,41 +2,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselab.dst.score import lowest, magnitude, random_free
-
-
-def slow_lowest(weights, k):
-    """Keep in the order (|w| descending, slot ascending), NaN last; drop what is left."""
-    size = [-1 if np.isnan(w) else abs(w) for w in weights]
-    order = sorted(range(len(weights)), key=lambda slot: (-size[slot], slot))
-    return sorted(order[len(weights) - k :])
-
-
-@given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, np.nan]), max_size=20), st.data())
-def test_lowest_keeps_the_count_and_breaks_ties_by_slot(weights, data):
-    k = data.draw(st.integers(0, len(weights)))
-    scores = magnitude(torch.tensor(weights, dtype=torch.float64))
-    assert lowest(scores, k).tolist() == slow_lowest(weights, k)
-
-
-def test_all_zero_weights_lose_their_highest_slots():
-    assert lowest(np.zeros(6), 2).tolist() == [4, 5]
-
-
-def test_lowest_refuses_an_impossible_count():
-    with pytest.raises(ValueError, match="k must lie in"):
-        lowest(np.zeros(3), 4)
-
-
-def test_magnitude_is_a_copy():
-    weights = torch.nn.Parameter(torch.tensor([-1.0, 2.0]))
-    scores = magnitude(weights)
-    scores[:] = 7
-    assert weights.tolist() == [-1.0, 2.0]
+from sparselab.dst.grow import random_free
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 80), st.data())

@@ -1,0 +1,99 @@
+"""Which connections go: a score for each of them, and the lowest go first.
+
+Scores rank live slots only. A weight that happens to be exactly zero is therefore never confused with an
+empty position, which a top-k over a masked dense matrix cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparselab.dst.update import LayerView
+from sparselab.kernels._select import select
+from sparselab.kernels.layout import Array
+
+Scores = npt.NDArray[np.floating[Any]]
+
+
+class DropScore(abc.ABC):
+    """How much each connection is worth keeping."""
+
+    def reason_to_skip(self, view: LayerView) -> str:
+        """Why the layer cannot be scored now; empty if it can."""
+        return ""
+
+    @abc.abstractmethod
+    def __call__(self, view: LayerView) -> Scores:
+        """(nnz,): one score for each slot, as an array of its own; the lowest are dropped first."""
+
+    def describe(self) -> str:
+        """Name and settings, for comparing a saved run with the one that resumes it."""
+        return type(self).__name__
+
+
+class Magnitude(DropScore):
+    """``|w|``."""
+
+    def __call__(self, view: LayerView) -> Scores:
+        """(nnz,): magnitudes."""
+        scores: Scores = view.weights.abs().cpu().numpy()
+        return scores
+
+
+def lowest(scores: Scores, k: int) -> Array:
+    """Slots of the `k` lowest scores, ascending.
+
+    The order in which slots are kept is ``(score descending, slot ascending)``, so among equal scores the
+    highest slots go first. NaN ranks below every number.
+
+    Parameters
+    ----------
+    scores : float array, (nnz,)
+        Read only.
+    k : int
+        How many, ``0 <= k <= nnz``.
+
+    Returns
+    -------
+    int32 or int64 array, (k,)
+
+    Raises
+    ------
+    ValueError
+        If `k` is outside ``[0, nnz]``.
+    """
+    return select(scores, scores.size - k, rest=True)
+
+
+def lowest_of_network(scores: Sequence[Scores], k: int) -> list[Array]:
+    """Slots of the `k` lowest scores over several layers together, by layer; no layer loses its best.
+
+    Parameters
+    ----------
+    scores : sequence of float arrays
+        One for each layer. Read only.
+    k : int
+        How many. At most as many as leave one connection to each layer that has any are returned.
+
+    Returns
+    -------
+    list of int32 or int64 arrays
+        Ascending slots of each layer. Of equal scores those of later layers and higher slots go first.
+    """
+    together = np.concatenate([np.asarray(layer, np.float64) for layer in scores])
+    start = np.cumsum([0, *(layer.size for layer in scores)])
+    best = [
+        start[i] + int(np.argmax(np.where(np.isnan(layer), -np.inf, layer)))
+        for i, layer in enumerate(scores)
+        if layer.size
+    ]
+    together[best] = np.inf
+    dropped = lowest(together, min(k, together.size - len(best)))
+    cuts = np.searchsorted(dropped, start)
+    return [dropped[cuts[i] : cuts[i + 1]] - start[i] for i in range(len(scores))]
+

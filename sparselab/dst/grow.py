@@ -1,0 +1,141 @@
+"""Where new connections go: the part of an algorithm that chooses among the positions that are not kept."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sparselab.dst._checks import require_count
+from sparselab.dst.gradient import GradientCollector
+from sparselab.dst.update import Vacancy
+from sparselab.kernels._growth import skip_kept
+from sparselab.kernels._sampling import sample_distinct
+from sparselab.kernels.layout import Array
+from sparselab.nn.topology import SparseTopology
+
+
+class Growth(abc.ABC):
+    """Chooses the positions that a layer grows.
+
+    An algorithm calls `prepare` before every optimizer step, and on a step that updates `check`,
+    `reason_to_skip` for each layer, and `choose` for each layer that grows.
+    """
+
+    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:
+        """Get ready for the next optimizer step.
+
+        Parameters
+        ----------
+        layers : sequence of layers
+            All attached layers.
+        most : callable or None
+            Says how many connections layer i may grow at most, where the step ends with an update.
+        """
+
+    def check(self) -> None:
+        """Raise if the update that is due cannot be done; nothing has been changed yet."""
+
+    def reason_to_skip(self, index: int) -> str:
+        """Why layer number `index` cannot grow now; empty if it can."""
+        return ""
+
+    @abc.abstractmethod
+    def choose(self, vacancy: Vacancy) -> Array:
+        """``vacancy.n_grow`` distinct positions, none of them in ``vacancy.kept``."""
+
+    def describe(self) -> str:
+        """Name and settings, for comparing a saved run with the one that resumes it."""
+        return type(self).__name__
+
+
+class RandomGrowth(Growth):
+    """Uniformly at random among all positions that are not kept."""
+
+    def choose(self, vacancy: Vacancy) -> Array:
+        """Every set equally likely; depends on the seed, the layer and the step only."""
+        return random_free(vacancy.view.rng(), vacancy.kept, vacancy.view.size, vacancy.n_grow)
+
+
+class GradientGrowth(Growth):
+    """The positions of largest ``|G|``, ``G = dY^T X``, exactly and over the whole layer.
+
+    Parameters
+    ----------
+    grad_accumulation : int
+        Backward passes per optimizer step; G is the sum over them.
+
+    Notes
+    -----
+    G is formed only on the step that updates, inside its backward pass, in blocks of rows of at most 4 MiB:
+    O(nnz) memory beside one block, and the time of one dense weight gradient. Ties go to the lower position.
+    """
+
+    def __init__(self, grad_accumulation: int = 1) -> None:
+        self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)
+        self._collectors: list[GradientCollector] = []
+
+    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:
+        """Watch the next backward passes of every layer, or stop watching."""
+        self._collectors = []
+        for index, layer in enumerate(layers):
+            layer.gradient_watcher = None
+            if most is not None:
+                collector = GradientCollector(layer, lambda index=index: most(index), self.grad_accumulation)
+                self._collectors.append(collector)
+                layer.gradient_watcher = collector
+
+    def check(self) -> None:
+        """Raise RuntimeError if there were other backward passes than declared."""
+        for collector in self._collectors:
+            collector.check()
+
+    def reason_to_skip(self, index: int) -> str:
+        """Why layer number `index` cannot grow now; empty if it can."""
+        # Empty if the settings were changed since the last step, so that nobody knew an update was coming.
+        summary = self._collectors[index].summary() if self._collectors else None
+        if summary is None:
+            return "no gradient"
+        return "" if summary.finite else "gradient is not finite"
+
+    def choose(self, vacancy: Vacancy) -> Array:
+        """The positions of largest ``|G|``, ascending."""
+        collector = self._collectors[vacancy.view.index]
+        summary = collector.summary()
+        assert summary is not None
+        collector.release()
+        return summary.best(vacancy.view.matrix, vacancy.drop, vacancy.n_grow)
+
+
+def random_free(rng: np.random.Generator, kept: Array, n_positions: int, k: int) -> Array:
+    """Draw `k` distinct positions that are not kept, every set of `k` equally likely.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Advanced by the call.
+    kept : int array, (n_kept,)
+        Positions that may not be drawn, strictly ascending. Read only.
+    n_positions : int
+        Rows times columns.
+    k : int
+        How many to draw, at most ``n_positions - n_kept``.
+
+    Returns
+    -------
+    int64 array, (k,)
+        Strictly ascending.
+
+    Raises
+    ------
+    ValueError
+        If fewer than `k` positions are free.
+
+    Notes
+    -----
+    O(n_kept + k) memory. Ranks among the free positions are drawn and then mapped to positions:
+    ``kept[i] - i`` free positions lie before ``kept[i]``, so the one of rank r is preceded by as many kept
+    positions as have ``kept[i] - i <= r``. Nothing is drawn in vain, however full the layer is.
+    """
+    return skip_kept(sample_distinct(rng, n_positions - kept.size, k), kept)

@@ -1,0 +1,126 @@
+"""What an update sees of a layer, what it asks of it, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from sparselab.kernels import PaddedCSR
+from sparselab.kernels._growth import kept_positions
+from sparselab.kernels.layout import Array
+from sparselab.nn.topology import SparseTopology, as_matrix
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What one update did to one layer.
+
+    Attributes
+    ----------
+    dropped, grown : int
+        Connections dropped and positions grown.
+    regrown : int
+        Positions that were both, so that connection and state survived.
+    nnz : int
+        Connections that the layer has now.
+    skipped : str
+        Why the layer was left alone; empty if it was not.
+    """
+
+    dropped: int = 0
+    grown: int = 0
+    regrown: int = 0
+    nnz: int = 0
+    skipped: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """One layer as an update finds it, before anything is changed.
+
+    Attributes
+    ----------
+    index : int
+        Which of the attached layers.
+    step : int
+        Finished optimizer steps.
+    seed : int
+        Of the algorithm.
+    layer : SparseTopology
+    """
+
+    index: int
+    step: int
+    seed: int
+    layer: SparseTopology
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return self.layer.shape
+
+    @property
+    def size(self) -> int:
+        """Positions, live or not."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nnz(self) -> int:
+        """Live connections."""
+        return self.layer.nnz
+
+    @cached_property
+    def matrix(self) -> PaddedCSR:
+        """The connections, without spare slots. Its values are not to be read."""
+        return as_matrix(self.layer)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """(nnz,): the weight of each connection, detached. Read only."""
+        return self.layer.per_connection(self.layer.stored.detach())
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """(nnz,): the gradient of each connection, if there is one. Read only."""
+        gradient = self.layer.stored.grad
+        return None if gradient is None else self.layer.per_connection(gradient)
+
+    def rng(self, *purpose: int) -> np.random.Generator:
+        """A generator that depends on the seed, the layer, the step and `purpose` only."""
+        return np.random.default_rng([self.seed, self.index, self.step, *purpose])
+
+
+@dataclass(frozen=True, eq=False)
+class Vacancy:
+    """A layer together with the connections it is losing: where it may grow, and how much.
+
+    Attributes
+    ----------
+    view : LayerView
+    drop : int array, (k,)
+        Slots that lose their connection, ascending.
+    n_grow : int
+        Connections to grow.
+    """
+
+    view: LayerView
+    drop: Array
+    n_grow: int = 0
+
+    @property
+    def n_kept(self) -> int:
+        """Connections that stay."""
+        return self.view.nnz - self.drop.size
+
+    @property
+    def n_free(self) -> int:
+        """Positions where something may grow: all that are not kept."""
+        return self.view.size - self.n_kept
+
+    @cached_property
+    def kept(self) -> Array:
+        """Positions ``row * in_features + column`` that keep their connection, ascending."""
+        return kept_positions(self.view.matrix, self.drop)

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparselab.dst.drop import Magnitude, lowest, lowest_of_network
+from sparselab.dst.update import LayerView
+from tests.dst.fake import FakeSparse
+
+
+def slow_lowest(weights, k):
+    """Keep in the order (|w| descending, slot ascending), NaN last; drop what is left."""
+    size = [-1 if np.isnan(w) else abs(w) for w in weights]
+    order = sorted(range(len(weights)), key=lambda slot: (-size[slot], slot))
+    return sorted(order[len(weights) - k :])
+
+
+@given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, np.nan]), max_size=20), st.data())
+def test_lowest_keeps_the_count_and_breaks_ties_by_slot(weights, data):
+    k = data.draw(st.integers(0, len(weights)))
+    assert lowest(np.abs(np.array(weights, np.float64)), k).tolist() == slow_lowest(weights, k)
+
+
+def test_all_zero_weights_lose_their_highest_slots():
+    assert lowest(np.zeros(6), 2).tolist() == [4, 5]
+
+
+def test_lowest_refuses_an_impossible_count():
+    with pytest.raises(ValueError, match="k must lie in"):
+        lowest(np.zeros(3), 4)
+
+
+def test_magnitude_is_a_copy():
+    layer = FakeSparse(4, 4, 0.5)
+    before = layer.stored.detach().clone()
+    scores = Magnitude()(LayerView(0, 1, 0, layer))
+    assert scores.tolist() == before.abs().tolist()
+    scores[:] = 7
+    assert torch.equal(layer.stored.detach(), before)
+
+
+def slow_lowest_of_network(layers, k):
+    """Everything in one list, weakest first; the best of each layer is not in it."""
+    ranked = []
+    for i, scores in enumerate(layers):
+        order = sorted(range(len(scores)), key=lambda slot: (-np.nan_to_num(scores[slot], nan=-1), slot))
+        ranked += [(np.nan_to_num(scores[slot], nan=-1), -i, -slot) for slot in order[1:]]
+    gone = sorted(ranked)[:k]
+    return [sorted(-slot for _, layer, slot in gone if layer == -i) for i in range(len(layers))]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, np.nan]), max_size=8), min_size=1, max_size=4),
+    st.integers(0, 40),
+)
+def test_lowest_of_network_ranks_all_layers_together_and_empties_none(layers, k):
+    dropped = lowest_of_network([np.array(scores, np.float64) for scores in layers], k)
+    assert [slots.tolist() for slots in dropped] == slow_lowest_of_network(layers, k)
