@@ -85,11 +85,13 @@ class Arm:
     """One way to train.
 
     ``build(cfg, steps)`` makes the algorithm; without it the network is dense. ``start`` is the sparsity to
-    begin with, for algorithms that reach ``cfg.sparsity`` later. ``changes`` are settings of this arm alone.
+    begin with, for algorithms that reach ``cfg.sparsity`` later; ``layer`` the kind of layers, as
+    `sparselab.sparsify` takes it; ``changes`` are settings of this arm alone.
     """
 
     build: Callable[[Config, int], sparselab.dst.SparsityAlgorithm] | None
     start: float | None = None
+    layer: str = "sparse"
     changes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -98,8 +100,7 @@ def rewiring(cfg: Config, steps: int) -> dict[str, Any]:
     last = max(1, round(cfg.last_update * steps))
     return {
         "drop_fraction": sparselab.Cosine(cfg.drop_fraction, half_period=last),
-        "update_freq": cfg.update_every,
-        "stop": last,
+        "update": {"freq": cfg.update_every, "stop": last},
         "seed": cfg.seed,
     }
 
@@ -116,50 +117,29 @@ QUICK = {"epochs": 4, "arms": ("dense", "static", "set", "rigl"), "sparsity": (0
 # Models
 
 
-def erk(shapes: Sequence[tuple[int, int]], sparsity: float, full: Sequence[int] = ()) -> list[float]:
-    """Sparsity of each layer: density in proportion to ``(rows + columns) / (rows * columns)``.
-
-    The layers in `full`, and those that would get a density above 1, are dense; the total is that of
-    `sparsity` over all layers.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    dense = set(full)
-    while True:
-        others = [i for i in range(len(shapes)) if i not in dense]
-        budget = (1 - sparsity) * sum(sizes) - sum(sizes[i] for i in dense)
-        if others and budget <= 0:
-            raise SystemExit(
-                f"sparsity {sparsity}: the dense layers alone have more weights than that leaves"
-            )
-        scale = budget / sum(sum(shapes[i]) for i in others) if others else 0.0
-        density = {i: scale * sum(shapes[i]) / sizes[i] for i in others}
-        above = {i for i in others if density[i] > 1}
-        if not above:
-            return [1 - density.get(i, 1.0) for i in range(len(shapes))]
-        dense |= above
-
-
-def make_model(cfg: Config, sparsity: float | None) -> nn.Sequential:
+def make_model(cfg: Config, sparsity: float | None, layer: str = "sparse") -> nn.Sequential:
     """The network, sparse unless `sparsity` is None; equal seeds give equal weights and connections."""
     network = NETWORKS[cfg.network]
-    if cfg.output not in ("dense", "sparse"):
-        raise SystemExit(f"--set output={cfg.output}: expected dense or sparse")
     torch.manual_seed(cfg.seed)
-    widths = (SIDE * SIDE, *network.hidden, CLASSES)
     layers: list[nn.Module] = []
-    for n_in, n_out in pairwise(widths):
+    for n_in, n_out in pairwise((SIDE * SIDE, *network.hidden, CLASSES)):
         layers += [nn.Linear(n_in, n_out, network.bias), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     if sparsity is None:
         return model
-    names = [name for name, layer in model.named_children() if isinstance(layer, nn.Linear)]
-    kept = [len(names) - 1] if cfg.output == "dense" else []
-    if network.allocation == "erk":
-        shapes = [(n_out, n_in) for n_in, n_out in pairwise(widths)]
-        shares = erk(shapes, sparsity, kept)
-    else:
-        shares = [sparsity] * len(names)
-    return sparselab.sparsify(model, {names[i]: shares[i] for i in range(len(names)) if i not in kept})
+    if network.allocation == "erk" and cfg.output == "dense":
+        sparsity = without(model[-1], model, sparsity)
+    rules = sparselab.dst.allocate(model, sparsity, network.allocation, last=cfg.output)
+    return sparselab.sparsify(model, rules, layer=layer)
+
+
+def without(dense: nn.Linear, model: nn.Module, sparsity: float) -> float:
+    """The sparsity of the other layers that with a dense one makes `sparsity` of the whole."""
+    size = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    live = (1 - sparsity) * size - dense.weight.numel()
+    if live <= 0:
+        raise SystemExit(f"sparsity {sparsity}: the dense layer alone has more weights than that leaves")
+    return 1 - live / (size - dense.weight.numel())
 
 
 # One run
@@ -215,7 +195,7 @@ def run(cfg: Config, arm: str, digits: Digits) -> dict[str, Any]:
     """Train one network of one arm and test it once, at the end."""
     cfg, algo = prepare(cfg, arm, digits)
     start = None if algo is None else (cfg.sparsity if ARMS[arm].start is None else ARMS[arm].start)
-    model = make_model(cfg, start)
+    model = make_model(cfg, start, ARMS[arm].layer)
     if algo is not None:
         model.apply(algo)
     steps, seconds = train(cfg, digits, model, algo, f"{cfg.network} {arm} {cfg.sparsity:g} seed {cfg.seed}")
@@ -242,10 +222,13 @@ def prepare(cfg: Config, arm: str, digits: Digits) -> tuple[Config, sparselab.ds
 def identity(cfg: Config, arm: str, digits: Digits) -> dict[str, Any]:
     """What tells a run from all others."""
     cfg, algo = prepare(cfg, arm, digits)
-    algorithm = None if algo is None else algo.state_dict()
-    network = NETWORKS[cfg.network]
-    settings = [dataclasses.asdict(part) for part in (cfg, network)] + [
-        ARMS[arm].start,
+    state = {} if algo is None else algo.state_dict()
+    algorithm = [state.get("algorithm"), state.get("config")]
+    row = [ARMS[arm].start, ARMS[arm].layer]
+    settings = [
+        dataclasses.asdict(cfg),
+        dataclasses.asdict(NETWORKS[cfg.network]),
+        row,
         algorithm,
         digits.digest,
     ]

@@ -8,7 +8,7 @@ import mnist_report
 import pytest
 import torch
 from downloads import find_local
-from mnist import ARMS, NETWORKS, Arm, Config
+from mnist import ARMS, Arm, Config
 from mnist_data import load_digits
 from torch import nn
 
@@ -38,34 +38,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def live(sparsities, shapes):
-    return sum((1 - s) * math.prod(shape) for s, shape in zip(sparsities, shapes, strict=True))
-
-
-LENET = [(300, 784), (100, 300), (10, 100)]
-
-
-@pytest.mark.parametrize("sparsity", NETWORKS["lenet"].sparsities)
-@pytest.mark.parametrize("full", [[], [2]])
-def test_erk_shares_the_total_out_by_rows_plus_columns(sparsity, full):
-    shares = mnist.erk(LENET, sparsity, full)
-    assert live(shares, LENET) == pytest.approx((1 - sparsity) * 266_200)
-    ratio = ((1 - shares[1]) * 30_000) / ((1 - shares[0]) * 235_200)
-    assert ratio == pytest.approx(400 / 1084)
-    if full:
-        assert shares[2] == 0
-
-
-def test_erk_makes_dense_what_would_be_above_one():
-    # 0.1 * 266,200 shared by 1084 + 400 + 110 would put 1837 weights into the last layer's 1000 places.
-    assert mnist.erk(LENET, 0.9)[2] == 0
-    assert mnist.erk(LENET, 0.99)[2] == pytest.approx(1 - 2662 * 110 / 1594 / 1000)
-    assert mnist.erk(LENET, 0.0) == pytest.approx([0, 0, 0])
-
-
-def test_erk_says_when_dense_layers_alone_are_too_much():
-    with pytest.raises(SystemExit, match=r"sparsity 0\.999: the dense layers alone"):
-        mnist.erk(LENET, 0.999, [2])
+def test_a_dense_output_that_is_already_too_much_is_refused():
+    with pytest.raises(SystemExit, match=r"sparsity 0\.999: the dense layer alone"):
+        mnist.make_model(TINY, 0.999)
 
 
 @pytest.mark.parametrize("sparsity", [0.9, 0.99])
@@ -80,11 +55,6 @@ def test_the_wide_network_is_uniform_and_without_biases():
     model = mnist.make_model(dataclasses.replace(TINY, network="wide"), 0.9)
     assert model[0].nnz == round(0.1 * 784 * 512)
     assert [name for name, _ in model.named_parameters()] == ["0.values", "2.weight"]
-
-
-def test_an_unknown_output_is_refused():
-    with pytest.raises(SystemExit, match=r"--set output=half: expected dense or sparse"):
-        mnist.make_model(dataclasses.replace(TINY, output="half"), 0.9)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -126,7 +96,10 @@ def test_the_rate_falls_from_its_peak_to_zero():
 
 
 def test_an_arm_may_start_denser_and_change_settings(digits, monkeypatch):
-    monkeypatch.setitem(ARMS, "denser", Arm(lambda cfg, steps: sparselab.Static(), 0.5, {"lr": 0.05}))
+    monkeypatch.setitem(
+        ARMS, "denser", Arm(lambda cfg, steps: sparselab.Static(), start=0.5, changes={"lr": 0.05})
+    )
+    assert isinstance(mnist.make_model(TINY, 0.5, "masked")[0], sparselab.MaskedLinear)
     record = mnist.run(TINY, "denser", digits)
     assert record["final_sparsity"] == pytest.approx(0.5, abs=1e-4)
     assert (record["sparsity"], record["config"]["lr"]) == (0.9, 0.05)
@@ -142,7 +115,7 @@ def test_any_setting_of_a_run_changes_its_digest(digits, monkeypatch):
     for name, value in {"lr": 0.2, "epochs": 3, "drop_fraction": 0.4, "network": "wide", "std": 2.0}.items():
         assert digest(digits, **{name: value}) != plain
     assert digest(dataclasses.replace(digits, digest="other images")) != plain
-    monkeypatch.setitem(ARMS, "rigl", Arm(lambda cfg, steps: sparselab.RigL(update_freq=7)))
+    monkeypatch.setitem(ARMS, "rigl", Arm(lambda cfg, steps: sparselab.RigL(update=7)))
     assert digest(digits) != plain
 
 
