@@ -317,6 +317,8 @@ def plan(args: argparse.Namespace) -> list[Config]:
         for network in networks
         for sparsity in (args.sparsity or (QUICK["sparsity"] if args.quick else NETWORKS[network].sparsities))
     ]
+    if cfg.output not in ("dense", "sparse"):
+        raise SystemExit(f"--set output={cfg.output}: expected dense or sparse")
     for cfg in cfgs:
         if not 0 < cfg.sparsity < 1:
             raise SystemExit(f"--sparsity {cfg.sparsity}: expected a number between 0 and 1")

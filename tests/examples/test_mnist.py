@@ -161,6 +161,7 @@ def test_a_broken_line_is_named(folder, tmp_path):
     ("options", "message"),
     [
         (("--set", "seed=3"), "--set seed=3: differs between runs; choose it with --seeds"),
+        (("--set", "output=half"), "--set output=half: expected dense or sparse"),
         (("--sparsity", "90"), "--sparsity 90.0: expected a number between 0 and 1"),
         (("--data", "nowhere"), "error: nowhere.*: no such file"),
     ],
