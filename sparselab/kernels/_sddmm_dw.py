@@ -107,18 +107,7 @@ def sample(indices: Array, plan: Segments, DY: Array, X: Array, out: Array) -> N
     most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
     work = scratch(n_shares, _REST + (plan.block_columns + most_rows) * width, out.dtype)
     launch(
-        _sample,
-        _sample_share,
-        n_shares,
-        indices,
-        plan,
-        rectangles,
-        DY.__array_interface__["data"][0],
-        strides(DY),
-        X.__array_interface__["data"][0],
-        strides(X),
-        n_columns,
-        n_tokens,
-        work,
-        out,
-    )
+        _sample, _sample_share, n_shares, indices, plan, rectangles,
+        DY.__array_interface__["data"][0], strides(DY), X.__array_interface__["data"][0], strides(X),
+        n_columns, n_tokens, work, out,
+    )  # fmt: skip

@@ -22,7 +22,7 @@ class Launches(list[tuple[int, int]]):
     """(shares, groups or rectangles) of every product launched while the test runs."""
 
     def record(self, parallel: Any, serial: Any, n_shares: int, *args: Any) -> None:
-        if parallel in (_few_tokens._one, _few_tokens._eight, _few_tokens._sixteen):
+        if parallel is _few_tokens._multiply:
             self.append((n_shares, 0))
             self.launch(parallel, serial, n_shares, *args)
             return
