@@ -10,13 +10,21 @@ from sparselab.bench.linear import OURS, Case, run_case
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Where forward + backward of ours takes the time of dense; None where dense is faster throughout."""
+    """Where forward + backward of ours takes the time of dense; None where dense is faster throughout.
+
+    None also if either could not be timed; `reason` then says why.
+    """
 
     in_features: int
     out_features: int
     tokens: int
     threads: int
     sparsity: float | None
+    reason: str | None = None
+
+
+class _NotTimedError(RuntimeError):
+    """Ours or dense was not timed."""
 
 
 def crossing(
@@ -88,17 +96,15 @@ def find(shape: tuple[int, int], tokens: int, rounds: int, threads: int) -> Brea
     Returns
     -------
     BreakEven
-
-    Raises
-    ------
-    RuntimeError
-        If ours or dense could not be timed, with the reason.
     """
 
     def relative_time(sparsity: float) -> float:
         return _relative_time(Case(*shape, tokens, sparsity), rounds, [threads])
 
-    return BreakEven(*shape, tokens, threads, crossing(relative_time))
+    try:
+        return BreakEven(*shape, tokens, threads, crossing(relative_time))
+    except _NotTimedError as error:
+        return BreakEven(*shape, tokens, threads, None, str(error))
 
 
 def _relative_time(case: Case, rounds: int, threads: Sequence[int]) -> float:
@@ -106,5 +112,5 @@ def _relative_time(case: Case, rounds: int, threads: Sequence[int]) -> float:
     ratio = result.ratio("dense")
     if ratio is None:
         reasons = [f"{name} {why}" for name, why in result.timings.items() if isinstance(why, str)]
-        raise RuntimeError(f"no break-even for {case}: {'; '.join(reasons)}")
+        raise _NotTimedError(f"at {case.sparsity:.1%} {'; '.join(reasons)}")
     return 1 / ratio

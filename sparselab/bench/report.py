@@ -159,7 +159,7 @@ def show_break_even(found: Sequence[BreakEven]) -> None:
             f"{each.in_features} -> {each.out_features}",
             str(each.tokens),
             str(each.threads),
-            _threshold(each.sparsity),
+            each.reason or _threshold(each.sparsity),
         ]
         for each in found
     ]

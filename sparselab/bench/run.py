@@ -74,8 +74,9 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         title = f"{found['cpu']}, threads: {found['threads']}"
         picture.draw(options.picture, title, results, density, size)
-    refused = any(reason.startswith("refused") for _, reason in report.reasons([*results, *density, *size]))
-    return 1 if refused else 0
+    reasons = [f"{name} {reason}" for name, reason in report.reasons([*results, *density, *size])]
+    reasons += [each.reason for each in crossings if each.reason is not None]
+    return 1 if any(" refused: " in reason for reason in reasons) else 0
 
 
 def _table(options: argparse.Namespace, meter: Meter) -> list[Result]:

@@ -46,24 +46,16 @@ def _collect(n_shares, block, indices, begin, end, row0, row1, n_columns, out): 
 
 
 def expand_rows(
-    values: Array,
-    indices: Array,
-    begin: Array,
-    end: Array,
-    row0: int,
-    row1: int,
-    n_columns: int,
+    values: Array, indices: Array, begin: Array, end: Array, row0: int, row1: int, n_columns: int,
     block: Array,
-) -> None:
+) -> None:  # fmt: skip
     """Write rows ``row0 : row1`` of W to `block`, flat in C order and at least as long as they need.
 
     Row i of W is the slots ``begin[i] : end[i]``. The values have the block's dtype, or are the bits of
     bfloat16 in uint16 beside float32.
     """
     n_shares = max(1, min(worker_count(), row1 - row0))
-    launch(
-        _expand, _expand_share, n_shares, values, indices, begin, end, row0, row1, n_columns, block
-    )  # fmt: skip
+    launch(_expand, _expand_share, n_shares, values, indices, begin, end, row0, row1, n_columns, block)
 
 
 def collect_rows(

@@ -27,6 +27,7 @@ from sparselab.kernels._intrinsics import (
     zeros16,
 )
 from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
+from sparselab.kernels._shares import first_not_below
 from sparselab.kernels._tiles import pack
 from sparselab.kernels.layout import Array, strides
 
@@ -41,26 +42,17 @@ _MIN_SHARE = 16_384
 def _rows_of_share(share, n_shares, begin, end):  # type: ignore[no-untyped-def]
     """Rows of one share; the shares are cut where the connections are halved, not the rows."""
     n_rows = len(begin)
-    first, last = np.int64(0), np.int64(n_rows)
-    if n_rows:
-        low, high = begin[0], end[n_rows - 1]
-        if share > 0:
-            first = np.searchsorted(begin, low + (high - low) * share // n_shares)
-        if share + 1 < n_shares:
-            last = np.searchsorted(begin, low + (high - low) * (share + 1) // n_shares)
+    if n_rows == 0:
+        return 0, 0
+    low, span = begin[0], end[n_rows - 1] - begin[0]
+    first = first_not_below(begin, low + span * share // n_shares) if share > 0 else 0
+    last = first_not_below(begin, low + span * (share + 1) // n_shares) if share + 1 < n_shares else n_rows
     return first, last
 
 
 @jit
-def _one_share(  # type: ignore[no-untyped-def]
-    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
-    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
-):  # fmt: skip
-    """One token: each row is a dot with gathered inputs."""
-    values, bias = view_at(values_at, bits), view_at(bias_at, like)
-    x, y = view_at(x_at, like), view_at(y_at, like)
-    step = x_strides[0]
-    first, last = _rows_of_share(share, n_shares, begin, end)
+def _one_token(values, indices, begin, end, bias, first, last, x, step, y, y_step):  # type: ignore[no-untyped-def]
+    """Rows first : last for one token: each is a dot with gathered inputs."""
     for i in range(first, last):
         total = get(bias, i)
         if step == 1:
@@ -69,7 +61,7 @@ def _one_share(  # type: ignore[no-untyped-def]
         else:
             for k in range(begin[i], end[i]):
                 total += weight(values, k) * get(x, np.int64(get(indices, k)) * step)
-        put(y, i * y_strides[0], total)
+        put(y, i * y_step, total)
 
 
 @jit
@@ -101,17 +93,14 @@ def _row_sum(values, indices, k, end, tile, start):  # type: ignore[no-untyped-d
 
 
 @jit
-def _some_share(  # type: ignore[no-untyped-def]
-    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
-    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work, zeros,
+def _some_tokens(  # type: ignore[no-untyped-def]
+    values, indices, begin, end, bias, first, last,
+    x, x_strides, n_columns, y, y_strides, n_tokens, memory, zeros,
 ):  # fmt: skip
-    """Some tokens: all of X is packed, one vector of tokens to a row of the tile."""
+    """Rows first : last for some tokens: all of X is packed, one vector of tokens to a row of the tile."""
     width = lanes_of(zeros)
-    values, bias = view_at(values_at, bits), view_at(bias_at, like)
-    x, y = view_at(x_at, like), view_at(y_at, like)
-    line, tile = work[share, :width], work[share, width:]
+    line, tile = memory[:width], memory[width:]
     pack(x, 0, x_strides[0], x_strides[1], n_columns, n_tokens, tile, width)
-    first, last = _rows_of_share(share, n_shares, begin, end)
     for i in range(first, last):
         start = splat_like(get(bias, i), zeros)
         store_row(line, 0, _row_sum(values, indices, begin[i], end[i], tile, start))
@@ -120,58 +109,34 @@ def _some_share(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _eight_share(  # type: ignore[no-untyped-def]
+def _multiply_share(  # type: ignore[no-untyped-def]
     share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
-    _some_share(
-        share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
-        x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work, zeros8(like),
-    )  # fmt: skip
-
-
-@jit
-def _sixteen_share(  # type: ignore[no-untyped-def]
-    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
-    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
-):  # fmt: skip
-    _some_share(
-        share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
-        x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work, zeros16(like),
-    )  # fmt: skip
-
-
-@jit_parallel
-def _one(  # type: ignore[no-untyped-def]
-    n_shares, values_at, bits, indices, begin, end, bias_at, like,
-    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
-):  # fmt: skip
-    for share in prange(n_shares):
-        _one_share(
-            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
-            x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+    values, bias = view_at(values_at, bits), view_at(bias_at, like)
+    x, y = view_at(x_at, like), view_at(y_at, like)
+    first, last = _rows_of_share(share, n_shares, begin, end)
+    if n_tokens == 1:
+        _one_token(values, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0])
+    elif n_tokens <= 8:
+        _some_tokens(
+            values, indices, begin, end, bias, first, last,
+            x, x_strides, n_columns, y, y_strides, n_tokens, work[share], zeros8(like),
+        )  # fmt: skip
+    else:
+        _some_tokens(
+            values, indices, begin, end, bias, first, last,
+            x, x_strides, n_columns, y, y_strides, n_tokens, work[share], zeros16(like),
         )  # fmt: skip
 
 
 @jit_parallel
-def _eight(  # type: ignore[no-untyped-def]
+def _multiply(  # type: ignore[no-untyped-def]
     n_shares, values_at, bits, indices, begin, end, bias_at, like,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
     for share in prange(n_shares):
-        _eight_share(
-            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
-            x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
-        )  # fmt: skip
-
-
-@jit_parallel
-def _sixteen(  # type: ignore[no-untyped-def]
-    n_shares, values_at, bits, indices, begin, end, bias_at, like,
-    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
-):  # fmt: skip
-    for share in prange(n_shares):
-        _sixteen_share(
+        _multiply_share(
             np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
             x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
         )  # fmt: skip
@@ -212,15 +177,12 @@ def multiply_few(
     n_columns, n_tokens = X.shape
     if Y.shape[0] * n_tokens == 0:
         return
-    width = 1 if n_tokens == 1 else 8 if n_tokens <= 8 else 16
     n_shares = min(worker_count(), 1 + len(indices) // _MIN_SHARE)
-    if width == 1:
+    if n_tokens == 1:
         work = _EMPTY[like.dtype]
-        kernel, share = _one, _one_share
     else:
-        work = scratch(n_shares, (n_columns + 1) * width, like.dtype)
-        kernel, share = (_eight, _eight_share) if width == 8 else (_sixteen, _sixteen_share)
+        work = scratch(n_shares, (n_columns + 1) * (8 if n_tokens <= 8 else 16), like.dtype)
     launch(
-        kernel, share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+        _multiply, _multiply_share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
         X.address, X.strides, n_columns, Y.address, Y.strides, n_tokens, work,
     )  # fmt: skip

@@ -10,29 +10,10 @@ import numpy as np
 from numba import prange
 
 from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
+from sparselab.kernels._shares import first_not_below, share_rows
 from sparselab.kernels.layout import Array, PaddedCSR, slot_dtype
 
 _MIN_SHARE = 1 << 16
-
-
-def share_rows(W: PaddedCSR) -> Array:
-    """int64 (shares + 1,): boundaries of ranges of rows with about equally many slots."""
-    n_shares = max(1, min(worker_count(), W.capacity // _MIN_SHARE))
-    inner = np.searchsorted(W.indptr, np.arange(1, n_shares) * W.capacity // n_shares)
-    return np.concatenate([[0], np.minimum(inner, W.shape[0]), [W.shape[0]]]).astype(np.int64)
-
-
-@jit
-def first_not_below(ascending, bound):  # type: ignore[no-untyped-def]
-    """How many entries are below `bound`."""
-    low, high = 0, len(ascending)
-    while low < high:
-        middle = (low + high) // 2
-        if ascending[middle] < bound:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 @jit
@@ -130,19 +111,9 @@ def skip_kept(ranks: Array, kept: Array) -> Array:
 
 @jit
 def _merge_share(  # type: ignore[no-untyped-def]
-    share,
-    n_shares,
-    edges,
-    indptr,
-    indices,
-    n_columns,
-    drop,
-    slot_scores,
-    free,
-    free_scores,
-    positions,
-    scores,
-):
+    share, n_shares, edges, indptr, indices, n_columns, drop, slot_scores,
+    free, free_scores, positions, scores,
+):  # fmt: skip
     row0, row1 = edges[share], edges[share + 1]
     d, d_end = first_not_below(drop, indptr[row0]), first_not_below(drop, indptr[row1])
     f, f_end = first_not_below(free, row0 * n_columns), first_not_below(free, row1 * n_columns)
@@ -177,9 +148,8 @@ def _merge(  # type: ignore[no-untyped-def]
 ):
     for share in prange(n_shares):
         _merge_share(
-            np.int64(share), n_shares,
-            edges, indptr, indices, n_columns, drop, slot_scores, free, free_scores,
-            positions, scores,
+            np.int64(share), n_shares, edges, indptr, indices, n_columns, drop, slot_scores,
+            free, free_scores, positions, scores,
         )  # fmt: skip
 
 

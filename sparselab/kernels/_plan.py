@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from sparselab.kernels._growth import share_rows
 from sparselab.kernels._jit import jit, jit_parallel, launch, mapped_empty, worker_count
+from sparselab.kernels._shares import share_rows
 from sparselab.kernels._target import BLOCK_COLUMNS, CACHE_BUDGET_BYTES, TILE_BYTES
 from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, slot_dtype
 
@@ -264,19 +264,9 @@ def _fill(  # type: ignore[no-untyped-def]
 ):
     for share in prange(n_shares):
         _fill_segments(
-            np.int64(share),
-            n_shares,
-            begin,
-            row_nnz,
-            indices,
-            block,
-            chunk_rows,
-            ptr,
-            longest,
-            row,
-            start,
-            length,
-        )
+            np.int64(share), n_shares, begin, row_nnz, indices, block, chunk_rows, ptr,
+            longest, row, start, length,
+        )  # fmt: skip
 
 
 def split_evenly(n_items: int, n_parts: int) -> Array:

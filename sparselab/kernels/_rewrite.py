@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from sparselab.kernels._growth import first_not_below, share_rows
 from sparselab.kernels._intrinsics import get
 from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
+from sparselab.kernels._shares import first_not_below, share_rows
 from sparselab.kernels.layout import Array, PaddedCSR
 
 _MIN_SHARE = 1 << 16

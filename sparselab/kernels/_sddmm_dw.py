@@ -5,6 +5,8 @@ columns; segments. Per tile a rectangle packs its rows of DY and, block by block
 registers: one tile row of DY, and up to `DOTS` dots at a time, each a tile row of X loaded and multiplied;
 their lanes are summed together by a tree of shuffles. The sums over tiles stay in `out`, which has one writer
 per slot and one order of summation whatever the number of threads.
+
+The sums of DY over tokens, the gradient of a bias, are made from the packed rows, which saves a pass over DY.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 from numba import prange
 
 from sparselab.kernels._dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
-from sparselab.kernels._intrinsics import get, tile_width, view_at
+from sparselab.kernels._intrinsics import add_rows, get, load_like, store_row, tile_width, view_at, zeros8
 from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, gradient_shares
 from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
@@ -49,25 +51,42 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
 
 
 @jit
+def _add_tokens(tile, n_rows, partial):  # type: ignore[no-untyped-def]
+    """Add the tokens of each tile row to the 8 lanes that `partial` has for it."""
+    width = tile_width(tile)
+    like = zeros8(tile)
+    for r in range(n_rows):
+        total = load_like(partial, r * 8, like)
+        for t in range(r * width, (r + 1) * width, 8):
+            total = add_rows(total, load_like(tile, t, like))
+        store_row(partial, r * 8, total)
+
+
+@jit
 def _sample_share(  # type: ignore[no-untyped-def]
     share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
-    x_at, x_strides, n_columns, n_tokens, work, out,
+    x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
 ):  # fmt: skip
-    """Compute the share's rectangles, one after the other."""
+    """Compute the share's rectangles, one after the other; those that begin a row also write its sum."""
     memory = work[share]
     width = tile_width(memory)
     rest = memory[:_REST]
     x_tile = memory[_REST : _REST + plan.block_columns * width]
     dy_tile = memory[_REST + plan.block_columns * width :]
+    partial = memory[_REST + (plan.block_columns + most_rows) * width :]
     x, dy = view_at(x_at, memory), view_at(dy_at, memory)
     n = len(rectangles)
     for r in range(share * n // n_shares, (share + 1) * n // n_shares):
         chunk0, chunk1 = rectangles[r, 0], rectangles[r, 1]
         row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
+        wants_sums = len(sums) > 0 and rectangles[r, 2] == 0
+        partial[: (row1 - row0) * 8] = 0
         for token0 in range(0, n_tokens, width):
             tokens = min(width, n_tokens - token0)
             first = row0 * dy_strides[0] + token0 * dy_strides[1]
             pack(dy, first, dy_strides[0], dy_strides[1], row1 - row0, tokens, dy_tile, width)
+            if wants_sums:
+                _add_tokens(dy_tile, row1 - row0, partial)
             for b in range(rectangles[r, 2], rectangles[r, 3]):
                 column0 = b * plan.block_columns
                 columns = min(plan.block_columns, n_columns - column0)
@@ -79,46 +98,45 @@ def _sample_share(  # type: ignore[no-untyped-def]
                         indices, plan.row, plan.start, plan.length, p, q,
                         dy_tile, row0, x_tile, column0, rest, out,
                     )  # fmt: skip
+        if wants_sums:
+            for i in range(row0, row1):
+                sums[i] = partial[(i - row0) * 8 : (i - row0 + 1) * 8].sum()
 
 
 @jit_parallel
 def _sample(  # type: ignore[no-untyped-def]
-    n_shares, indices, plan, rectangles, dy_at, dy_strides, x_at, x_strides, n_columns, n_tokens, work, out
+    n_shares, indices, plan, rectangles, dy_at, dy_strides,
+    x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
 ):  # fmt: skip
     for share in prange(n_shares):
         _sample_share(
             np.int64(share), n_shares, indices, plan, rectangles, dy_at, dy_strides,
-            x_at, x_strides, n_columns, n_tokens, work, out,
+            x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
         )  # fmt: skip
 
 
-def sample(indices: Array, plan: Segments, DY: Array, X: Array, out: Array) -> None:
+def sample(
+    indices: Array, plan: Segments, DY: Array, X: Array, out: Array, sums: Array | None = None
+) -> None:
     """``out[slot] = DY[i] . X[j]`` for the connection (i, j) of every live slot, 0 in spare slots.
 
-    DY ``(rows, tokens)`` and X ``(columns, tokens)`` may have any strides and are not checked.
+    DY ``(rows, tokens)`` and X ``(columns, tokens)`` may have any strides and are not checked. If `sums`
+    (rows,) is given, it becomes ``sum_t DY[:, t]``.
     """
     out.fill(0)
+    sums = np.empty(0, out.dtype) if sums is None else sums
     n_columns, n_tokens = X.shape
-    if plan.n_connections == 0 or n_tokens == 0:
+    if n_tokens == 0 or (plan.n_connections == 0 and sums.size == 0):
+        sums.fill(0)
         return
     width = TILE_BYTES // out.itemsize
     rectangles = gradient_shares(plan, worker_count(), out.itemsize + indices.itemsize)
     n_shares = min(worker_count(), len(rectangles))
     most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
-    work = scratch(n_shares, _REST + (plan.block_columns + most_rows) * width, out.dtype)
+    items = _REST + plan.block_columns * width + most_rows * (width + 8)
+    work = scratch(n_shares, items, out.dtype)
     launch(
-        _sample,
-        _sample_share,
-        n_shares,
-        indices,
-        plan,
-        rectangles,
-        DY.__array_interface__["data"][0],
-        strides(DY),
-        X.__array_interface__["data"][0],
-        strides(X),
-        n_columns,
-        n_tokens,
-        work,
-        out,
-    )
+        _sample, _sample_share, n_shares, indices, plan, rectangles,
+        DY.__array_interface__["data"][0], strides(DY), X.__array_interface__["data"][0], strides(X),
+        n_columns, n_tokens, most_rows, work, out, sums,
+    )  # fmt: skip

@@ -97,20 +97,9 @@ def _multiply_share(  # type: ignore[no-untyped-def]
             for c in range(chunk0, chunk1):
                 p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
                 _add_segments(
-                    values,
-                    indices,
-                    plan.row,
-                    plan.start,
-                    plan.length,
-                    p,
-                    q,
-                    tile,
-                    column0,
-                    sums,
-                    row0,
-                    bias,
-                    b == 0,
-                )
+                    values, indices, plan.row, plan.start, plan.length, p, q,
+                    tile, column0, sums, row0, bias, b == 0,
+                )  # fmt: skip
         first = row0 * y_strides[0] + token0 * y_strides[1]
         unpack(sums, width, row1 - row0, tokens, y, first, y_strides[0], y_strides[1])
 
@@ -145,19 +134,8 @@ def multiply(
     group_rows = int(np.diff(plan.chunk_rows[groups]).max())
     work = scratch(n_shares, (plan.block_columns + group_rows) * width, dtype)
     launch(
-        _multiply,
-        _multiply_share,
-        n_shares,
-        values,
-        indices,
-        np.zeros(Y.shape[0], dtype) if bias is None else bias,
-        plan,
-        groups,
-        X.__array_interface__["data"][0],
-        strides(X),
-        n_columns,
-        Y.__array_interface__["data"][0],
-        strides(Y),
-        n_tokens,
-        work,
-    )
+        _multiply, _multiply_share, n_shares, values, indices,
+        np.zeros(Y.shape[0], dtype) if bias is None else bias, plan, groups,
+        X.__array_interface__["data"][0], strides(X), n_columns,
+        Y.__array_interface__["data"][0], strides(Y), n_tokens, work,
+    )  # fmt: skip

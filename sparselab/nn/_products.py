@@ -80,10 +80,16 @@ def input_grad(grad: Tensor, values: Tensor, plans: TopologyPlans) -> Tensor:
     return dx
 
 
-def values_grad(grad: Tensor, x: Tensor, plans: TopologyPlans) -> Tensor:
-    """``sum_t dy[t, i] x[t, j]`` for each live connection (i, j), in the dtype of dy."""
+def values_grad(
+    grad: Tensor, x: Tensor, plans: TopologyPlans, with_bias: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``sum_t dy[t, i] x[t, j]`` for each live connection (i, j), and ``sum_t dy[t]`` or an empty tensor.
+
+    Both in the dtype of dy.
+    """
     if grad.dtype == torch.bfloat16:
-        return values_grad(grad.float(), x.float(), plans).to(torch.bfloat16)
+        values, bias = values_grad(grad.float(), x.float(), plans, with_bias)
+        return values.to(torch.bfloat16), bias.to(torch.bfloat16)
     use_torch_threads()
     result = grad.new_empty(plans.indices.shape[0])
     if choose_name("values_grad", grad.shape[0], plans.density) == "dense blocks":
@@ -93,9 +99,10 @@ def values_grad(grad: Tensor, x: Tensor, plans: TopologyPlans) -> Tensor:
             collect_rows(
                 flat, plans.indices, plans.begin, plans.end, row0, row1, plans.shape[1], _array(result)
             )
-    else:
-        sample(plans.indices, plans.values_grad, _array(grad).T, _array(x).T, _array(result))
-    return result
+        return result, grad.sum(0) if with_bias else grad.new_empty(0)
+    sums = grad.new_empty(plans.shape[0] if with_bias else 0)
+    sample(plans.indices, plans.values_grad, _array(grad).T, _array(x).T, _array(result), _array(sums))
+    return result, sums
 
 
 def _row_blocks(plans: TopologyPlans, like: Tensor) -> Any:

@@ -33,14 +33,8 @@ class GradientWatcher(Protocol):
         """Its backward pass: x (tokens, in_features) and dy (tokens, out_features), detached, not copied."""
 
 
-@torch.library.custom_op("sparselab::linear", mutates_args=(), device_types="cpu")
-def linear(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    plans: int,
+def _linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: int
 ) -> Tensor:
     """``y = x W^T + b`` for x (tokens, in_features) and W in compressed rows without spare slots.
 
@@ -66,24 +60,35 @@ def linear(
     return product(x, values, bias, found)
 
 
-@linear.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    plans: int,
-) -> Tensor:
-    return x.new_empty((x.shape[0], indptr.shape[0] - 1))
-
-
-@torch.library.custom_op("sparselab::linear_input_grad", mutates_args=(), device_types="cpu")
-def linear_input_grad(
+def _input_grad(
     grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features: int, plans: int
 ) -> Tensor:
     """``dx = dy W`` for dy (tokens, out_features), any strides."""
     return input_grad(grad, values, find_plans(plans, indptr, indices, in_features))
+
+
+def _values_grad(
+    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """``dW[slot] = sum_t dy[t, i] x[t, j]`` for each live connection (i, j), and the bias' gradient.
+
+    The latter, ``sum_t dy[t]``, costs little here, where dy is read anyway; empty if it is not wanted.
+    """
+    return values_grad(grad, x, find_plans(plans, indptr, indices, x.shape[1]), with_bias)
+
+
+linear = torch.library.custom_op("sparselab::linear", _linear, mutates_args=(), device_types="cpu")
+linear_input_grad = torch.library.custom_op(
+    "sparselab::linear_input_grad", _input_grad, mutates_args=(), device_types="cpu"
+)
+linear_values_grad = torch.library.custom_op(
+    "sparselab::linear_values_grad", _values_grad, mutates_args=(), device_types="cpu"
+)
+
+
+@linear.register_fake
+def _(x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: int) -> Tensor:
+    return x.new_empty((x.shape[0], indptr.shape[0] - 1))
 
 
 @linear_input_grad.register_fake
@@ -91,15 +96,11 @@ def _(grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features
     return grad.new_empty((grad.shape[0], in_features))
 
 
-@torch.library.custom_op("sparselab::linear_values_grad", mutates_args=(), device_types="cpu")
-def linear_values_grad(grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int) -> Tensor:
-    """``dW[slot] = sum_t dy[t, i] x[t, j]`` for each live connection (i, j)."""
-    return values_grad(grad, x, find_plans(plans, indptr, indices, x.shape[1]))
-
-
 @linear_values_grad.register_fake
-def _(grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int) -> Tensor:
-    return grad.new_empty(indices.shape[0])
+def _(
+    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(indices.shape[0]), grad.new_empty(grad.shape[1] if with_bias else 0)
 
 
 def check_fit(x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans) -> None:
@@ -115,28 +116,31 @@ def check_fit(x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPla
 def sparse_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: LayerPlans
 ) -> Tensor:
-    """As `linear`; without torch's dispatcher (some 20 us) where nobody is there to see the difference."""
+    """As `linear`; without torch's dispatcher (some 20 us, 100 with gradients) where nobody would see it."""
     tensors = (x, values) if bias is None else (x, values, bias)
+    y: Tensor
     if not torch.compiler.is_compiling():
         refuse_forward_mode(*tensors)
         if _is_plain(tensors):
-            found = plans.of(indptr, indices, x.shape[1])
-            check_fit(x, values, bias, found)
-            return product(x, values, bias, found)
-    y: Tensor = linear(x, values, bias, indptr, indices, plans.number)
+            run = _Linear.apply if _wants_gradient(tensors) else _linear
+            y = run(x, values, bias, indptr, indices, plans.number)
+            return y
+    y = linear(x, values, bias, indptr, indices, plans.number)
     return y
 
 
-def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors are ordinary ones, no gradient is wanted, and nothing traces or transforms.
+def _wants_gradient(tensors: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
-    A tensor whose sign is still to be turned (`Tensor.is_neg`) is not ordinary: the dispatcher turns it.
+
+def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors are ordinary ones, and nothing traces or transforms.
+
+    A tensor whose sign is still to be turned (`Tensor.is_neg`), or of zeros without memory, is not ordinary:
+    the dispatcher makes it so.
     """
-    wants_gradient = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg():
-            return False
-        if wants_gradient and tensor.requires_grad:
+        if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg() or tensor._is_zerotensor():
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
@@ -189,13 +193,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx = dvalues = dbias = None
     if ctx.watcher is not None:
         ctx.watcher.backward_seen(x.detach(), grad.detach())
+    tensors = tuple(tensor for tensor in (grad, x, values) if tensor is not None)
+    direct = _is_plain(tensors) and not _wants_gradient(tensors) and not torch.compiler.is_compiling()
     if needs_x:
-        dx = linear_input_grad(grad, values, indptr, indices, ctx.in_features, ctx.plans)
+        by_input = _input_grad if direct else linear_input_grad
+        dx = by_input(grad, values, indptr, indices, ctx.in_features, ctx.plans)
     if needs_values:
-        dvalues = linear_values_grad(grad, x, indptr, indices, ctx.plans)
-    if needs_bias:
+        by_values = _values_grad if direct else linear_values_grad
+        dvalues, sums = by_values(grad, x, indptr, indices, ctx.plans, needs_bias)
+        dbias = sums if needs_bias else None
+    elif needs_bias:
         dbias = grad.sum(0)
     return dx, dvalues, dbias, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` with its gradients, known to autograd alone."""
+
+    forward = staticmethod(_linear)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
 
 linear.register_autograd(_backward, setup_context=_setup_context)

@@ -10,13 +10,13 @@ from sparselab.kernels._target import VECTOR_BYTES
 #: Density from which expanding blocks of rows and calling the dense library is faster. Without AVX-512 as
 #: timed on a Zen 3, with it from the rates of the kernels and of the dense library in benchmarks/LOG.md.
 DENSE_FROM = {
-    "forward": 0.42 if VECTOR_BYTES == 64 else 0.48,
+    "forward": 0.42 if VECTOR_BYTES == 64 else 0.55,
     "input_grad": 0.42 if VECTOR_BYTES == 64 else 0.45,
     "values_grad": 0.32 if VECTOR_BYTES == 64 else 0.38,
 }
 
 #: Fewer tokens do not repay the expansion of the weights.
-_DENSE_TOKENS = 64
+_DENSE_TOKENS = 128
 
 
 class Variant(NamedTuple):

@@ -82,5 +82,5 @@ def test_a_layer_is_timed_at_the_sparsities_asked_for(monkeypatch: pytest.Monkey
 def test_without_a_time_there_is_no_break_even(monkeypatch: pytest.MonkeyPatch) -> None:
     results = [fake.result(1.0, "forward + backward", dense="refused: wrong")]
     monkeypatch.setattr(break_even, "run_case", lambda *_: results)
-    with pytest.raises(RuntimeError, match=r"no break-even for 50->20, .* dense refused: wrong"):
-        break_even.find((50, 20), 100, 3, 1)
+    found = break_even.find((50, 20), 100, 3, 1)
+    assert found == break_even.BreakEven(50, 20, 100, 1, None, "at 0.0% dense refused: wrong")

@@ -128,12 +128,19 @@ def test_other_pictures(suffix: str, tmp_path: Path) -> None:
 
 
 def test_a_wrong_contender_fails_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     wrong = linear.Contender(lambda layer: Altered(layer, y=lambda y: 2 * y), 1e-5)
     monkeypatch.setitem(linear.CONTENDERS, "dense", wrong)
     assert main(TINY) == 1
     assert "  dense refused: output of Altered is off" in capsys.readouterr().out
+    file = tmp_path / "results.json"
+    only_ours = ["--contenders", "sparselab"]
+    assert main([*TINY, *only_ours, "--break-even", "--json", str(file)]) == 1
+    assert "at 0.0% dense refused: output of Altered is off" in capsys.readouterr().out
+    (found,) = json.loads(file.read_text())["break_even"]
+    assert found["sparsity"] is None
+    assert found["reason"].startswith("at 0.0% dense refused: ")
 
 
 def test_without_the_optional_packages(

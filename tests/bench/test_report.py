@@ -62,9 +62,10 @@ def test_the_tables_of_gains_and_break_even(capsys: pytest.CaptureFixture[str]) 
     limits = [fake.limits(1), fake.limits(2, second_level=100)]
     report.show_thread_gains(report.thread_gains([fake.result(8.0), fake.result(5.0, threads=2)], limits))
     assert "50 -> 20  forward       100       90%   1 -> 2      1.60x" in capsys.readouterr().out
-    report.show_break_even([BreakEven(50, 20, 100, 2, s) for s in (0.725, None, 0.0)])
+    found = [BreakEven(50, 20, 100, 2, s) for s in (0.725, None, 0.0)]
+    report.show_break_even([*found, BreakEven(50, 20, 100, 2, None, "at 0.0% dense refused: wrong")])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines[-3:]] == ["72.5%", "none", "any"]
+    assert [line.split()[-1] for line in lines[-4:]] == ["72.5%", "none", "any", "wrong"]
 
 
 def test_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

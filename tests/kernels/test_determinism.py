@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from sparselab.kernels import PaddedCSR, _few_tokens, _plan, _sddmm_dw, _spmm, spmm, spmm_t
+from sparselab.kernels import PaddedCSR, _few_tokens, _plan, _sddmm_dw, _spmm, sddmm_dw, spmm, spmm_t
 from sparselab.kernels._target import TILE_BYTES
 from tests.kernels.contract import OPERATIONS, Operation, assert_same_bits
 from tests.oracle import Exact, assert_close
@@ -22,7 +22,7 @@ class Launches(list[tuple[int, int]]):
     """(shares, groups or rectangles) of every product launched while the test runs."""
 
     def record(self, parallel: Any, serial: Any, n_shares: int, *args: Any) -> None:
-        if parallel in (_few_tokens._one, _few_tokens._eight, _few_tokens._sixteen):
+        if parallel is _few_tokens._multiply:
             self.append((n_shares, 0))
             self.launch(parallel, serial, n_shares, *args)
             return
@@ -73,6 +73,33 @@ def test_threads_change_no_bit(operation: Operation, dtype: type, tokens: int, l
         results.append(operation.call(W, *operands))
     assert [shares for shares, _ in launches] == [1, 2]
     assert_same_bits(*results)
+
+
+@pytest.mark.any_width
+@needs_two_threads
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 9, 200])
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((200, 300), "unequal"), ((8, 300), "unequal"), ((30, 20), "nothing")]
+)
+def test_sums_of_tokens_are_right_and_threads_change_no_bit(
+    shape: tuple[int, int], kind: str, tokens: int, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_plan, "_GRADIENT_BLOCK_COLUMNS", 64)  # of 8 rows, threads share the columns
+    rng = np.random.default_rng(10)
+    W = build(shape, kind, rng, dtype=dtype)
+    DY, X = (rng.standard_normal((tokens, n)).astype(dtype).T for n in shape)
+    plan = _plan.plan_sddmm_dw(W)
+    results = []
+    for threads in (1, 2):
+        numba.set_num_threads(threads)
+        out, sums = np.full(W.capacity, np.nan, dtype), np.full(shape[0], np.nan, dtype)
+        _sddmm_dw.sample(W.indices, plan, DY, X, out, sums)
+        assert_same_bits(out, sddmm_dw(W, DY, X, plan=plan))
+        results.append(sums)
+    assert_same_bits(*results)
+    wide = DY.astype(np.float64)
+    assert_close(results[0], Exact(wide.sum(1), np.abs(wide).sum(1), np.array(tokens)), dtype)
 
 
 @every_operation

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselab.kernels import PaddedCSR, _growth, _rewrite, _select, _topk, rewrite
-from sparselab.kernels._growth import kept_positions, merge_candidates, share_rows, skip_kept
+from sparselab.kernels import PaddedCSR, _growth, _rewrite, _select, _shares, _topk, rewrite
+from sparselab.kernels._growth import kept_positions, merge_candidates, skip_kept
 from sparselab.kernels._rewrite import move_entries
 from sparselab.kernels._select import select
+from sparselab.kernels._shares import share_rows
 from sparselab.kernels._topk import StreamedTopK
 from tests import strategies
 from tests.kernels.contract import assert_same_bits
@@ -28,7 +29,7 @@ FRACTIONS = st.sampled_from((0.0, 0.3, 1.0))
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even small work into shares, so that their edges are met."""
-    for module in (_growth, _rewrite, _select, _topk):
+    for module in (_growth, _rewrite, _select, _shares, _topk):
         monkeypatch.setattr(module, "_MIN_SHARE", 4)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from sparselab.kernels import PaddedCSR, Segments, _growth, _plan, plan_sddmm_dw, plan_spmm, plan_spmm_t
+from sparselab.kernels import PaddedCSR, Segments, _plan, _shares, plan_sddmm_dw, plan_spmm, plan_spmm_t
 from tests import strategies
 from tests.kernels.contract import OPERATIONS, Operation, assert_same_bits
 from tests.strategies import PATTERNS, build
@@ -21,7 +21,7 @@ Segment = tuple[int, int, int]
 
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_growth, _plan):
+    for module in (_plan, _shares):
         monkeypatch.setattr(module, "_MIN_SHARE", 4)
 
 

@@ -27,7 +27,9 @@ def test_opcheck() -> None:
         torch.library.opcheck(functional.linear, (x, values, bias, *topology, number))
         torch.library.opcheck(functional.linear, (x, values, None, *topology, number))
         torch.library.opcheck(functional.linear_input_grad, (dy, values.detach(), *topology, 20, number))
-        torch.library.opcheck(functional.linear_values_grad, (dy, x.detach(), *topology, number))
+        for with_bias in (False, True):
+            arguments = (dy, x.detach(), *topology, number, with_bias)
+            torch.library.opcheck(functional.linear_values_grad, arguments)
 
 
 def test_compiles_into_one_graph() -> None:

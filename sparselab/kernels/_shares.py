@@ -1,0 +1,30 @@
+"""How work on sorted slots and positions is cut into shares, one for each worker."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparselab.kernels._jit import jit, worker_count
+from sparselab.kernels.layout import Array, PaddedCSR
+
+_MIN_SHARE = 1 << 16
+
+
+def share_rows(W: PaddedCSR) -> Array:
+    """int64 (shares + 1,): boundaries of ranges of rows with about equally many slots."""
+    n_shares = max(1, min(worker_count(), W.capacity // _MIN_SHARE))
+    inner = np.searchsorted(W.indptr, np.arange(1, n_shares) * W.capacity // n_shares)
+    return np.concatenate([[0], np.minimum(inner, W.shape[0]), [W.shape[0]]]).astype(np.int64)
+
+
+@jit
+def first_not_below(ascending, bound):  # type: ignore[no-untyped-def]
+    """How many entries are below `bound`."""
+    low, high = 0, len(ascending)
+    while low < high:
+        middle = (low + high) // 2
+        if ascending[middle] < bound:
+            low = middle + 1
+        else:
+            high = middle
+    return low
