@@ -10,13 +10,13 @@ per slot and one order of summation whatever the number of threads.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from sparselab.kernels._dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
 from sparselab.kernels._intrinsics import get, tile_width, view_at
-from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
+from sparselab.kernels._jit import jit, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, gradient_shares
 from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels._team import spread
 from sparselab.kernels._tiles import pack
 from sparselab.kernels.layout import Array, strides
 
@@ -54,6 +54,8 @@ def _sample_share(  # type: ignore[no-untyped-def]
     x_at, x_strides, n_columns, n_tokens, work, out,
 ):  # fmt: skip
     """Compute the share's rectangles, one after the other."""
+    if spread(share, n_shares):
+        return
     memory = work[share]
     width = tile_width(memory)
     rest = memory[:_REST]
@@ -81,17 +83,6 @@ def _sample_share(  # type: ignore[no-untyped-def]
                     )  # fmt: skip
 
 
-@jit_parallel
-def _sample(  # type: ignore[no-untyped-def]
-    n_shares, indices, plan, rectangles, dy_at, dy_strides, x_at, x_strides, n_columns, n_tokens, work, out
-):  # fmt: skip
-    for share in prange(n_shares):
-        _sample_share(
-            np.int64(share), n_shares, indices, plan, rectangles, dy_at, dy_strides,
-            x_at, x_strides, n_columns, n_tokens, work, out,
-        )  # fmt: skip
-
-
 def sample(indices: Array, plan: Segments, DY: Array, X: Array, out: Array) -> None:
     """``out[slot] = DY[i] . X[j]`` for the connection (i, j) of every live slot, 0 in spare slots.
 
@@ -107,7 +98,7 @@ def sample(indices: Array, plan: Segments, DY: Array, X: Array, out: Array) -> N
     most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
     work = scratch(n_shares, _REST + (plan.block_columns + most_rows) * width, out.dtype)
     launch(
-        _sample, _sample_share, n_shares, indices, plan, rectangles,
+        _sample_share, n_shares, indices, plan, rectangles,
         DY.__array_interface__["data"][0], strides(DY), X.__array_interface__["data"][0], strides(X),
         n_columns, n_tokens, work, out,
     )  # fmt: skip
