@@ -202,7 +202,7 @@ def run(size: Size, rounds: int, fused: bool = False, label: str = "model") -> d
 
 
 def inference_bytes(size: Size) -> dict[str, int]:
-    """Bytes that a model holds to run: all parameters and buffers, embeddings, norms, head, topology included.
+    """Bytes that a model holds to run: all its parameters and buffers, with embeddings, norms and topology.
 
     Returns
     -------
