@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import memory, models, peers, revisions
+from benchmarks import memory, models, peers, revisions, startup
 from benchmarks.turns import TurnError
 from sparselab.bench import machine, tables
 from sparselab.bench.linear import SHAPES
@@ -33,6 +33,8 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     bytes_of = commands.add_parser("memory", help="bytes and resident set of training steps")
     bytes_of.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.9, 0.95])
+    start = commands.add_parser("startup", help="seconds of imports, first forward pass, compiling")
+    start.add_argument("--processes", type=positive, default=3, help="of each (default: %(default)s)")
     add_models(commands)
     add_turns(commands)
     return parser.parse_args()
@@ -115,6 +117,7 @@ def main() -> None:
     commands = {
         "memory": run_memory,
         "models": models.report, "peers": peers.report, "revisions": revisions.report,
+        "startup": startup.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)

@@ -201,6 +201,24 @@ def run(size: Size, rounds: int, fused: bool = False, label: str = "model") -> d
     }
 
 
+def inference_bytes(size: Size) -> dict[str, int]:
+    """Bytes that a model holds to run: all its parameters and buffers, with embeddings, norms and topology.
+
+    Returns
+    -------
+    dict
+        For the "dense float32", the "sparse float32" and the "sparse bfloat16" model. In the latter each
+        sparse layer went through ``layer.to(torch.bfloat16)``, and all else is bfloat16 too.
+    """
+    dense, sparse = make_models(size)
+    counts = {"dense float32": _bytes(dense), "sparse float32": _bytes(sparse)}
+    return {**counts, "sparse bfloat16": _bytes(sparse.to(torch.bfloat16))}
+
+
+def _bytes(model: nn.Module) -> int:
+    return sparselab.memory_report(model).weight_bytes
+
+
 def sizes(names: Sequence[str], batch: int | None, context: int | None) -> dict[str, Size]:
     """The named sizes, with another batch or context for those that are given."""
     chosen = {}
@@ -246,6 +264,10 @@ def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
                 }
             )  # fmt: skip
     console.print(table)
+    for name in options.models:
+        held = inference_bytes(SIZES[name])
+        cells = (f"{which} {n / 1e6:.2f} MB ({n / held['dense float32']:.1%})" for which, n in held.items())
+        console.print(f"{name} at inference, all parameters and buffers: {', '.join(cells)}")
     console.print(
         f"RigL: its share of the step, for one update in {UPDATE_FREQ} steps; ms per step includes it"
     )

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from sparselab.bench.linear import Case
-from sparselab.bench.timing import Timing
+from sparselab.bench.timing import Timing, plain_timings
 
 OPERATIONS = ("forward", "forward + backward")
 #: Largest difference from float64, relative to the largest entry. float32 sums of a few thousand terms stay
@@ -230,10 +230,7 @@ def as_rows(case: Case, results: Timings) -> list[dict[str, Any]]:
         {
             "case": asdict(case),
             "operation": operation,
-            "timings_ms": {
-                name: asdict(timing) if isinstance(timing, Timing) else timing
-                for name, timing in timings.items()
-            },
+            "timings_ms": plain_timings(timings),
         }
         for operation, timings in results.items()
     ]

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 
 from sparselab.kernels._intrinsics import fma_row, get, load_row, splat_row, store_row, tile_width
-from sparselab.kernels._jit import aligned_empty, jit, jit_parallel, launch
+from sparselab.kernels._jit import aligned_empty, jit, launch
 from sparselab.kernels._target import BLOCK_COLUMNS, TILE_BYTES, _l2_bytes
+from sparselab.kernels._team import spread
 from sparselab.nn._threads import use_torch_threads
 
 #: Bytes of tile rows that one multiply-add of each lane loads, over its two operations (float32).
@@ -56,6 +56,8 @@ class Limits:
 @jit
 def _in_registers_share(share, n_shares, passes, values, indices, work):  # type: ignore[no-untyped-def]
     """Add ``passes * len(indices)`` connections whose factors never leave the registers."""
+    if spread(share, n_shares):
+        return
     memory = work[share]
     width = tile_width(memory)
     sum_a, sum_b = load_row(memory, 0), load_row(memory, width)
@@ -67,15 +69,11 @@ def _in_registers_share(share, n_shares, passes, values, indices, work):  # type
     store_row(memory, width, sum_b)
 
 
-@jit_parallel
-def _in_registers(n_shares, passes, values, indices, work):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _in_registers_share(share, n_shares, passes, values, indices, work)
-
-
 @jit
 def _loaded_share(share, n_shares, passes, values, indices, work):  # type: ignore[no-untyped-def]
     """Add the connections `passes` times, half of them to each of two sums; work holds the sums, then X."""
+    if spread(share, n_shares):
+        return
     memory = work[share]
     width = tile_width(memory)
     x = memory[2 * width :]
@@ -91,19 +89,13 @@ def _loaded_share(share, n_shares, passes, values, indices, work):  # type: igno
     store_row(memory, width, sum_b)
 
 
-@jit_parallel
-def _loaded(n_shares, passes, values, indices, work):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _loaded_share(share, n_shares, passes, values, indices, work)
-
-
 class _Loop:
     """One of the loops with its data; `seconds` of the fastest call by thread count.
 
     The first call also compiles; a second one makes that forgotten.
     """
 
-    def __init__(self, parallel: Any, serial: Any, buffer_bytes: int, most: int, connections: int) -> None:
+    def __init__(self, kernel: Any, buffer_bytes: int, most: int, connections: int) -> None:
         rows = max(min(buffer_bytes // TILE_BYTES, 1 << 16), 1)
         rng = np.random.default_rng(0)
         # Every row as often as any other, or a buffer larger than the list would not be visited whole.
@@ -117,7 +109,7 @@ class _Loop:
         self.flops_per_share = 2 * _WIDTH * passes * (len(indices) // 2 * 2)
         self.seconds: dict[int, float] = {}
         self._work = work
-        self._launch = parallel, serial
+        self._kernel = kernel
         self._arguments = passes, values, indices, work
 
     def run(self, threads: int) -> None:
@@ -125,7 +117,7 @@ class _Loop:
         # The sums grow with every call and would end as infinities.
         self._work[:, : 2 * _WIDTH] = 0
         start = time.perf_counter()
-        launch(*self._launch, threads, *self._arguments)
+        launch(self._kernel, threads, *self._arguments)
         elapsed = time.perf_counter() - start
         self.seconds[threads] = min(elapsed, self.seconds.get(threads, elapsed))
 
@@ -152,9 +144,9 @@ class Meter:
         block = BLOCK_COLUMNS * TILE_BYTES // 2
         self._threads = threads
         self._loops = (
-            _Loop(_in_registers, _in_registers_share, block, most, connections),
-            _Loop(_loaded, _loaded_share, block, most, connections),
-            _Loop(_loaded, _loaded_share, _l2_bytes() // 2, most, connections),
+            _Loop(_in_registers_share, block, most, connections),
+            _Loop(_loaded_share, block, most, connections),
+            _Loop(_loaded_share, _l2_bytes() // 2, most, connections),
         )
 
     def run(self, repetitions: int = 5) -> None:

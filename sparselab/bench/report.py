@@ -10,7 +10,7 @@ from sparselab.bench import tables
 from sparselab.bench.break_even import BreakEven
 from sparselab.bench.limits import Limits
 from sparselab.bench.linear import OURS, Result
-from sparselab.bench.timing import Timing
+from sparselab.bench.timing import plain_timings
 
 
 def show_limits(limits: Sequence[Limits]) -> None:
@@ -181,10 +181,7 @@ def plain_results(results: Sequence[Result], limits: Sequence[Limits]) -> Iterat
             "operation": result.operation,
             "threads": result.threads,
             "variant": result.variant,
-            "timings_ms": {
-                name: asdict(timing) if isinstance(timing, Timing) else timing
-                for name, timing in result.timings.items()
-            },
+            "timings_ms": plain_timings(result.timings),
             "gflops": result.gflops,
             "share_of_limit": share_of_limit(result, limits),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -24,6 +24,13 @@ class Timing:
         """Median and quartiles of the rounds, given in seconds."""
         quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
         return cls(*(1e3 * value for value in (statistics.median(seconds), quarters[0], quarters[2])))
+
+
+def plain_timings(timings: Mapping[str, Timing | str]) -> dict[str, dict[str, float] | str]:
+    """Timings as data for JSON, in milliseconds; a text that says why there is none stays one."""
+    return {
+        name: asdict(timing) if isinstance(timing, Timing) else timing for name, timing in timings.items()
+    }
 
 
 def interleave(contenders: Mapping[Key, Callable[[], object]], rounds: int, label: str) -> dict[Key, Timing]:

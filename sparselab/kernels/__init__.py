@@ -21,7 +21,7 @@ from sparselab.kernels._jit import aligned_empty, cache_directory
 from sparselab.kernels._plan import Segments, TransposePlan, plan_sddmm_dw, plan_spmm, plan_spmm_t
 from sparselab.kernels._rewrite import Rewrite
 from sparselab.kernels._sampling import sample_distinct
-from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, n_connections
+from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, n_connections, slot_dtype
 
 __all__ = [
     "PaddedCSR",
@@ -213,7 +213,7 @@ def rewrite(W: PaddedCSR, drop: Array, grow: Array, *, compact: bool = False) ->
         wrong = grow[0] if grow[0] < 0 else grow[-1]
         raise ValueError(f"grow must hold positions of 0..{size - 1}, got {wrong}")
     W = W.unchecked(W.shape, *(_contiguous(part) for part in (W.indptr, W.row_nnz, W.indices, W.values)))
-    return _rewrite.rewrite_topology(W, drop, grow, compact)
+    return _rewrite.rewrite_topology(W, _narrow(drop, W.capacity), _narrow(grow, size), compact)
 
 
 def _check_matrix(name: str, array: object, shape: tuple[int, int | None], dtype: np.dtype[Any]) -> Array:
@@ -259,6 +259,12 @@ def _check_integers(name: str, array: object) -> Array:
 
 def _ascending(integers: Array) -> Array:
     return np.sort(integers) if np.any(integers[1:] < integers[:-1]) else _contiguous(integers)
+
+
+def _narrow(ascending: Array, bound: int) -> Array:
+    """In the one type for integers below `bound`, if they all are: every other type compiles kernels anew."""
+    inside = len(ascending) == 0 or (ascending[0] >= 0 and ascending[-1] < bound)
+    return ascending.astype(slot_dtype(bound), copy=False) if inside else ascending
 
 
 def _checked(plan: Segments, nnz: int, capacity: int, shape: tuple[int, int]) -> Segments:

@@ -7,15 +7,17 @@ expanded for it, or their entries collected from a dense result; the whole matri
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from sparselab.kernels._intrinsics import get, put, weight
-from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
+from sparselab.kernels._jit import jit, launch, worker_count
+from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array
 
 
 @jit
 def _expand_share(share, n_shares, values, indices, begin, end, row0, row1, n_columns, block):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
     rows = row1 - row0
     for i in range(row0 + share * rows // n_shares, row0 + (share + 1) * rows // n_shares):
         at = (i - row0) * n_columns
@@ -24,25 +26,15 @@ def _expand_share(share, n_shares, values, indices, begin, end, row0, row1, n_co
             put(block, at + np.int64(get(indices, k)), weight(values, k))
 
 
-@jit_parallel
-def _expand(n_shares, values, indices, begin, end, row0, row1, n_columns, block):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _expand_share(np.int64(share), n_shares, values, indices, begin, end, row0, row1, n_columns, block)
-
-
 @jit
 def _collect_share(share, n_shares, block, indices, begin, end, row0, row1, n_columns, out):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
     rows = row1 - row0
     for i in range(row0 + share * rows // n_shares, row0 + (share + 1) * rows // n_shares):
         at = (i - row0) * n_columns
         for k in range(begin[i], end[i]):
             put(out, k, get(block, at + np.int64(get(indices, k))))
-
-
-@jit_parallel
-def _collect(n_shares, block, indices, begin, end, row0, row1, n_columns, out):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _collect_share(np.int64(share), n_shares, block, indices, begin, end, row0, row1, n_columns, out)
 
 
 def expand_rows(
@@ -55,7 +47,7 @@ def expand_rows(
     bfloat16 in uint16 beside float32.
     """
     n_shares = max(1, min(worker_count(), row1 - row0))
-    launch(_expand, _expand_share, n_shares, values, indices, begin, end, row0, row1, n_columns, block)
+    launch(_expand_share, n_shares, values, indices, begin, end, row0, row1, n_columns, block)
 
 
 def collect_rows(
@@ -63,4 +55,4 @@ def collect_rows(
 ) -> None:
     """Copy the live positions of `block`, laid out as by `expand_rows`, to their slots in `out`."""
     n_shares = max(1, min(worker_count(), row1 - row0))
-    launch(_collect, _collect_share, n_shares, block, indices, begin, end, row0, row1, n_columns, out)
+    launch(_collect_share, n_shares, block, indices, begin, end, row0, row1, n_columns, out)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from sparselab.kernels._intrinsics import (
     add_rows,
@@ -26,8 +25,9 @@ from sparselab.kernels._intrinsics import (
     zeros8,
     zeros16,
 )
-from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
+from sparselab.kernels._jit import jit, launch, scratch, worker_count
 from sparselab.kernels._shares import first_not_below
+from sparselab.kernels._team import spread
 from sparselab.kernels._tiles import pack
 from sparselab.kernels.layout import Array, strides
 
@@ -113,6 +113,8 @@ def _multiply_share(  # type: ignore[no-untyped-def]
     share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
+    if spread(share, n_shares):
+        return
     values, bias = view_at(values_at, bits), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
     first, last = _rows_of_share(share, n_shares, begin, end)
@@ -127,18 +129,6 @@ def _multiply_share(  # type: ignore[no-untyped-def]
         _some_tokens(
             values, indices, begin, end, bias, first, last,
             x, x_strides, n_columns, y, y_strides, n_tokens, work[share], zeros16(like),
-        )  # fmt: skip
-
-
-@jit_parallel
-def _multiply(  # type: ignore[no-untyped-def]
-    n_shares, values_at, bits, indices, begin, end, bias_at, like,
-    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
-):  # fmt: skip
-    for share in prange(n_shares):
-        _multiply_share(
-            np.int64(share), n_shares, values_at, bits, indices, begin, end, bias_at, like,
-            x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
         )  # fmt: skip
 
 
@@ -183,6 +173,6 @@ def multiply_few(
     else:
         work = scratch(n_shares, (n_columns + 1) * (8 if n_tokens <= 8 else 16), like.dtype)
     launch(
-        _multiply, _multiply_share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+        _multiply_share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
         X.address, X.strides, n_columns, Y.address, Y.strides, n_tokens, work,
     )  # fmt: skip

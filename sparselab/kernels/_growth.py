@@ -7,10 +7,10 @@ each share finds its place in the sorted arguments by bisection, so the result d
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
+from sparselab.kernels._jit import jit, launch, worker_count
 from sparselab.kernels._shares import first_not_below, share_rows
+from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array, PaddedCSR, slot_dtype
 
 _MIN_SHARE = 1 << 16
@@ -18,6 +18,8 @@ _MIN_SHARE = 1 << 16
 
 @jit
 def _kept_share(share, n_shares, edges, indptr, row_nnz, indices, n_columns, drop, before, out):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
     row0 = edges[share]
     d = first_not_below(drop, indptr[row0])
     at = before[share] - d
@@ -28,12 +30,6 @@ def _kept_share(share, n_shares, edges, indptr, row_nnz, indices, n_columns, dro
                 continue
             out[at] = i * n_columns + np.int64(indices[slot])
             at += 1
-
-
-@jit_parallel
-def _kept(n_shares, edges, indptr, row_nnz, indices, n_columns, drop, before, out):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _kept_share(np.int64(share), n_shares, edges, indptr, row_nnz, indices, n_columns, drop, before, out)
 
 
 def kept_positions(W: PaddedCSR, drop: Array) -> Array:
@@ -54,9 +50,7 @@ def kept_positions(W: PaddedCSR, drop: Array) -> Array:
     edges = share_rows(W)
     before = _live_before(W, edges)
     out = np.empty(W.nnz - len(drop), slot_dtype(rows * columns))
-    launch(
-        _kept, _kept_share, len(edges) - 1, edges, W.indptr, W.row_nnz, W.indices, columns, drop, before, out
-    )
+    launch(_kept_share, len(edges) - 1, edges, W.indptr, W.row_nnz, W.indices, columns, drop, before, out)
     return out
 
 
@@ -69,6 +63,8 @@ def _live_before(W: PaddedCSR, edges: Array) -> Array:
 
 @jit
 def _skip_kept_share(share, n_shares, ranks, kept):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
     n = len(ranks)
     k0, k1 = share * n // n_shares, (share + 1) * n // n_shares
     if k0 == k1:
@@ -88,12 +84,6 @@ def _skip_kept_share(share, n_shares, ranks, kept):  # type: ignore[no-untyped-d
         ranks[k] += i
 
 
-@jit_parallel
-def _skip_kept(n_shares, ranks, kept):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _skip_kept_share(np.int64(share), n_shares, ranks, kept)
-
-
 def skip_kept(ranks: Array, kept: Array) -> Array:
     """Turn ranks among the positions that are not kept into those positions, in place.
 
@@ -105,7 +95,7 @@ def skip_kept(ranks: Array, kept: Array) -> Array:
         Strictly ascending.
     """
     n_shares = max(1, min(worker_count(), (len(ranks) + len(kept)) // _MIN_SHARE))
-    launch(_skip_kept, _skip_kept_share, n_shares, ranks, kept)
+    launch(_skip_kept_share, n_shares, ranks, kept)
     return ranks
 
 
@@ -114,6 +104,8 @@ def _merge_share(  # type: ignore[no-untyped-def]
     share, n_shares, edges, indptr, indices, n_columns, drop, slot_scores,
     free, free_scores, positions, scores,
 ):  # fmt: skip
+    if spread(share, n_shares):
+        return
     row0, row1 = edges[share], edges[share + 1]
     d, d_end = first_not_below(drop, indptr[row0]), first_not_below(drop, indptr[row1])
     f, f_end = first_not_below(free, row0 * n_columns), first_not_below(free, row1 * n_columns)
@@ -142,17 +134,6 @@ def _merge_share(  # type: ignore[no-untyped-def]
         at += 1
 
 
-@jit_parallel
-def _merge(  # type: ignore[no-untyped-def]
-    n_shares, edges, indptr, indices, n_columns, drop, slot_scores, free, free_scores, positions, scores
-):
-    for share in prange(n_shares):
-        _merge_share(
-            np.int64(share), n_shares, edges, indptr, indices, n_columns, drop, slot_scores,
-            free, free_scores, positions, scores,
-        )  # fmt: skip
-
-
 def merge_candidates(
     W: PaddedCSR, drop: Array, slot_scores: Array, free: Array, free_scores: Array
 ) -> tuple[Array, Array]:
@@ -179,7 +160,7 @@ def merge_candidates(
     positions = np.empty(len(drop) + len(free), slot_dtype(rows * columns))
     scores = np.empty(len(positions), slot_scores.dtype)
     launch(
-        _merge, _merge_share, len(edges) - 1, edges, W.indptr, W.indices, columns, drop, slot_scores,
+        _merge_share, len(edges) - 1, edges, W.indptr, W.indices, columns, drop, slot_scores,
         free, free_scores, positions, scores,
     )  # fmt: skip
     return positions, scores

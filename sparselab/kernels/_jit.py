@@ -1,9 +1,8 @@
 """How kernels are compiled, cached and launched: the one place that knows about Numba's settings.
 
-Every kernel is split in two. A *range* function (decorated with `jit`) is serial: it computes one share of
-the work and carries all the arithmetic. A *launcher* (decorated with `jit_parallel`) is a bare `prange` over
-shares. `launch` picks between them, so that a process which must not start threads (see `launch`) runs the
-same machine code for the arithmetic, and the result never depends on which of the two ran.
+A kernel is a function that computes one share of the work. `launch` calls it, or has it run its shares on
+threads (`_team.spread`), so that a process which must not start threads runs the same machine code, and the
+result never depends on which of the two it was.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import numpy as np
 from numba.core import caching, config
 
 from sparselab.kernels import _target
+from sparselab.kernels._team import team
 
 #: Reassociation and contraction, but neither nnan nor ninf: a NaN that goes in must come out.
 FASTMATH = frozenset({"reassoc", "contract", "arcp", "nsz"})
@@ -103,26 +103,13 @@ def _numba_cache_directory(path: Path) -> Iterator[None]:
         config.CACHE_DIR = previous
 
 
-def _compile(function: Callable[..., Any], **options: Any) -> Any:
-    dispatcher = numba.njit(nogil=True, fastmath=set(FASTMATH), **options)(function)
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile a kernel, or a part of one."""
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, fastmath=set(FASTMATH))(function)
     # RuntimeError: no writable place; the kernel then compiles anew in each process.
     with _numba_cache_directory(_CACHE_DIRECTORY), contextlib.suppress(RuntimeError, OSError):
         dispatcher._cache = _KernelCache(function)
     return dispatcher
-
-
-def jit(function: Callable[..., Any]) -> Any:
-    """Compile a serial kernel function."""
-    return _compile(function)
-
-
-def jit_parallel(function: Callable[..., Any]) -> Any:
-    """Compile a launcher: a function whose only loop is a `prange` over shares of the work.
-
-    It hands the share on as ``np.int64(share)``: the unsigned number that `prange` counts with would compile
-    the range function a second time.
-    """
-    return _compile(function, parallel=True)
 
 
 _forked = False
@@ -144,29 +131,22 @@ def worker_count() -> int:
     return 1 if _forked else int(numba.get_num_threads())
 
 
-def launch(parallel: Any, serial: Any, n_shares: int, *args: Any) -> None:
-    """Run ``serial(share, n_shares, *args)`` for every share, on threads where that is safe.
+def launch(kernel: Any, n_shares: int, *args: Any) -> None:
+    """Run ``kernel(share, n_shares, *args)`` for every share, on threads where that is safe.
 
     There are at most `worker_count` shares. Two situations forbid a plain parallel call. A child of `os.fork`
     is killed by the OpenMP runtime when it starts threads, so there is one share. Numba's *workqueue* layer
     aborts the process when two Python threads launch at once, so under it launches take turns.
     """
     if n_shares == 1:
-        for share in range(n_shares):
-            serial(share, n_shares, *args)
+        kernel(0, 1, *args)
         return
-    if _layer_is_reentrant():
-        parallel(n_shares, *args)
-        return
-    with _launch_lock:
-        parallel(n_shares, *args)
-
-
-def _layer_is_reentrant() -> bool:
-    try:
-        return bool(numba.threading_layer() != "workqueue")
-    except ValueError:  # no launch yet, so the layer is not known: take the careful way once
-        return False
+    everyone = team()
+    if numba.threading_layer() == "workqueue":
+        with _launch_lock:
+            kernel(everyone, n_shares, *args)
+    else:
+        kernel(everyone, n_shares, *args)
 
 
 class _Scratch(threading.local):

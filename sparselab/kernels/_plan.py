@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
-from sparselab.kernels._jit import jit, jit_parallel, launch, mapped_empty, worker_count
+from sparselab.kernels._jit import jit, launch, mapped_empty, worker_count
 from sparselab.kernels._shares import share_rows
 from sparselab.kernels._target import BLOCK_COLUMNS, CACHE_BUDGET_BYTES, TILE_BYTES
+from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, slot_dtype
 
 #: Columns of one block in `sddmm_dw`, which gains nothing from first-level cache blocks: its dots are bound
@@ -79,7 +79,7 @@ def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
     edges = share_rows(W)
     n_shares = len(edges) - 1
     fill = np.zeros((n_shares, cols), np.int64)
-    launch(_count_columns, _count_columns_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill)
+    launch(_count_columns_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill)
     column_nnz = fill.sum(0)
     indptr = np.zeros(cols + 1, np.int64)
     np.cumsum(column_nnz, out=indptr[1:])
@@ -87,9 +87,7 @@ def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
     fill[1:] = np.cumsum(fill[:-1], axis=0)
     fill[:1] = 0
     fill += indptr[:-1]
-    launch(
-        _transpose, _transpose_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill, indices, slots
-    )
+    launch(_transpose_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill, indices, slots)
     block = _product_block(W.nnz, (cols, rows))
     segments = _segments(indptr[:-1], column_nnz, indices, (cols, rows), block)
     return TransposePlan(W.capacity, indptr, indices, slots, segments)
@@ -123,7 +121,7 @@ def _segments(
     ptr = np.zeros((n_chunks, n_blocks + 1), np.int64)
     longest = np.zeros(n_shares, np.int64)
     launch(
-        _count_segments, _count_segments_share, n_shares, begin, row_nnz, indices, block_columns, chunk_rows,
+        _count_segments_share, n_shares, begin, row_nnz, indices, block_columns, chunk_rows,
         ptr, longest,
     )  # fmt: skip
     sizes = ptr[:, 1:]
@@ -135,7 +133,7 @@ def _segments(
     start = mapped_empty(n_segments, slot_dtype(int(begin[-1]) + int(row_nnz[-1]) if n_rows else 0))
     length = mapped_empty(n_segments, slot_dtype(block_columns))
     launch(
-        _fill, _fill_segments, n_shares, begin, row_nnz, indices, block_columns, chunk_rows, ptr,
+        _fill_segments, n_shares, begin, row_nnz, indices, block_columns, chunk_rows, ptr,
         longest.max(), row, start, length,
     )  # fmt: skip
     return Segments(int(row_nnz.sum()), len(indices), block_columns, chunk_rows, ptr, row, start, length)
@@ -155,21 +153,19 @@ def _chunks(row_nnz: Array) -> Array:
 
 @jit
 def _count_columns_share(share, n_shares, edges, begin, row_nnz, indices, counts):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
     mine = counts[share]
     for i in range(edges[share], edges[share + 1]):
         for slot in range(begin[i], begin[i] + row_nnz[i]):
             mine[np.int64(indices[slot])] += 1
 
 
-@jit_parallel
-def _count_columns(n_shares, edges, begin, row_nnz, indices, counts):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _count_columns_share(np.int64(share), n_shares, edges, begin, row_nnz, indices, counts)
-
-
 @jit
 def _transpose_share(share, n_shares, edges, begin, row_nnz, indices, fill, rows, slots):  # type: ignore[no-untyped-def]
     """Counting sort of a share's connections by column; within a column rows ascend."""
+    if spread(share, n_shares):
+        return
     mine = fill[share]
     for i in range(edges[share], edges[share + 1]):
         for slot in range(begin[i], begin[i] + row_nnz[i]):
@@ -180,17 +176,13 @@ def _transpose_share(share, n_shares, edges, begin, row_nnz, indices, fill, rows
             mine[j] = at + 1
 
 
-@jit_parallel
-def _transpose(n_shares, edges, begin, row_nnz, indices, fill, rows, slots):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _transpose_share(np.int64(share), n_shares, edges, begin, row_nnz, indices, fill, rows, slots)
-
-
 @jit
 def _count_segments_share(  # type: ignore[no-untyped-def]
     share, n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest
 ):
     """``ptr[c, b + 1]`` becomes the number of segments of chunk c in block b."""
+    if spread(share, n_shares):
+        return
     n_chunks = len(chunk_rows) - 1
     most = np.int64(0)
     for c in range(share * n_chunks // n_shares, (share + 1) * n_chunks // n_shares):
@@ -210,21 +202,13 @@ def _count_segments_share(  # type: ignore[no-untyped-def]
     longest[share] = most
 
 
-@jit_parallel
-def _count_segments(  # type: ignore[no-untyped-def]
-    n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest
-):
-    for share in prange(n_shares):
-        _count_segments_share(
-            np.int64(share), n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest
-        )
-
-
 @jit
 def _fill_segments(  # type: ignore[no-untyped-def]
     share, n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest, row, start, length
 ):
     """Write the segments of a share's chunks, those of each chunk and block sorted by length (stable)."""
+    if spread(share, n_shares):
+        return
     n_chunks, n_blocks = ptr.shape[0], ptr.shape[1] - 1
     first_chunk, last_chunk = share * n_chunks // n_shares, (share + 1) * n_chunks // n_shares
     # For each block, first how many segments of each length there are, then where the next one goes.
@@ -256,17 +240,6 @@ def _fill_segments(  # type: ignore[no-untyped-def]
                     place[b, 0] = ptr[c, b]
                     for n in range(1, longest + 2):
                         place[b, n] += place[b, n - 1]
-
-
-@jit_parallel
-def _fill(  # type: ignore[no-untyped-def]
-    n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest, row, start, length
-):
-    for share in prange(n_shares):
-        _fill_segments(
-            np.int64(share), n_shares, begin, row_nnz, indices, block, chunk_rows, ptr,
-            longest, row, start, length,
-        )  # fmt: skip
 
 
 def split_evenly(n_items: int, n_parts: int) -> Array:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from sparselab.kernels._intrinsics import get
-from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
+from sparselab.kernels._jit import jit, launch, worker_count
 from sparselab.kernels._shares import first_not_below, share_rows
+from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array, PaddedCSR
 
 _MIN_SHARE = 1 << 16
@@ -30,6 +30,8 @@ class Rewrite(NamedTuple):
 @jit
 def _count_share(share, n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice):  # type: ignore[no-untyped-def]
     """Lengths of the new rows; and the first dropped slot of these rows that is spare, and one twice."""
+    if spread(share, n_shares):
+        return
     row0 = edges[share]
     d = first_not_below(drop, begin[row0])
     g = first_not_below(grow, row0 * n_columns)
@@ -49,20 +51,14 @@ def _count_share(share, n_shares, edges, begin, row_nnz, drop, grow, n_columns, 
         new_nnz[i] = n
 
 
-@jit_parallel
-def _count(n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _count_share(
-            np.int64(share), n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice
-        )
-
-
 @jit
 def _merge(  # type: ignore[no-untyped-def]
     share, n_shares, edges, begin, row_nnz, indices, values, drop, grow, n_columns, new_begin, new_indices,
     new_values, source, wrong,
 ):  # fmt: skip
     """Merge kept and grown columns row by row. Notes a position that was grown twice or was live."""
+    if spread(share, n_shares):
+        return
     row0 = edges[share]
     d = first_not_below(drop, begin[row0])
     g = first_not_below(grow, row0 * n_columns)
@@ -108,19 +104,6 @@ def _merge(  # type: ignore[no-untyped-def]
             slot += 1
 
 
-@jit_parallel
-def _merge_all(  # type: ignore[no-untyped-def]
-    n_shares, edges, begin, row_nnz, indices, values, drop, grow, n_columns, new_begin, new_indices,
-    new_values, source, wrong,
-):  # fmt: skip
-    for share in prange(n_shares):
-        _merge(
-            np.int64(share), n_shares,
-            edges, begin, row_nnz, indices, values, drop, grow, n_columns, new_begin,
-            new_indices, new_values, source, wrong,
-        )  # fmt: skip
-
-
 def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> Rewrite:
     """`sparselab.kernels.rewrite` on ascending integers, with `grow` in range; checks the rest."""
     columns = W.shape[1]
@@ -129,9 +112,7 @@ def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> R
     new_nnz = np.empty(W.shape[0], np.int64)
     not_live, twice, wrong = np.full((3, n_shares), -1, np.int64)
     begin, row_nnz = W.indptr, W.row_nnz
-    launch(
-        _count, _count_share, n_shares, edges, begin, row_nnz, drop, grow, columns, new_nnz, not_live, twice
-    )
+    launch(_count_share, n_shares, edges, begin, row_nnz, drop, grow, columns, new_nnz, not_live, twice)
     _refuse_wrong_slots(W, drop, not_live, twice)
     indptr = _fit(W, new_nnz, compact)
     capacity = int(indptr[-1])
@@ -141,7 +122,7 @@ def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> R
     values = np.empty(capacity, W.values.dtype) if tight else np.zeros(capacity, W.values.dtype)
     source = np.empty(capacity, np.int64) if tight else np.full(capacity, -1, np.int64)
     launch(
-        _merge_all, _merge, n_shares, edges, begin, row_nnz, W.indices, W.values, drop, grow, columns, indptr,
+        _merge, n_shares, edges, begin, row_nnz, W.indices, W.values, drop, grow, columns, indptr,
         indices, values, source, wrong,
     )  # fmt: skip
     if np.any(found := wrong >= 0):
@@ -179,6 +160,8 @@ def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
 
 @jit
 def _gather_share(share, n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
     n = len(source)
     first, last = share * n // n_shares, (share + 1) * n // n_shares
     out_of_range = 0
@@ -191,12 +174,6 @@ def _gather_share(share, n_shares, entries, source, moved, wrong):  # type: igno
         # Multiplied, because a branch on which slot was grown would be mispredicted.
         kept = np.int64(source[i] >= 0)
         moved[i] = get(entries, source[i] * kept) * kept
-
-
-@jit_parallel
-def _gather(n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _gather_share(np.int64(share), n_shares, entries, source, moved, wrong)
 
 
 def move_entries(entries: Array, source: Array) -> Array:
@@ -221,7 +198,7 @@ def move_entries(entries: Array, source: Array) -> Array:
     moved = np.empty(len(source), entries.dtype)
     wrong = np.zeros(n_shares, np.bool_)
     if len(entries):
-        launch(_gather, _gather_share, n_shares, entries, source, moved, wrong)
+        launch(_gather_share, n_shares, entries, source, moved, wrong)
     else:
         moved[:] = 0
     if wrong.any() or (len(entries) == 0 and np.any(source != -1)):

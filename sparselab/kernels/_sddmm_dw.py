@@ -12,13 +12,13 @@ The sums of DY over tokens, the gradient of a bias, are made from the packed row
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from sparselab.kernels._dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
 from sparselab.kernels._intrinsics import add_rows, get, load_like, store_row, tile_width, view_at, zeros8
-from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
+from sparselab.kernels._jit import jit, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, gradient_shares
 from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels._team import spread
 from sparselab.kernels._tiles import pack
 from sparselab.kernels.layout import Array, strides
 
@@ -68,6 +68,8 @@ def _sample_share(  # type: ignore[no-untyped-def]
     x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
 ):  # fmt: skip
     """Compute the share's rectangles, one after the other; those that begin a row also write its sum."""
+    if spread(share, n_shares):
+        return
     memory = work[share]
     width = tile_width(memory)
     rest = memory[:_REST]
@@ -103,18 +105,6 @@ def _sample_share(  # type: ignore[no-untyped-def]
                 sums[i] = partial[(i - row0) * 8 : (i - row0 + 1) * 8].sum()
 
 
-@jit_parallel
-def _sample(  # type: ignore[no-untyped-def]
-    n_shares, indices, plan, rectangles, dy_at, dy_strides,
-    x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
-):  # fmt: skip
-    for share in prange(n_shares):
-        _sample_share(
-            np.int64(share), n_shares, indices, plan, rectangles, dy_at, dy_strides,
-            x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
-        )  # fmt: skip
-
-
 def sample(
     indices: Array, plan: Segments, DY: Array, X: Array, out: Array, sums: Array | None = None
 ) -> None:
@@ -136,7 +126,7 @@ def sample(
     items = _REST + plan.block_columns * width + most_rows * (width + 8)
     work = scratch(n_shares, items, out.dtype)
     launch(
-        _sample, _sample_share, n_shares, indices, plan, rectangles,
+        _sample_share, n_shares, indices, plan, rectangles,
         DY.__array_interface__["data"][0], strides(DY), X.__array_interface__["data"][0], strides(X),
         n_columns, n_tokens, most_rows, work, out, sums,
     )  # fmt: skip

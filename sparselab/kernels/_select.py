@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import prange
 
-from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
+from sparselab.kernels._jit import jit, launch, worker_count
+from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array, slot_dtype
 
 _MIN_SHARE = 1 << 16
@@ -21,6 +21,8 @@ _MIN_SHARE = 1 << 16
 
 @jit
 def _count_taken_share(share, n_shares, scores, edge, nan_at_edge, above, equal):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
     n = len(scores)
     n_above = n_equal = 0
     for i in range(share * n // n_shares, (share + 1) * n // n_shares):
@@ -31,15 +33,11 @@ def _count_taken_share(share, n_shares, scores, edge, nan_at_edge, above, equal)
     equal[share] = n_equal
 
 
-@jit_parallel
-def _count_taken(n_shares, scores, edge, nan_at_edge, above, equal):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _count_taken_share(np.int64(share), n_shares, scores, edge, nan_at_edge, above, equal)
-
-
 @jit
 def _take_share(share, n_shares, scores, edge, nan_at_edge, rest, quota, ends, out):  # type: ignore[no-untyped-def]
     """Write the indices that are taken (or, if `rest` is 1, left), `quota` of those at the edge taken."""
+    if spread(share, n_shares):
+        return
     n = len(scores)
     at = ends[share]
     end = ends[share + 1]
@@ -54,12 +52,6 @@ def _take_share(share, n_shares, scores, edge, nan_at_edge, rest, quota, ends, o
         if at < end:
             out[at] = i
         at += taken ^ rest
-
-
-@jit_parallel
-def _take(n_shares, scores, edge, nan_at_edge, rest, quota, ends, out):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _take_share(np.int64(share), n_shares, scores, edge, nan_at_edge, rest, quota, ends, out)
 
 
 def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False) -> Array:
@@ -101,7 +93,7 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
     nan_at_edge = bool(edge == -np.inf)
     n_shares = max(1, min(worker_count(), n // _MIN_SHARE))
     above, equal = np.empty((2, n_shares), np.int64)
-    launch(_count_taken, _count_taken_share, n_shares, scores, edge, nan_at_edge, above, equal)
+    launch(_count_taken_share, n_shares, scores, edge, nan_at_edge, above, equal)
     missing = k - int(above.sum())
     quota = np.clip(missing - (np.cumsum(equal) - equal), 0, equal)
     sizes = above + quota
@@ -110,5 +102,5 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
     ends = np.zeros(n_shares + 1, np.int64)
     np.cumsum(sizes, out=ends[1:])
     out = np.empty(ends[-1], slot_dtype(n))
-    launch(_take, _take_share, n_shares, scores, edge, nan_at_edge, int(rest), quota, ends, out)
+    launch(_take_share, n_shares, scores, edge, nan_at_edge, int(rest), quota, ends, out)
     return out

@@ -11,7 +11,6 @@ first-level cache.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from sparselab.kernels._intrinsics import (
     fma_row,
@@ -23,9 +22,10 @@ from sparselab.kernels._intrinsics import (
     view_at,
     weight,
 )
-from sparselab.kernels._jit import jit, jit_parallel, launch, scratch, worker_count
+from sparselab.kernels._jit import jit, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, product_groups
 from sparselab.kernels._target import TILE_BYTES
+from sparselab.kernels._team import spread
 from sparselab.kernels._tiles import pack, unpack
 from sparselab.kernels.layout import Array, strides
 
@@ -77,6 +77,8 @@ def _multiply_share(  # type: ignore[no-untyped-def]
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
     """Compute one share of the (row group, tile) pairs; pairs of a share follow each other group by group."""
+    if spread(share, n_shares):
+        return
     memory = work[share]
     width = tile_width(memory)
     tile = memory[: plan.block_columns * width]
@@ -104,17 +106,6 @@ def _multiply_share(  # type: ignore[no-untyped-def]
         unpack(sums, width, row1 - row0, tokens, y, first, y_strides[0], y_strides[1])
 
 
-@jit_parallel
-def _multiply(  # type: ignore[no-untyped-def]
-    n_shares, values, indices, bias, plan, groups, x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work
-):
-    for share in prange(n_shares):
-        _multiply_share(
-            np.int64(share), n_shares, values, indices, bias, plan, groups,
-            x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
-        )  # fmt: skip
-
-
 def multiply(
     values: Array, indices: Array, plan: Segments, X: Array, Y: Array, bias: Array | None = None
 ) -> None:
@@ -134,7 +125,7 @@ def multiply(
     group_rows = int(np.diff(plan.chunk_rows[groups]).max())
     work = scratch(n_shares, (plan.block_columns + group_rows) * width, dtype)
     launch(
-        _multiply, _multiply_share, n_shares, values, indices,
+        _multiply_share, n_shares, values, indices,
         np.zeros(Y.shape[0], dtype) if bias is None else bias, plan, groups,
         X.__array_interface__["data"][0], strides(X), n_columns,
         Y.__array_interface__["data"][0], strides(Y), n_tokens, work,

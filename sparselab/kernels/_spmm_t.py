@@ -9,13 +9,13 @@ slower.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from sparselab.kernels._few_tokens import MOST_TOKENS, address, matrix, multiply_few
 from sparselab.kernels._intrinsics import get, weight
-from sparselab.kernels._jit import aligned_empty, jit, jit_parallel, launch, worker_count
+from sparselab.kernels._jit import aligned_empty, jit, launch, worker_count
 from sparselab.kernels._plan import TransposePlan
 from sparselab.kernels._spmm import multiply
+from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array
 
 _MIN_SHARE = 16384
@@ -23,22 +23,18 @@ _MIN_SHARE = 16384
 
 @jit
 def _gather_share(share, n_shares, values, slots, out):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
     n = len(slots)
     for k in range(share * n // n_shares, (share + 1) * n // n_shares):
         out[k] = weight(values, np.int64(get(slots, k)))
-
-
-@jit_parallel
-def _gather(n_shares, values, slots, out):  # type: ignore[no-untyped-def]
-    for share in prange(n_shares):
-        _gather_share(np.int64(share), n_shares, values, slots, out)
 
 
 def multiply_t(values: Array, plan: TransposePlan, DY: Array, DX: Array) -> None:
     """``DX = W^T DY``; DY and DX may have any strides and are not checked; DX is overwritten."""
     transposed = aligned_empty(len(plan.slots), DX.dtype)
     n_shares = max(1, min(worker_count(), len(plan.slots) // _MIN_SHARE))
-    launch(_gather, _gather_share, n_shares, values, plan.slots, transposed)
+    launch(_gather_share, n_shares, values, plan.slots, transposed)
     if DY.shape[1] <= MOST_TOKENS:
         offsets = np.zeros(DX.shape[0], DX.dtype)
         begin, end = plan.indptr[:-1], plan.indptr[1:]

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import prange
 
-from sparselab.kernels._jit import jit, jit_parallel, launch, worker_count
+from sparselab.kernels._jit import jit, launch, worker_count
 from sparselab.kernels._select import select
+from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array, PaddedCSR, slot_dtype
 
 #: Entries tested together before any is looked at alone; short, because one hit costs a walk over them all.
@@ -77,6 +77,8 @@ def _look_share(  # type: ignore[no-untyped-def]
     live_scores, counts, finite,
 ):  # fmt: skip
     """Count the free entries above `threshold` by their leading bits, and read the live ones."""
+    if spread(share, n_shares):
+        return
     n_rows, n_columns = bits.shape
     idle = counts.shape[1] - _IDLE
     mine = counts[share]
@@ -96,25 +98,14 @@ def _look_share(  # type: ignore[no-untyped-def]
     finite[share] = biggest < infinity
 
 
-@jit_parallel
-def _look(  # type: ignore[no-untyped-def]
-    n_shares, bits, mask, infinity, block, begin, row_nnz, live, origin, step, threshold, shift,
-    live_scores, counts, finite,
-):  # fmt: skip
-    for share in prange(n_shares):
-        _look_share(
-            np.int64(share), n_shares,
-            bits, mask, infinity, block, begin, row_nnz, live, origin, step, threshold,
-            shift, live_scores, counts, finite,
-        )  # fmt: skip
-
-
 @jit
 def _append_share(  # type: ignore[no-untyped-def]
     share, n_shares, bits, mask, block, begin, row_nnz, live, origin, step, threshold, base, found, starts,
     scores, positions,
 ):  # fmt: skip
     """Write the free entries above `threshold` from ``starts[share]`` on."""
+    if spread(share, n_shares):
+        return
     n_rows, n_columns = bits.shape
     hits = found[share]
     at = starts[share]
@@ -136,19 +127,6 @@ def _append_share(  # type: ignore[no-untyped-def]
             scores[at] = abs(block[r, j])
             positions[at] = base + r * n_columns + j
             at += 1
-
-
-@jit_parallel
-def _append(  # type: ignore[no-untyped-def]
-    n_shares, bits, mask, block, begin, row_nnz, live, origin, step, threshold, base, found, starts,
-    scores, positions,
-):  # fmt: skip
-    for share in prange(n_shares):
-        _append_share(
-            np.int64(share), n_shares,
-            bits, mask, block, begin, row_nnz, live, origin, step, threshold, base, found,
-            starts, scores, positions,
-        )  # fmt: skip
 
 
 @jit
@@ -297,7 +275,7 @@ class StreamedTopK:
         counts = np.zeros((n_shares, (1 << _DIGIT) + _IDLE), np.int64)
         finite = np.empty(n_shares, np.bool_)
         launch(
-            _look, _look_share, n_shares, bits, self._mask, self._infinity, block, *rows, self._threshold,
+            _look_share, n_shares, bits, self._mask, self._infinity, block, *rows, self._threshold,
             self._shift, self.live_scores, counts, finite,
         )  # fmt: skip
         self.finite = bool(finite.all())
@@ -322,7 +300,7 @@ class StreamedTopK:
         starts = self._count + np.cumsum(fresh) - fresh
         found = np.empty((n_shares, self._n_columns + 1), slot_dtype(self._n_columns))
         launch(
-            _append, _append_share, n_shares, bits, self._mask, block, *rows, threshold, base, found, starts,
+            _append_share, n_shares, bits, self._mask, block, *rows, threshold, base, found, starts,
             self._scores, self._positions,
         )  # fmt: skip
         self._count += int(fresh.sum())

@@ -82,3 +82,16 @@ def test_batch_and_context_can_be_replaced() -> None:
     assert models.sizes(["10M"], None, None) == {"10M": models.SIZES["10M"]}
     size = models.sizes(["40M"], 2, 16)["40M"]
     assert (size.batch, size.context, size.tokens, size.d_model) == (2, 16, 32, 640)
+
+
+def test_bytes_at_inference_are_those_of_the_tensors() -> None:
+    held = models.inference_bytes(TINY)
+    dense, sparse = models.make_models(TINY)
+    n_dense = sum(p.numel() for p in dense.parameters())
+    assert held["dense float32"] == 4 * n_dense + sum(b.nbytes for b in dense.buffers())
+    layers = [layer for _, layer in sparselab.nn.find_sparse(sparse)]
+    live = sum(layer.nnz for layer in layers)
+    rows = sum(8 * (layer.shape[0] + 1) for layer in layers)
+    rest = sum(p.numel() for p in sparse.parameters()) - live
+    assert held["sparse float32"] == (4 + 2) * live + rows + 4 * rest
+    assert held["sparse bfloat16"] == (2 + 2) * live + rows + 2 * rest

@@ -21,14 +21,14 @@ needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reaso
 class Launches(list[tuple[int, int]]):
     """(shares, groups or rectangles) of every product launched while the test runs."""
 
-    def record(self, parallel: Any, serial: Any, n_shares: int, *args: Any) -> None:
-        if parallel is _few_tokens._multiply:
-            self.append((n_shares, 0))
-            self.launch(parallel, serial, n_shares, *args)
-            return
-        work = args[4] if serial is _spmm._multiply_share else args[2]
-        self.append((n_shares, len(work) - (serial is _spmm._multiply_share)))
-        self.launch(parallel, serial, n_shares, *args)
+    def record(self, kernel: Any, n_shares: int, *args: Any) -> None:
+        if kernel is _few_tokens._multiply_share:
+            parts = 0
+        else:
+            work = args[4] if kernel is _spmm._multiply_share else args[2]
+            parts = len(work) - (kernel is _spmm._multiply_share)
+        self.append((n_shares, parts))
+        self.launch(kernel, n_shares, *args)
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launch = _spmm.launch

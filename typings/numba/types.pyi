@@ -14,6 +14,8 @@ class Array(Type):
     layout: str
     def __init__(self, dtype: Type, ndim: int, layout: str) -> None: ...
 
+boolean: Type
+int64: Type
 float32: Type
 uint16: Type
 float64: Type

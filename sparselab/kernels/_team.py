@@ -1,0 +1,122 @@
+"""Running every share of a kernel on Numba's threads, from inside the kernel.
+
+A function with a ``prange`` around the kernel would optimise the kernel's loops once more, and be compiled
+even where threads are not worth it. Instead a kernel that is called with a *team* in place of a share gives
+itself to Numba's thread pool, which calls it back for each share: the same machine code, on threads or not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numba
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.core.callconv import RETCODE_USEREXC
+from numba.extending import intrinsic
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_BYTES = ir.IntType(8).as_pointer()
+_WORDS = _I64.as_pointer()
+#: What the pool calls: ``loop(args, counts, steps, data)``, as NumPy calls a generalised ufunc.
+_LOOP = ir.FunctionType(ir.VoidType(), [_BYTES.as_pointer(), _WORDS, _WORDS, _BYTES])
+#: The pool: ``parallel_for(loop, args, counts, steps, data, inner dimensions, arguments, threads)``.
+_PARALLEL_FOR = ir.FunctionType(ir.VoidType(), [_BYTES] * 5 + [_I64, _I64, _I32])
+_GET_NUM_THREADS = ir.FunctionType(_I32, [])
+
+# Kernels read these addresses when they run. In their code they would keep kernels from being cached, and as
+# symbols from being loaded by a process that must not start threads.
+_SYMBOLS = "numba_parallel_for", "get_num_threads"
+_addresses = (ctypes.c_int64 * 2)()
+
+
+def team() -> int:
+    """What to call a kernel with in place of a share, so that it runs them all; starts the thread pool."""
+    if not _addresses[0]:
+        numba.get_num_threads()
+        _addresses[:] = [binding.address_of_symbol(name) for name in _SYMBOLS]
+    return -ctypes.addressof(_addresses)
+
+
+@intrinsic
+def spread(_: Any, share: Any, n_shares: Any) -> Any:
+    """Run all the shares on threads if `share` is a `team`; False, and nothing else, if it is a share.
+
+    The first statement of a kernel, which is a function without a result whose first two parameters these
+    are::
+
+        if spread(share, n_shares):
+            return
+
+    Threads are as many as `numba.get_num_threads` says. An error in a share is raised when all have returned.
+    """
+    if not (share == types.int64 and n_shares == types.int64):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        asked = builder.icmp_signed("<", args[0], _I64(0))
+        with builder.if_then(asked, likely=False):
+            kernel = builder.function
+            job = _store_job(builder, kernel)
+            n_threads, parallel_for = _pool(builder, args[0])
+            threads = builder.sext(n_threads, _I64)
+            # An index for each thread or share: one of the pools gives its last thread what it cannot divide.
+            # The pool adds the index to the address of the one argument, 0, and so hands over the share.
+            most = builder.select(builder.icmp_signed("<", threads, args[1]), args[1], threads)
+            first, count, step = (
+                cgutils.alloca_once_value(builder, value)
+                for value in (ir.Constant(_BYTES, None), most, _I64(1))
+            )
+            pointers = _loop(builder.module, kernel, job.type), first, count, step, job
+            operands = [builder.bitcast(pointer, _BYTES) for pointer in pointers]
+            builder.call(parallel_for, [*operands, _I64(0), _I64(1), n_threads])
+            error = builder.load(cgutils.gep_inbounds(builder, job, 0, 0))
+            with builder.if_then(cgutils.is_not_null(builder, error), likely=False):
+                builder.store(error, kernel.args[1])
+                builder.ret(RETCODE_USEREXC)
+        return asked
+
+    return types.boolean(share, n_shares), codegen
+
+
+def _store_job(builder: Any, kernel: Any) -> Any:
+    """Pointer to what the kernel's calls share: where an error goes, and the arguments after the share."""
+    _, error_place, _, *arguments = kernel.args
+    values = [ir.Constant(error_place.type.pointee, None), *arguments]
+    job = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
+    for k, value in enumerate(values):
+        builder.store(value, cgutils.gep_inbounds(builder, job, 0, k))
+    return job
+
+
+def _pool(builder: Any, team: Any) -> tuple[Any, Any]:
+    """How many threads to use, and the function that uses them."""
+    addresses = builder.inttoptr(builder.neg(team), _WORDS)
+    parallel_for, get_num_threads = (
+        builder.inttoptr(builder.load(cgutils.gep_inbounds(builder, addresses, k)), function.as_pointer())
+        for k, function in enumerate((_PARALLEL_FOR, _GET_NUM_THREADS))
+    )
+    return builder.call(get_num_threads, []), parallel_for
+
+
+def _loop(module: Any, kernel: Any, job_type: Any) -> Any:
+    """The function that a thread runs: `kernel` for each of its shares."""
+    loop = ir.Function(module, _LOOP, f"{kernel.name}.loop")
+    loop.linkage = "internal"
+    builder = ir.IRBuilder(loop.append_basic_block())
+    job = builder.bitcast(loop.args[3], job_type)
+    _, n_shares, *arguments = (
+        builder.load(cgutils.gep_inbounds(builder, job, 0, k)) for k in range(len(job_type.pointee.elements))
+    )
+    result, error = (cgutils.alloca_once(builder, place.type.pointee) for place in kernel.args[:2])
+    first = builder.ptrtoint(builder.load(loop.args[0]), _I64)
+    with cgutils.for_range(builder, builder.load(loop.args[1])) as index:
+        share = builder.add(first, index.index)
+        with builder.if_then(builder.icmp_signed("<", share, n_shares)):
+            code = builder.call(kernel, [result, error, share, n_shares, *arguments])
+            with builder.if_then(builder.icmp_signed(">=", code, RETCODE_USEREXC), likely=False):
+                builder.store(builder.load(error), cgutils.gep_inbounds(builder, job, 0, 0))
+    builder.ret_void()
+    return loop

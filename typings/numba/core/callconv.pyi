@@ -1,0 +1,3 @@
+from llvmlite import ir
+
+RETCODE_USEREXC: ir.Constant
