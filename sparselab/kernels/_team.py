@@ -8,6 +8,7 @@ itself to Numba's thread pool, which calls it back for each share: the same mach
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import numba
@@ -32,11 +33,11 @@ _SYMBOLS = "numba_parallel_for", "get_num_threads"
 _addresses = (ctypes.c_int64 * 2)()
 
 
+@functools.cache
 def team() -> int:
     """What to call a kernel with in place of a share, so that it runs them all; starts the thread pool."""
-    if not _addresses[0]:
-        numba.get_num_threads()
-        _addresses[:] = [binding.address_of_symbol(name) for name in _SYMBOLS]
+    numba.get_num_threads()
+    _addresses[:] = [binding.address_of_symbol(name) for name in _SYMBOLS]
     return -ctypes.addressof(_addresses)
 
 
