@@ -54,8 +54,8 @@ class SRigL(DynamicSparsityAlgorithm):
         Never ablate outputs of the layer attached last, which usually are the model's outputs.
     grad_accumulation : int
         Backward passes per optimizer step; G is the sum over them.
-    **settings
-        Of `DynamicSparsityAlgorithm`, except `drop`, `grow`, `scope` and `redistribute`.
+    settings
+        Those of `DynamicSparsityAlgorithm`, except `drop`, `grow`, `scope` and `redistribute`.
 
     Raises
     ------
@@ -184,7 +184,8 @@ class SRigL(DynamicSparsityAlgorithm):
         scores, indptr = self.drop(view), view.matrix.indptr
         scores[np.repeat(goal == 0, view.matrix.row_nnz)] = -np.inf
         dropped = lowest(scores, int(self._fraction(step) * view.nnz))
-        return np.minimum(view.matrix.row_nnz - rows_of(dropped, indptr), goal)
+        kept: Array = np.minimum(view.matrix.row_nnz - rows_of(dropped, indptr), goal)
+        return kept
 
     def _config(self) -> dict[str, Any]:
         own = {"gamma_sal": self.gamma_sal, "ablate": self.ablate, "exempt_last": self.exempt_last}
