@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
     from sparselab._warmup import warmup
-    from sparselab.dst import SET, Constant, Cosine, RigL, Static
+    from sparselab.dst import SET, Constant, Cosine, RigL, SRigL, Static
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
@@ -23,6 +23,7 @@ __all__ = [
     "MaskedLinear",
     "PaddedCSR",
     "RigL",
+    "SRigL",
     "SparseLinear",
     "Static",
     "dst",
@@ -41,6 +42,7 @@ _HOMES = {
     "MaskedLinear": "nn",
     "PaddedCSR": "kernels",
     "RigL": "dst",
+    "SRigL": "dst",
     "SparseLinear": "nn",
     "Static": "dst",
     "measure_sparsity": "nn",

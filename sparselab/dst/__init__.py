@@ -25,6 +25,7 @@ from sparselab.dst.schedule import (
     as_schedule,
 )
 from sparselab.dst.set import SET
+from sparselab.dst.srigl import SRigL
 from sparselab.dst.static import Static
 from sparselab.dst.update import LayerView, UpdateReport, Vacancy
 from sparselab.dst.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
@@ -52,6 +53,7 @@ __all__ = [
     "RandomGrowth",
     "Redistribution",
     "RigL",
+    "SRigL",
     "Schedule",
     "SparsityAlgorithm",
     "Static",

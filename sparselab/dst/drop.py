@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparselab.dst.update import LayerView
+from sparselab.kernels._rows import select_rows
 from sparselab.kernels._select import select
 from sparselab.kernels.layout import Array
 
@@ -68,6 +69,30 @@ def lowest(scores: Scores, k: int) -> Array:
         If `k` is outside ``[0, nnz]``.
     """
     return select(scores, scores.size - k, rest=True)
+
+
+def lowest_of_rows(scores: Scores, indptr: Array, k: Array) -> Array:
+    """Slots of the ``k[r]`` lowest scores of every row r, ascending; in the order of `lowest`.
+
+    Parameters
+    ----------
+    scores : float array, (nnz,)
+        Read only.
+    indptr : int array, (rows + 1,)
+        Row r has the slots ``indptr[r] : indptr[r + 1]``.
+    k : int array, (rows,)
+        From 0 to the length of the row.
+
+    Returns
+    -------
+    int32 or int64 array, (k.sum(),)
+
+    Raises
+    ------
+    ValueError
+        If an entry of `k` is outside its range.
+    """
+    return select_rows(scores, indptr, np.diff(indptr) - k, rest=True)
 
 
 def lowest_of_network(scores: Sequence[Scores], k: int) -> list[Array]:

@@ -14,11 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from sparselab.dst._checks import require_count
 from sparselab.dst.allocation import apportion
 from sparselab.dst.base import SparsityAlgorithm
-from sparselab.dst.drop import DropScore, Magnitude, lowest, lowest_of_network
+from sparselab.dst.drop import DropScore, Magnitude, lowest, lowest_of_network, lowest_of_rows
 from sparselab.dst.grow import Growth, RandomGrowth
 from sparselab.dst.grown import GrownState, GrownValue, as_grown_value, check_grown_state
 from sparselab.dst.optimizer_state import OptimizerTracker, StateMove
 from sparselab.dst.redistribute import Redistribution
+from sparselab.dst.rows import apportion_rows
 from sparselab.dst.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.update import LayerView, UpdateReport, Vacancy
 from sparselab.dst.when import UpdateSchedule, as_update_schedule
@@ -52,11 +53,15 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         The score; by default `Magnitude`.
     grow : Growth, optional
         Where to grow; by default `RandomGrowth`.
-    scope : {"layer", "network"}
-        Whether the lowest scores are those of each layer or of all layers together. In a network each layer
-        keeps at least one connection.
+    scope : {"layer", "network", "row"}
+        Whether the lowest scores are those of each layer, of all layers together, or of each row, that is, of
+        the connections of one output. In a network each layer keeps at least one connection. By rows, each
+        row loses a share of what the layer drops in proportion to its connections (the largest remainders
+        round up) and grows as many, so all rows keep their number; where a schedule changes the layer's, the
+        rows share the new one in proportion.
     redistribute : Redistribution, optional
-        How what is grown is shared among layers. By default each layer regrows what it dropped.
+        How what is grown is shared among layers. By default each layer regrows what it dropped; each row
+        always does.
     grown_value : float or callable
         Weight of a new connection: a number, or a function of ``(Vacancy, positions)`` that returns one for
         each; see `sparselab.dst.grown`.
@@ -71,7 +76,8 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong type or outside its range.
+        If an argument is of the wrong type or outside its range, or the growth or the redistribution does not
+        go with ``scope="row"``.
 
     Notes
     -----
@@ -94,7 +100,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         *,
         drop: DropScore | None = None,
         grow: Growth | None = None,
-        scope: Literal["layer", "network"] = "layer",
+        scope: Literal["layer", "network", "row"] = "layer",
         redistribute: Redistribution | None = None,
         grown_value: float | GrownValue = 0.0,
         grown_state: GrownState = "zero",
@@ -107,6 +113,11 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self.seed = require_count("seed", seed)
         self.drop = Magnitude() if drop is None else drop
         self.grow = RandomGrowth() if grow is None else grow
+        if scope == "row" and not (self.grow.by_row and redistribute is None):
+            raise ValueError(
+                f'scope="row" needs a growth that chooses by row and no redistribution; got '
+                f"{self.grow.describe()} and {redistribute and redistribute.describe()}"
+            )
         self.scope = scope
         self.redistribute = redistribute
         self.grown_value = as_grown_value(grown_value)
@@ -118,7 +129,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         if isinstance(self.drop_fraction, Constant):
             self._fraction(0)
 
-    _SCOPES: tuple[str, ...] = ("layer", "network")
+    _SCOPES: tuple[str, ...] = ("layer", "network", "row")
 
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer whose state must follow the connections.
@@ -177,9 +188,27 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         kept = min(nnz, total)
         return kept - int(self._fraction(step) * kept), total
 
+    def _row_goal(self, view: LayerView, step: int) -> Array:
+        """Connections of each row after the growth; with ``scope="row"``."""
+        total = self._targets(step, view.nnz, view.size)[1]
+        rows, columns = view.shape
+        return apportion_rows(total, view.matrix.row_nnz, np.full(rows, columns))
+
+    def _row_kept(self, view: LayerView, step: int, goal: Array) -> Array:
+        """Connections of each row after the drop, at most its goal; with ``scope="row"``."""
+        most = np.minimum(view.matrix.row_nnz, goal)
+        n_drop = int(most.sum()) - self._targets(step, view.nnz, view.size)[0]
+        return most - apportion_rows(n_drop, most, most)
+
     def _drop(self, views: Sequence[LayerView], step: int) -> list[Array]:
         """Slots that each layer loses, ascending."""
         scores = [self.drop(view) for view in views]
+        if self.scope == "row":
+            kept = [self._row_kept(view, step, self._row_goal(view, step)) for view in views]
+            return [
+                lowest_of_rows(layer, view.matrix.indptr, view.matrix.row_nnz - n)
+                for view, layer, n in zip(views, scores, kept, strict=True)
+            ]
         if self.scope == "network":
             nnz = sum(view.nnz for view in views)
             return lowest_of_network(scores, nnz - self._targets(step, nnz, _total_size(views))[0])
@@ -190,6 +219,8 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def _allot(self, vacancies: Sequence[Vacancy], step: int) -> list[int]:
         """How many connections each layer grows."""
+        if self.scope == "row":
+            return [int(self._row_goal(v.view, step).sum()) - v.n_kept for v in vacancies]
         if self.scope == "layer":
             own = [self._targets(step, v.view.nnz, v.view.size)[1] - v.n_kept for v in vacancies]
             if self.redistribute is None:
@@ -208,9 +239,13 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         """Distinct positions, as many as are asked for, none of them in ``vacancy.kept``."""
         return self.grow.choose(vacancy)
 
-    def _most_growth(self, step: int, index: int) -> int:
-        """The most connections that layer number `index` can grow at the end of `step`."""
+    def _most_growth(self, step: int, index: int) -> int | Array:
+        """The most that layer number `index`, or each of its rows, can grow at the end of `step`."""
         layer = self._layers[index]
+        if self.scope == "row":
+            view = LayerView(index, step, self.seed, layer)
+            goal = self._row_goal(view, step)
+            return goal - self._row_kept(view, step, goal)
         if self.scope == "layer" and self.redistribute is None:
             kept, total = self._targets(step, layer.nnz, layer.shape[0] * layer.shape[1])
             return total - kept
@@ -248,8 +283,10 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         reports = [UpdateReport(skipped=why, nnz=v.nnz) for v, why in zip(views, reasons, strict=True)]
         vacancies = [Vacancy(v, drop) for v, drop in zip(active, self._drop(active, step), strict=True)]
         for vacancy, n_grow in zip(vacancies, self._allot(vacancies, step), strict=True):
-            index = vacancy.view.index
-            reports[index] = self._rewire(Vacancy(vacancy.view, vacancy.drop, n_grow), moves[index])
+            view = vacancy.view
+            rows = self._row_goal(view, step) - vacancy.row_kept if self.scope == "row" else None
+            filled = Vacancy(view, vacancy.drop, n_grow, rows)
+            reports[view.index] = self._rewire(filled, moves[view.index])
         self.last_update = tuple(reports)
 
     def _rewire(self, vacancy: Vacancy, move: StateMove) -> UpdateReport:

@@ -17,9 +17,14 @@ import torch
 
 from sparselab.kernels import PaddedCSR
 from sparselab.kernels._growth import merge_candidates
+from sparselab.kernels._rows import RowTopK, select_rows
+from sparselab.kernels._stream import BlockStream
 from sparselab.kernels._topk import StreamedTopK, largest
 from sparselab.kernels.layout import Array
 from sparselab.nn.topology import SparseTopology, as_matrix
+
+#: X and dY of some backward passes.
+Operands = list[tuple[torch.Tensor, torch.Tensor]]
 
 _BLOCK_BYTES = 4 << 20
 
@@ -35,7 +40,7 @@ class GradientSummary:
     live_scores : float array, (nnz,)
         ``|G|`` at the live slots.
     free_positions : int array, (at most k,)
-        Positions without a weight that have the largest ``|G|``, ascending.
+        Positions without a weight that have the largest ``|G|`` (of the layer or of each row), ascending.
     free_scores : float array
         ``|G|`` at `free_positions`.
     """
@@ -45,7 +50,7 @@ class GradientSummary:
     free_positions: Array
     free_scores: npt.NDArray[np.floating[Any]]
 
-    def best(self, W: PaddedCSR, drop: Array, k: int) -> Array:
+    def best(self, W: PaddedCSR, drop: Array, k: int | Array) -> Array:
         """The `k` positions of largest ``|G|`` among those without a weight and those just dropped.
 
         Parameters
@@ -54,25 +59,30 @@ class GradientSummary:
             The connections before the drop, as they were when the gradient was formed.
         drop : int array
             Slots being dropped, ascending.
-        k : int
-            How many; at most what the summary was made for.
+        k : int, or int array (rows,)
+            How many, of the layer or of each row; at most what the summary was made for.
 
         Returns
         -------
-        int array, (k,)
+        int array, (k,) or (k.sum(),)
             Ascending; ties went to the lower position.
         """
         positions, scores = merge_candidates(W, drop, self.live_scores, self.free_positions, self.free_scores)
-        winners: Array = positions[largest(scores, k)]
+        if isinstance(k, np.ndarray):
+            ends = np.arange(W.shape[0] + 1, dtype=np.int64) * W.shape[1]
+            best = select_rows(scores, np.searchsorted(positions, ends), k)
+        else:
+            best = largest(scores, k)
+        winners: Array = positions[best]
         return winners
 
 
 @torch.no_grad()
 def summarise(
-    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    pairs: Operands,
     live: PaddedCSR | Array,
     shape: tuple[int, int],
-    k: int,
+    k: int | Array,
     dtype: torch.dtype,
 ) -> GradientSummary:
     """Form ``G = sum of dY^T X`` over `pairs` block by block and keep what growth needs; nothing if `k` is 0.
@@ -82,11 +92,11 @@ def summarise(
     pairs : list of (X, dY)
         X is ``(n_tokens, in_features)``, dY ``(n_tokens, out_features)``. Read only.
     live : PaddedCSR, or int64 array (nnz,)
-        The connections, or their positions, ascending.
+        The connections, or, where `k` is a number, their positions, ascending.
     shape : (int, int)
         ``(out_features, in_features)``.
-    k : int
-        Free positions to keep.
+    k : int, or int array (rows,)
+        Free positions to keep, of the layer or of each row.
     dtype : float32 or float64
         Precision of G.
 
@@ -96,13 +106,18 @@ def summarise(
     of G at a time, beside O(nnz + k).
     """
     rows, cols = shape
-    if k == 0:
+    if not np.any(k):
         none = np.empty(0)
         return GradientSummary(True, none, none.astype(np.int64), none)
     pairs = [(x.to(dtype), dy.to(dtype)) for x, dy in pairs]
     height = min(rows, max(1, _BLOCK_BYTES // max(1, cols * dtype.itemsize)))
     buffer = torch.empty((height, cols), dtype=dtype)
-    top = StreamedTopK(k, live, cols, buffer.numpy().dtype)
+    top: BlockStream
+    if isinstance(k, np.ndarray):
+        assert isinstance(live, PaddedCSR)
+        top = RowTopK(k, live, buffer.numpy().dtype)
+    else:
+        top = StreamedTopK(k, live, cols, buffer.numpy().dtype)
     for row in range(0, rows, height):
         stop = min(row + height, rows)
         block = buffer[: stop - row]
@@ -122,7 +137,7 @@ class GradientCollector:
     layer : SparseTopology
         Held weakly, because the layer holds the collector.
     most : callable
-        Says, once the gradient is there, how many candidates to keep.
+        Says, once the gradient is there, how many candidates to keep, of the layer or of each row.
     passes : int
         Backward passes that one optimizer step sums over.
 
@@ -136,7 +151,7 @@ class GradientCollector:
     is the same.
     """
 
-    def __init__(self, layer: SparseTopology, most: Callable[[], int], passes: int) -> None:
+    def __init__(self, layer: SparseTopology, most: Callable[[], int | Array], passes: int) -> None:
         self._layer = weakref.ref(layer)
         self._most = most
         self._passes = passes
@@ -144,7 +159,7 @@ class GradientCollector:
         self._backwards = 0
         self._passes_seen = 0
         self._late = False
-        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._held: Operands = []
         self._summary: GradientSummary | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -195,9 +210,12 @@ class GradientCollector:
         self._summary = None
         self._held = []
 
-    def _finish(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _finish(self, pairs: Operands) -> None:
         layer = self._layer()
         if layer is None:
             return
-        self._summary = summarise(pairs, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype)
+        self._summary = self._form(layer, pairs)
         self._held = []
+
+    def _form(self, layer: SparseTopology, pairs: Operands) -> GradientSummary:
+        return summarise(pairs, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype)

@@ -12,6 +12,7 @@ from sparselab.dst._checks import require_count
 from sparselab.dst.gradient import GradientCollector
 from sparselab.dst.update import Vacancy
 from sparselab.kernels._growth import skip_kept
+from sparselab.kernels._rows import sample_rows
 from sparselab.kernels._sampling import sample_distinct
 from sparselab.kernels.layout import Array
 from sparselab.nn.topology import SparseTopology
@@ -22,9 +23,18 @@ class Growth(abc.ABC):
 
     An algorithm calls `prepare` before every optimizer step, and on a step that updates `check`,
     `reason_to_skip` for each layer, and `choose` for each layer that grows.
+
+    Attributes
+    ----------
+    by_row : bool
+        Whether `choose` heeds ``vacancy.row_grow``, as ``scope="row"`` needs.
     """
 
-    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:  # noqa: B027
+    by_row = False
+
+    def prepare(  # noqa: B027
+        self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None
+    ) -> None:
         """Get ready for the next optimizer step.
 
         Parameters
@@ -32,7 +42,8 @@ class Growth(abc.ABC):
         layers : sequence of layers
             All attached layers.
         most : callable or None
-            Says how many connections layer i may grow at most, where the step ends with an update.
+            Says how many connections layer i may grow at most (or, as an array, each of its rows), where the
+            step ends with an update.
         """
 
     def check(self) -> None:  # noqa: B027
@@ -52,15 +63,20 @@ class Growth(abc.ABC):
 
 
 class RandomGrowth(Growth):
-    """Uniformly at random among all positions that are not kept."""
+    """Uniformly at random among all positions that are not kept, of the layer or of each row."""
+
+    by_row = True
 
     def choose(self, vacancy: Vacancy) -> Array:
         """Every set equally likely; depends on the seed, the layer and the step only."""
+        if vacancy.row_grow is not None:
+            free = vacancy.view.shape[1] - vacancy.row_kept
+            return skip_kept(sample_rows(vacancy.view.rng(), free, vacancy.row_grow), vacancy.kept)
         return random_free(vacancy.view.rng(), vacancy.kept, vacancy.view.size, vacancy.n_grow)
 
 
 class GradientGrowth(Growth):
-    """The positions of largest ``|G|``, ``G = dY^T X``, exactly and over the whole layer.
+    """The positions of largest ``|G|``, ``G = dY^T X``, exactly: of the whole layer, or of each row.
 
     Parameters
     ----------
@@ -73,19 +89,26 @@ class GradientGrowth(Growth):
     O(nnz) memory beside one block, and the time of one dense weight gradient. Ties go to the lower position.
     """
 
+    by_row = True
+
     def __init__(self, grad_accumulation: int = 1) -> None:
         self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)
         self._collectors: list[GradientCollector] = []
 
-    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:
+    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
         """Watch the next backward passes of every layer, or stop watching."""
         self._collectors = []
         for index, layer in enumerate(layers):
             layer.gradient_watcher = None
             if most is not None:
-                collector = GradientCollector(layer, partial(most, index), self.grad_accumulation)
+                collector = self._collector(layer, index, partial(most, index))
                 self._collectors.append(collector)
                 layer.gradient_watcher = collector
+
+    def _collector(
+        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+    ) -> GradientCollector:
+        return GradientCollector(layer, most, self.grad_accumulation)
 
     def check(self) -> None:
         """Raise RuntimeError if there were other backward passes than declared."""
@@ -106,7 +129,8 @@ class GradientGrowth(Growth):
         summary = collector.summary()
         assert summary is not None
         collector.release()
-        return summary.best(vacancy.view.matrix, vacancy.drop, vacancy.n_grow)
+        k = vacancy.n_grow if vacancy.row_grow is None else vacancy.row_grow
+        return summary.best(vacancy.view.matrix, vacancy.drop, k)
 
 
 def random_free(rng: np.random.Generator, kept: Array, n_positions: int, k: int) -> Array:

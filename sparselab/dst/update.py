@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from sparselab.dst.rows import rows_of
 from sparselab.kernels import PaddedCSR
 from sparselab.kernels._growth import kept_positions
 from sparselab.kernels.layout import Array
@@ -104,11 +105,14 @@ class Vacancy:
         Slots that lose their connection, ascending.
     n_grow : int
         Connections to grow.
+    row_grow : int64 array, (out_features,), or None
+        How many of them in each row; None if the row does not matter.
     """
 
     view: LayerView
     drop: Array
     n_grow: int = 0
+    row_grow: Array | None = None
 
     @property
     def n_kept(self) -> int:
@@ -119,6 +123,12 @@ class Vacancy:
     def n_free(self) -> int:
         """Positions where something may grow: all that are not kept."""
         return self.view.size - self.n_kept
+
+    @cached_property
+    def row_kept(self) -> Array:
+        """int64 (out_features,): connections of each row that stay."""
+        matrix = self.view.matrix
+        return matrix.row_nnz - rows_of(self.drop, matrix.indptr)
 
     @cached_property
     def kept(self) -> Array:

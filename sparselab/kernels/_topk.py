@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from sparselab.kernels._jit import jit, launch, worker_count
 from sparselab.kernels._select import select
+from sparselab.kernels._stream import BlockStream, float_bits
 from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array, PaddedCSR, slot_dtype
 
@@ -59,16 +60,6 @@ def largest(scores: npt.NDArray[np.floating[Any]], k: int) -> Array:
         If `k` is outside ``[0, n]``.
     """
     return select(np.ascontiguousarray(scores), k)
-
-
-def _float_bits(scores: Array) -> tuple[Array, np.int64, np.int64]:
-    """The scores as integers of the same width, the mask of their magnitude, and the bits of infinity.
-
-    Magnitudes order like these integers, so they can be counted by their leading bits.
-    """
-    integer = np.dtype(np.int32 if scores.dtype == np.float32 else np.int64)
-    infinity = np.array(np.inf, scores.dtype).view(integer)
-    return scores.view(integer), np.int64(np.iinfo(integer).max), np.int64(infinity)
 
 
 @jit
@@ -180,7 +171,7 @@ def _keep_above(bits, mask, threshold, scores, positions, count):  # type: ignor
     return kept
 
 
-class StreamedTopK:
+class StreamedTopK(BlockStream):
     """The `k` largest ``|entry|`` of a matrix among the positions that are not live.
 
     The order is ``(|entry| descending, position ascending)``, so the result is exact, and the same however
@@ -219,56 +210,25 @@ class StreamedTopK:
     def __init__(self, k: int, live: PaddedCSR | Array, n_columns: int, dtype: npt.DTypeLike) -> None:
         if k < 0:
             raise ValueError(f"k must not be negative; got {k}")
+        super().__init__(n_columns, dtype)
         self._k = k
         self._live = live if isinstance(live, PaddedCSR) else np.ascontiguousarray(live, np.int64)
-        self._n_columns = n_columns
         capacity = k + max(k, _SLACK)
         n_slots = live.capacity if isinstance(live, PaddedCSR) else live.size
         size = live.shape[0] * n_columns if isinstance(live, PaddedCSR) else np.iinfo(np.int64).max
         self._scores = np.empty(capacity, dtype)
         self._positions = np.empty(capacity, slot_dtype(size))
-        self._bits, self._mask, self._infinity = _float_bits(self._scores)
+        self._bits, self._mask, self._infinity = float_bits(self._scores)
         self._shift = np.int64(self._bits.itemsize * 8 - 1 - _DIGIT)
         self._counts = np.zeros(1 << _DIGIT, np.int64)
         self.live_scores = np.empty(n_slots if k else 0, dtype)
         self._count = 0
         self._threshold = np.int64(-1)
-        self._next_row = 0
-        self.finite = True
-
-    def push(self, first_row: int, block: npt.NDArray[np.floating[Any]]) -> None:
-        """Take in the rows from `first_row` on.
-
-        Parameters
-        ----------
-        first_row : int
-            The row of the matrix that ``block[0]`` is; must follow the rows already seen.
-        block : float array, (n_rows, n_columns)
-            C-contiguous, of the declared type. Read only, not kept.
-
-        Raises
-        ------
-        ValueError
-            If the block is of another width, type or memory order, or comes out of order.
-        """
-        if block.ndim != 2 or block.shape[1] != self._n_columns or block.dtype != self._scores.dtype:
-            raise ValueError(
-                f"block must be {self._scores.dtype} of shape (n, {self._n_columns}); "
-                f"got {block.dtype} of shape {block.shape}"
-            )
-        if not block.flags.c_contiguous:
-            raise ValueError("block must be C-contiguous; pass np.ascontiguousarray(block)")
-        if first_row < self._next_row:
-            raise ValueError(
-                f"blocks must arrive in ascending order of rows; got row {first_row} "
-                f"after row {self._next_row - 1}"
-            )
-        self._next_row = first_row + block.shape[0]
-        if self._k and self.finite and block.size:
-            self._take_in(first_row, block)
 
     def _take_in(self, first_row: int, block: Array) -> None:
-        bits = _float_bits(block)[0]
+        if self._k == 0:
+            return
+        bits = float_bits(block)[0]
         base = np.int64(first_row * self._n_columns)
         rows = self._live_rows(first_row, block.shape[0])
         n_shares = max(1, min(worker_count(), block.size // _MIN_SHARE, block.shape[0]))
@@ -337,15 +297,6 @@ class StreamedTopK:
         self._count = self._k
         self._threshold = np.int64(self._bits[: self._k].min())
 
-    def result(self) -> tuple[Array, npt.NDArray[np.floating[Any]]]:
-        """Positions, strictly ascending, and scores ``|entry|`` of the winners.
-
-        Raises
-        ------
-        ValueError
-            If a value was not finite: the entries have no order then.
-        """
-        if not self.finite:
-            raise ValueError("the matrix has entries that are not finite, so its largest are not defined")
+    def _winners(self) -> tuple[Array, npt.NDArray[np.floating[Any]]]:
         self._compact()
         return self._positions[: self._count].copy(), self._scores[: self._count].copy()

@@ -2,7 +2,7 @@
 
 from sparselab.nn.convert import measure_sparsity, sparsify
 from sparselab.nn.functional import GradientWatcher
-from sparselab.nn.init import fan_in_uniform_
+from sparselab.nn.init import constant_fan_in_, fan_in_uniform_
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.masked import MaskedLinear
 from sparselab.nn.report import MemoryReport, memory_report
@@ -14,6 +14,7 @@ __all__ = [
     "MemoryReport",
     "SparseLinear",
     "SparseTopology",
+    "constant_fan_in_",
     "fan_in_uniform_",
     "find_sparse",
     "measure_sparsity",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparselab.dst import SET, RigL, Static
-from sparselab.nn import MaskedLinear, SparseLinear
+from sparselab.dst import SET, RigL, SRigL, Static
+from sparselab.nn import MaskedLinear, SparseLinear, constant_fan_in_
 from sparselab.nn.topology import find_sparse
 from tests.dst.fake import FakeSparse
 
@@ -17,7 +17,16 @@ ALGORITHMS = {
     "static": lambda **kw: Static(0.8),
     "set": lambda **kw: SET(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
     "rigl": lambda **kw: RigL(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
+    "set by row": lambda **kw: SET(0.8, drop_fraction=0.3, update=7, seed=3, scope="row", **kw),
+    "rigl by row": lambda **kw: RigL(0.8, drop_fraction=0.3, update=7, seed=3, scope="row", **kw),
+    "srigl": lambda **kw: SRigL(drop_fraction=0.3, update=7, seed=3, gamma_sal=0.95, exempt_last=False, **kw),
 }
+
+#: What is done to a model before the algorithm is attached.
+PREPARE = {"srigl": constant_fan_in_}
+
+#: Connections that a layer must have now, given those it was born with, where these are not the same.
+EXPECTED_NNZ = {"srigl": lambda layer, born: born // live_rows(layer) * live_rows(layer)}
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
@@ -54,6 +63,11 @@ def train(model, optimizer, algorithm, first, last):
         backward(model, step)
         optimizer.step()
         algorithm.step()
+
+
+def live_rows(layer):
+    """Rows that have a connection."""
+    return len((layer.positions() // layer.shape[1]).unique())
 
 
 def sparse_layers(model):

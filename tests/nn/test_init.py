@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab import SparseLinear
-from sparselab.nn import fan_in_uniform_
+from sparselab import MaskedLinear, SparseLinear
+from sparselab.nn import constant_fan_in_, fan_in_uniform_
 
 #: Rows of 0, 1, 4, 100 and 3000 connections.
 INDPTR = torch.tensor([0, 0, 1, 5, 105, 3105])
@@ -133,3 +133,37 @@ def test_every_connection_is_equally_likely() -> None:
     deviation = (2000 * 0.25 * 0.75) ** 0.5
     assert counts.sum() == 2000 * 6
     assert (counts - 500).abs().max() < 5 * deviation
+
+
+@pytest.mark.parametrize("make", [SparseLinear, MaskedLinear])
+@pytest.mark.parametrize(("sparsity", "fan_in"), [(0.9, 2), (0.5, 10), (0.0, 20)])
+def test_a_constant_fan_in(
+    make: type[SparseLinear] | type[MaskedLinear], sparsity: float, fan_in: int
+) -> None:
+    torch.manual_seed(0)
+    layer = make(20, 31, sparsity=sparsity)
+    parameter = layer.stored
+    assert constant_fan_in_(layer) is layer
+    assert layer.stored is parameter
+    rows = torch.bincount(layer.positions() // 20, minlength=31)
+    assert rows.tolist() == [fan_in] * 31
+    weights = layer.per_connection(layer.stored.detach())
+    assert (weights != 0).all()
+    assert 0.9 * fan_in**-0.5 < weights.abs().max() <= fan_in**-0.5
+    again = make(20, 31, sparsity=sparsity)
+    torch.manual_seed(1)
+    drawn = [constant_fan_in_(again).positions().tolist() for _ in range(2)]
+    assert (drawn[0] == drawn[1]) == (sparsity == 0)
+
+
+def test_all_sparse_layers_of_a_model_get_a_constant_fan_in() -> None:
+    model = torch.nn.Sequential(SparseLinear(20, 31), torch.nn.ReLU(), SparseLinear(31, 10))
+    fan_ins = [torch.diff(layer.indptr).unique().tolist() for layer in constant_fan_in_(model)[::2]]
+    assert fan_ins == [[2], [3]]
+
+
+def test_a_constant_fan_in_needs_connections_and_layers() -> None:
+    with pytest.raises(ValueError, match=r"at least one connection for each output, got 6 for 10 in 1"):
+        constant_fan_in_(torch.nn.Sequential(SparseLinear(9, 4), SparseLinear(6, 10)))
+    with pytest.raises(ValueError, match="model must have sparse layers, got a Linear"):
+        constant_fan_in_(torch.nn.Linear(2, 2))
