@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sparselab._warmup import warmup
     from sparselab.dst import SET, Constant, Cosine, RigL, Static
     from sparselab.kernels import PaddedCSR
-    from sparselab.nn import SparseLinear, measure_sparsity, memory_report, sparsify
+    from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,7 @@ __all__ = [
     "SET",
     "Constant",
     "Cosine",
+    "MaskedLinear",
     "PaddedCSR",
     "RigL",
     "SparseLinear",
@@ -37,6 +38,7 @@ _HOMES = {
     "SET": "dst",
     "Constant": "dst",
     "Cosine": "dst",
+    "MaskedLinear": "nn",
     "PaddedCSR": "kernels",
     "RigL": "dst",
     "SparseLinear": "nn",
