@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMP",
+    "MEST",
     "SET",
     "Constant",
     "Cosine",
+    "GraNet",
     "MaskedLinear",
     "PaddedCSR",
     "RigL",
     "SparseLinear",
     "Static",
+    "TopKAST",
     "dst",
     "kernels",
     "measure_sparsity",
@@ -35,6 +39,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "TopKAST": "dst",
+    "GraNet": "dst",
+    "MEST": "dst",
+    "GMP": "dst",
     "SET": "dst",
     "Constant": "dst",
     "Cosine": "dst",

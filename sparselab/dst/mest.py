@@ -56,8 +56,8 @@ class MEST(DynamicSparsityAlgorithm):
 
     References
     ----------
-    Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge", NeurIPS 2021,
-    section 3.
+    Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge",
+    NeurIPS 2021, section 3.
 
     Examples
     --------
