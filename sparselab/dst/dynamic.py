@@ -1,4 +1,4 @@
-"""The drop-grow loop: when to update, how many connections each layer loses and gains, and what follows them."""
+"""The drop-grow loop: when to update, what each layer loses and gains, and what follows the connections."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         every update takes the layers to (the network, if that is the scope), whatever they had before.
     drop_fraction : float, Schedule or callable
         Fraction of the connections to replace, in ``[0, 1]``; a schedule or function is called with the step.
-    update : int, mapping, sequence of int, or UpdateSchedule
+    update : int, mapping, list of int, or UpdateSchedule
         The optimizer steps (the first is 1) that end with an update: every so many, ``{"freq", "start",
         "stop"}`` with `stop` exclusive, or a list of steps.
     seed : int
@@ -88,7 +88,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self,
         sparsity: float | Schedule | None = None,
         drop_fraction: float | Schedule | Callable[[int], float] = 0.3,
-        update: int | Mapping[str, int] | Sequence[int] | UpdateSchedule = 100,
+        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
         seed: int = 0,
         *,
         drop: DropScore | None = None,
@@ -306,7 +306,9 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         }
 
     def _memory(self) -> dict[str, Any]:
-        return {"slots": [{name: entries.clone() for name, entries in slots.items()} for slots in self._slots]}
+        return {
+            "slots": [{name: entries.clone() for name, entries in slots.items()} for slots in self._slots]
+        }
 
     def _remember(self, memory: dict[str, Any]) -> None:
         for ours, saved in zip(self._slots, memory["slots"], strict=True):
