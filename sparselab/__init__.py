@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
     from sparselab._warmup import warmup
-    from sparselab.dst import SET, Constant, Cosine, RigL, Static
+    from sparselab.dst import GMP, MEST, SET, Constant, Cosine, GraNet, RigL, Static, TopKAST
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
@@ -39,10 +39,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TopKAST": "dst",
+    "GMP": "dst",
     "GraNet": "dst",
     "MEST": "dst",
-    "GMP": "dst",
     "SET": "dst",
     "Constant": "dst",
     "Cosine": "dst",
@@ -51,6 +50,7 @@ _HOMES = {
     "RigL": "dst",
     "SparseLinear": "nn",
     "Static": "dst",
+    "TopKAST": "dst",
     "measure_sparsity": "nn",
     "memory_report": "nn",
     "sparsify": "nn",
