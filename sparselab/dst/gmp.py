@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparselab.dst.dynamic import DynamicSparsityAlgorithm
@@ -22,7 +22,7 @@ class GMP(DynamicSparsityAlgorithm):
     drop_fraction : float, Schedule or callable
         Fraction of what the schedule leaves to replace at each update, as `DynamicSparsityAlgorithm` does.
         0, the default, is the paper's algorithm.
-    update : int, mapping, sequence of int, or UpdateSchedule
+    update : int, mapping, list of int, or UpdateSchedule
         The steps that end with an update. Pruning ends with the last of them: let one come at or after the
         step at which the schedule reaches its final value.
     seed : int
@@ -71,7 +71,7 @@ class GMP(DynamicSparsityAlgorithm):
         self,
         sparsity: Schedule | Callable[[int], float],
         drop_fraction: float | Schedule | Callable[[int], float] = 0.0,
-        update: int | Mapping[str, int] | Sequence[int] | UpdateSchedule = 100,
+        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
         seed: int = 0,
         **settings: Any,
     ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from sparselab.dst.drop import DropScore, lowest, lowest_of_network
 from sparselab.dst.dynamic import total_size
@@ -31,7 +31,7 @@ class GraNet(GMP):
     drop_fraction : float, Schedule or callable
         Neuroregeneration, in ``[0, 1]``. The paper's is ``Cosine(0.5, steps, minimum=0.005)`` over the whole
         training; the default stays at 0.5.
-    update : int, mapping, sequence of int, or UpdateSchedule
+    update : int, mapping, list of int, or UpdateSchedule
         The steps that end with an update: 1000 apart, as the paper's on CIFAR (4000 on ImageNet).
     seed : int
         Nothing is drawn; kept for a common interface.
@@ -84,7 +84,7 @@ class GraNet(GMP):
         self,
         sparsity: Schedule | Callable[[int], float],
         drop_fraction: float | Schedule | Callable[[int], float] = 0.5,
-        update: int | Mapping[str, int] | Sequence[int] | UpdateSchedule = 1000,
+        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 1000,
         seed: int = 0,
         *,
         grad_accumulation: int = 1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from sparselab.dst.drop import MagnitudeAndGradient
@@ -30,7 +30,7 @@ class MEST(DynamicSparsityAlgorithm):
         How far below or above s, as a fraction of all positions. It must come down to 0 for a soft bound to
         end at s. In the released scripts for s = 0.9 it is 0.05, 0.025, 0 (EM&S) or 0.02, 0.01, 0 (EM), with
         steps at 9/16 and 3/4 of the training.
-    update : int, mapping, sequence of int, or UpdateSchedule
+    update : int, mapping, list of int, or UpdateSchedule
         The steps that end with an update; every five epochs in the paper.
     seed : int
         All random draws depend on ``(seed, layer, step)`` and nothing else.
@@ -82,7 +82,7 @@ class MEST(DynamicSparsityAlgorithm):
         self,
         sparsity: float | None,
         delta: float | Schedule | Callable[[int], float],
-        update: int | Mapping[str, int] | Sequence[int] | UpdateSchedule = 100,
+        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
         seed: int = 0,
         *,
         soft_bound: bool = True,

@@ -42,7 +42,7 @@ class TopKAST(DynamicSparsityAlgorithm):
     backward_sparsity : float or None
         Fraction outside B, ``1 - D - M`` in the paper: the sparsity that every attached layer must have. None
         leaves each layer its own.
-    update : int, mapping, sequence of int, or UpdateSchedule
+    update : int, mapping, list of int, or UpdateSchedule
         The steps that end with a refresh of B and A. (The paper finds every step as good as every 100.) With
         ``{"freq": 100, "stop": ...}`` the sets are fixed from a step on.
     seed : int
@@ -107,7 +107,7 @@ class TopKAST(DynamicSparsityAlgorithm):
         self,
         forward_sparsity: float,
         backward_sparsity: float | None = None,
-        update: int | Mapping[str, int] | Sequence[int] | UpdateSchedule = 100,
+        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
         seed: int = 0,
         *,
         master_bytes: int = 64 << 20,
@@ -281,4 +281,5 @@ class TopKAST(DynamicSparsityAlgorithm):
 def _dense_init(view: LayerView, rng: np.random.Generator, n: int) -> npt.NDArray[np.float32]:
     """Weights as `torch.nn.Linear` starts with them."""
     bound = np.float32(1 / math.sqrt(max(1, view.shape[1])))
-    return (2 * rng.random(n, np.float32) - 1) * bound
+    weights: npt.NDArray[np.float32] = (2 * rng.random(n, np.float32) - 1) * bound
+    return weights

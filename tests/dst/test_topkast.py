@@ -132,7 +132,8 @@ def test_finish_drops_what_is_not_in_use(kind, optimizer_name):
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     train(model, optimizer, algorithm, 1, 7)
     x = torch.randn(4, 20)
-    y = model(x)
+    with torch.no_grad():
+        y = model(x)
     layers = sparse_layers(model)
     in_use = [layer.positions()[layer.per_connection(layer.forward_mask)] for layer in layers]
     before = [by_position(layer, optimizer) for layer in layers]
