@@ -10,22 +10,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
     from sparselab._warmup import warmup
-    from sparselab.dst import SET, Constant, Cosine, RigL, SRigL, Static
+    from sparselab.dst import GMP, MEST, SET, Constant, Cosine, GraNet, RigL, SRigL, Static, TopKAST
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMP",
+    "MEST",
     "SET",
     "Constant",
     "Cosine",
+    "GraNet",
     "MaskedLinear",
     "PaddedCSR",
     "RigL",
     "SRigL",
     "SparseLinear",
     "Static",
+    "TopKAST",
     "dst",
     "kernels",
     "measure_sparsity",
@@ -36,6 +40,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "GMP": "dst",
+    "GraNet": "dst",
+    "MEST": "dst",
     "SET": "dst",
     "Constant": "dst",
     "Cosine": "dst",
@@ -45,6 +52,7 @@ _HOMES = {
     "SRigL": "dst",
     "SparseLinear": "nn",
     "Static": "dst",
+    "TopKAST": "dst",
     "measure_sparsity": "nn",
     "memory_report": "nn",
     "sparsify": "nn",

@@ -157,8 +157,8 @@ def documented_parameters(docstring: str) -> list[str] | None:
     )
     if section is None:
         return None
-    names = re.findall(r"^(\w+(?:, \w+)*)(?= : |$)", section[1], re.MULTILINE)
-    return [name for line in names for name in line.split(", ")]
+    names = re.findall(r"^([*\w]+(?:, [*\w]+)*)(?= : |$)", section[1], re.MULTILINE)
+    return [name.lstrip("*") for line in names for name in line.split(", ")]
 
 
 def real_parameters(thing: Any) -> list[str]:

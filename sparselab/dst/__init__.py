@@ -6,11 +6,14 @@ Attach one with ``algorithm.attach(model, optimizer)``, which steps along with t
 
 from sparselab.dst.allocation import allocate, apportion, er, erk, uniform
 from sparselab.dst.base import SparsityAlgorithm
-from sparselab.dst.drop import DropScore, Magnitude
+from sparselab.dst.drop import DropScore, Magnitude, MagnitudeAndGradient
 from sparselab.dst.dynamic import DynamicSparsityAlgorithm
+from sparselab.dst.gmp import GMP
+from sparselab.dst.granet import GraNet
 from sparselab.dst.group import Group
 from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
 from sparselab.dst.grown import FanInUniform, Normal
+from sparselab.dst.mest import MEST
 from sparselab.dst.one_shot import prune, train_prune_finetune
 from sparselab.dst.redistribute import ByRemaining, Redistribution
 from sparselab.dst.rigl import RigL
@@ -27,10 +30,13 @@ from sparselab.dst.schedule import (
 from sparselab.dst.set import SET
 from sparselab.dst.srigl import SRigL
 from sparselab.dst.static import Static
+from sparselab.dst.topkast import TopKAST
 from sparselab.dst.update import LayerView, UpdateReport, Vacancy
 from sparselab.dst.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
 
 __all__ = [
+    "GMP",
+    "MEST",
     "SET",
     "AtSteps",
     "ByRemaining",
@@ -42,12 +48,14 @@ __all__ = [
     "EverySteps",
     "Exponential",
     "FanInUniform",
+    "GraNet",
     "GradientGrowth",
     "Group",
     "Growth",
     "LayerView",
     "Linear",
     "Magnitude",
+    "MagnitudeAndGradient",
     "Normal",
     "Polynomial",
     "RandomGrowth",
@@ -57,6 +65,7 @@ __all__ = [
     "Schedule",
     "SparsityAlgorithm",
     "Static",
+    "TopKAST",
     "UpdateReport",
     "UpdateSchedule",
     "Vacancy",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparselab.dst._checks import require_finite
 from sparselab.dst.update import LayerView
 from sparselab.kernels._rows import select_rows
 from sparselab.kernels._select import select
@@ -44,6 +45,51 @@ class Magnitude(DropScore):
         """(nnz,): magnitudes."""
         scores: Scores = view.weights.abs().cpu().numpy()
         return scores
+
+
+class MagnitudeAndGradient(DropScore):
+    """``|w| + lam * |g|``, g being the gradient of the connection that the last backward pass left.
+
+    Parameters
+    ----------
+    lam : float
+        At least 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `lam` is not a finite number of at least 0.
+
+    Notes
+    -----
+    A layer without gradient, or with one that is not finite, is not updated, unless `lam` is 0.
+    """
+
+    def __init__(self, lam: float) -> None:
+        require_finite("lam", lam)
+        if lam < 0:
+            raise ValueError(f"lam must be at least 0; got {lam!r}")
+        self.lam = float(lam)
+
+    def reason_to_skip(self, view: LayerView) -> str:
+        """Why the layer cannot be scored now; empty if it can."""
+        if not self.lam:
+            return ""
+        if (gradient := view.gradient) is None:
+            return "no gradient"
+        return "" if bool(gradient.isfinite().all()) else "gradient is not finite"
+
+    def __call__(self, view: LayerView) -> Scores:
+        """(nnz,): sums of the two magnitudes."""
+        scores = view.weights.abs()
+        if self.lam and (gradient := view.gradient) is not None:
+            scores += self.lam * gradient.abs()
+        array: Scores = scores.cpu().numpy()
+        return array
+
+    def describe(self) -> str:
+        """Name and settings."""
+        return f"MagnitudeAndGradient({self.lam!r})"
 
 
 def lowest(scores: Scores, k: int) -> Array:

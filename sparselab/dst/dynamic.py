@@ -178,13 +178,15 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             for hook in list(self._hooks.values()):
                 hook(self)
 
+    def _total(self, step: int, nnz: int, size: int) -> int:
+        """Connections after the update, of one layer or of all of them together."""
+        if not isinstance(self.sparsity, Schedule):
+            return nnz
+        return max(min(nnz, 1), n_connections((1, size), self.sparsity(step)))
+
     def _targets(self, step: int, nnz: int, size: int) -> tuple[int, int]:
-        """Connections after the drop and after the growth, for one layer or for all of them together."""
-        total = nnz
-        if isinstance(self.sparsity, Schedule):
-            total = n_connections((1, size), self.sparsity(step))
-            if nnz:
-                total = max(1, total)
+        """Connections after the drop and after the growth, of one layer or of all of them together."""
+        total = self._total(step, nnz, size)
         kept = min(nnz, total)
         return kept - int(self._fraction(step) * kept), total
 
@@ -200,6 +202,15 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         n_drop = int(most.sum()) - self._targets(step, view.nnz, view.size)[0]
         return most - apportion_rows(n_drop, most, most)
 
+    def _plan(self, views: Sequence[LayerView], step: int) -> list[Vacancy]:
+        """What each layer loses, and how much it grows."""
+        vacancies = [Vacancy(v, drop) for v, drop in zip(views, self._drop(views, step), strict=True)]
+        shares = self._allot(vacancies, step)
+        if self.scope == "row":
+            rows = [self._row_goal(v.view, step) - v.row_kept for v in vacancies]
+            return [Vacancy(v.view, v.drop, n, r) for v, n, r in zip(vacancies, shares, rows, strict=True)]
+        return [Vacancy(v.view, v.drop, n_grow) for v, n_grow in zip(vacancies, shares, strict=True)]
+
     def _drop(self, views: Sequence[LayerView], step: int) -> list[Array]:
         """Slots that each layer loses, ascending."""
         scores = [self.drop(view) for view in views]
@@ -211,7 +222,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             ]
         if self.scope == "network":
             nnz = sum(view.nnz for view in views)
-            return lowest_of_network(scores, nnz - self._targets(step, nnz, _total_size(views))[0])
+            return lowest_of_network(scores, nnz - self._targets(step, nnz, total_size(views))[0])
         return [
             lowest(layer, view.nnz - self._targets(step, view.nnz, view.size)[0])
             for view, layer in zip(views, scores, strict=True)
@@ -228,8 +239,9 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             n_grow = sum(own)
         else:
             views = [vacancy.view for vacancy in vacancies]
-            total = self._targets(step, sum(view.nnz for view in views), _total_size(views))[1]
-            n_grow = total - sum(vacancy.n_kept for vacancy in vacancies)
+            total = self._total(step, sum(view.nnz for view in views), total_size(views))
+            # Each layer keeps a connection, which may be more than the total.
+            n_grow = max(0, total - sum(vacancy.n_kept for vacancy in vacancies))
         caps = [vacancy.n_free for vacancy in vacancies]
         if self.redistribute is None:
             return apportion(n_grow, [vacancy.drop.size for vacancy in vacancies], caps)
@@ -281,12 +293,9 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         reasons = [self._reason_to_skip(view) for view in views]
         active = [view for view, reason in zip(views, reasons, strict=True) if not reason]
         reports = [UpdateReport(skipped=why, nnz=v.nnz) for v, why in zip(views, reasons, strict=True)]
-        vacancies = [Vacancy(v, drop) for v, drop in zip(active, self._drop(active, step), strict=True)]
-        for vacancy, n_grow in zip(vacancies, self._allot(vacancies, step), strict=True):
-            view = vacancy.view
-            rows = self._row_goal(view, step) - vacancy.row_kept if self.scope == "row" else None
-            filled = Vacancy(view, vacancy.drop, n_grow, rows)
-            reports[view.index] = self._rewire(filled, moves[view.index])
+        for vacancy in self._plan(active, step):
+            index = vacancy.view.index
+            reports[index] = self._rewire(vacancy, moves[index])
         self.last_update = tuple(reports)
 
     def _rewire(self, vacancy: Vacancy, move: StateMove) -> UpdateReport:
@@ -345,5 +354,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             ours.update({name: entries.clone() for name, entries in saved.items()})
 
 
-def _total_size(views: Sequence[LayerView]) -> int:
+def total_size(views: Sequence[LayerView]) -> int:
+    """Positions of all layers together."""
     return sum(view.size for view in views)

@@ -13,10 +13,12 @@ class RigL(DynamicSparsityAlgorithm):
 
     Parameters
     ----------
-    sparsity, **settings
+    sparsity : float, Schedule or None
         See `DynamicSparsityAlgorithm`.
     grad_accumulation : int
         Backward passes per optimizer step; G is the sum over them.
+    **settings
+        See `DynamicSparsityAlgorithm`.
 
     Raises
     ------

@@ -21,9 +21,11 @@ class SparseLayer(nn.Module):
     """A linear layer with a topology; subclasses say how it is stored and computed."""
 
     bias: nn.Parameter | None
+    forward_mask: Tensor | None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.register_buffer("forward_mask", None)
         self.in_features = check_size("in_features", in_features)
         self.out_features = check_size("out_features", out_features)
         self.gradient_watcher: GradientWatcher | None = None
@@ -37,6 +39,17 @@ class SparseLayer(nn.Module):
     def nnz(self) -> int:
         """Live connections."""
         raise NotImplementedError
+
+    @property
+    def _in_use(self) -> Tensor:
+        """`stored`, with 0 for what `forward_mask` leaves out; its gradient reaches all of `stored`."""
+        if self.forward_mask is None:
+            return self.stored
+        return torch.where(self.forward_mask, self.stored, self.stored - self.stored.detach())
+
+    def _fit_forward_mask(self, saved: Tensor | None) -> None:
+        """Make room for a saved mask, or forget the mask if none was saved."""
+        self.forward_mask = None if saved is None else torch.ones_like(self.stored, dtype=torch.bool)
 
     def _product(self, tokens: Tensor) -> Tensor:
         """(tokens, out_features) for (tokens, in_features)."""

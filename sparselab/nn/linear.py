@@ -49,6 +49,9 @@ class SparseLinear(SparseLayer):
         ``values[indptr[i] : indptr[i + 1]]`` are the weights of output i.
     indices : uint16, int32 or int64 buffer, (nnz,)
         Input of each connection; uint16 up to 65,536 inputs.
+    forward_mask : bool buffer, (nnz,), or None
+        Connections that the output comes from; None means all. The others get gradients as if they were in
+        use, and are 0 in the forward pass and in the gradient of x. Set by `sparselab.TopKAST`.
     bias : Parameter, (out_features,), or None
 
     Raises
@@ -130,7 +133,7 @@ class SparseLinear(SparseLayer):
             self.in_features, self.out_features, self.bias is not None, self.values.device, self.values.dtype
         ).train(self.training)
         with torch.no_grad():
-            new.weight.zero_().view(-1)[self.positions()] = self.values
+            new.weight.zero_().view(-1)[self.positions()] = self._in_use
             if self.bias is not None:
                 new.bias.copy_(self.bias)
         return new
@@ -139,6 +142,7 @@ class SparseLinear(SparseLayer):
         """Draw a new random topology of the same count, and new weights and biases."""
         seed = int(torch.randint(2**62, (), device="cpu").item())
         size = self.out_features * self.in_features
+        self.forward_mask = None
         self._set_topology(kernels.sample_distinct(np.random.default_rng(seed), size, self.nnz))
         fan_in_uniform_(self.values, self.indptr)
         if self.bias is not None:
@@ -225,6 +229,8 @@ class SparseLinear(SparseLayer):
         moved = torch.from_numpy(source)
         if gradient is not None:
             self.values.grad = self.moved(gradient, moved)
+        if self.forward_mask is not None:
+            self.forward_mask = self.moved(self.forward_mask, moved)
         return moved
 
     def _resize(self, nnz: int) -> None:
@@ -265,7 +271,7 @@ class SparseLinear(SparseLayer):
 
     def _product(self, tokens: Tensor) -> Tensor:
         return functional.sparse_linear(
-            tokens, self.values, self.bias, self.indptr, self.indices, self._plans
+            tokens, self._in_use, self.bias, self.indptr, self.indices, self._plans
         )
 
     def _product_seen_by(self, watcher: GradientWatcher, tokens: Tensor) -> Tensor:
@@ -321,6 +327,7 @@ class SparseLinear(SparseLayer):
         if loaded is not None:
             state_dict = {**state_dict, prefix + "indices": loaded}
             self._resize(len(loaded))
+            self._fit_forward_mask(state_dict.get(prefix + "forward_mask"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -37,6 +37,8 @@ class MaskedLinear(SparseLayer):
         Exactly 0 where there is no connection, and so is its gradient, whatever NaN or infinity comes along.
     mask : bool buffer, (out_features, in_features)
         Where connections are. It is part of the state: what is loaded replaces the topology.
+    forward_mask : bool buffer, (out_features, in_features), or None
+        Connections that the output comes from; as of `SparseLinear`.
     bias : Parameter, (out_features,), or None
 
     Raises
@@ -96,7 +98,9 @@ class MaskedLinear(SparseLayer):
 
     def to_sparse(self) -> SparseLinear:
         """A `SparseLinear` with the same topology, weights, biases, mode and trainability."""
-        return SparseLinear._from_positions(self, self.positions())
+        new = SparseLinear._from_positions(self, self.positions())
+        new.forward_mask = None if self.forward_mask is None else self.per_connection(self.forward_mask)
+        return new
 
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` with the same outputs."""
@@ -118,6 +122,10 @@ class MaskedLinear(SparseLayer):
         positions = layer.positions()
         self.mask.zero_().view(-1)[positions] = True
         self.weight.zero_().view(-1)[positions] = layer.values
+        self.forward_mask = None
+        if layer.forward_mask is not None:
+            self.forward_mask = torch.zeros_like(self.mask)
+            self.forward_mask.view(-1)[positions] = layer.forward_mask
         if self.bias is not None:
             assert layer.bias is not None
             self.bias.copy_(layer.bias)
@@ -189,7 +197,7 @@ class MaskedLinear(SparseLayer):
         )
         new, source = (torch.from_numpy(part).to(place) for part in (matrix.positions(), old_slots))
         self.mask.zero_().view(-1)[new] = True
-        for entries in (self.weight, self.weight.grad):
+        for entries in (self.weight, self.weight.grad, self.forward_mask):
             if entries is not None:
                 self.moved(entries, source)
         return source
@@ -205,15 +213,17 @@ class MaskedLinear(SparseLayer):
 
     def _product(self, tokens: Tensor) -> Tensor:
         # Chosen, not multiplied: 0 times NaN is NaN, in the output and in the gradient.
-        return nn.functional.linear(tokens, torch.where(self.mask, self.weight, 0), self.bias)
+        return nn.functional.linear(tokens, torch.where(self.mask, self._in_use, 0), self.bias)
 
     def _product_seen_by(self, watcher: GradientWatcher, tokens: Tensor) -> Tensor:
         y: Tensor = _Seen.apply(self._product(tokens), tokens, watcher)  # type: ignore[no-untyped-call]
         return y
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, and clear what another topology leaves behind: weights and gradients without a connection."""
-        super()._load_from_state_dict(*args, **kwargs)
+        if prefix + "mask" in state_dict:
+            self._fit_forward_mask(state_dict.get(prefix + "forward_mask"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
         with torch.no_grad():
             for entries in (self.weight, self.weight.grad):
                 if entries is not None:

@@ -21,6 +21,9 @@ class SparseTopology(Protocol):
     """A layer whose connections can be dropped and grown."""
 
     gradient_watcher: GradientWatcher | None
+    #: Laid out as `stored`: the connections in use in the forward pass, or None if all are. It follows a
+    #: rewrite, with nothing grown in it. The gradient of `stored` is the same with it as without.
+    forward_mask: Tensor | None
 
     @property
     def stored(self) -> nn.Parameter:
@@ -62,8 +65,8 @@ class SparseTopology(Protocol):
 
 
 _MEMBERS = (
-    "gradient_watcher", "stored", "shape", "nnz", "sparsity", "positions", "per_connection", "put",
-    "rewrite", "moved",
+    "forward_mask", "gradient_watcher", "stored", "shape", "nnz", "sparsity", "positions", "per_connection",
+    "put", "rewrite", "moved",
 )  # fmt: skip
 
 #: Moving a number needs its width only.

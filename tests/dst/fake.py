@@ -15,7 +15,7 @@ class _Function(torch.autograd.Function):
         ctx.watcher = layer.gradient_watcher
         if ctx.watcher is not None and any(ctx.needs_input_grad):
             ctx.watcher.forward_seen()
-        return x @ layer.dense(values).T
+        return x @ layer.dense(layer.in_use(values)).T
 
     @staticmethod
     def backward(ctx, dy):
@@ -23,7 +23,7 @@ class _Function(torch.autograd.Function):
         if ctx.watcher is not None:
             ctx.watcher.backward_seen(x.detach(), dy.detach())
         dw = (dy.T @ x).reshape(-1)[ctx.layer.positions()]
-        return dy @ ctx.layer.dense(values), dw, None
+        return dy @ ctx.layer.dense(ctx.layer.in_use(values)), dw, None
 
 
 class FakeSparse(nn.Module):
@@ -39,6 +39,7 @@ class FakeSparse(nn.Module):
         self.register_buffer("live", torch.from_numpy(live))
         self.values = nn.Parameter(torch.from_numpy(rng.standard_normal(nnz)).to(dtype))
         self.gradient_watcher = None
+        self.register_buffer("forward_mask", None)
 
     @property
     def stored(self):
@@ -56,6 +57,9 @@ class FakeSparse(nn.Module):
         flat = torch.zeros(self.shape[0] * self.shape[1], dtype=values.dtype)
         return flat.index_put((self.live,), values).reshape(self.shape)
 
+    def in_use(self, values):
+        return values if self.forward_mask is None else torch.where(self.forward_mask, values, 0)
+
     def positions(self):
         return self.live
 
@@ -67,7 +71,7 @@ class FakeSparse(nn.Module):
         entries[slots] = numbers
 
     def moved(self, entries, source):
-        moved = torch.where(source < 0, 0, entries[source])
+        moved = torch.where(source < 0, entries.new_zeros(()), entries[source])
         return entries.copy_(moved) if moved.shape == entries.shape else moved
 
     def rewrite(self, drop, grow):
@@ -82,12 +86,16 @@ class FakeSparse(nn.Module):
         self.values.data = self.moved(self.values.data, source)
         if gradient is not None:
             self.values.grad = self.moved(gradient, source)
+        if self.forward_mask is not None:
+            self.forward_mask = self.moved(self.forward_mask, source)
         self.live = torch.from_numpy(new)
         return source
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.values.data = torch.empty_like(state_dict[prefix + "values"])
         self.live = torch.empty_like(state_dict[prefix + "live"])
+        mask = state_dict.get(prefix + "forward_mask")
+        self.forward_mask = None if mask is None else torch.empty_like(mask)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x):
