@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
     from sparselab._warmup import warmup
-    from sparselab.dst import SET, Constant, Cosine, RigL, Static
+    from sparselab.dst import DSR, SET, SNFS, Constant, Cosine, DeepR, RigL, Static
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import SparseLinear, measure_sparsity, memory_report, sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "SET",
+    "SNFS",
     "Constant",
     "Cosine",
+    "DeepR",
     "PaddedCSR",
     "RigL",
     "SparseLinear",
@@ -34,9 +37,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DSR": "dst",
     "SET": "dst",
+    "SNFS": "dst",
     "Constant": "dst",
     "Cosine": "dst",
+    "DeepR": "dst",
     "PaddedCSR": "kernels",
     "RigL": "dst",
     "SparseLinear": "nn",

@@ -5,23 +5,32 @@ Attach one with ``algorithm.attach(model, optimizer)``, which steps along with t
 """
 
 from sparselab.dst.base import SparsityAlgorithm
-from sparselab.dst.drop import DropScore, Magnitude
+from sparselab.dst.deepr import DeepR
+from sparselab.dst.drop import DropScore, Magnitude, SignedMagnitude
+from sparselab.dst.dsr import DSR
 from sparselab.dst.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.group import Group
 from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
 from sparselab.dst.grown import FanInUniform, Normal
-from sparselab.dst.redistribute import ByRemaining, Redistribution
+from sparselab.dst.momentum import MomentumGrowth
+from sparselab.dst.redistribute import ByMagnitude, ByMomentum, ByRemaining, Redistribution
 from sparselab.dst.rigl import RigL
 from sparselab.dst.schedule import Constant, Cosine, Schedule, as_schedule
 from sparselab.dst.set import SET
+from sparselab.dst.snfs import SNFS
 from sparselab.dst.static import Static
 from sparselab.dst.update import LayerView, UpdateReport, Vacancy
 
 __all__ = [
+    "DSR",
     "SET",
+    "SNFS",
+    "ByMagnitude",
+    "ByMomentum",
     "ByRemaining",
     "Constant",
     "Cosine",
+    "DeepR",
     "DropScore",
     "DynamicSparsityAlgorithm",
     "FanInUniform",
@@ -30,11 +39,13 @@ __all__ = [
     "Growth",
     "LayerView",
     "Magnitude",
+    "MomentumGrowth",
     "Normal",
     "RandomGrowth",
     "Redistribution",
     "RigL",
     "Schedule",
+    "SignedMagnitude",
     "SparsityAlgorithm",
     "Static",
     "UpdateReport",
