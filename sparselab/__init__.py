@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sparselab._warmup import warmup
     from sparselab.dst import DSR, SET, SNFS, Constant, Cosine, DeepR, RigL, Static
     from sparselab.kernels import PaddedCSR
-    from sparselab.nn import SparseLinear, measure_sparsity, memory_report, sparsify
+    from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "DeepR",
+    "MaskedLinear",
     "PaddedCSR",
     "RigL",
     "SparseLinear",
@@ -43,6 +44,7 @@ _HOMES = {
     "Constant": "dst",
     "Cosine": "dst",
     "DeepR": "dst",
+    "MaskedLinear": "nn",
     "PaddedCSR": "kernels",
     "RigL": "dst",
     "SparseLinear": "nn",

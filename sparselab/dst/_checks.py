@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
+from typing import Any
 
 
 def require_finite(name: str, value: object, expected: str = "a number") -> None:
@@ -21,3 +23,12 @@ def require_count(name: str, value: object, minimum: int = 0) -> int:
     if int(value) < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value!r}")
     return int(value)
+
+
+def require_several(name: str, value: object) -> tuple[Any, ...]:
+    """`value` as a tuple; raise TypeError if it is a text or cannot be listed, ValueError if it is empty."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list of numbers; got {value!r}")
+    if not (several := tuple(value)):
+        raise ValueError(f"{name} must hold at least one number; got none")
+    return several

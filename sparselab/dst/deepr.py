@@ -113,7 +113,9 @@ class DeepR(DynamicSparsityAlgorithm):
         """Standard deviation of the noise."""
         temperature = self.temperature(step)
         if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative; got {temperature!r} at step {step}")
+            raise ValueError(
+                f"temperature must be finite and not negative; got {temperature!r} at step {step}"
+            )
         return math.sqrt(2 * lr * temperature)
 
     def _finish_step(self, step: int) -> None:

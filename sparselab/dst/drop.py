@@ -127,4 +127,3 @@ def lowest_of_network(scores: Sequence[Scores], k: int) -> list[Array]:
     dropped = lowest(together, min(k, together.size - len(best)))
     cuts = np.searchsorted(dropped, start)
     return [dropped[cuts[i] : cuts[i + 1]] - start[i] for i in range(len(scores))]
-

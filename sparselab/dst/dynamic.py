@@ -18,11 +18,12 @@ from sparselab.dst.grow import Growth, RandomGrowth
 from sparselab.dst.grown import GrownState, GrownValue, as_grown_value, check_grown_state
 from sparselab.dst.optimizer_state import OptimizerTracker, StateMove
 from sparselab.dst.redistribute import Redistribution
-from sparselab.dst.schedule import Constant, Schedule, UpdateSchedule, as_schedule, as_update_schedule
+from sparselab.dst.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.update import LayerView, UpdateReport, Vacancy
+from sparselab.dst.when import UpdateSchedule, as_update_schedule
 from sparselab.kernels import n_connections
 from sparselab.kernels.layout import Array
-from sparselab.nn.topology import SparseTopology, move_entries
+from sparselab.nn.topology import SparseTopology, move_slots
 
 UpdateHook = Callable[["DynamicSparsityAlgorithm"], None]
 
@@ -283,7 +284,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         move.apply(source, self.grown_state)
         slots = self._slots[vacancy.view.index]
         for name, entries in slots.items():
-            slots[name] = move_entries(entries, source)
+            slots[name] = move_slots(entries, source)
         n_survivors = self._set_grown_values(vacancy, source)
         return UpdateReport(drop.size, grow.size, n_survivors - vacancy.n_kept, layer.nnz)
 

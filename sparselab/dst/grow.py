@@ -59,7 +59,7 @@ class Growth(abc.ABC):
         return {}
 
     def remember(self, memory: dict[str, Any]) -> None:
-        """Take back what `memory` returned; raise ValueError, before anything is changed, if it does not fit."""
+        """Take back what `memory` returned; raise ValueError, with nothing changed, if it does not fit."""
 
 
 class RandomGrowth(Growth):

@@ -1,4 +1,4 @@
-"""Growth by momentum: an average of the dense gradient over many steps, for layers small enough to keep one."""
+"""Growth by momentum: an average of the dense gradient over many steps, for layers that can afford one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class GradientAverage:
 
 
 class MomentumGrowth(Growth):
-    """The positions of largest ``|M|``, where ``M <- momentum * M + G`` and G is the dense gradient of a step.
+    """The positions of largest ``|M|``, ``M <- momentum * M + G``, where G is the dense gradient of a step.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ class MomentumGrowth(Growth):
         }
 
     def remember(self, memory: dict[str, Any]) -> None:
-        """Take back what `memory` returned; raise ValueError, before anything is changed, if it does not fit."""
+        """Take back what `memory` returned; raise ValueError, with nothing changed, if it does not fit."""
         shapes = {name: tuple(entries.shape) for name, entries in memory.items()}
         ours = {str(index): average.shape for index, average in self._averages.items()}
         if not shapes.items() <= ours.items():

@@ -1,37 +1,27 @@
 """Optimizer state follows the connections.
 
 An optimizer keeps momentum and the like in one tensor per parameter, entry for entry. When a layer drops and
-grows connections the entries of ``values`` move, and whatever is kept per entry has to move with them; else
-a moment silently ends up at a connection it was never measured on. (The layer itself moves the weights and
-their gradient.)
+grows connections the entries of its Parameter move, and whatever is kept per entry has to move with them;
+else a moment silently ends up at a connection it was never measured on. (The layer itself moves the weights
+and their gradient, and knows how.)
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from sparselab.kernels._rewrite import move_entries
-
-#: Moving a number needs its width only.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from sparselab.dst.grown import GrownState
+from sparselab.nn.topology import SparseTopology
 
 # Hooks whose tracker is gone. The garbage collector may take a tracker while torch walks over its hooks, and
 # removing one there would be an error in the middle of an optimizer step; so it waits.
 _retired_hooks: list[RemovableHandle] = []
-
-
-class HasValues(Protocol):
-    """Anything with a parameter of live weights."""
-
-    @property
-    def values(self) -> torch.nn.Parameter:
-        """The live weights."""
 
 
 class OptimizerTracker:
@@ -44,12 +34,14 @@ class OptimizerTracker:
     Parameters
     ----------
     layers : sequence of layers
-        Read at each step, so that layers may be added later, and ``values`` replaced by loading.
+        Read at each step, so that layers may be added later, and ``stored`` replaced by loading.
     """
 
-    def __init__(self, layers: Sequence[HasValues]) -> None:
+    def __init__(self, layers: Sequence[SparseTopology]) -> None:
         self._layers = layers
-        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        #: With the number of the note that was taken of each last.
+        self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        self._n_notes = 0
         self._watching = False
 
     def watch(self) -> None:
@@ -80,93 +72,92 @@ class OptimizerTracker:
                 f"optimizer must be a torch.optim.Optimizer, or offer its param_groups and state; "
                 f"got {type(optimizer).__name__}"
             )
-        self._optimizers.add(optimizer)
+        self._n_notes += 1
+        self._optimizers[optimizer] = self._n_notes
 
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer in self._optimizers:
-            return
-        ours = {id(layer.values) for layer in self._layers}
-        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
-            self._optimizers.add(optimizer)
+        if optimizer in self._optimizers or self._has_a_layer(optimizer):
+            self.add(optimizer)
 
-    def plan_move(self, values: torch.nn.Parameter) -> StateMove:
-        """Find everything that must move with `values`, before anything is changed.
+    def _has_a_layer(self, optimizer: torch.optim.Optimizer) -> bool:
+        ours = {id(layer.stored) for layer in self._layers}
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+    def find(self, layer: SparseTopology) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Settings and state of the optimizer that stepped a layer last; both empty if none is known."""
+        weights = layer.stored
+        for optimizer in sorted(self._optimizers, key=self._optimizers.__getitem__, reverse=True):
+            for group in optimizer.param_groups:
+                if any(p is weights for p in group["params"]):
+                    return group, optimizer.state.get(weights, {})
+        return {}, {}
+
+    def plan_move(self, layer: SparseTopology) -> StateMove:
+        """Find everything that must move with the connections of `layer`, before anything is changed.
 
         Raises
         ------
         RuntimeError
-            If some optimizer keeps state for `values` that is not one entry per connection.
+            If some optimizer keeps state for ``layer.stored`` that is not one entry per entry.
         """
-        return StateMove(values, self._optimizers)
+        return StateMove(layer, self._optimizers)
 
 
 class StateMove:
-    """What has to follow the entries of one parameter; made before the rewrite, applied after it.
+    """What has to follow the connections of one layer; made before the rewrite, applied after it.
 
     Parameters
     ----------
-    values : Parameter, (nnz,)
-        The live weights of a layer.
+    layer : SparseTopology
     optimizers : iterable of optimizers
-        Those that may keep state for it.
+        Those that may keep state for its weights.
 
     Raises
     ------
     RuntimeError
-        If the state of `values` has a tensor of another shape, or tensors inside a container. Nothing has
-        been changed then.
+        If the state of ``layer.stored`` has a tensor of another shape, or tensors inside a container. Nothing
+        has been changed then.
     """
 
-    def __init__(self, values: torch.nn.Parameter, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self._values = values
+    def __init__(self, layer: SparseTopology, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._layer = layer
         self._places: list[tuple[dict[str, Any], str]] = []
+        weights = layer.stored
         for optimizer in optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
-                if any(p is values for group in optimizer.param_groups for p in group["params"]):
+                if any(p is weights for group in optimizer.param_groups for p in group["params"]):
                     raise RuntimeError(_unmovable(optimizer, "its state is one vector over all parameters"))
-            elif values in optimizer.state:
-                self._collect(optimizer, optimizer.state[values])
+            elif weights in optimizer.state:
+                self._collect(optimizer, optimizer.state[weights], weights.shape)
 
-    def _collect(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def _collect(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], shape: torch.Size) -> None:
         for name, entry in state.items():
             if isinstance(entry, torch.Tensor):
-                if entry.shape == self._values.shape:
+                if entry.shape == shape:
                     self._places.append((state, name))
                 elif entry.numel() > 1:
-                    shapes = f"{tuple(entry.shape)}, not {tuple(self._values.shape)}"
+                    shapes = f"{tuple(entry.shape)}, not {tuple(shape)}"
                     raise RuntimeError(_unmovable(optimizer, f"state {name!r} has shape {shapes}"))
             elif _holds_tensor(entry):
                 raise RuntimeError(_unmovable(optimizer, f"state {name!r} is a {type(entry).__name__}"))
 
     @torch.no_grad()
-    def apply(self, source: torch.Tensor) -> None:
-        """Move every entry: ``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``.
+    def apply(self, source: torch.Tensor, grown: GrownState = "zero") -> None:
+        """Move every entry with its connection.
 
         Parameters
         ----------
         source : int64 tensor, (new nnz,)
             Old slot of each new slot, or -1.
+        grown : {"zero", "mean"}
+            What new connections start with: 0, or the mean over those that are not new.
         """
+        new = source < 0
         for state, name in self._places:
-            state[name] = follow(state[name], source)
-
-
-@torch.no_grad()
-def follow(entries: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``: in place if the length stays the same.
-
-    In place, so that other references to the tensor see it.
-    """
-    integers = _INTEGERS.get(entries.itemsize)
-    if integers is not None and entries.is_contiguous() and not entries.is_complex():
-        old = entries.detach().cpu().view(integers).numpy()
-        moved = torch.from_numpy(move_entries(old, source.cpu().numpy())).view(entries.dtype)
-    else:
-        # One more entry, so that -1 reads a zero.
-        moved = torch.cat((entries, entries.new_zeros(1)))[source.to(entries.device)]
-    if entries.shape == moved.shape:
-        return entries.copy_(moved)
-    return moved.to(entries.device)
+            state[name] = self._layer.moved(state[name], source)
+            if grown == "mean" and 0 < (n_new := int(new.sum())) < source.numel():
+                mean = self._layer.per_connection(state[name])[~new].mean()
+                self._layer.put(state[name], new.nonzero()[:, 0], mean.expand(n_new))
 
 
 def _holds_tensor(entry: object) -> bool:

@@ -54,10 +54,10 @@ class SNFS(DynamicSparsityAlgorithm):
     (sparsity s below 0.2, mean momentum above the average over layers) drops ``ceil(s * nnz)`` at most. Every
     layer keeps at least one connection.
 
-    Departures from the paper: counts are exact, where its code corrects their drift by an average; a layer may
-    become full, where its code stops at 99 %; growth ranks plain averages of the gradient, also under Adam
-    (where the shares do use ``exp_avg / sqrt(exp_avg_sq)``); state of grown connections starts at zero; and
-    updates are counted in steps, where the paper's come once per epoch.
+    Departures from the paper: counts are exact, where its code corrects their drift by an average; a layer
+    may become full, where its code stops at 99 %; growth ranks plain averages of the gradient, also under
+    Adam (where the shares do use ``exp_avg / sqrt(exp_avg_sq)``); state of grown connections starts at zero;
+    and updates are counted in steps, where the paper's come once per epoch.
 
     References
     ----------

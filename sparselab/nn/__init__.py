@@ -4,11 +4,13 @@ from sparselab.nn.convert import measure_sparsity, sparsify
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_uniform_
 from sparselab.nn.linear import SparseLinear
+from sparselab.nn.masked import MaskedLinear
 from sparselab.nn.report import MemoryReport, memory_report
 from sparselab.nn.topology import SparseTopology, find_sparse
 
 __all__ = [
     "GradientWatcher",
+    "MaskedLinear",
     "MemoryReport",
     "SparseLinear",
     "SparseTopology",

@@ -15,8 +15,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 def check_input(x: Tensor, values: Tensor, in_features: int) -> Tensor:
     """x, brought to the dtype of the values under autocast; errors as documented at `SparseLinear`."""
-    if x.ndim == 0 or x.shape[-1] != in_features:
-        raise RuntimeError(f"input must have shape (..., in_features={in_features}), got {tuple(x.shape)}")
+    check_width(x, in_features)
     if x.dtype is values.dtype and x.dtype in _DTYPES and x.is_cpu and values.is_cpu:
         return x
     for name, tensor in (("input", x), ("layer", values)):
@@ -34,6 +33,12 @@ def check_input(x: Tensor, values: Tensor, in_features: int) -> Tensor:
             )
         x = x.to(values.dtype)
     return x
+
+
+def check_width(x: Tensor, in_features: int) -> None:
+    """Raise RuntimeError unless x is (..., in_features)."""
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(f"input must have shape (..., in_features={in_features}), got {tuple(x.shape)}")
 
 
 def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: torch.dtype) -> Tensor | None:

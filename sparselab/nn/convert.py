@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparselab.kernels import n_connections
+from sparselab.nn._layer import SparseLayer
 from sparselab.nn.linear import SparseLinear
+from sparselab.nn.masked import MaskedLinear
 from sparselab.nn.topology import is_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_KINDS: dict[str, type[SparseLinear | MaskedLinear]] = {"sparse": SparseLinear, "masked": MaskedLinear}
+
 
 def sparsify(
-    model: Model, rules: Mapping[str, float], *, init: Literal["random", "magnitude"] = "random"
+    model: Model,
+    rules: Mapping[str, float],
+    *,
+    init: Literal["random", "magnitude"] = "random",
+    layer: Literal["sparse", "masked"] = "sparse",
 ) -> Model:
     """Swap the named `torch.nn.Linear` layers of a model for `SparseLinear`, in place.
 
@@ -30,6 +38,9 @@ def sparsify(
     init : {"random", "magnitude"}
         "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
         weights of the dense layer stay.
+    layer : {"sparse", "masked"}
+        "masked": `MaskedLinear` layers instead, which simulate the same model at the cost of the dense one.
+        With the same seed of torch's generator both kinds get the same topology and weights.
 
     Returns
     -------
@@ -39,9 +50,9 @@ def sparsify(
     Raises
     ------
     ValueError
-        If the model is itself a linear layer, a pattern matches none, a sparsity is not in [0, 1], init is
-        neither choice, or a matching layer shares a parameter with another module or computes its weight (as
-        under `torch.nn.utils.spectral_norm`). Nothing has been changed then.
+        If the model is itself a linear layer, a pattern matches none, a sparsity is not in [0, 1], init or
+        layer is none of its choices, or a matching layer shares a parameter with another module or computes
+        its weight (as under `torch.nn.utils.spectral_norm`). Nothing has been changed then.
 
     Notes
     -----
@@ -57,22 +68,54 @@ def sparsify(
     """
     if init not in ("random", "magnitude"):
         raise ValueError(f'init must be "random" or "magnitude", got {init!r}')
+    if layer not in _KINDS:
+        raise ValueError(f'layer must be "sparse" or "masked", got {layer!r}')
     for sparsity in rules.values():
         n_connections((1, 1), sparsity)
     chosen = _choose(model, rules)
     _refuse_shared_parameters(model, chosen)
-    new = {
-        layer: SparseLinear.from_dense(layer, sparsity)
-        if init == "magnitude"
-        else SparseLinear._like(layer, sparsity)
-        for layer, sparsity in chosen.items()
-    }
+    make = _KINDS[layer].from_dense if init == "magnitude" else _KINDS[layer]._like
+    _swap(model, {linear: make(linear, sparsity) for linear, sparsity in chosen.items()})
+    return model
+
+
+def find_linear(
+    model: nn.Module, include: str | Iterable[str] = "*", exempt: str | Iterable[str] = ()
+) -> dict[str, nn.Linear]:
+    """The `torch.nn.Linear` layers that can be swapped, by qualified name, in the order of the model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    include, exempt : str or iterable of str
+        Patterns of names as in `sparsify`: layers that match one of `include` and none of `exempt`.
+
+    Raises
+    ------
+    ValueError
+        As `sparsify` does for its patterns and layers; `exempt` must match too. And if no layer is left.
+    """
+    wanted, unwanted = ((each,) if isinstance(each, str) else tuple(each) for each in (include, exempt))
+    excluded = _choose(model, dict.fromkeys(unwanted, 0.0))
+    chosen = [linear for linear in _choose(model, dict.fromkeys(wanted, 0.0)) if linear not in excluded]
+    if not chosen:
+        raise ValueError(f"include must match a layer that exempt does not, got {wanted} and {unwanted}")
+    _refuse_shared_parameters(model, chosen)
+    names = {module: name for name, module in model.named_modules()}
+    return {names[linear]: linear for linear in chosen}
+
+
+def keep_positions(model: nn.Module, kept: Mapping[nn.Linear, Tensor]) -> None:
+    """Swap layers of `find_linear` for `SparseLinear` with the weights at int64 positions, ascending."""
+    _swap(model, {linear: SparseLinear._from_positions(linear, at) for linear, at in kept.items()})
+
+
+def _swap(model: nn.Module, new: Mapping[nn.Linear, SparseLayer]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, nn.Linear) and child in new:
                 setattr(parent, name, new[child])
                 _leave_fused_encoder(model, parent)
-    return model
 
 
 def _leave_fused_encoder(model: nn.Module, layer: nn.Module) -> None:
@@ -114,7 +157,7 @@ def _choose(model: nn.Module, rules: Mapping[str, float]) -> dict[nn.Linear, flo
     return chosen
 
 
-def _refuse_shared_parameters(model: nn.Module, chosen: Mapping[nn.Linear, float]) -> None:
+def _refuse_shared_parameters(model: nn.Module, chosen: Iterable[nn.Linear]) -> None:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,16 +11,21 @@ from torch import Tensor, nn
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR, index_dtype, n_connections
 from sparselab.nn import functional
-from sparselab.nn._checks import check_dtype, check_input, check_size, check_topology
+from sparselab.nn._checks import check_dtype, check_input, check_topology
+from sparselab.nn._layer import SparseLayer
 from sparselab.nn._plans import LayerPlans
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_bound, fan_in_uniform_
+from sparselab.nn.topology import largest_positions, move_slots
 from sparselab.nn.variants import Variant, choose
+
+if TYPE_CHECKING:
+    from sparselab.nn.masked import MaskedLinear
 
 _TOPOLOGY = ("values", "indptr", "indices")
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(SparseLayer):
     """Drop-in for `torch.nn.Linear`: ``y = x W^T + b`` with a sparse W.
 
     Parameters
@@ -84,11 +88,8 @@ class SparseLinear(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = check_size("in_features", in_features)
-        self.out_features = check_size("out_features", out_features)
+        super().__init__(in_features, out_features)
         self._plans = LayerPlans()
-        self.gradient_watcher: GradientWatcher | None = None
         nnz = n_connections(self.shape, sparsity)
         place = torch.empty(0, device=device).device
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -106,31 +107,21 @@ class SparseLinear(nn.Module):
         """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        weight = linear.weight.detach()
-        new = cls._like(linear, sparsity, device="meta").to_empty(device=weight.device)
-        flat = weight.reshape(-1)
-        order = torch.argsort(flat.abs(), descending=True, stable=True)
-        positions = torch.sort(order[: new.nnz]).values
-        new._set_topology(positions.cpu().numpy())
-        with torch.no_grad():
-            new.values.copy_(flat[positions])
-            if new.bias is not None:
-                new.bias.copy_(linear.bias)
-        return new
+        nnz = n_connections((linear.out_features, linear.in_features), sparsity)
+        return cls._from_positions(linear, largest_positions(linear.weight, nnz))
 
     @classmethod
-    def _like(
-        cls, linear: nn.Linear, sparsity: float, device: torch.device | str | None = None
-    ) -> SparseLinear:
-        """A new layer with the sizes, dtype, mode and trainability of a dense one, and random weights."""
-        weight = linear.weight
-        place = weight.device if device is None else device
-        new = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, sparsity, place, weight.dtype
-        ).train(linear.training)
-        new.values.requires_grad_(weight.requires_grad)
-        if new.bias is not None:
-            new.bias.requires_grad_(linear.bias.requires_grad)
+    def _from_positions(cls, linear: nn.Linear | MaskedLinear, positions: Tensor) -> SparseLinear:
+        """The weights of a layer with a dense ``weight`` at these int64 positions, ascending."""
+        weight = linear.weight.detach()
+        new = cls._like(linear, 1 - len(positions) / max(weight.numel(), 1), device="meta")
+        new = new.to_empty(device=weight.device)
+        new._set_topology(positions.cpu().numpy())
+        with torch.no_grad():
+            new.values.copy_(weight.reshape(-1)[positions])
+            if new.bias is not None:
+                assert linear.bias is not None
+                new.bias.copy_(linear.bias)
         return new
 
     def to_dense(self) -> nn.Linear:
@@ -163,25 +154,27 @@ class SparseLinear(nn.Module):
         self.indices.copy_(torch.from_numpy(columns))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)``, the shape of W."""
-        return self.out_features, self.in_features
+    def stored(self) -> nn.Parameter:
+        """`values`."""
+        return self.values
 
     @property
     def nnz(self) -> int:
         """Live connections."""
         return self.values.shape[0]
 
-    @property
-    def density(self) -> float:
-        """Live fraction of W (1 for a layer without positions)."""
-        size = self.in_features * self.out_features
-        return self.nnz / size if size else 1.0
+    def per_connection(self, entries: Tensor) -> Tensor:
+        """The entries (nnz,) themselves: there is one for each connection."""
+        return entries
 
-    @property
-    def sparsity(self) -> float:
-        """``1 - density``."""
-        return 1.0 - self.density
+    @torch.no_grad()
+    def put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
+        """Set some of the entries (nnz,)."""
+        entries[slots] = numbers
+
+    def moved(self, entries: Tensor, source: Tensor) -> Tensor:
+        """What lives per slot, after a `rewrite` that returned `source`; see `SparseTopology`."""
+        return move_slots(entries, source)
 
     def positions(self) -> Tensor:
         """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
@@ -221,18 +214,17 @@ class SparseLinear(nn.Module):
             self.shape, begin, np.diff(begin), self.indices.numpy(), self.values.detach().numpy()
         )
         new, source = kernels.rewrite(W, drop.numpy(), grow.numpy(), compact=True)
-        moved = torch.from_numpy(source)
-        if self.values.grad is not None:
-            gradient = self.values.grad[moved.clamp(min=0)].masked_fill_(moved < 0, 0)
-            self.values.grad = None
-        else:
-            gradient = None
+        # Set aside meanwhile: a Parameter and its gradient have the same shape.
+        gradient, self.values.grad = self.values.grad, None
         with torch.no_grad():
             self._resize(new.nnz)
             self.values.copy_(torch.from_numpy(new.values))
             self.indices.copy_(torch.from_numpy(new.indices))
             self.indptr.copy_(torch.from_numpy(new.indptr))
-        self.values.grad = gradient
+        del new
+        moved = torch.from_numpy(source)
+        if gradient is not None:
+            self.values.grad = self.moved(gradient, moved)
         return moved
 
     def _resize(self, nnz: int) -> None:
@@ -269,34 +261,16 @@ class SparseLinear(nn.Module):
         NotImplementedError
             If the layer or x is not on the CPU, or forward-mode derivatives are asked for.
         """
-        x = check_input(x, self.values, self.in_features)
-        tokens = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        watched = self.gradient_watcher is not None and self.values.requires_grad
-        product = self._watched_product if watched else self._product
-        if watched and torch.compiler.is_compiling():
-            # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
-            product = torch.compiler.disable(product)  # type: ignore[no-untyped-call]
-        y = product(tokens)
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
+        return self._forward(check_input(x, self.values, self.in_features))
 
     def _product(self, tokens: Tensor) -> Tensor:
         return functional.sparse_linear(
             tokens, self.values, self.bias, self.indptr, self.indices, self._plans
         )
 
-    def _watched_product(self, tokens: Tensor) -> Tensor:
-        assert self.gradient_watcher is not None
-        with functional.watching(self.gradient_watcher):
-            y = self._product(tokens)
-        if y.requires_grad:
-            self.gradient_watcher.forward_seen()
-        return y
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, sparsity={self.sparsity:.4g}, nnz={self.nnz}"
-        )
+    def _product_seen_by(self, watcher: GradientWatcher, tokens: Tensor) -> Tensor:
+        with functional.watching(watcher):
+            return self._product(tokens)
 
     def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
         """How a batch of so many tokens is computed, and why.
@@ -319,8 +293,7 @@ class SparseLinear(nn.Module):
         return self._plans.nbytes
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans are derived, and a watcher belongs to the algorithm that set it, not to a copy.
-        state = {**self.__dict__, "gradient_watcher": None}
+        state = super().__getstate__()
         del state["_plans"]
         if self.indices.dtype == torch.uint16:
             # pickle cannot load a uint16 tensor (torch.save can), so the columns travel as int16 bits.

@@ -70,8 +70,8 @@ def memory_report(
     parameters = list(model.parameters())
     weights = _bytes([*parameters, *model.buffers()])
     sparse = [module for module in model.modules() if is_sparse(module)]
-    extra_positions = sum(layer.shape[0] * layer.shape[1] - layer.nnz for layer in sparse)
-    dense_bytes = sum(layer.shape[0] * layer.shape[1] * layer.values.itemsize for layer in sparse)
+    extra_positions = sum(layer.shape[0] * layer.shape[1] - layer.stored.numel() for layer in sparse)
+    dense_bytes = sum(layer.shape[0] * layer.shape[1] * layer.stored.itemsize for layer in sparse)
     own_bytes = _bytes([tensor for layer in sparse for tensor in _weight_tensors(layer)])
     live = sum(parameter.numel() for parameter in parameters)
     return MemoryReport(
@@ -86,8 +86,8 @@ def memory_report(
 
 
 def _weight_tensors(layer: SparseTopology) -> Iterator[Tensor]:
-    """The values and the topology of a layer, without its bias."""
-    yield layer.values
+    """The weights and the topology of a layer, without its bias."""
+    yield layer.stored
     if isinstance(layer, nn.Module):
         yield from layer.buffers(recurse=False)
 

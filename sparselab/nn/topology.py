@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from typing import Protocol, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from sparselab.kernels import PaddedCSR, index_dtype
+from sparselab.kernels._rewrite import move_entries
+from sparselab.kernels._select import select
 from sparselab.nn._threads import use_torch_threads
 from sparselab.nn.functional import GradientWatcher
 
@@ -16,8 +20,11 @@ from sparselab.nn.functional import GradientWatcher
 class SparseTopology(Protocol):
     """A layer whose connections can be dropped and grown."""
 
-    values: nn.Parameter
     gradient_watcher: GradientWatcher | None
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The weights as optimizers see them: ``(nnz,)`` in slot order, or dense with zeros elsewhere."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -34,14 +41,33 @@ class SparseTopology(Protocol):
     def positions(self) -> Tensor:
         """int64 (nnz,): ``row * in_features + column`` of each slot, ascending."""
 
+    def per_connection(self, entries: Tensor) -> Tensor:
+        """(nnz,) entries in slot order of a tensor laid out as `stored`: weights, a gradient, a moment."""
+
+    def put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
+        """Set the entries of some slots, int64 (n,), in a tensor laid out as `stored`."""
+
     def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
-        """Drop slots and grow positions in place, moving values and gradient.
+        """Drop slots and grow positions in place, moving weights and gradient.
 
         Returns each new slot's old slot, or -1.
         """
 
+    def moved(self, entries: Tensor, source: Tensor) -> Tensor:
+        """A tensor laid out as `stored`, after a `rewrite` that returned `source`.
 
-_MEMBERS = ("values", "gradient_watcher", "shape", "nnz", "sparsity", "positions", "rewrite")
+        What survived keeps its entry; whatever was grown or has no connection gets 0. In place where the
+        shape stays, so that other references see it; else a new tensor.
+        """
+
+
+_MEMBERS = (
+    "gradient_watcher", "stored", "shape", "nnz", "sparsity", "positions", "per_connection", "rewrite",
+    "moved",
+)  # fmt: skip
+
+#: Moving a number needs its width only.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_sparse(module: object) -> TypeGuard[SparseTopology]:
@@ -82,3 +108,49 @@ def as_matrix(layer: SparseTopology) -> PaddedCSR:
         columns = column.astype(index_dtype(n_columns))
     no_values = np.broadcast_to(np.float32(0), columns.shape)
     return PaddedCSR.unchecked(layer.shape, indptr, np.diff(indptr), columns, no_values)
+
+
+@torch.no_grad()
+def move_slots(entries: Tensor, source: Tensor) -> Tensor:
+    """``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``: in place if the length stays the same.
+
+    In place, so that other references to the tensor see it.
+
+    Parameters
+    ----------
+    entries : (n,), any dtype
+    source : int64 (m,)
+        Old slot of each new slot, or -1.
+
+    Raises
+    ------
+    IndexError
+        If a source is neither a slot nor -1.
+    """
+    integers = _INTEGERS.get(entries.itemsize)
+    if integers is not None and entries.is_contiguous() and not entries.is_complex():
+        old = entries.detach().cpu().view(integers).numpy()
+        moved = torch.from_numpy(move_entries(old, source.cpu().numpy())).view(entries.dtype)
+    else:
+        # One more entry, so that -1 reads a zero.
+        moved = torch.cat((entries, entries.new_zeros(1)))[source.to(entries.device)]
+    if entries.shape == moved.shape:
+        return entries.copy_(moved)
+    return moved.to(entries.device)
+
+
+def as_scores(entries: Tensor) -> npt.NDArray[np.float32 | np.float64]:
+    """Magnitudes, row by row, as an array of its own for `sparselab.kernels`, which knows no bfloat16."""
+    scores = entries.detach().abs().reshape(-1).cpu()
+    known = scores.dtype in (torch.float32, torch.float64)
+    magnitudes: npt.NDArray[np.float32 | np.float64] = (scores if known else scores.float()).numpy()
+    return magnitudes
+
+
+def largest_positions(entries: Tensor, k: int) -> Tensor:
+    """int64 (k,), ascending: where the largest magnitudes are, row by row; of equal ones the first.
+
+    NaN ranks below every number.
+    """
+    use_torch_threads()
+    return torch.from_numpy(select(as_scores(entries), k)).long().to(entries.device)

@@ -41,6 +41,10 @@ class FakeSparse(nn.Module):
         self.gradient_watcher = None
 
     @property
+    def stored(self):
+        return self.values
+
+    @property
     def nnz(self):
         return self.values.numel()
 
@@ -55,6 +59,17 @@ class FakeSparse(nn.Module):
     def positions(self):
         return self.live
 
+    def per_connection(self, entries):
+        return entries
+
+    @torch.no_grad()
+    def put(self, entries, slots, numbers):
+        entries[slots] = numbers
+
+    def moved(self, entries, source):
+        moved = torch.where(source < 0, 0, entries[source])
+        return entries.copy_(moved) if moved.shape == entries.shape else moved
+
     def rewrite(self, drop, grow):
         old = self.live.numpy()
         kept = np.delete(old, drop.numpy())
@@ -63,14 +78,10 @@ class FakeSparse(nn.Module):
         new.sort()
         slot = np.searchsorted(old, new).clip(max=max(old.size - 1, 0))
         source = torch.from_numpy(np.where(old[slot] == new, slot, -1))
-        with torch.no_grad():
-            values = torch.where(source < 0, 0, self.values[source])
-            if values.shape == self.values.shape:
-                self.values.copy_(values)
-            else:
-                self.values.data = values
-        if self.values.grad is not None:
-            self.values.grad = torch.where(source < 0, 0, self.values.grad[source])
+        gradient, self.values.grad = self.values.grad, None
+        self.values.data = self.moved(self.values.data, source)
+        if gradient is not None:
+            self.values.grad = self.moved(gradient, source)
         self.live = torch.from_numpy(new)
         return source
 

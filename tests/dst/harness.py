@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from sparselab.dst import SET, RigL, Static
-from sparselab.nn import SparseLinear
+from sparselab.nn import MaskedLinear, SparseLinear
 from sparselab.nn.topology import find_sparse
 from tests.dst.fake import FakeSparse
 
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
-LAYERS = ["fake", "real"]
+LAYERS = ["fake", "real", "masked"]
 
 ALGORITHMS = {
     "static": lambda **kw: Static(0.8),
@@ -32,8 +32,9 @@ def build(kind, dtype=torch.float32, seed=0):
         first = FakeSparse(20, 31, 0.8, seed=seed, dtype=dtype)
         second = FakeSparse(31, 10, 0.8, seed=seed + 1, dtype=dtype)
     else:
-        first = SparseLinear(20, 31, sparsity=0.8, dtype=dtype)
-        second = SparseLinear(31, 10, sparsity=0.8, dtype=dtype)
+        make = SparseLinear if kind == "real" else MaskedLinear
+        first = make(20, 31, sparsity=0.8, dtype=dtype)
+        second = make(31, 10, sparsity=0.8, dtype=dtype)
     return nn.Sequential(first, nn.ReLU(), second, nn.Linear(10, 3, dtype=dtype))
 
 
@@ -62,13 +63,16 @@ def sparse_layers(model):
 def by_position(layer, optimizer):
     """``{name: {position: number}}`` for the weights, their gradient and each of their moments."""
     positions = layer.positions().tolist()
-    tensors = {"value": layer.values.detach()}
-    if layer.values.grad is not None:
-        tensors["gradient"] = layer.values.grad
-    for name, entry in optimizer.state[layer.values].items():
+    tensors = {"value": layer.stored.detach()}
+    if layer.stored.grad is not None:
+        tensors["gradient"] = layer.stored.grad
+    for name, entry in optimizer.state[layer.stored].items():
         if isinstance(entry, torch.Tensor) and entry.dim() > 0:
             tensors[name] = entry
-    return {name: dict(zip(positions, t.tolist(), strict=True)) for name, t in tensors.items()}
+    return {
+        name: dict(zip(positions, layer.per_connection(tensor).tolist(), strict=True))
+        for name, tensor in tensors.items()
+    }
 
 
 def assert_followed(before, after):
@@ -83,7 +87,8 @@ def assert_followed(before, after):
 def assert_topology(layer, nnz):
     """Exactly `nnz` connections, at distinct positions inside the matrix, in order."""
     positions = layer.positions()
-    assert positions.shape == layer.values.shape == (nnz,)
+    assert positions.shape == layer.per_connection(layer.stored).shape == (nnz,)
+    assert layer.stored.count_nonzero() <= nnz
     assert layer.nnz == nnz
     assert bool((positions[1:] > positions[:-1]).all())
     assert positions[0] >= 0

@@ -44,13 +44,13 @@ def test_nnz_stays_exact(run, algorithm_name):
     layers = sparse_layers(model)
     counts = [layer.nnz for layer in layers]
     born = [layer.positions().clone() for layer in layers]
-    parameters = [layer.values for layer in layers]
+    parameters = [layer.stored for layer in layers]
     train(model, optimizer, algorithm, 1, 300)
     for layer, nnz, positions, parameter in zip(layers, counts, born, parameters, strict=True):
         assert_topology(layer, nnz)
-        assert layer.values is parameter
+        assert layer.stored is parameter
         assert torch.equal(layer.positions(), positions) == (algorithm_name == "static")
-        assert bool(layer.values.detach().isfinite().all())
+        assert bool(layer.stored.detach().isfinite().all())
 
 
 def test_state_follows_the_connection(run, algorithm_name):
@@ -76,7 +76,7 @@ def _moments(optimizer, layers):
     return [
         entry
         for layer in layers
-        for entry in optimizer.state[layer.values].values()
+        for entry in optimizer.state[layer.stored].values()
         if isinstance(entry, torch.Tensor) and entry.dim() > 0
     ]
 

@@ -40,7 +40,7 @@ def step(layer, optimizer):
 def rewire(layer, optimizers):
     free = sorted(set(range(30)) - set(layer.positions().tolist()))
     dropped = layer.positions()[3].item()
-    move = StateMove(layer.values, optimizers)
+    move = StateMove(layer, optimizers)
     grow = torch.tensor(sorted([free[0], dropped, free[-1]]))
     move.apply(layer.rewrite(torch.tensor([0, 3, 7]), grow))
     return dropped, {free[0], free[-1]}
@@ -80,7 +80,7 @@ def test_a_changed_count_gets_new_state_tensors(layer):
     optimizer = torch.optim.SGD([layer.values], lr=0.1, momentum=0.9)
     step(layer, optimizer)
     before = by_position(layer, optimizer)
-    move = StateMove(layer.values, [optimizer])
+    move = StateMove(layer, [optimizer])
     move.apply(layer.rewrite(torch.tensor([0, 1]), torch.empty(0, dtype=torch.int64)))
     assert_followed(before, by_position(layer, optimizer))
 
@@ -99,7 +99,7 @@ def test_state_that_cannot_follow_is_refused(layer, entry, message):
     step(layer, optimizer)
     optimizer.state[layer.values]["extra"] = entry
     with pytest.raises(RuntimeError, match=message):
-        StateMove(layer.values, [optimizer])
+        StateMove(layer, [optimizer])
 
 
 @pytest.mark.parametrize("entry", [None, 3, 0.5, "name", [], [1, 2], torch.zeros(()), torch.zeros(1)])
@@ -116,8 +116,8 @@ def test_lbfgs_is_refused_wherever_the_layer_is_among_its_parameters(layer, posi
     other = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.LBFGS([layer.values, other] if position == 0 else [other, layer.values])
     with pytest.raises(RuntimeError, match=r"LBFGS.*one vector over all parameters"):
-        StateMove(layer.values, [optimizer])
-    StateMove(torch.nn.Parameter(torch.ones(2)), [optimizer])
+        StateMove(layer, [optimizer])
+    StateMove(FakeSparse(6, 5, 0.5), [optimizer])
 
 
 def test_the_tracker_notes_optimizers_of_its_layers_only(layer):
