@@ -76,7 +76,7 @@ class DeepR(DynamicSparsityAlgorithm):
     >>> from sparselab.dst import DeepR
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.Sequential(SparseLinear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
-    >>> algorithm = DeepR(sparsity=0.9, temperature=1e-4)
+    >>> algorithm = DeepR(sparsity=0.9, temperature=0.01)
     >>> _ = algorithm.attach(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
     >>> for _ in range(5):
     ...     optimizer.zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparselab.dst import SET, RigL, Static
+from sparselab.dst import DSR, SET, SNFS, DeepR, RigL, Static
 from sparselab.nn import MaskedLinear, SparseLinear
 from sparselab.nn.topology import find_sparse
 from tests.dst.fake import FakeSparse
@@ -17,7 +17,18 @@ ALGORITHMS = {
     "static": lambda **kw: Static(0.8),
     "set": lambda **kw: SET(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
     "rigl": lambda **kw: RigL(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
+    "snfs": lambda **kw: SNFS(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
+    "snfs by gradient": lambda **kw: SNFS(0.8, 0.3, update=7, seed=3, momentum_bytes=0, **kw),
+    "dsr": lambda **kw: DSR(0.8, n_prune=0.3, update=7, seed=3, threshold=0.1, **kw),
+    "deepr": lambda **kw: DeepR(0.8, temperature=1e-5, l1=1e-3, seed=3, **kw),
+    "deepr of the network": lambda **kw: DeepR(0.8, temperature=1e-5, scope="network", seed=3, **kw),
 }
+
+#: Their layers trade connections, so that only the total of the network stays.
+TRADING = {"snfs", "snfs by gradient", "dsr", "deepr of the network"}
+
+#: They change weights, and not only where there are any.
+WALKING = {"deepr", "deepr of the network"}
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),

@@ -10,6 +10,8 @@ from tests.dst.harness import (
     ALGORITHMS,
     LAYERS,
     OPTIMIZERS,
+    TRADING,
+    WALKING,
     assert_followed,
     assert_same_state,
     assert_topology,
@@ -46,7 +48,10 @@ def test_nnz_stays_exact(run, algorithm_name):
     born = [layer.positions().clone() for layer in layers]
     parameters = [layer.stored for layer in layers]
     train(model, optimizer, algorithm, 1, 300)
-    for layer, nnz, positions, parameter in zip(layers, counts, born, parameters, strict=True):
+    after = [layer.nnz for layer in layers]
+    assert sum(after) == sum(counts)
+    assert after == counts or algorithm_name in TRADING
+    for layer, nnz, positions, parameter in zip(layers, after, born, parameters, strict=True):
         assert_topology(layer, nnz)
         assert layer.stored is parameter
         assert torch.equal(layer.positions(), positions) == (algorithm_name == "static")
@@ -66,10 +71,13 @@ def test_state_follows_the_connection(run, algorithm_name):
     after = [by_position(layer, optimizer) for layer in layers]
     moved = 0
     for old, new in zip(before, after, strict=True):
-        assert_followed(old, new)
         moved += len(new["value"].keys() - old["value"].keys())
+        if algorithm_name in WALKING:
+            del old["value"], new["value"]
+        assert_followed(old, new)
     assert (moved > 0) == (algorithm_name != "static")
-    assert storage == [entry.data_ptr() for entry in _moments(optimizer, layers)], "not moved in place"
+    in_place = storage == [entry.data_ptr() for entry in _moments(optimizer, layers)]
+    assert in_place or algorithm_name in TRADING
 
 
 def _moments(optimizer, layers):
