@@ -141,7 +141,7 @@ class DeepR(DynamicSparsityAlgorithm):
         if signs is None:
             signs = self._slots[view.index]["sign"] = view.weights.sign().to(torch.int8)
             _draw_missing_signs(view, signs)
-        weights = view.weights - lr * self.l1 * signs
+        weights = view.weights - lr * self.l1 * signs.to(view.weights.dtype)
         if noise := self._noise(lr, view.step):
             normal = view.rng(_WALK).standard_normal(view.nnz, np.float32)
             weights.add_(torch.from_numpy(normal).to(weights), alpha=noise)

@@ -54,8 +54,8 @@ class DSR(DynamicSparsityAlgorithm):
     Notes
     -----
     O(nnz) memory and time per update. Every layer keeps at least one connection, its best. The total is
-    exact: what a full layer has no room for goes to the others, and if more connections are below H than there
-    are empty positions in the network, only the lowest of them are dropped. NaN is below every H.
+    exact: what a full layer has no room for goes to the others, and if more connections are below H than
+    there are empty positions in the network, only the lowest of them are dropped. NaN is below every H.
 
     The paper updates every 1000 steps at first and every 8000 at last (``update=[...]``). Its `n_prune` is a
     number for each network; the default fraction is ours.

@@ -71,9 +71,10 @@ class ByMomentum(Redistribution):
         """Raise RuntimeError if no layer has a momentum."""
         if views and all(view.momentum is None for view in views):
             raise RuntimeError(
-                "ByMomentum shares connections out by the optimizer's momentum, but no optimizer is known that "
-                "keeps one for the sparse layers. Train with momentum (SGD(..., momentum=0.9), Adam, AdamW, "
-                "...), call step() after optimizer.step(), or choose another rule (redistribute=ByMagnitude())"
+                "ByMomentum shares connections out by the optimizer's momentum, but no optimizer is known "
+                "that keeps one for the sparse layers. Train with momentum (SGD(..., momentum=0.9), Adam, "
+                "AdamW, ...), call step() after optimizer.step(), or choose another rule "
+                "(redistribute=ByMagnitude())"
             )
 
     def reason_to_skip(self, view: LayerView) -> str:

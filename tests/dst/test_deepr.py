@@ -1,4 +1,4 @@
-"""DeepR: the walk and the replacement against slow ones, signs, scopes, and where the learning rate comes from."""
+"""DeepR: the walk and the replacement against slow ones, signs, scopes, and the learning rate."""
 
 import doctest
 
@@ -227,7 +227,11 @@ def test_views_tell_of_the_optimizer_that_stepped_last():
 
 def test_misuse_is_named():
     for wrong, error, message in [
-        ({"sparsity": Linear(0.5, 0.9, 10)}, TypeError, "DeepR keeps the number of connections; got a Linear"),
+        (
+            {"sparsity": Linear(0.5, 0.9, 10)},
+            TypeError,
+            "DeepR keeps the number of connections; got a Linear",
+        ),
         ({"temperature": -1.0}, ValueError, "temperature must be finite and not negative; got -1.0"),
         ({"temperature": "hot"}, TypeError, "got 'hot'"),
         ({"l1": -1e-5}, ValueError, "l1 must not be negative; got -1e-05"),

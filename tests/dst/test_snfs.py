@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import RigL, SET, SNFS, ByMagnitude, ByMomentum, ByRemaining, Linear, MomentumGrowth, snfs
+from sparselab.dst import SET, SNFS, ByMagnitude, ByMomentum, ByRemaining, Linear, MomentumGrowth, RigL, snfs
 from sparselab.kernels import n_connections
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
@@ -22,7 +22,7 @@ OPTIMIZERS = {
 }
 
 
-def network(kind, sparsities=(0.6, 0.7, 0.4)):
+def network(kind, sparsities=(0.8, 0.85, 0.7)):
     layers = torch.nn.ModuleList()
     for seed, ((rows, columns), sparsity) in enumerate(zip(SHAPES, sparsities, strict=False)):
         if kind == "fake":
@@ -40,7 +40,7 @@ def operands(layer, seed, scale=1.0):
     return x, scale * torch.randn(6, rows, generator=generator, dtype=torch.float64)
 
 
-def train_step(layers, optimizer, step, scales=(1.0, 2.0, 3.0)):
+def train_step(layers, optimizer, step, scales=(1.0, 1.5, 1.2)):
     """Backward and optimizer step; returns the dense gradient of each layer."""
     optimizer.zero_grad()
     dense = []
