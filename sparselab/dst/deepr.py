@@ -170,7 +170,7 @@ class DeepR(DynamicSparsityAlgorithm):
         ends = np.cumsum([self.grow.room(vacancy) for vacancy in vacancies])
         n_grow = sum(vacancy.drop.size for vacancy in vacancies)
         drawn = sample_distinct(vacancies[0].view.rng(_SHARE), int(ends[-1]), n_grow)
-        return np.diff(np.searchsorted(drawn, ends), prepend=0).tolist()
+        return [int(n) for n in np.diff(np.searchsorted(drawn, ends), prepend=0)]
 
     def _rewire(self, vacancy: Vacancy, move: StateMove) -> UpdateReport:
         report = super()._rewire(vacancy, move)

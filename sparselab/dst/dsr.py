@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -137,10 +137,10 @@ def _check_n_prune(value: object) -> int | float:
     if isinstance(value, numbers.Integral):
         return require_count("n_prune", value, minimum=1)
     require_finite("n_prune", value, "a number of connections, or a fraction in (0, 1)")
-    assert isinstance(value, numbers.Real)
-    if not 0 < value < 1:
+    fraction = float(cast(float, value))
+    if not 0 < fraction < 1:
         raise ValueError(f"n_prune must be a whole number, or a fraction in (0, 1); got {value!r}")
-    return float(value)
+    return fraction
 
 
 def _below(scores: Scores, threshold: float) -> Array:

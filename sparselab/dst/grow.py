@@ -58,7 +58,7 @@ class Growth(abc.ABC):
         """What has been gathered over several steps and is needed to go on: plain values and tensors."""
         return {}
 
-    def remember(self, memory: dict[str, Any]) -> None:
+    def remember(self, memory: dict[str, Any]) -> None:  # noqa: B027
         """Take back what `memory` returned; raise ValueError, with nothing changed, if it does not fit."""
 
 

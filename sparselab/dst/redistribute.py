@@ -15,7 +15,7 @@ from sparselab.dst.update import LayerView, Vacancy
 class Redistribution(abc.ABC):
     """Shares of layers, in proportion to a weight for each; no layer gets more than it has room for."""
 
-    def check(self, views: Sequence[LayerView]) -> None:
+    def check(self, views: Sequence[LayerView]) -> None:  # noqa: B027
         """Raise if there is nothing to weigh these layers by; nothing has been changed yet."""
 
     def reason_to_skip(self, view: LayerView) -> str:

@@ -110,8 +110,9 @@ class LayerView:
 
     def _moment(self, name: str) -> torch.Tensor | None:
         entries = self.state.get(name)
-        usable = isinstance(entries, torch.Tensor) and entries.shape == self.layer.stored.shape
-        return self.layer.per_connection(entries) if usable else None
+        if isinstance(entries, torch.Tensor) and entries.shape == self.layer.stored.shape:
+            return self.layer.per_connection(entries)
+        return None
 
     def rng(self, *purpose: int) -> np.random.Generator:
         """A generator that depends on the seed, the layer, the step and `purpose` only."""

@@ -20,8 +20,8 @@ ALGORITHMS = {
     "snfs": lambda **kw: SNFS(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
     "snfs by gradient": lambda **kw: SNFS(0.8, 0.3, update=7, seed=3, momentum_bytes=0, **kw),
     "dsr": lambda **kw: DSR(0.8, n_prune=0.3, update=7, seed=3, threshold=0.1, **kw),
-    "deepr": lambda **kw: DeepR(0.8, temperature=1e-5, l1=1e-3, seed=3, **kw),
-    "deepr of the network": lambda **kw: DeepR(0.8, temperature=1e-5, scope="network", seed=3, **kw),
+    "deepr": lambda **kw: DeepR(0.8, temperature=0.01, l1=1e-3, seed=3, **kw),
+    "deepr of the network": lambda **kw: DeepR(0.8, temperature=0.01, scope="network", seed=3, **kw),
 }
 
 #: Their layers trade connections, so that only the total of the network stays.
