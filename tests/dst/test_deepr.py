@@ -20,7 +20,7 @@ MAKE = {
 
 
 def start(layers, algorithm, lr=0.5):
-    """The first step, which takes the signs of the weights, and from then on an optimizer that does nothing."""
+    """The first step, which takes the signs of the weights; the optimizer only tells its learning rate."""
     layers.apply(algorithm)
     algorithm.track(optimizer := torch.optim.SGD(layers.parameters(), lr=lr))
     layers.optimizer = optimizer  # algorithms hold it weakly
@@ -106,7 +106,6 @@ def test_draws_depend_on_seed_layer_and_step_only():
         layers = torch.nn.ModuleList([FakeSparse(20, 10, 0.5), FakeSparse(20, 10, 0.5)])
         start(layers, algorithm := DeepR(temperature=0.1, seed=seed))
         for _ in range(4):
-            np.random.random(3)
             torch.rand(3)
             algorithm.step()
         return [weights(layer) for layer in layers]

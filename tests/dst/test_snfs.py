@@ -3,6 +3,7 @@
 import copy
 import doctest
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_micro_batches_and_parts_of_a_network_add_up():
         layer = FakeSparse(30, 12, 0.8, dtype=torch.float64)
         layer.apply(algorithm := SNFS(update=9, momentum=0.5))
         for _ in range(2):
-            for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+            for begin, end in pairwise(cuts):
                 (layer(x[begin:end]) * dy[begin:end]).sum().backward()
             algorithm.step()
         found.append(algorithm.grow.memory()["0"])
