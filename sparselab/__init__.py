@@ -10,19 +10,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
     from sparselab._warmup import warmup
-    from sparselab.dst import GMP, MEST, SET, Constant, Cosine, GraNet, RigL, SRigL, Static, TopKAST
+    from sparselab.dst import (
+        DSR,
+        GMP,
+        MEST,
+        SET,
+        SNFS,
+        Constant,
+        Cosine,
+        DeepR,
+        GraNet,
+        RigL,
+        SRigL,
+        Static,
+        TopKAST,
+    )
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "GMP",
     "MEST",
     "SET",
+    "SNFS",
     "Constant",
     "Cosine",
     "GraNet",
+    "DeepR",
     "MaskedLinear",
     "PaddedCSR",
     "RigL",
@@ -40,12 +57,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DSR": "dst",
     "GMP": "dst",
     "GraNet": "dst",
     "MEST": "dst",
     "SET": "dst",
+    "SNFS": "dst",
     "Constant": "dst",
     "Cosine": "dst",
+    "DeepR": "dst",
     "MaskedLinear": "nn",
     "PaddedCSR": "kernels",
     "RigL": "dst",

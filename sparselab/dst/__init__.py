@@ -6,7 +6,9 @@ Attach one with ``algorithm.attach(model, optimizer)``, which steps along with t
 
 from sparselab.dst.allocation import allocate, apportion, er, erk, uniform
 from sparselab.dst.base import SparsityAlgorithm
-from sparselab.dst.drop import DropScore, Magnitude, MagnitudeAndGradient
+from sparselab.dst.deepr import DeepR
+from sparselab.dst.drop import DropScore, Magnitude, MagnitudeAndGradient, SignedMagnitude
+from sparselab.dst.dsr import DSR
 from sparselab.dst.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.gmp import GMP
 from sparselab.dst.granet import GraNet
@@ -14,8 +16,9 @@ from sparselab.dst.group import Group
 from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
 from sparselab.dst.grown import FanInUniform, Normal
 from sparselab.dst.mest import MEST
+from sparselab.dst.momentum import MomentumGrowth
 from sparselab.dst.one_shot import prune, train_prune_finetune
-from sparselab.dst.redistribute import ByRemaining, Redistribution
+from sparselab.dst.redistribute import ByMagnitude, ByMomentum, ByRemaining, Redistribution
 from sparselab.dst.rigl import RigL
 from sparselab.dst.schedule import (
     Constant,
@@ -28,6 +31,7 @@ from sparselab.dst.schedule import (
     as_schedule,
 )
 from sparselab.dst.set import SET
+from sparselab.dst.snfs import SNFS
 from sparselab.dst.srigl import SRigL
 from sparselab.dst.static import Static
 from sparselab.dst.topkast import TopKAST
@@ -35,14 +39,19 @@ from sparselab.dst.update import LayerView, UpdateReport, Vacancy
 from sparselab.dst.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
 
 __all__ = [
+    "DSR",
     "GMP",
     "MEST",
     "SET",
+    "SNFS",
     "AtSteps",
+    "ByMagnitude",
+    "ByMomentum",
     "ByRemaining",
     "Constant",
     "Cosine",
     "Cycling",
+    "DeepR",
     "DropScore",
     "DynamicSparsityAlgorithm",
     "EverySteps",
@@ -56,6 +65,7 @@ __all__ = [
     "Linear",
     "Magnitude",
     "MagnitudeAndGradient",
+    "MomentumGrowth",
     "Normal",
     "Polynomial",
     "RandomGrowth",
@@ -63,6 +73,7 @@ __all__ = [
     "RigL",
     "SRigL",
     "Schedule",
+    "SignedMagnitude",
     "SparsityAlgorithm",
     "Static",
     "TopKAST",

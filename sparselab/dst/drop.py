@@ -92,6 +92,35 @@ class MagnitudeAndGradient(DropScore):
         return f"MagnitudeAndGradient({self.lam!r})"
 
 
+class SignedMagnitude(DropScore):
+    """``|w|`` among the weights of the same sign, so that positive and negative ones go in equal fractions.
+
+    The score is the fraction of the weights of that sign that are no larger: dropping the fraction f drops
+    that fraction of the positive weights, those closest to 0, and of the negative ones. Rounding leaves one
+    connection at most, which comes from the sign that lost less. Zeros, which have no sign, go first.
+
+    Notes
+    -----
+    O(nnz log nnz) time; the other scores are linear.
+
+    References
+    ----------
+    Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired
+    by network science", Nature Communications 9:2383 (2018), Algorithm 1.
+    """
+
+    def __call__(self, view: LayerView) -> Scores:
+        """(nnz,): ranks within the sign, in (0, 1], and 0 for zeros."""
+        weights = view.weights.double().cpu().numpy()
+        scores: Scores = np.where(np.isnan(weights), np.nan, 0.0)
+        for of_sign in (weights > 0, weights < 0):
+            # Backwards, so that of equal weights the one in the highest slot has the lowest rank.
+            slots = np.flatnonzero(of_sign)[::-1]
+            order = np.argsort(np.abs(weights[slots]), kind="stable")
+            scores[slots[order]] = np.arange(1, slots.size + 1) / slots.size
+        return scores
+
+
 def lowest(scores: Scores, k: int) -> Array:
     """Slots of the `k` lowest scores, ascending.
 
@@ -156,6 +185,8 @@ def lowest_of_network(scores: Sequence[Scores], k: int) -> list[Array]:
     list of int32 or int64 arrays
         Ascending slots of each layer. Of equal scores those of later layers and higher slots go first.
     """
+    if not scores:
+        return []
     together = np.concatenate([np.asarray(layer, np.float64) for layer in scores])
     start = np.cumsum([0, *(layer.size for layer in scores)])
     best = [

@@ -106,6 +106,11 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         grown_state: GrownState = "zero",
     ) -> None:
         super().__init__(sparsity)
+        if isinstance(sparsity, Schedule) and not self._FOLLOWS_SCHEDULE:
+            raise TypeError(
+                f"sparsity must be a number or None, because {type(self).__name__} keeps the number of "
+                f"connections; got a {type(sparsity).__name__} schedule"
+            )
         if scope not in self._SCOPES:
             raise ValueError(f"scope must be one of {self._SCOPES}, got {scope!r}")
         self.drop_fraction = as_schedule(drop_fraction)
@@ -130,6 +135,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             self._fraction(0)
 
     _SCOPES: tuple[str, ...] = ("layer", "network", "row")
+    _FOLLOWS_SCHEDULE = True
 
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer whose state must follow the connections.
@@ -188,7 +194,11 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         """Connections after the drop and after the growth, of one layer or of all of them together."""
         total = self._total(step, nnz, size)
         kept = min(nnz, total)
-        return kept - int(self._fraction(step) * kept), total
+        return kept - self._exchanged(step, kept), total
+
+    def _exchanged(self, step: int, n: int) -> int:
+        """How many of `n` connections an update replaces."""
+        return int(self._fraction(step) * n)
 
     def _row_goal(self, view: LayerView, step: int) -> Array:
         """Connections of each row after the growth; with ``scope="row"``."""
@@ -242,7 +252,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             total = self._total(step, sum(view.nnz for view in views), total_size(views))
             # Each layer keeps a connection, which may be more than the total.
             n_grow = max(0, total - sum(vacancy.n_kept for vacancy in vacancies))
-        caps = [vacancy.n_free for vacancy in vacancies]
+        caps = [self.grow.room(vacancy) for vacancy in vacancies]
         if self.redistribute is None:
             return apportion(n_grow, [vacancy.drop.size for vacancy in vacancies], caps)
         return self.redistribute(vacancies, n_grow, caps)
@@ -270,7 +280,8 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         """Why this layer cannot be updated now; empty if it can."""
         if not view.layer.stored.requires_grad:
             return "frozen"
-        return self.drop.reason_to_skip(view) or self.grow.reason_to_skip(view.index)
+        why = self.drop.reason_to_skip(view) or self.grow.reason_to_skip(view.index)
+        return why if why or self.redistribute is None else self.redistribute.reason_to_skip(view)
 
     def _attached(self, layer: SparseTopology) -> None:
         self._slots.append({})
@@ -285,11 +296,20 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         if self.is_update_step(step):
             self._update(step)
 
+    def _views(self, step: int) -> list[LayerView]:
+        """Every layer as it is now."""
+        return [
+            LayerView(index, step, self.seed, layer, *self._tracker.find(layer))
+            for index, layer in enumerate(self._layers)
+        ]
+
     def _update(self, step: int) -> None:
         self._fraction(step)
         self.grow.check()
         moves = [self._tracker.plan_move(layer) for layer in self._layers]
-        views = [LayerView(index, step, self.seed, layer) for index, layer in enumerate(self._layers)]
+        views = self._views(step)
+        if self.redistribute is not None:
+            self.redistribute.check([view for view in views if view.layer.stored.requires_grad])
         reasons = [self._reason_to_skip(view) for view in views]
         active = [view for view, reason in zip(views, reasons, strict=True) if not reason]
         reports = [UpdateReport(skipped=why, nnz=v.nnz) for v, why in zip(views, reasons, strict=True)]
@@ -345,11 +365,11 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         }
 
     def _memory(self) -> dict[str, Any]:
-        return {
-            "slots": [{name: entries.clone() for name, entries in slots.items()} for slots in self._slots]
-        }
+        slots = [{name: entries.clone() for name, entries in slots.items()} for slots in self._slots]
+        return {"slots": slots, "grow": self.grow.memory()}
 
     def _remember(self, memory: dict[str, Any]) -> None:
+        self.grow.remember(memory["grow"])
         for ours, saved in zip(self._slots, memory["slots"], strict=True):
             ours.update({name: entries.clone() for name, entries in saved.items()})
 

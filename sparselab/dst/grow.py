@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from sparselab.dst._checks import require_count
 from sparselab.dst.gradient import GradientCollector
 from sparselab.dst.update import Vacancy
-from sparselab.kernels._growth import skip_kept
+from sparselab.kernels._growth import kept_positions, skip_kept
 from sparselab.kernels._rows import sample_rows
 from sparselab.kernels._sampling import sample_distinct
 from sparselab.kernels.layout import Array
@@ -53,6 +54,10 @@ class Growth(abc.ABC):
         """Why layer number `index` cannot grow now; empty if it can."""
         return ""
 
+    def room(self, vacancy: Vacancy) -> int:
+        """The most connections that `choose` can find a position for."""
+        return vacancy.n_free
+
     @abc.abstractmethod
     def choose(self, vacancy: Vacancy) -> Array:
         """``vacancy.n_grow`` distinct positions, none of them in ``vacancy.kept``."""
@@ -61,18 +66,43 @@ class Growth(abc.ABC):
         """Name and settings, for comparing a saved run with the one that resumes it."""
         return type(self).__name__
 
+    def memory(self) -> dict[str, Any]:
+        """What has been gathered over several steps and is needed to go on: plain values and tensors."""
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:  # noqa: B027
+        """Take back what `memory` returned; raise ValueError, with nothing changed, if it does not fit."""
+
 
 class RandomGrowth(Growth):
-    """Uniformly at random among all positions that are not kept, of the layer or of each row."""
+    """Uniformly at random among all positions that are not kept, of the layer or of each row.
 
-    by_row = True
+    Parameters
+    ----------
+    regrow : bool
+        Whether connections that the same update drops may grow back.
+    """
+
+    def __init__(self, regrow: bool = True) -> None:
+        self.regrow = regrow
+        self.by_row = regrow
+
+    def room(self, vacancy: Vacancy) -> int:
+        """The most connections that `choose` can find a position for."""
+        return vacancy.n_free if self.regrow else vacancy.view.size - vacancy.view.nnz
 
     def choose(self, vacancy: Vacancy) -> Array:
         """Every set equally likely; depends on the seed, the layer and the step only."""
+        view = vacancy.view
         if vacancy.row_grow is not None:
-            free = vacancy.view.shape[1] - vacancy.row_kept
-            return skip_kept(sample_rows(vacancy.view.rng(), free, vacancy.row_grow), vacancy.kept)
-        return random_free(vacancy.view.rng(), vacancy.kept, vacancy.view.size, vacancy.n_grow)
+            free = view.shape[1] - vacancy.row_kept
+            return skip_kept(sample_rows(view.rng(), free, vacancy.row_grow), vacancy.kept)
+        taken = vacancy.kept if self.regrow else kept_positions(view.matrix, np.empty(0, np.int64))
+        return random_free(view.rng(), taken, view.size, vacancy.n_grow)
+
+    def describe(self) -> str:
+        """Name and settings, for comparing a saved run with the one that resumes it."""
+        return "RandomGrowth" if self.regrow else "RandomGrowth(regrow=False)"
 
 
 class GradientGrowth(Growth):

@@ -9,7 +9,7 @@ and their gradient, and knows how.)
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,9 @@ class OptimizerTracker:
 
     def __init__(self, layers: Sequence[SparseTopology]) -> None:
         self._layers = layers
-        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        #: With the number of the note that was taken of each last.
+        self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        self._n_notes = 0
         self._watching = False
 
     def watch(self) -> None:
@@ -70,14 +72,25 @@ class OptimizerTracker:
                 f"optimizer must be a torch.optim.Optimizer, or offer its param_groups and state; "
                 f"got {type(optimizer).__name__}"
             )
-        self._optimizers.add(optimizer)
+        self._n_notes += 1
+        self._optimizers[optimizer] = self._n_notes
 
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer in self._optimizers:
-            return
+        if optimizer in self._optimizers or self._has_a_layer(optimizer):
+            self.add(optimizer)
+
+    def _has_a_layer(self, optimizer: torch.optim.Optimizer) -> bool:
         ours = {id(layer.stored) for layer in self._layers}
-        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
-            self._optimizers.add(optimizer)
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+    def find(self, layer: SparseTopology) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Settings and state of the optimizer that stepped a layer last; both empty if none is known."""
+        weights = layer.stored
+        for optimizer in sorted(self._optimizers, key=self._optimizers.__getitem__, reverse=True):
+            for group in optimizer.param_groups:
+                if any(p is weights for p in group["params"]):
+                    return group, optimizer.state.get(weights, {})
+        return {}, {}
 
     def plan_move(self, layer: SparseTopology) -> StateMove:
         """Find everything that must move with the connections of `layer`, before anything is changed.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,12 +53,17 @@ class LayerView:
     seed : int
         Of the algorithm.
     layer : SparseTopology
+    group, state : mapping
+        Settings of the optimizer that trains the layer, and what it keeps for the weights; both are empty
+        while none is known. Read only.
     """
 
     index: int
     step: int
     seed: int
     layer: SparseTopology
+    group: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,6 +95,25 @@ class LayerView:
         """(nnz,): the gradient of each connection, if there is one. Read only."""
         gradient = self.layer.stored.grad
         return None if gradient is None else self.layer.per_connection(gradient)
+
+    @cached_property
+    def momentum(self) -> torch.Tensor | None:
+        """(nnz,): where the optimizer's momentum takes each connection, if it keeps one. Read only.
+
+        ``momentum_buffer`` (SGD), or ``exp_avg / (sqrt(exp_avg_sq) + 1e-8)`` (Adam and its kin), or
+        ``exp_avg`` where there is no ``exp_avg_sq``.
+        """
+        average = self._moment("momentum_buffer")
+        if average is not None:
+            return average
+        average, square = self._moment("exp_avg"), self._moment("exp_avg_sq")
+        return average if average is None or square is None else average / (square.sqrt() + 1e-8)
+
+    def _moment(self, name: str) -> torch.Tensor | None:
+        entries = self.state.get(name)
+        if isinstance(entries, torch.Tensor) and entries.shape == self.layer.stored.shape:
+            return self.layer.per_connection(entries)
+        return None
 
     def rng(self, *purpose: int) -> np.random.Generator:
         """A generator that depends on the seed, the layer, the step and `purpose` only."""

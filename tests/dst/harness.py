@@ -5,50 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparselab.dst import GMP, MEST, SET, Cosine, GraNet, Linear, Polynomial, RigL, SRigL, Static, TopKAST
-from sparselab.kernels import n_connections
-from sparselab.nn import MaskedLinear, SparseLinear, constant_fan_in_
+from sparselab.nn import MaskedLinear, SparseLinear
 from sparselab.nn.topology import find_sparse
 from tests.dst.fake import FakeSparse
 
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
 LAYERS = ["fake", "real", "masked"]
-
-ALGORITHMS = {
-    "static": lambda **kw: Static(0.8),
-    "set": lambda **kw: SET(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
-    "rigl": lambda **kw: RigL(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
-    "set by row": lambda **kw: SET(0.8, drop_fraction=0.3, update=7, seed=3, scope="row", **kw),
-    "rigl by row": lambda **kw: RigL(0.8, drop_fraction=0.3, update=7, seed=3, scope="row", **kw),
-    "srigl": lambda **kw: SRigL(drop_fraction=0.3, update=7, seed=3, gamma_sal=0.95, exempt_last=False, **kw),
-}
-
-#: What is done to a model before the algorithm is attached.
-PREPARE = {"srigl": constant_fan_in_}
-
-#: Connections that a layer must have now, given those it was born with, where these are not the same.
-EXPECTED_NNZ = {"srigl": lambda layer, born: born // live_rows(layer) * live_rows(layer)}
-    "gmp": lambda **kw: GMP(Polynomial(0.0, 0.9, 50), update=7, **kw),
-    "gmp-network": lambda **kw: GMP(Polynomial(0.0, 0.9, 50), update=7, scope="network", **kw),
-    "granet": lambda **kw: GraNet(Polynomial(0.5, 0.9, 50), Cosine(0.5, 250, 0.005), update=7, **kw),
-    "mest-em": lambda **kw: MEST(0.8, 0.05, update=7, seed=3, soft_bound=False, lam=0.5, **kw),
-    "mest-em&s": lambda **kw: MEST(0.8, Linear(0.1, 0.02, 50), update=7, seed=3, **kw),
-    "topkast": lambda **kw: TopKAST(0.9, 0.8, update=7, seed=3, **kw),
-    "topkast-sampled": lambda **kw: TopKAST(0.9, 0.8, update=7, seed=3, master_bytes=0, **kw),
-}
-
-#: Sparsity of the layers at first, where it is not 0.8.
-START = {"gmp": 0.0, "gmp-network": 0.0, "granet": 0.5, "mest-em&s": 0.7}
-
-#: Sparsity after an update at a step: of each layer, and of the network as a whole.
-LAYER_SPARSITY = {
-    "gmp": Polynomial(0.0, 0.9, 50),
-    "mest-em&s": lambda step: 0.8 - Linear(0.1, 0.02, 50)(step),
-}
-NETWORK_SPARSITY = {"gmp-network": Polynomial(0.0, 0.9, 50), "granet": Polynomial(0.5, 0.9, 50)}
-
-#: Those whose new connections bring a weight along.
-GROWN_WITH_WEIGHT = {"topkast", "topkast-sampled"}
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
@@ -87,11 +49,6 @@ def train(model, optimizer, algorithm, first, last):
         algorithm.step()
 
 
-def live_rows(layer):
-    """Rows that have a connection."""
-    return len((layer.positions() // layer.shape[1]).unique())
-
-
 def sparse_layers(model):
     return [layer for _, layer in find_sparse(model)]
 
@@ -121,18 +78,6 @@ def assert_followed(before, after, grown_with_weight=False):
                 assert number != 0
                 continue
             assert number == expected, f"{name} at position {position}: {number}, not {expected}"
-
-
-def assert_counts(name, layers, born, step):
-    """The algorithm of that name has left as many connections as it should after an update at `step`."""
-    counts = [layer.nnz for layer in layers]
-    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
-    if name in NETWORK_SPARSITY:
-        assert sum(counts) == n_connections((1, sum(sizes)), NETWORK_SPARSITY[name](step))
-    elif name in LAYER_SPARSITY:
-        assert counts == [n_connections((1, size), LAYER_SPARSITY[name](step)) for size in sizes]
-    else:
-        assert counts == born
 
 
 def assert_topology(layer, nnz):

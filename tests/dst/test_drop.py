@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselab.dst.drop import Magnitude, lowest, lowest_of_network
+from sparselab.dst.drop import Magnitude, SignedMagnitude, lowest, lowest_of_network
 from sparselab.dst.update import LayerView
 from tests.dst.fake import FakeSparse
 
@@ -57,3 +57,21 @@ def slow_lowest_of_network(layers, k):
 def test_lowest_of_network_ranks_all_layers_together_and_empties_none(layers, k):
     dropped = lowest_of_network([np.array(scores, np.float64) for scores in layers], k)
     assert [slots.tolist() for slots in dropped] == slow_lowest_of_network(layers, k)
+
+
+def test_signed_magnitude_takes_the_same_fraction_of_both_signs():
+    layer = FakeSparse(6, 2, 0.0)
+    with torch.no_grad():
+        layer.values.copy_(torch.tensor([0.1, 9, -1, 0.2, 8, -2, -3, 0.3, 7, -4, 0.3, 0]))
+    score = SignedMagnitude()(LayerView(0, 1, 0, layer))
+    rank = [1, 7, -1, 2, 6, -2, -3, 4, 5, -4, 3, 0]
+    assert score.tolist() == [r / 7 if r >= 0 else -r / 4 for r in rank]
+    # The zero, then 2 of the 7 positive and 1 of the 4 negative weights.
+    assert lowest(score, 4).tolist() == [0, 2, 3, 11]
+    with torch.no_grad():
+        layer.values[1] = torch.nan
+    assert lowest(SignedMagnitude()(LayerView(0, 1, 0, layer)), 2).tolist() == [1, 11]
+
+
+def test_a_network_without_layers_drops_nothing():
+    assert lowest_of_network([], 0) == []

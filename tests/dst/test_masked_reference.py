@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.dst.harness import ALGORITHMS, OPTIMIZERS, START, backward, build, sparse_layers
+from tests.dst.harness import OPTIMIZERS, backward, build, sparse_layers
+from tests.dst.rows import ROWS
 
 STEPS = 300
 
@@ -30,13 +31,14 @@ def assert_near(ours, theirs):
 
 
 def start(kind, algorithm_name, optimizer_name):
-    model = build(kind, torch.float64, sparsity=START.get(algorithm_name, 0.8))
-    model.apply(algorithm := ALGORITHMS[algorithm_name]())
+    row = ROWS[algorithm_name]
+    model = row.prepare(build(kind, torch.float64, sparsity=row.start))
+    model.apply(algorithm := row.make())
     return model, OPTIMIZERS[optimizer_name](model.parameters()), algorithm
 
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize("algorithm_name", ALGORITHMS)
+@pytest.mark.parametrize("algorithm_name", ROWS)
 def test_a_sparse_model_trains_as_its_masked_twin(algorithm_name, optimizer_name):
     twins = [start(kind, algorithm_name, optimizer_name) for kind in ("real", "masked")]
     (sparse, *_), (masked, *_) = twins

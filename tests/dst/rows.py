@@ -1,0 +1,128 @@
+"""The contract table: one row for each algorithm, which then meets every test of all algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sparselab.dst import (
+    CHTs, CHTss, Cosine, DeepR, DSR, GMP, GraNet, GSE, Linear, MEST, Polynomial, RigL, SET, Sigmoid, SNFS,
+    SRigL, SparsityAlgorithm, Static, TopKAST,
+)  # fmt: skip
+from sparselab.kernels import n_connections
+from sparselab.nn import constant_fan_in_
+
+
+def _sizes(layers):
+    return [layer.shape[0] * layer.shape[1] for layer in layers]
+
+
+def _counts(layers):
+    return [layer.nnz for layer in layers]
+
+
+def each_keeps(layers, born, step):
+    """Every layer has as many connections as it was born with."""
+    assert _counts(layers) == born
+
+
+def together_keep(layers, born, step):
+    """Layers trade connections, and have as many together as they were born with."""
+    assert sum(_counts(layers)) == sum(born)
+    assert min(_counts(layers)) >= 1
+
+
+def each_follows(sparsity):
+    """Every layer has the sparsity that `sparsity` gives for the step."""
+
+    def check(layers, born, step):
+        assert _counts(layers) == [n_connections((1, size), sparsity(step)) for size in _sizes(layers)]
+
+    return check
+
+
+def together_follow(sparsity):
+    """All layers together have the sparsity that `sparsity` gives for the step."""
+
+    def check(layers, born, step):
+        assert sum(_counts(layers)) == n_connections((1, sum(_sizes(layers))), sparsity(step))
+
+    return check
+
+
+def whole_rows(layers, born, step):
+    """Every row that is left has the same fan-in, as large as the budget allows."""
+    for layer, budget in zip(layers, born, strict=True):
+        n_rows = len((layer.positions() // layer.shape[1]).unique())
+        assert layer.nnz == budget // n_rows * n_rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """An algorithm and what the contract may expect of it.
+
+    Attributes
+    ----------
+    make : builds it, with an update every 7 steps or more often.
+    start : sparsity of the layers before it begins.
+    prepare : what is done to a model before it is attached.
+    counts : ``(layers, connections at birth, step)``, asserts how many there are after an update.
+    brings_weights : its new connections need not start at 0.
+    walks : its updates change the weights of connections that stay.
+    """
+
+    make: Callable[[], SparsityAlgorithm]
+    start: float = 0.8
+    prepare: Callable[[Any], Any] = lambda model: model
+    counts: Callable[[Any, list[int], int], None] = each_keeps
+    brings_weights: bool = False
+    walks: bool = False
+
+
+COMMON = {"update": 7, "seed": 3}
+USUAL = {"drop_fraction": 0.3, **COMMON}
+CUBIC = Polynomial(0.0, 0.9, 50)
+HALFWAY = Polynomial(0.5, 0.9, 50)
+BOUND = Linear(0.1, 0.02, 50)
+
+ROWS = {
+    "static": Row(lambda: Static(0.8)),
+    "set": Row(lambda: SET(0.8, **USUAL)),
+    "set by row": Row(lambda: SET(0.8, **USUAL, scope="row")),
+    "rigl": Row(lambda: RigL(0.8, **USUAL)),
+    "rigl by row": Row(lambda: RigL(0.8, **USUAL, scope="row")),
+    "srigl": Row(
+        lambda: SRigL(**USUAL, gamma_sal=0.95, exempt_last=False),
+        prepare=constant_fan_in_,
+        counts=whole_rows,
+    ),
+    "snfs": Row(lambda: SNFS(0.8, **USUAL), counts=together_keep),
+    "snfs by gradient": Row(lambda: SNFS(0.8, **USUAL, momentum_bytes=0), counts=together_keep),
+    "dsr": Row(lambda: DSR(0.8, n_prune=0.3, **COMMON, threshold=0.1), counts=together_keep),
+    "deepr": Row(lambda: DeepR(0.8, temperature=0.01, l1=1e-3, seed=3), walks=True),
+    "deepr of the network": Row(
+        lambda: DeepR(0.8, temperature=0.01, scope="network", seed=3), counts=together_keep, walks=True
+    ),
+    "gmp": Row(lambda: GMP(CUBIC, update=7), 0.0, counts=each_follows(CUBIC)),
+    "gmp of the network": Row(
+        lambda: GMP(CUBIC, update=7, scope="network"), 0.0, counts=together_follow(CUBIC)
+    ),
+    "granet": Row(
+        lambda: GraNet(HALFWAY, Cosine(0.5, 250, 0.005), update=7), 0.5, counts=together_follow(HALFWAY)
+    ),
+    "mest em": Row(lambda: MEST(0.8, 0.05, **COMMON, soft_bound=False, lam=0.5)),
+    "mest em&s": Row(
+        lambda: MEST(0.8, BOUND, **COMMON), 0.7, counts=each_follows(lambda step: 0.8 - BOUND(step))
+    ),
+    "topkast": Row(lambda: TopKAST(0.9, 0.8, **COMMON), brings_weights=True),
+    "topkast sampled": Row(lambda: TopKAST(0.9, 0.8, **COMMON, master_bytes=0), brings_weights=True),
+    "gse": Row(lambda: GSE(0.8, **USUAL)),
+    "gse grabo": Row(lambda: GSE(0.8, **USUAL, sampler="grabo", gamma=2)),
+    "gse graest of the network": Row(
+        lambda: GSE(0.8, **USUAL, sampler="graest", scope="network"), counts=together_keep
+    ),
+    "chts": Row(lambda: CHTs(0.8, **USUAL, temperature=Linear(1, 9, 200))),
+    "chts chained": Row(lambda: CHTs(0.8, **USUAL, chains=[("layer 0", "layer 1")])),
+    "chtss": Row(lambda: CHTss(0.9, 50, **COMMON), 0.5, counts=each_follows(Sigmoid(0.5, 0.9, 50))),
+}
