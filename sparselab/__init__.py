@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
     from sparselab._warmup import warmup
-    from sparselab.dst import SET, Constant, Cosine, RigL, Static
+    from sparselab.dst import GSE, SET, Constant, Cosine, RigL, Static
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GSE",
     "SET",
     "Constant",
     "Cosine",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "GSE": "dst",
     "SET": "dst",
     "Constant": "dst",
     "Cosine": "dst",

@@ -11,9 +11,11 @@ from sparselab.dst.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.group import Group
 from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
 from sparselab.dst.grown import FanInUniform, Normal
+from sparselab.dst.gse import GSE
 from sparselab.dst.one_shot import prune, train_prune_finetune
 from sparselab.dst.redistribute import ByRemaining, Redistribution
 from sparselab.dst.rigl import RigL
+from sparselab.dst.sampled import SampledGradientGrowth
 from sparselab.dst.schedule import (
     Constant,
     Cosine,
@@ -30,6 +32,7 @@ from sparselab.dst.update import LayerView, UpdateReport, Vacancy
 from sparselab.dst.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
 
 __all__ = [
+    "GSE",
     "SET",
     "AtSteps",
     "ByRemaining",
@@ -52,6 +55,7 @@ __all__ = [
     "RandomGrowth",
     "Redistribution",
     "RigL",
+    "SampledGradientGrowth",
     "Schedule",
     "SparsityAlgorithm",
     "Static",

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparselab.dst._checks import require_count
 from sparselab.dst.gradient import GradientCollector
-from sparselab.dst.update import Vacancy
+from sparselab.dst.update import LayerView, Vacancy
 from sparselab.kernels._growth import skip_kept
 from sparselab.kernels._sampling import sample_distinct
 from sparselab.kernels.layout import Array
@@ -20,9 +20,12 @@ from sparselab.nn.topology import SparseTopology
 class Growth(abc.ABC):
     """Chooses the positions that a layer grows.
 
-    An algorithm calls `prepare` before every optimizer step, and on a step that updates `check`,
-    `reason_to_skip` for each layer, and `choose` for each layer that grows.
+    An algorithm calls `begin` and `prepare` before every optimizer step, and on a step that updates `check`,
+    `reason_to_skip` and `room` for each layer, and `choose` for each layer that grows.
     """
+
+    def begin(self, step: int, seed: int) -> None:
+        """Take note of the number of the step to come, and of the seed that its draws depend on."""
 
     def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:  # noqa: B027
         """Get ready for the next optimizer step.
@@ -41,6 +44,10 @@ class Growth(abc.ABC):
     def reason_to_skip(self, index: int) -> str:
         """Why layer number `index` cannot grow now; empty if it can."""
         return ""
+
+    def room(self, view: LayerView) -> int:
+        """The most positions that it can choose now; all of the layer's unless it saw only some."""
+        return view.size
 
     @abc.abstractmethod
     def choose(self, vacancy: Vacancy) -> Array:
