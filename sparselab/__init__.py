@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
     from sparselab._warmup import warmup
-    from sparselab.dst import GSE, SET, Constant, Cosine, RigL, Static
+    from sparselab.dst import GSE, SET, CHTs, CHTss, Constant, Cosine, RigL, Static
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GSE",
     "SET",
+    "CHTs",
+    "CHTss",
     "Constant",
     "Cosine",
     "MaskedLinear",
@@ -38,6 +40,8 @@ __all__ = [
 _HOMES = {
     "GSE": "dst",
     "SET": "dst",
+    "CHTs": "dst",
+    "CHTss": "dst",
     "Constant": "dst",
     "Cosine": "dst",
     "MaskedLinear": "nn",

@@ -6,13 +6,15 @@ Attach one with ``algorithm.attach(model, optimizer)``, which steps along with t
 
 from sparselab.dst.allocation import allocate, apportion, er, erk, uniform
 from sparselab.dst.base import SparsityAlgorithm
-from sparselab.dst.drop import DropScore, Magnitude
+from sparselab.dst.chts import CHTs, CHTss
+from sparselab.dst.drop import DropScore, Magnitude, RelativeImportance, Soft
 from sparselab.dst.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.group import Group
 from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
 from sparselab.dst.grown import FanInUniform, Normal
 from sparselab.dst.gse import GSE
 from sparselab.dst.one_shot import prune, train_prune_finetune
+from sparselab.dst.paths import PathGrowth
 from sparselab.dst.redistribute import ByRemaining, Redistribution
 from sparselab.dst.rigl import RigL
 from sparselab.dst.sampled import SampledGradientGrowth
@@ -24,6 +26,7 @@ from sparselab.dst.schedule import (
     Linear,
     Polynomial,
     Schedule,
+    Sigmoid,
     as_schedule,
 )
 from sparselab.dst.set import SET
@@ -36,6 +39,8 @@ __all__ = [
     "SET",
     "AtSteps",
     "ByRemaining",
+    "CHTs",
+    "CHTss",
     "Constant",
     "Cosine",
     "Cycling",
@@ -51,12 +56,16 @@ __all__ = [
     "Linear",
     "Magnitude",
     "Normal",
+    "PathGrowth",
     "Polynomial",
     "RandomGrowth",
     "Redistribution",
+    "RelativeImportance",
     "RigL",
     "SampledGradientGrowth",
     "Schedule",
+    "Sigmoid",
+    "Soft",
     "SparsityAlgorithm",
     "Static",
     "UpdateReport",

@@ -199,10 +199,8 @@ class GradientCollector:
         layer = self._layer()
         if layer is None:
             return
-        self._summary = self._summarise(layer, pairs)
+        self._summary = self._form(layer, pairs)
         self._held = []
 
-    def _summarise(
-        self, layer: SparseTopology, pairs: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> GradientSummary:
+    def _form(self, layer: SparseTopology, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> GradientSummary:
         return summarise(pairs, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype)

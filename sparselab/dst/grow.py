@@ -24,7 +24,7 @@ class Growth(abc.ABC):
     `reason_to_skip` and `room` for each layer, and `choose` for each layer that grows.
     """
 
-    def begin(self, step: int, seed: int) -> None:
+    def begin(self, step: int, seed: int) -> None:  # noqa: B027
         """Take note of the number of the step to come, and of the seed that its draws depend on."""
 
     def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:  # noqa: B027
@@ -90,9 +90,12 @@ class GradientGrowth(Growth):
         for index, layer in enumerate(layers):
             layer.gradient_watcher = None
             if most is not None:
-                collector = GradientCollector(layer, partial(most, index), self.grad_accumulation)
+                collector = self._collector(layer, index, partial(most, index))
                 self._collectors.append(collector)
                 layer.gradient_watcher = collector
+
+    def _collector(self, layer: SparseTopology, index: int, most: Callable[[], int]) -> GradientCollector:
+        return GradientCollector(layer, most, self.grad_accumulation)
 
     def check(self) -> None:
         """Raise RuntimeError if there were other backward passes than declared."""

@@ -18,16 +18,16 @@ from sparselab.kernels._topk import largest
 class GSE(DynamicSparsityAlgorithm):
     """Grow the positions of largest ``|G|`` in a random sample S, then drop as many of smallest ``|w|``.
 
-    Of nnz connections ``min(ceil(f * nnz), |S|)`` are replaced, ``f = drop_fraction(t)``. What is grown has no
-    weight before, so it is never what is dropped, and what is dropped does not grow back at once.
+    Of nnz connections ``min(ceil(f * nnz), |S|)`` are replaced, ``f = drop_fraction(t)``. What is grown has
+    no weight before, so it is never what is dropped, and what is dropped does not grow back at once.
 
     Parameters
     ----------
     sparsity : float, Schedule or None
         See `DynamicSparsityAlgorithm`.
     drop_fraction : float, Schedule or callable
-        The paper lets it fall from 0.2 to 0: ``Cosine(0.2, half_period)``, `half_period` after three fifths of
-        the training.
+        The paper lets it fall from 0.2 to 0: ``Cosine(0.2, half_period)``, `half_period` after three fifths
+        of the training.
     update : int, mapping, sequence of int, or UpdateSchedule
         The steps that update.
     seed : int
@@ -50,13 +50,13 @@ class GSE(DynamicSparsityAlgorithm):
 
     Notes
     -----
-    ``|S| * n_tokens`` multiply-adds and O(nnz) memory per update: the gradient is formed at the sample, inside
-    the backward pass, and nowhere else. Layers of sparsity 0.5 or less, where a sample saves nothing, are
-    ranked by their whole gradient.
+    ``|S| * n_tokens`` multiply-adds and O(nnz) memory per update: the gradient is formed at the sample,
+    inside the backward pass, and nowhere else. Layers of sparsity 0.5 or less, where a sample saves nothing,
+    are ranked by their whole gradient.
 
     Departures: G is that of the training step itself, where the authors draw ten further examples of each
-    class for it; the signs of "graest" are independent, theirs a hash that is 4-wise independent. A layer whose
-    operands are not finite keeps its topology.
+    class for it; the signs of "graest" are independent, theirs a hash that is 4-wise independent. A layer
+    whose operands are not finite keeps its topology.
 
     References
     ----------
@@ -80,6 +80,7 @@ class GSE(DynamicSparsityAlgorithm):
     (41, 205)
     """
 
+    _SCOPES = ("layer", "network")
     grow: SampledGradientGrowth
 
     def __init__(

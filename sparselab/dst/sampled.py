@@ -52,8 +52,8 @@ class SampledGradientGrowth(GradientGrowth):
     Notes
     -----
     ``|S| * n_tokens`` multiply-adds by `sparselab.kernels.sddmm_dw` inside the backward pass of the step that
-    updates, and O(nnz) memory. Guided samplers also read X and dY once. Live connections are never chosen, not
-    even those being dropped, so a layer cannot grow more than S holds.
+    updates, and O(nnz) memory. Guided samplers also read X and dY once. Live connections are never chosen,
+    not even those being dropped, so a layer cannot grow more than S holds.
 
     References
     ----------
@@ -90,7 +90,7 @@ class SampledGradientGrowth(GradientGrowth):
         """Name and settings."""
         return f"SampledGradientGrowth({float(self.gamma)!r}, {self.sampler!r})"
 
-    def _collector(self, index: int, layer: SparseTopology, most: Callable[[], int]) -> GradientCollector:
+    def _collector(self, layer: SparseTopology, index: int, most: Callable[[], int]) -> GradientCollector:
         rng = LayerView(index, self._step, self._seed, layer).rng()
         return _SampleCollector(layer, most, self.grad_accumulation, self, rng)
 
@@ -111,10 +111,10 @@ class _SampleCollector(GradientCollector):
         self._rng = rng
 
     @torch.no_grad()
-    def _summarise(self, layer: SparseTopology, pairs: Pairs) -> GradientSummary:
+    def _form(self, layer: SparseTopology, pairs: Pairs) -> GradientSummary:
         rows, columns = layer.shape
         if 2 * layer.nnz >= rows * columns:
-            whole = super()._summarise(layer, pairs)
+            whole = super()._form(layer, pairs)
             return _Sample(whole.finite, whole.live_scores[:0], whole.free_positions, whole.free_scores)
         dtype = layer.stored.dtype
         pairs = [(x.to(dtype), dy.to(dtype)) for x, dy in pairs]
@@ -177,7 +177,9 @@ def _total(tokens: torch.Tensor, signs: Activity | None) -> Activity:
     total = np.zeros(tokens.shape[1])
     for start in range(0, len(tokens), _CHUNK_TOKENS):
         chunk = tokens[start : start + _CHUNK_TOKENS].double().numpy()
-        total += (np.abs(chunk) if signs is None else chunk * signs[start : start + _CHUNK_TOKENS, None]).sum(0)
+        total += (np.abs(chunk) if signs is None else chunk * signs[start : start + _CHUNK_TOKENS, None]).sum(
+            0
+        )
     return total
 
 

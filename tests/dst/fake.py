@@ -85,5 +85,10 @@ class FakeSparse(nn.Module):
         self.live = torch.from_numpy(new)
         return source
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.values.data = torch.empty_like(state_dict[prefix + "values"])
+        self.live = torch.empty_like(state_dict[prefix + "live"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x):
         return _Function.apply(x, self.values, self)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparselab.dst import SET, RigL, Static
+from sparselab.dst import GSE, SET, CHTs, CHTss, Linear, RigL, Sigmoid, Static
+from sparselab.kernels import n_connections
 from sparselab.nn import MaskedLinear, SparseLinear
 from sparselab.nn.topology import find_sparse
 from tests.dst.fake import FakeSparse
@@ -17,7 +18,22 @@ ALGORITHMS = {
     "static": lambda **kw: Static(0.8),
     "set": lambda **kw: SET(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
     "rigl": lambda **kw: RigL(0.8, drop_fraction=0.3, update=7, seed=3, **kw),
+    "gse": lambda **kw: GSE(0.8, 0.3, update=7, seed=3, **kw),
+    "gse-grabo": lambda **kw: GSE(0.8, 0.3, update=7, seed=3, sampler="grabo", gamma=2, **kw),
+    "gse-graest-network": lambda **kw: GSE(
+        0.8, 0.3, update=7, seed=3, sampler="graest", scope="network", **kw
+    ),
+    "chts": lambda **kw: CHTs(0.8, 0.3, 7, 3, temperature=Linear(1, 9, 200), **kw),
+    "chts-chained": lambda **kw: CHTs(0.8, 0.3, 7, 3, chains=[("layer 0", "layer 1")], **kw),
+    "chtss": lambda **kw: CHTss(0.9, 50, update=7, seed=3, **kw),
 }
+
+#: Sparsity of the layers at first, where it is not 0.8.
+START = {"chtss": 0.5}
+
+#: Sparsity after an update at a step: of each layer, and of the network as a whole.
+LAYER_SPARSITY = {"chtss": Sigmoid(0.5, 0.9, 50)}
+NETWORK_SPARSITY = {"gse-graest-network": lambda step: 0.8}
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
@@ -25,16 +41,16 @@ OPTIMIZERS = {
 }
 
 
-def build(kind, dtype=torch.float32, seed=0):
+def build(kind, dtype=torch.float32, seed=0, sparsity=0.8):
     """A small model of two sparse layers, one dense layer and biases where the layer has them."""
     torch.manual_seed(seed)
     if kind == "fake":
-        first = FakeSparse(20, 31, 0.8, seed=seed, dtype=dtype)
-        second = FakeSparse(31, 10, 0.8, seed=seed + 1, dtype=dtype)
+        first = FakeSparse(20, 31, sparsity, seed=seed, dtype=dtype)
+        second = FakeSparse(31, 10, sparsity, seed=seed + 1, dtype=dtype)
     else:
         make = SparseLinear if kind == "real" else MaskedLinear
-        first = make(20, 31, sparsity=0.8, dtype=dtype)
-        second = make(31, 10, sparsity=0.8, dtype=dtype)
+        first = make(20, 31, sparsity=sparsity, dtype=dtype)
+        second = make(31, 10, sparsity=sparsity, dtype=dtype)
     return nn.Sequential(first, nn.ReLU(), second, nn.Linear(10, 3, dtype=dtype))
 
 
@@ -82,6 +98,18 @@ def assert_followed(before, after):
         for position, number in after[name].items():
             expected = before[name].get(position, 0.0)
             assert number == expected, f"{name} at position {position}: {number}, not {expected}"
+
+
+def assert_counts(name, layers, born, step):
+    """The algorithm of that name has left as many connections as it should after an update at `step`."""
+    counts = [layer.nnz for layer in layers]
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    if name in NETWORK_SPARSITY:
+        assert sum(counts) == n_connections((1, sum(sizes)), NETWORK_SPARSITY[name](step))
+    elif name in LAYER_SPARSITY:
+        assert counts == [n_connections((1, size), LAYER_SPARSITY[name](step)) for size in sizes]
+    else:
+        assert counts == born
 
 
 def assert_topology(layer, nnz):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.dst.harness import ALGORITHMS, OPTIMIZERS, backward, build, sparse_layers
+from tests.dst.harness import ALGORITHMS, OPTIMIZERS, START, backward, build, sparse_layers
 
 STEPS = 300
 
@@ -30,7 +30,7 @@ def assert_near(ours, theirs):
 
 
 def start(kind, algorithm_name, optimizer_name):
-    model = build(kind, torch.float64)
+    model = build(kind, torch.float64, sparsity=START.get(algorithm_name, 0.8))
     model.apply(algorithm := ALGORITHMS[algorithm_name]())
     return model, OPTIMIZERS[optimizer_name](model.parameters()), algorithm
 
