@@ -1,4 +1,4 @@
-"""Cannistraci-Hebb training, soft rule: drop by chance and weight, grow where the topology has short ways round."""
+"""Cannistraci-Hebb training, soft rule: drop by weight and chance, grow by the paths of the topology."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _ROUNDS = 16
 
 
 class PathGrowth(Growth):
-    """Free positions drawn in proportion to CH2-L3n, which scores the paths of length three that join their ends.
+    """Free positions drawn in proportion to CH2-L3n, a score of the paths of length three between their ends.
 
     In the bipartite graph of the kept connections, a row i and a column j without one are joined by paths
     ``i - c - l - j``. With ``N(l)`` the columns of row l, and likewise for columns::

@@ -176,10 +176,9 @@ def _total(tokens: torch.Tensor, signs: Activity | None) -> Activity:
     """Sum over tokens of magnitudes, or of signed entries; the same bits for any number of threads."""
     total = np.zeros(tokens.shape[1])
     for start in range(0, len(tokens), _CHUNK_TOKENS):
-        chunk = tokens[start : start + _CHUNK_TOKENS].double().numpy()
-        total += (np.abs(chunk) if signs is None else chunk * signs[start : start + _CHUNK_TOKENS, None]).sum(
-            0
-        )
+        stop = start + _CHUNK_TOKENS
+        chunk = tokens[start:stop].double().numpy()
+        total += (np.abs(chunk) if signs is None else chunk * signs[start:stop, None]).sum(0)
     return total
 
 

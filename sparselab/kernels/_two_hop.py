@@ -1,10 +1,10 @@
 """Paths of length three in the bipartite graph of a topology, drawn in proportion to what they are worth.
 
 Rows i and l meet in the columns they share. From i by way of a shared column to l, and on to one of l's other
-columns j, is a path of length three that ends where i has no connection yet. Each such l is worth ``(shared +
-1) / other`` to every j of its `other` columns outside row i, so all of them together are worth ``shared +
-1``: an integer, whatever the j. Hence nothing is ever scored column by column. Lots are dealt by whole
-numbers, which do not depend on an order of summation, and a lot is followed to its column only if it is
+columns j, is a path of length three that ends where i has no connection yet. Each such l is worth
+``(shared + 1) / other`` to every j of its `other` columns outside row i, so all of them together are worth
+``shared + 1``: an integer, whatever the j. Hence nothing is ever scored column by column. Lots are dealt by
+whole numbers, which do not depend on an order of summation, and a lot is followed to its column only if it is
 drawn.
 
 Row i costs the sum of the degrees of its columns, in increments of a counter per row that stays in cache (8
@@ -37,8 +37,7 @@ def _meet(i, indptr, indices, t_indptr, t_indices, shared, met):  # type: ignore
 
 
 @jit
-def _count_share(share, n_shares, edges, indptr, indices, t_indptr, t_indices, shared, met, lots):  # type:
-ignore[no-untyped-def]
+def _count_share(share, n_shares, edges, indptr, indices, t_indptr, t_indices, shared, met, lots):  # type: ignore[no-untyped-def]
     counts, rows = shared[share], met[share]
     for i in range(edges[share], edges[share + 1]):
         total = 0
@@ -51,8 +50,7 @@ ignore[no-untyped-def]
 
 
 @jit_parallel
-def _count(n_shares, edges, indptr, indices, t_indptr, t_indices, shared, met, lots):  # type:
-ignore[no-untyped-def]
+def _count(n_shares, edges, indptr, indices, t_indptr, t_indices, shared, met, lots):  # type: ignore[no-untyped-def]
     for share in prange(n_shares):
         _count_share(
             np.int64(share), n_shares, edges, indptr, indices, t_indptr, t_indices, shared, met, lots
@@ -155,7 +153,7 @@ class TwoHops:
         """
         rows, columns = np.empty((2, len(lots)), np.int64)
         launch(
-            _follow, _follow_share, len(self._edges) - 1, self._edges, *self._graph, *self._scratch, self._before,
-            lots, picks, rows, columns,
+            _follow, _follow_share, len(self._edges) - 1, self._edges, *self._graph, *self._scratch,
+            self._before, lots, picks, rows, columns,
         )  # fmt: skip
         return rows, columns
