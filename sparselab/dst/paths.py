@@ -9,7 +9,6 @@ from sparselab.dst.update import Vacancy
 from sparselab.kernels import PaddedCSR
 from sparselab.kernels._two_hop import TwoHops
 from sparselab.kernels.layout import Array
-from sparselab.nn.topology import use_torch_threads
 
 _ROUNDS = 16
 
@@ -44,7 +43,6 @@ class PathGrowth(Growth):
 
     def choose(self, vacancy: Vacancy) -> Array:
         """Distinct free positions, ascending."""
-        use_torch_threads()
         rng, size, kept, k = vacancy.view.rng(), vacancy.view.size, vacancy.kept, vacancy.n_grow
         drawn = draw_by_paths(rng, PaddedCSR.from_positions(vacancy.view.shape, kept), k)
         if drawn.size < k:

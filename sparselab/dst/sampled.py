@@ -22,7 +22,7 @@ from sparselab.nn.topology import SparseTopology, as_matrix
 
 Sampler = Literal["uniform", "grabo", "graest"]
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
-Activity = npt.NDArray[np.float64]
+Activity = npt.NDArray[np.floating[Any]]
 
 _CHUNK_TOKENS = 64
 
@@ -198,4 +198,5 @@ def _draw_from(rng: np.random.Generator, n: int, weights: Activity) -> Array:
     reach = np.cumsum(weights)
     if not reach[-1]:
         return rng.integers(0, len(weights), n)
-    return np.minimum(np.searchsorted(reach, rng.random(n) * reach[-1], side="right"), len(weights) - 1)
+    drawn: Array = np.searchsorted(reach, rng.random(n) * reach[-1], side="right")
+    return np.minimum(drawn, len(weights) - 1)
