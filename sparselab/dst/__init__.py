@@ -6,8 +6,16 @@ Attach one with ``algorithm.attach(model, optimizer)``, which steps along with t
 
 from sparselab.dst.allocation import allocate, apportion, er, erk, uniform
 from sparselab.dst.base import SparsityAlgorithm
+from sparselab.dst.chts import CHTs, CHTss
 from sparselab.dst.deepr import DeepR
-from sparselab.dst.drop import DropScore, Magnitude, MagnitudeAndGradient, SignedMagnitude
+from sparselab.dst.drop import (
+    DropScore,
+    Magnitude,
+    MagnitudeAndGradient,
+    RelativeImportance,
+    SignedMagnitude,
+    Soft,
+)
 from sparselab.dst.dsr import DSR
 from sparselab.dst.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.gmp import GMP
@@ -15,11 +23,14 @@ from sparselab.dst.granet import GraNet
 from sparselab.dst.group import Group
 from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
 from sparselab.dst.grown import FanInUniform, Normal
+from sparselab.dst.gse import GSE
 from sparselab.dst.mest import MEST
 from sparselab.dst.momentum import MomentumGrowth
 from sparselab.dst.one_shot import prune, train_prune_finetune
+from sparselab.dst.paths import PathGrowth
 from sparselab.dst.redistribute import ByMagnitude, ByMomentum, ByRemaining, Redistribution
 from sparselab.dst.rigl import RigL
+from sparselab.dst.sampled import SampledGradientGrowth
 from sparselab.dst.schedule import (
     Constant,
     Cosine,
@@ -28,6 +39,7 @@ from sparselab.dst.schedule import (
     Linear,
     Polynomial,
     Schedule,
+    Sigmoid,
     as_schedule,
 )
 from sparselab.dst.set import SET
@@ -41,6 +53,7 @@ from sparselab.dst.when import AtSteps, EverySteps, UpdateSchedule, as_update_sc
 __all__ = [
     "DSR",
     "GMP",
+    "GSE",
     "MEST",
     "SET",
     "SNFS",
@@ -48,6 +61,8 @@ __all__ = [
     "ByMagnitude",
     "ByMomentum",
     "ByRemaining",
+    "CHTs",
+    "CHTss",
     "Constant",
     "Cosine",
     "Cycling",
@@ -67,13 +82,18 @@ __all__ = [
     "MagnitudeAndGradient",
     "MomentumGrowth",
     "Normal",
+    "PathGrowth",
     "Polynomial",
     "RandomGrowth",
     "Redistribution",
+    "RelativeImportance",
     "RigL",
     "SRigL",
+    "SampledGradientGrowth",
     "Schedule",
+    "Sigmoid",
     "SignedMagnitude",
+    "Soft",
     "SparsityAlgorithm",
     "Static",
     "TopKAST",

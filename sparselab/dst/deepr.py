@@ -167,7 +167,7 @@ class DeepR(DynamicSparsityAlgorithm):
     def _allot(self, vacancies: Sequence[Vacancy], step: int) -> list[int]:
         if self.scope == "layer" or not vacancies:
             return super()._allot(vacancies, step)
-        ends = np.cumsum([self.grow.room(vacancy) for vacancy in vacancies])
+        ends = np.cumsum([min(vacancy.n_free, self.grow.room(vacancy.view)) for vacancy in vacancies])
         n_grow = sum(vacancy.drop.size for vacancy in vacancies)
         drawn = sample_distinct(vacancies[0].view.rng(_SHARE), int(ends[-1]), n_grow)
         return [int(n) for n in np.diff(np.searchsorted(drawn, ends), prepend=0)]

@@ -7,13 +7,14 @@ empty position, which a top-k over a masked dense matrix cannot tell apart.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sparselab.dst._checks import require_finite
+from sparselab.dst.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.update import LayerView
 from sparselab.kernels._rows import select_rows
 from sparselab.kernels._select import select
@@ -119,6 +120,84 @@ class SignedMagnitude(DropScore):
             order = np.argsort(np.abs(weights[slots]), kind="stable")
             scores[slots[order]] = np.arange(1, slots.size + 1) / slots.size
         return scores
+
+
+class RelativeImportance(DropScore):
+    """``|w|`` as a part of its row's sum plus as a part of its column's.
+
+    References
+    ----------
+    Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
+    ICLR 2024, equation 2.
+    """
+
+    def __call__(self, view: LayerView) -> Scores:
+        """(nnz,): float64, between 0 and 2."""
+        size = view.weights.abs().double().cpu().numpy()
+        scores = np.zeros(size.size)
+        for line in np.divmod(view.matrix.positions(), view.shape[1]):
+            total = np.bincount(line, weights=size)[line]
+            scores += np.divide(size, total, out=np.zeros(size.size), where=total != 0)
+        return scores
+
+
+class Soft(DropScore):
+    """Keep at random: connections are drawn without replacement with chances in proportion to ``score ** T``.
+
+    Parameters
+    ----------
+    score : DropScore, optional
+        Not negative; by default `Magnitude`.
+    temperature : float, Schedule or callable
+        T, not negative, called with the step if it is no number. 0 keeps any with equal chances; the larger,
+        the more surely the lowest scores go.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `temperature` is none of these, or at a step not such a number.
+
+    Notes
+    -----
+    The draws depend on the seed, the layer and the step only. Each connection gets ``T log(score)`` plus
+    noise of the Gumbel distribution, and the highest are kept: that is the same as drawing one after the
+    other. A score below 1e-12 counts as that, so that zeros, of which growth makes many, go in random order.
+
+    References
+    ----------
+    Kool et al., "Stochastic Beams and Where to Find Them", ICML 2019, section 2.3 (the noise).
+    """
+
+    _PURPOSE = 2
+
+    def __init__(
+        self, score: DropScore | None = None, temperature: float | Schedule | Callable[[int], float] = 1.0
+    ) -> None:
+        self.score = Magnitude() if score is None else score
+        self.temperature = as_schedule(temperature)
+        if isinstance(self.temperature, Constant):
+            self._at(0)
+
+    def _at(self, step: int) -> float:
+        temperature = self.temperature(step)
+        if not 0 <= temperature < np.inf:
+            raise ValueError(f"temperature must be 0 or above; got {temperature!r} at step {step}")
+        return temperature
+
+    def __call__(self, view: LayerView) -> Scores:
+        """(nnz,): the order in which connections are kept, float64."""
+        sizes = np.maximum(self.score(view).astype(np.float64), 1e-12)
+        noise = -np.log(view.rng(self._PURPOSE).standard_exponential(sizes.size))
+        scores: Scores = self._at(view.step) * np.log(sizes) + noise
+        return scores
+
+    def reason_to_skip(self, view: LayerView) -> str:
+        """Why the layer cannot be scored now; empty if it can."""
+        return self.score.reason_to_skip(view)
+
+    def describe(self) -> str:
+        """Name and settings."""
+        return f"Soft({self.score.describe()}, {self.temperature.describe()})"
 
 
 def lowest(scores: Scores, k: int) -> Array:

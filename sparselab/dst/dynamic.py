@@ -200,6 +200,11 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         """How many of `n` connections an update replaces."""
         return int(self._fraction(step) * n)
 
+    def _n_drop(self, step: int, nnz: int, size: int, room: int) -> int:
+        """Connections that one layer, or all of them together, lose; those that cannot be replaced stay."""
+        kept, total = self._targets(step, nnz, size)
+        return max(0, nnz - kept - max(0, total - kept - room))
+
     def _row_goal(self, view: LayerView, step: int) -> Array:
         """Connections of each row after the growth; with ``scope="row"``."""
         total = self._targets(step, view.nnz, view.size)[1]
@@ -230,20 +235,25 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
                 lowest_of_rows(layer, view.matrix.indptr, view.matrix.row_nnz - n)
                 for view, layer, n in zip(views, scores, kept, strict=True)
             ]
+        rooms = [self.grow.room(view) for view in views]
         if self.scope == "network":
             nnz = sum(view.nnz for view in views)
-            return lowest_of_network(scores, nnz - self._targets(step, nnz, total_size(views))[0])
+            return lowest_of_network(scores, self._n_drop(step, nnz, total_size(views), sum(rooms)))
         return [
-            lowest(layer, view.nnz - self._targets(step, view.nnz, view.size)[0])
-            for view, layer in zip(views, scores, strict=True)
+            lowest(layer, self._n_drop(step, view.nnz, view.size, room))
+            for view, layer, room in zip(views, scores, rooms, strict=True)
         ]
 
     def _allot(self, vacancies: Sequence[Vacancy], step: int) -> list[int]:
         """How many connections each layer grows."""
         if self.scope == "row":
             return [int(self._row_goal(v.view, step).sum()) - v.n_kept for v in vacancies]
+        caps = [min(vacancy.n_free, self.grow.room(vacancy.view)) for vacancy in vacancies]
         if self.scope == "layer":
-            own = [self._targets(step, v.view.nnz, v.view.size)[1] - v.n_kept for v in vacancies]
+            own = [
+                min(self._targets(step, vacancy.view.nnz, vacancy.view.size)[1] - vacancy.n_kept, cap)
+                for vacancy, cap in zip(vacancies, caps, strict=True)
+            ]
             if self.redistribute is None:
                 return own
             n_grow = sum(own)
@@ -251,8 +261,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             views = [vacancy.view for vacancy in vacancies]
             total = self._total(step, sum(view.nnz for view in views), total_size(views))
             # Each layer keeps a connection, which may be more than the total.
-            n_grow = max(0, total - sum(vacancy.n_kept for vacancy in vacancies))
-        caps = [self.grow.room(vacancy) for vacancy in vacancies]
+            n_grow = min(max(0, total - sum(vacancy.n_kept for vacancy in vacancies)), sum(caps))
         if self.redistribute is None:
             return apportion(n_grow, [vacancy.drop.size for vacancy in vacancies], caps)
         return self.redistribute(vacancies, n_grow, caps)
@@ -290,6 +299,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def _prepare_step(self, step: int) -> None:
         due = self.is_update_step(step)
+        self.grow.begin(step, self.seed)
         self.grow.prepare(self._layers, (lambda index: self._most_growth(step, index)) if due else None)
 
     def _finish_step(self, step: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparselab.dst._checks import require_count
 from sparselab.dst.gradient import GradientCollector
-from sparselab.dst.update import Vacancy
+from sparselab.dst.update import LayerView, Vacancy
 from sparselab.kernels._growth import kept_positions, skip_kept
 from sparselab.kernels._rows import sample_rows
 from sparselab.kernels._sampling import sample_distinct
@@ -22,8 +22,8 @@ from sparselab.nn.topology import SparseTopology
 class Growth(abc.ABC):
     """Chooses the positions that a layer grows.
 
-    An algorithm calls `prepare` before every optimizer step, and on a step that updates `check`,
-    `reason_to_skip` for each layer, and `choose` for each layer that grows.
+    An algorithm calls `begin` and `prepare` before every optimizer step, and on a step that updates `check`,
+    `reason_to_skip` and `room` for each layer, and `choose` for each layer that grows.
 
     Attributes
     ----------
@@ -32,6 +32,9 @@ class Growth(abc.ABC):
     """
 
     by_row = False
+
+    def begin(self, step: int, seed: int) -> None:  # noqa: B027
+        """Take note of the number of the step to come, and of the seed that its draws depend on."""
 
     def prepare(  # noqa: B027
         self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None
@@ -54,9 +57,9 @@ class Growth(abc.ABC):
         """Why layer number `index` cannot grow now; empty if it can."""
         return ""
 
-    def room(self, vacancy: Vacancy) -> int:
-        """The most connections that `choose` can find a position for."""
-        return vacancy.n_free
+    def room(self, view: LayerView) -> int:
+        """The most positions that it can choose now; all of the layer's unless it saw only some."""
+        return view.size
 
     @abc.abstractmethod
     def choose(self, vacancy: Vacancy) -> Array:
@@ -87,9 +90,9 @@ class RandomGrowth(Growth):
         self.regrow = regrow
         self.by_row = regrow
 
-    def room(self, vacancy: Vacancy) -> int:
-        """The most connections that `choose` can find a position for."""
-        return vacancy.n_free if self.regrow else vacancy.view.size - vacancy.view.nnz
+    def room(self, view: LayerView) -> int:
+        """All positions; without `regrow` those that are free before the drop."""
+        return view.size if self.regrow else view.size - view.nnz
 
     def choose(self, vacancy: Vacancy) -> Array:
         """Every set equally likely; depends on the seed, the layer and the step only."""

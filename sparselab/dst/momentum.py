@@ -106,7 +106,7 @@ class MomentumGrowth(Growth):
         self._averages: dict[int, GradientAverage] = {}
         self._n_seen = 0
 
-    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:
+    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
         """Average the gradient of the layers that may, and watch the others if the step updates."""
         self._gradient.prepare(layers, most)
         for index in range(self._n_seen, len(layers)):

@@ -193,6 +193,63 @@ class Polynomial(_Formula):
 
 
 @dataclass(frozen=True)
+class Sigmoid(_Formula):
+    """Slow at both ends and fast half way: a logistic curve, stretched so that it meets its ends.
+
+    ``f(t) = final + (init - final) * (1 - g(t))`` for ``start <= t < start + steps``, `init` before, `final`
+    after, with ``g`` rising from 0 to 1 as ``1 / (1 + exp(-steepness * (2 * (t - start) / steps - 1)))`` does
+    between its values at both ends.
+
+    Parameters
+    ----------
+    init : float
+        Value up to step `start`.
+    final : float
+        Value from step ``start + steps`` on; above or below `init`.
+    steps : int or float
+        Length of the way from one to the other; positive.
+    steepness : int or float
+        Positive. Near 0 is a straight line.
+    start : int or float
+        Step that still has `init`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not a number, not finite, or outside the range given above.
+
+    References
+    ----------
+    Zhang et al., "Brain network science modelling of sparse neural networks enables Transformers and LLMs to
+    perform as fully connected", NeurIPS 2025, arXiv 2501.19107 (sigmoid gradual density decay, with 6 as
+    steepness).
+
+    Examples
+    --------
+    >>> [round(Sigmoid(0.5, 0.9, steps=100)(step), 3) for step in (0, 25, 50, 75, 100)]
+    [0.5, 0.518, 0.7, 0.882, 0.9]
+    """
+
+    init: float
+    final: float
+    steps: float
+    steepness: float = 6
+    start: float = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steepness <= 0:
+            raise ValueError(f"steepness must be positive; got {self.steepness!r}")
+
+    def __call__(self, step: int) -> float:
+        """Value at `step`."""
+        # tanh(x / 2) is the logistic curve centred on 0 and twice as high; it cannot overflow.
+        done = 2 * (step - self.start) / self.steps - 1
+        reached = math.tanh(self.steepness * done / 2) / math.tanh(self.steepness / 2)
+        return _approach(self.init, self.final, min(max((1 - reached) / 2, 0.0), 1.0))
+
+
+@dataclass(frozen=True)
 class Exponential(_Formula):
     """Every step leaves the fraction `gamma` of the distance to `final`, which is never quite reached.
 

@@ -103,11 +103,11 @@ class SNFS(DynamicSparsityAlgorithm):
 
     def _drop(self, views: Sequence[LayerView], step: int) -> list[Array]:
         return [
-            lowest(self.drop(view), self._n_drop(view, step, growing))
+            lowest(self.drop(view), self._n_dropped(view, step, growing))
             for view, growing in zip(views, self._growing(views), strict=True)
         ]
 
-    def _n_drop(self, view: LayerView, step: int, growing: bool) -> int:
+    def _n_dropped(self, view: LayerView, step: int, growing: bool) -> int:
         kept, total = self._targets(step, view.nnz, view.size)
         n_free = view.size - view.nnz
         if not growing or n_free >= 0.2 * view.size:

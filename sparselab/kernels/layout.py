@@ -142,6 +142,20 @@ class PaddedCSR:
         return cls._from_sorted((rows, columns), counts, positions - row * columns, values, padding)
 
     @classmethod
+    def from_positions(cls, shape: tuple[int, int], positions: Array) -> PaddedCSR:
+        """Connections at given positions, with values of 0 (float32) and without spare slots.
+
+        Parameters
+        ----------
+        shape : (int, int)
+        positions : int array, (nnz,)
+            ``row * columns + column``, strictly ascending.
+        """
+        row, column = np.divmod(positions, max(shape[1], 1))
+        counts = np.bincount(row, minlength=shape[0])
+        return cls._from_sorted(shape, counts, column, np.zeros(len(positions), np.float32), 0.0)
+
+    @classmethod
     def _from_sorted(
         cls, shape: tuple[int, int], counts: Array, columns: Array, values: Array, padding: float
     ) -> PaddedCSR:

@@ -7,8 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparselab.dst import (
-    CHTs, CHTss, Cosine, DeepR, DSR, GMP, GraNet, GSE, Linear, MEST, Polynomial, RigL, SET, Sigmoid, SNFS,
-    SRigL, SparsityAlgorithm, Static, TopKAST,
+    DSR,
+    GMP,
+    GSE,
+    MEST,
+    SET,
+    SNFS,
+    CHTs,
+    CHTss,
+    Cosine,
+    DeepR,
+    GraNet,
+    Linear,
+    Polynomial,
+    RigL,
+    Sigmoid,
+    SparsityAlgorithm,
+    SRigL,
+    Static,
+    TopKAST,
 )  # fmt: skip
 from sparselab.kernels import n_connections
 from sparselab.nn import constant_fan_in_

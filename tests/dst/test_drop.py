@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselab.dst.drop import Magnitude, SignedMagnitude, lowest, lowest_of_network
+from sparselab.dst.drop import Magnitude, RelativeImportance, SignedMagnitude, Soft, lowest, lowest_of_network
 from sparselab.dst.update import LayerView
 from tests.dst.fake import FakeSparse
 
@@ -75,3 +75,65 @@ def test_signed_magnitude_takes_the_same_fraction_of_both_signs():
 
 def test_a_network_without_layers_drops_nothing():
     assert lowest_of_network([], 0) == []
+
+
+def test_relative_importance_is_the_share_of_row_and_column():
+    layer = FakeSparse(6, 5, 0.4)
+    dense = layer.dense(layer.values).detach().double().numpy()
+    size = np.abs(dense)
+    expected = [
+        size[i, j] / size[i].sum() + size[i, j] / size[:, j].sum()
+        for i, j in (divmod(position, 6) for position in layer.live.tolist())
+    ]
+    np.testing.assert_allclose(RelativeImportance()(LayerView(0, 1, 0, layer)), expected, rtol=1e-12)
+
+
+def test_relative_importance_of_zeros_is_zero():
+    layer = FakeSparse(6, 5, 0.4)
+    layer.values.data.zero_()
+    assert not RelativeImportance()(LayerView(0, 1, 0, layer)).any()
+
+
+def weights_of(*numbers):
+    layer = FakeSparse(len(numbers), 1, 0.0)
+    layer.values.data = torch.tensor(numbers, dtype=torch.float64)
+    return layer
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+def test_soft_keeps_in_proportion_to_a_power_of_the_score(temperature):
+    layer, n_draws = weights_of(1.0, -2.0, 3.0, 0.5), 4000
+    chances = np.abs([1.0, -2.0, 3.0, 0.5]) ** temperature
+    chances /= chances.sum()
+    kept = np.zeros((4, 4))
+    for seed in range(n_draws):
+        scores = Soft(temperature=temperature)(LayerView(0, 1, seed, layer))
+        kept[tuple(sorted(set(range(4)) - set(lowest(scores, 2).tolist())))] += 1
+    for i in range(4):
+        for j in range(i + 1, 4):
+            p, q = chances[i], chances[j]
+            expected = n_draws * p * q * (1 / (1 - p) + 1 / (1 - q))
+            assert abs(kept[i, j] - expected) <= 6 * np.sqrt(expected)
+
+
+def test_soft_draws_depend_on_seed_layer_and_step_only():
+    layer = weights_of(*range(1, 9))
+    views = [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]
+    first, same, *others = [Soft()(LayerView(*key, layer)).tolist() for key in views]
+    assert first == same
+    assert first not in others
+
+
+def test_soft_takes_zeros_and_gives_nan_up_first():
+    layer = weights_of(0.0, 0.0, 1.0, np.nan)
+    scores = [Soft(temperature=9)(LayerView(0, 1, seed, layer)) for seed in range(60)]
+    assert {tuple(lowest(s, 1).tolist()) for s in scores} == {(3,)}
+    assert {tuple(lowest(s, 2).tolist()) for s in scores} == {(0, 3), (1, 3)}
+
+
+def test_soft_temperature_follows_its_schedule_and_must_not_be_negative():
+    layer = weights_of(1.0, 2.0)
+    cold, warm = (Soft(temperature=lambda step, t=t: t * step)(LayerView(0, 2, 0, layer)) for t in (0.0, 1.0))
+    np.testing.assert_allclose(warm - cold, 2 * np.log([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"temperature must be 0 or above; got -2\.0 at step 2"):
+        Soft(temperature=lambda step: -step)(LayerView(0, 2, 0, layer))

@@ -14,6 +14,7 @@ from sparselab.dst import (
     Linear,
     Polynomial,
     Schedule,
+    Sigmoid,
     as_schedule,
 )
 
@@ -22,6 +23,7 @@ FRACTIONS = st.floats(0, 1)
 SHAPES = {
     "Linear": lambda init, final: Linear(init, final, 97),
     "Polynomial": lambda init, final: Polynomial(init, final, 97, start=3),
+    "Sigmoid": lambda init, final: Sigmoid(init, final, 97, start=3),
     "Exponential": lambda init, final: Exponential(init, 0.9, final),
 }
 
@@ -63,6 +65,16 @@ def test_polynomial_power():
     assert [Polynomial(0.2, 0.6, 7, 1)(step) for step in range(9)] == [
         Linear(0.2, 0.6, 7)(step) for step in range(9)
     ]
+
+
+def test_sigmoid_is_a_logistic_curve_stretched_to_its_ends():
+    schedule = Sigmoid(0.5, 0.9, 40, start=10)
+    assert [schedule(step) for step in (0, 10, 50, 60)] == [0.5, 0.5, 0.9, 0.9]
+    assert schedule(30) == pytest.approx(0.7)
+    logistic = [1 / (1 + math.exp(-6 * x)) for x in (-1, -0.5, 1)]
+    done = (logistic[1] - logistic[0]) / (logistic[2] - logistic[0])
+    assert schedule(20) == pytest.approx(0.5 + 0.4 * done)
+    assert Sigmoid(0.0, 1.0, 4, steepness=1e-6)(1) == pytest.approx(0.25)
 
 
 def test_exponential_halves_the_distance():
@@ -117,6 +129,8 @@ def test_description_tells_settings_apart():
         Polynomial(0.3, 10, 1),
         Polynomial(0.3, 10, 1, power=2),
         Polynomial(0.3, 10, 1, start=2),
+        Sigmoid(0.3, 10, 1),
+        Sigmoid(0.3, 10, 1, steepness=2),
         Exponential(0.3, 0.5),
         Exponential(0.3, 0.5, 0.1),
         Cycling([0.3]),
@@ -150,6 +164,7 @@ def test_functions_are_described_by_name():
         (lambda: Polynomial(0, 1, -1), ValueError, "steps must be a positive number of steps; got -1"),
         (lambda: Polynomial(0, 1, 1, power=0), ValueError, "power must be positive; got 0"),
         (lambda: Polynomial(0, 1, 1, start=math.inf), ValueError, "start must be finite; got inf"),
+        (lambda: Sigmoid(0, 1, 1, steepness=0), ValueError, "steepness must be positive; got 0"),
         (lambda: Exponential(0, 0), ValueError, r"gamma must lie in \(0, 1\]; got 0"),
         (lambda: Exponential(0, 1.5), ValueError, r"gamma must lie in \(0, 1\]; got 1.5"),
         (lambda: Exponential(0, True), TypeError, "gamma must be a number; got True"),
