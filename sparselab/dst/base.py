@@ -22,8 +22,8 @@ _owners: weakref.WeakKeyDictionary[Any, weakref.ref[SparsityAlgorithm]] = weakre
 class SparsityAlgorithm:
     """Decides which connections the sparse layers of a model have while it trains.
 
-    Attach it with ``model.apply(algorithm)`` and call `step` after every ``optimizer.step()``; or let `attach`
-    do both.
+    Attach it with ``model.apply(algorithm)`` and call `step` after every ``optimizer.step()``; or let
+    `attach` do both.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ class SparsityAlgorithm:
         return {}
 
     def _remember(self, memory: dict[str, Any]) -> None:
-        """Take back what `_memory` returned; raise ValueError, before anything is changed, if it does not fit."""
+        """Take back what `_memory` returned; raise ValueError before any change if it does not fit."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, in plain values and tensors.

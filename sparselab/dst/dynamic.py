@@ -1,7 +1,8 @@
-"""The drop-grow loop: when to update, how many connections each layer loses and gains, and what follows them."""
+"""The drop-grow loop: when to update, what each layer loses and gains, and what follows the connections."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         every update takes the layers to (the network, if that is the scope), whatever they had before.
     drop_fraction : float, Schedule or callable
         Fraction of the connections to replace, in ``[0, 1]``; a schedule or function is called with the step.
-    update : int, mapping, sequence of int, or UpdateSchedule
+    update : int, mapping, list of int, or UpdateSchedule
         The optimizer steps (the first is 1) that end with an update: every so many, ``{"freq", "start",
         "stop"}`` with `stop` exclusive, or a list of steps.
     seed : int
@@ -88,7 +89,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self,
         sparsity: float | Schedule | None = None,
         drop_fraction: float | Schedule | Callable[[int], float] = 0.3,
-        update: int | Mapping[str, int] | Sequence[int] | UpdateSchedule = 100,
+        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
         seed: int = 0,
         *,
         drop: DropScore | None = None,
@@ -117,7 +118,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self.grown_state = check_grown_state(grown_state)
         self._tracker = OptimizerTracker(self._layers)
         self._slots: list[dict[str, torch.Tensor]] = []
-        self._hooks: dict[int, UpdateHook] = {}
+        self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
         self.last_update: tuple[UpdateReport, ...] | None = None
         if isinstance(self.drop_fraction, Constant):
             self._fraction(0)

@@ -27,7 +27,7 @@ class Group:
     Raises
     ------
     TypeError, ValueError
-        If a pattern is not a string, a value not an algorithm, one algorithm is given twice, or there is none.
+        If a pattern is not a string, a value no algorithm, one algorithm given twice, or there is none.
 
     Examples
     --------
@@ -52,7 +52,9 @@ class Group:
                     f"{type(algorithm).__name__}"
                 )
         if len(set(map(id, self._algorithms.values()))) < len(self._algorithms):
-            raise ValueError("algorithms must hold each algorithm once; join the patterns, or make another one")
+            raise ValueError(
+                "algorithms must hold each algorithm once; join the patterns, or make another one"
+            )
 
     def __getitem__(self, pattern: str) -> SparsityAlgorithm:
         return self._algorithms[pattern]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ class Growth(abc.ABC):
     `reason_to_skip` for each layer, and `choose` for each layer that grows.
     """
 
-    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:
+    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:  # noqa: B027
         """Get ready for the next optimizer step.
 
         Parameters
@@ -35,7 +36,7 @@ class Growth(abc.ABC):
             Says how many connections layer i may grow at most, where the step ends with an update.
         """
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027
         """Raise if the update that is due cannot be done; nothing has been changed yet."""
 
     def reason_to_skip(self, index: int) -> str:
@@ -113,7 +114,7 @@ class GradientGrowth(Growth):
         for index, layer in enumerate(layers):
             layer.gradient_watcher = None
             if most is not None:
-                collector = GradientCollector(layer, lambda index=index: most(index), self.grad_accumulation)
+                collector = GradientCollector(layer, partial(most, index), self.grad_accumulation)
                 self._collectors.append(collector)
                 layer.gradient_watcher = collector
 

@@ -46,7 +46,7 @@ class Normal:
 
     def __call__(self, vacancy: Vacancy, positions: Array) -> npt.NDArray[np.floating[Any]]:
         """One weight for each position."""
-        return vacancy.view.rng(_PURPOSE).normal(0.0, self.std, positions.size)
+        return np.asarray(vacancy.view.rng(_PURPOSE).normal(0.0, self.std, positions.size))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class FanInUniform:
         # The layer has been rewritten by now, so these are the fan-ins with the new connections.
         fan_in = np.bincount(vacancy.view.layer.positions().numpy() // columns, minlength=rows)
         bound = 1 / np.sqrt(fan_in[positions // columns])
-        return bound * vacancy.view.rng(_PURPOSE).uniform(-1, 1, positions.size)
+        return np.asarray(bound * vacancy.view.rng(_PURPOSE).uniform(-1, 1, positions.size))
 
 
 def as_grown_value(value: float | GrownValue) -> GrownValue | None:

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from torch import Tensor, nn
 
 from sparselab.kernels import n_connections
+from sparselab.nn._checks import check_dtype
 from sparselab.nn._layer import SparseLayer
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.masked import MaskedLinear
@@ -92,7 +93,7 @@ def find_linear(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         As `sparsify` does for its patterns and layers; `exempt` must match too. And if no layer is left.
     """
     wanted, unwanted = ((each,) if isinstance(each, str) else tuple(each) for each in (include, exempt))
@@ -101,6 +102,8 @@ def find_linear(
     if not chosen:
         raise ValueError(f"include must match a layer that exempt does not, got {wanted} and {unwanted}")
     _refuse_shared_parameters(model, chosen)
+    for linear in chosen:
+        check_dtype("dtype", linear.weight.dtype)
     names = {module: name for name, module in model.named_modules()}
     return {names[linear]: linear for linear in chosen}
 

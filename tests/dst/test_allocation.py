@@ -107,6 +107,11 @@ def test_uniform_of_lenet_by_hand():
     assert uniform([(3, 3), (3, 3), (3, 3)], 0.5) == [5, 5, 4]  # 13.5 rounds to 14, 4.5 each
 
 
+def test_small_layers_keep_a_connection_while_there_are_enough():
+    assert uniform([(100, 100), (2, 2)], 0.99) == [99, 1]
+    assert uniform([(100, 100), (2, 2), (2, 2)], 0.9999) == [1, 0, 0]
+
+
 def test_kernels_count_in_erk_and_not_in_er():
     shapes = [(8, 4, 3, 3), (16, 18)]  # both of 288 positions
     # Sums 18 and 34: 144 * 18/52 = 49.8. (8+4)/32 against 34/288: 144 * 0.375/0.493 = 109.5.

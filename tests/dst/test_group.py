@@ -74,7 +74,11 @@ def test_its_state_is_the_state_of_each():
         (lambda: Group({"*": SET}), TypeError, r"got '\*': type"),
         (lambda: Group({"*": Group({"*": SET()})}), TypeError, r"got '\*': Group"),
         (lambda: Group(dict.fromkeys("ab", Static())), ValueError, "each algorithm once"),
-        (lambda: Group({"*": SET(), "mlp": SET()}).attach(make()), ValueError, "'mlp' without one.*attn, mlp"),
+        (
+            lambda: Group({"*": SET(), "mlp": SET()}).attach(make()),
+            ValueError,
+            "'mlp' without one.*attn, mlp",
+        ),
         (lambda: make().apply(Group({"*": SET()})), TypeError, r"call group.attach\(model\)"),
     ],
 )

@@ -166,6 +166,13 @@ def test_magnitude_keeps_the_largest_and_the_first_of_equals() -> None:
     assert torch.equal(model[0].values, layer.values)
 
 
+def test_what_is_not_a_number_is_the_first_to_go() -> None:
+    linear = nn.Linear(3, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[torch.nan, -5.0, 2.0], [2.0, torch.inf, 0.0]]))
+    assert SparseLinear.from_dense(linear, 0.5).values.tolist() == [-5, 2, torch.inf]
+
+
 def test_dense_and_back_is_the_same_layer() -> None:
     layer = SparseLinear(30, 20, sparsity=0.7)
     again = SparseLinear.from_dense(layer.to_dense(), layer.sparsity)

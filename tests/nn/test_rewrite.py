@@ -38,6 +38,15 @@ def test_values_and_gradient_follow_their_connection(n_drop: int, n_grow: int) -
             assert number == (0 if position in grow.tolist() else before[position])
 
 
+def test_a_gradient_is_moved_in_place_and_a_rotten_one_spreads_nothing() -> None:
+    layer = SparseLinear(30, 20, sparsity=0.9)
+    gradient = layer.values.grad = torch.full((60,), torch.nan)
+    source = layer.rewrite(torch.arange(20), free_positions(layer, 20))
+    assert layer.values.grad is gradient
+    assert torch.equal(gradient.isnan(), source >= 0)
+    assert not gradient[source < 0].any()
+
+
 def test_a_regrown_connection_keeps_its_weight() -> None:
     layer = SparseLinear(30, 20, sparsity=0.9)
     before = layer.values.clone()

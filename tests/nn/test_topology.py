@@ -4,25 +4,79 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparselab import SparseLinear
+from sparselab import MaskedLinear, SparseLinear
 from sparselab.nn import topology
-from sparselab.nn.topology import SparseTopology, find_sparse, is_sparse
+from sparselab.nn.topology import SparseTopology, find_sparse, is_sparse, move_slots
 from tests.nn.test_rewrite import Watcher
 
+LAYERS = [SparseLinear, MaskedLinear]
 
-def test_a_sparse_layer_has_everything_an_algorithm_may_use() -> None:
-    assert is_sparse(SparseLinear(6, 4))
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_sparse_layer_has_everything_an_algorithm_may_use(kind: Any) -> None:
+    layer = kind(6, 4)
+    assert is_sparse(layer)
     members = {name for name in dir(SparseTopology) if not name.startswith("_")}
     members |= set(SparseTopology.__annotations__)
-    layer = SparseLinear(6, 4)
     assert members == set(topology._MEMBERS)
     assert all(hasattr(layer, name) for name in members)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_entries_follow_their_connection(kind: Any) -> None:
+    layer = kind(6, 4, sparsity=0.5)
+    entries = torch.zeros_like(layer.stored)
+    entries[layer.stored != 0] = torch.arange(12.0)
+    assert layer.per_connection(entries).tolist() == list(range(12))
+    layer.put(entries, torch.tensor([3, 7]), torch.tensor([30.0, 70.0]))
+    assert layer.per_connection(entries).tolist() == [0, 1, 2, 30, 4, 5, 6, 70, 8, 9, 10, 11]
+    layer.put(entries, torch.tensor([3, 7]), torch.tensor([3.0, 7.0]))
+    free = sorted(set(range(24)) - set(layer.positions().tolist()))
+    source = layer.rewrite(torch.tensor([0, 5]), torch.tensor([free[1], free[7]]))
+    moved = layer.moved(entries, source)
+    assert moved is entries
+    expected = [float(slot) if slot >= 0 else 0.0 for slot in source.tolist()]
+    assert layer.per_connection(moved).tolist() == expected
+    assert expected.count(0.0) == 2
+    source = layer.rewrite(torch.tensor([1]), torch.empty(0, dtype=torch.int64))
+    assert layer.per_connection(layer.moved(moved, source)).tolist() == expected[:1] + expected[2:]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        torch.tensor([1, torch.nan, 3]),
+        torch.tensor([1, 2, 3], dtype=torch.bfloat16),
+        torch.tensor([1, 2j, torch.nan]),
+        torch.arange(6.0)[::2],
+        torch.tensor([True, False, True]),
+    ],
+    ids=["NaN", "bfloat16", "complex", "strided", "bool"],
+)
+def test_slots_of_every_kind_move(entries: torch.Tensor) -> None:
+    old = entries.clone()
+    longer = move_slots(entries, torch.tensor([2, -1, 1, -1, 0]))
+    expected = torch.stack([old[2], old.new_zeros(()), old[1], old.new_zeros(()), old[0]])
+    torch.testing.assert_close(longer, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(entries, old, rtol=0, atol=0, equal_nan=True)
+    assert move_slots(entries, torch.tensor([-1, 0, 2])) is entries
+    expected = torch.stack([old.new_zeros(()), old[0], old[2]])
+    torch.testing.assert_close(entries, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("source", [[3, 0, 1], [-2, 0, 1]])
+def test_a_source_that_is_no_slot_is_refused(source: list[int]) -> None:
+    entries = torch.arange(3.0)
+    with pytest.raises(IndexError, match=r"source must hold -1 or slots of 0\.\.2"):
+        move_slots(entries, torch.tensor(source))
+    assert entries.tolist() == [0, 1, 2]
 
 
 def test_a_module_that_lacks_one_part_is_not_sparse() -> None:
