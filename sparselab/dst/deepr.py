@@ -35,7 +35,7 @@ class DeepR(DynamicSparsityAlgorithm):
 
     Parameters
     ----------
-    sparsity, seed, **settings
+    sparsity : float or None
         See `DynamicSparsityAlgorithm`.
     temperature : float, Schedule or callable
         Strength of the noise; not negative. 0 draws none. The released script adds ``lr * 1e-5 * N(0, 1)``,
@@ -44,9 +44,13 @@ class DeepR(DynamicSparsityAlgorithm):
         Pull towards zero; not negative.
     update : int, mapping, sequence of int, or UpdateSchedule
         The steps that replace connections; the walk goes on at every step.
+    seed : int
+        See `DynamicSparsityAlgorithm`.
     scope : {"layer", "network"}
         Whether each layer replaces its own, or the new positions are drawn among all empty ones of the
         network, where every layer keeps at least one connection.
+    settings
+        Of `DynamicSparsityAlgorithm`.
 
     Raises
     ------

@@ -32,14 +32,18 @@ class DSR(DynamicSparsityAlgorithm):
 
     Parameters
     ----------
-    sparsity, update, seed, **settings
-        See `DynamicSparsityAlgorithm`. Drop scores other than ``|w|`` are compared with H just the same.
+    sparsity : float or None
+        See `DynamicSparsityAlgorithm`.
     n_prune : int or float
         How many connections should be below H: a number, or a fraction of all connections, in (0, 1).
+    update, seed
+        See `DynamicSparsityAlgorithm`.
     threshold : float
         H of the first update; positive.
     tolerance : float
         In [0, 1).
+    settings
+        Of `DynamicSparsityAlgorithm`. Drop scores other than ``|w|`` are compared with H just the same.
 
     Attributes
     ----------

@@ -27,11 +27,12 @@ class SNFS(DynamicSparsityAlgorithm):
 
     Parameters
     ----------
-    sparsity, update, seed, **settings
-        See `DynamicSparsityAlgorithm`. ``redistribute=None`` leaves each layer its number of connections;
-        `ByMagnitude` and `ByRemaining` are the other rules of the paper's code.
+    sparsity : float, Schedule or None
+        See `DynamicSparsityAlgorithm`.
     drop_fraction : float, Schedule or callable
         The paper's is ``Cosine(0.5, steps, minimum=0.005)``.
+    update, seed
+        See `DynamicSparsityAlgorithm`.
     momentum_bytes : int
         Memory for averages of the dense gradient. The momentum at positions without a weight is not in any
         optimizer; layers that fit into this budget keep their own, at the price of a dense weight gradient
@@ -40,6 +41,9 @@ class SNFS(DynamicSparsityAlgorithm):
         What a step leaves of these averages.
     grad_accumulation : int
         Backward passes per optimizer step.
+    settings
+        Of `DynamicSparsityAlgorithm`. ``redistribute=None`` leaves each layer its number of connections;
+        `ByMagnitude` and `ByRemaining` are the other rules of the paper's code.
 
     Raises
     ------
