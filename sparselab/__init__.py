@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparselab import dst, kernels, nn
     from sparselab._warmup import warmup
-    from sparselab.dst import SET, Constant, Cosine, RigL, Static
+    from sparselab.dst import SET, Constant, Cosine, Monitor, RigL, Static
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 
@@ -21,6 +21,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "MaskedLinear",
+    "Monitor",
     "PaddedCSR",
     "RigL",
     "SparseLinear",
@@ -39,6 +40,7 @@ _HOMES = {
     "Constant": "dst",
     "Cosine": "dst",
     "MaskedLinear": "nn",
+    "Monitor": "dst",
     "PaddedCSR": "kernels",
     "RigL": "dst",
     "SparseLinear": "nn",

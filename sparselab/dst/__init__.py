@@ -11,6 +11,7 @@ from sparselab.dst.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.group import Group
 from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
 from sparselab.dst.grown import FanInUniform, Normal
+from sparselab.dst.monitor import Monitor
 from sparselab.dst.one_shot import prune, train_prune_finetune
 from sparselab.dst.redistribute import ByRemaining, Redistribution
 from sparselab.dst.rigl import RigL
@@ -47,6 +48,7 @@ __all__ = [
     "LayerView",
     "Linear",
     "Magnitude",
+    "Monitor",
     "Normal",
     "Polynomial",
     "RandomGrowth",
