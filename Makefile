@@ -8,10 +8,11 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo mnist test lint bench clean
 
 help:
 	@echo "make demo    train a small GPT dense and sparse, print a table, draw pictures (about 5 minutes)"
+	@echo "make mnist   compare algorithms on MNIST at several sparsities (ARGS=--quick: about 2 minutes)"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    run the linter, the formatter's check and the type checker"
 	@echo "make bench   time sparse layers on this machine"
@@ -37,6 +38,9 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	@$(BIN)/python examples/shakespeare.py $(ARGS)
+
+mnist: $(VENV)/.installed
+	@$(BIN)/python examples/mnist.py $(ARGS)
 
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest $(ARGS)

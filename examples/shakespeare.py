@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import torch
 from gpt import GPT, initial_std
+from options import at_least_one, changed
 from text import Text, TextError, load_text
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -314,28 +315,6 @@ def run_both(cfg: Config, text: Text, out: Path, options: Sequence[str]) -> None
     summary = {"config": dataclasses.asdict(cfg), "text": text.source, "bigram": bigram, **results}
     (out / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     show(results, bigram, out)
-
-
-def at_least_one(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {value}")
-    return number
-
-
-def changed(cfg: Config, settings: Sequence[str]) -> Config:
-    """`cfg` with each ``name=value`` applied, the value read as the type the field has."""
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in {field.name for field in dataclasses.fields(Config)}:
-            names = ", ".join(field.name for field in dataclasses.fields(Config))
-            raise SystemExit(f"--set {setting}: no setting {name!r}; expected one of {names}")
-        kind = type(getattr(cfg, name))
-        try:
-            cfg = dataclasses.replace(cfg, **{name: kind(value)})
-        except ValueError:
-            raise SystemExit(f"--set {setting}: expected {name}=<{kind.__name__}>, got {value!r}") from None
-    return cfg
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,26 +7,19 @@ where none of these works, the English text that Python's own ``help()`` carries
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import os
-import sys
-import tempfile
-import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from downloads import DownloadError, Remote, cache_folder, cached_or_downloaded, find_local
 
-URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-N_BYTES = 1_115_394
-SOCKET_TIMEOUT_S = 10
-DOWNLOAD_LIMIT_S = 60
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+REMOTE = Remote(
+    url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    n_bytes=1_115_394,
+)
 DATA_FILE = Path("tinyshakespeare", "input.txt")
+CACHED = "tinyshakespeare.txt"
 
 
 class TextError(Exception):
@@ -58,13 +51,15 @@ def load_text(path: str | os.PathLike[str] | None = None, min_chars: int = 1) ->
     """
     if path is not None:
         return read_text_file(Path(path), min_chars)
-    local = find_local()
+    local = find_local(DATA_FILE)
     if local is not None:
         return read_text_file(local, min_chars, what="Tiny Shakespeare, ")
-    data = cached_or_downloaded()
-    if data is not None:
-        return Text(data.decode("utf-8"), f"Tiny Shakespeare, {cache_file()}")
-    return python_help_text(min_chars)
+    try:
+        data = cached_or_downloaded(REMOTE, CACHED)
+    except DownloadError as error:
+        print(f"Tiny Shakespeare could not be downloaded ({error}).")
+        return python_help_text(min_chars)
+    return Text(data.decode("utf-8"), f"Tiny Shakespeare, {cache_folder() / CACHED}")
 
 
 def read_text_file(path: Path, min_chars: int = 1, what: str = "") -> Text:
@@ -85,90 +80,6 @@ def read_text_file(path: Path, min_chars: int = 1, what: str = "") -> Text:
     if len(characters) < min_chars:
         raise TextError(f"{path}: holds only {len(characters):,} characters; {expected}")
     return Text(characters, f"{what}{path}")
-
-
-def find_local() -> Path | None:
-    """Tiny Shakespeare in a data folder of this computer, or None."""
-    folders = [REPOSITORY.parent / "shared" / "data"]
-    if os.environ.get("SPARSELAB_DATA"):
-        folders.append(Path(os.environ["SPARSELAB_DATA"]))
-    for folder in folders:
-        if (folder / DATA_FILE).is_file():
-            return folder / DATA_FILE
-    if len(folders) > 1:
-        print(f"$SPARSELAB_DATA ({folders[1]}) has no file {DATA_FILE}; looking elsewhere.")
-    return None
-
-
-def cache_file() -> Path:
-    """The user's own copy of Tiny Shakespeare, where the platform keeps such files."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
-        base = Path(os.environ["LOCALAPPDATA"])
-    elif sys.platform == "darwin":
-        base = Path("~/Library/Caches").expanduser()
-    else:
-        base = Path("~/.cache").expanduser()
-    return base / "sparselab" / "tinyshakespeare.txt"
-
-
-def cached_or_downloaded() -> bytes | None:
-    """Tiny Shakespeare from the cache, else from its public address; None, saying so, without either.
-
-    A cached file with the wrong checksum is fetched again. A cache that cannot be written only costs a later
-    download.
-    """
-    try:
-        target = cache_file()
-        data = target.read_bytes() if target.is_file() else None
-        if data is not None and is_tiny_shakespeare(data):
-            return data
-        data = download()
-        if not is_tiny_shakespeare(data):
-            raise ValueError(f"{len(data):,} bytes with another checksum than the {N_BYTES:,} expected")
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        print(f"Tiny Shakespeare could not be downloaded ({error}).")
-        return None
-    try:
-        write_atomically(target, data)
-    except OSError as error:
-        print(f"Tiny Shakespeare was downloaded but not kept ({error}).")
-    return data
-
-
-def is_tiny_shakespeare(data: bytes) -> bool:
-    """Whether these are the bytes the example was tuned on."""
-    return hashlib.sha256(data).hexdigest() == SHA256
-
-
-def download() -> bytes:
-    """Fetch `URL` with a progress bar; slow, over-long and stalled answers end in an OSError."""
-    deadline = time.monotonic() + DOWNLOAD_LIMIT_S
-    received = bytearray()
-    bar = tqdm(total=N_BYTES, desc="download", unit="B", unit_scale=True)
-    with bar, urllib.request.urlopen(URL, timeout=SOCKET_TIMEOUT_S) as answer:
-        while chunk := answer.read(1 << 16):
-            received += chunk
-            bar.update(len(chunk))
-            if len(received) > N_BYTES:
-                raise OSError(f"the answer is longer than {N_BYTES:,} bytes")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not finished after {DOWNLOAD_LIMIT_S} seconds")
-    return bytes(received)
-
-
-def write_atomically(target: Path, data: bytes) -> None:
-    """Write `data` so that other processes see either the whole file or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def python_help_text(min_chars: int = 1) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -112,7 +113,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self.grown_state = check_grown_state(grown_state)
         self._tracker = OptimizerTracker(self._layers)
         self._slots: list[dict[str, torch.Tensor]] = []
-        self._hooks: dict[int, UpdateHook] = {}
+        self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
         self.last_update: tuple[UpdateReport, ...] | None = None
         if isinstance(self.drop_fraction, Constant):
             self._fraction(0)

@@ -62,8 +62,8 @@ class SparseTopology(Protocol):
 
 
 _MEMBERS = (
-    "gradient_watcher", "stored", "shape", "nnz", "sparsity", "positions", "per_connection", "rewrite",
-    "moved",
+    "gradient_watcher", "stored", "shape", "nnz", "sparsity", "positions", "per_connection", "put",
+    "rewrite", "moved",
 )  # fmt: skip
 
 #: Moving a number needs its width only.

@@ -5,6 +5,7 @@ import sys
 import urllib.error
 from pathlib import Path
 
+import downloads
 import pytest
 import text
 
@@ -21,8 +22,8 @@ class Network:
 
     def __call__(self, url, timeout):
         self.calls += 1
-        assert url == text.URL
-        assert timeout == text.SOCKET_TIMEOUT_S
+        assert url == text.REMOTE.url
+        assert timeout == downloads.SOCKET_TIMEOUT_S
         if self.error is not None:
             raise self.error
         return io.BytesIO(self.content)
@@ -32,10 +33,10 @@ class Network:
 def network(monkeypatch, tmp_path):
     """A computer without any copy of the text, where `CONTENT` counts as Tiny Shakespeare."""
     fake = Network()
-    monkeypatch.setattr(text.urllib.request, "urlopen", fake)
-    monkeypatch.setattr(text, "REPOSITORY", tmp_path / "work" / "repository")
-    monkeypatch.setattr(text, "SHA256", hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setattr(text, "N_BYTES", len(CONTENT))
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", fake)
+    monkeypatch.setattr(downloads, "REPOSITORY", tmp_path / "work" / "repository")
+    remote = downloads.Remote(text.REMOTE.url, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
+    monkeypatch.setattr(text, "REMOTE", remote)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SPARSELAB_DATA", raising=False)
     return fake
@@ -111,7 +112,7 @@ def test_an_empty_local_copy_is_an_error_not_a_download(network, tmp_path):
 def test_a_data_folder_without_the_text_is_mentioned_and_passed_over(network, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPARSELAB_DATA", str(tmp_path / "nothing"))
     assert text.load_text().characters == CONTENT.decode()
-    assert f"$SPARSELAB_DATA ({tmp_path / 'nothing'}) has no file" in capsys.readouterr().out
+    assert f"$SPARSELAB_DATA ({tmp_path / 'nothing'}) has no {text.DATA_FILE};" in capsys.readouterr().out
 
 
 def test_a_download_is_kept_and_not_repeated(network, tmp_path):
@@ -123,7 +124,7 @@ def test_a_download_is_kept_and_not_repeated(network, tmp_path):
 
 
 def test_a_damaged_cached_file_is_fetched_again(network):
-    kept = text.cache_file()
+    kept = downloads.cache_folder() / text.CACHED
     kept.parent.mkdir(parents=True)
     kept.write_bytes(CONTENT[:-1])
     assert text.load_text().characters == CONTENT.decode()
@@ -135,7 +136,7 @@ def test_a_damaged_cached_file_is_fetched_again(network):
     ("trouble", "message"),
     [
         ({"error": urllib.error.URLError("no route")}, "no route"),
-        ({"error": text.http.client.IncompleteRead(b"half")}, "IncompleteRead"),
+        ({"error": downloads.http.client.IncompleteRead(b"half")}, "IncompleteRead"),
         ({"content": CONTENT[::-1]}, "another checksum"),
         ({"content": CONTENT + b"!"}, "longer than"),
     ],
@@ -149,11 +150,11 @@ def test_a_failed_download_falls_back_on_pythons_help_text(network, capsys, trou
     assert "could not be downloaded" in said
     assert message in said
     assert "instead of Tiny Shakespeare" in said
-    assert not text.cache_file().exists()
+    assert not (downloads.cache_folder() / text.CACHED).exists()
 
 
 def test_a_download_that_never_ends_is_given_up(network, monkeypatch, capsys):
-    monkeypatch.setattr(text, "DOWNLOAD_LIMIT_S", -1)
+    monkeypatch.setattr(downloads, "DOWNLOAD_LIMIT_S", -1)
     assert text.load_text().source.startswith("Python's help()")
     assert "not finished after" in capsys.readouterr().out
 
@@ -170,7 +171,7 @@ def test_an_interrupted_write_leaves_no_file_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        text.write_atomically(tmp_path / "kept.txt", CONTENT)
+        downloads.write_atomically(tmp_path / "kept.txt", CONTENT)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,15 +202,15 @@ def test_the_cache_is_where_the_platform_keeps_such_files(monkeypatch, platform,
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/home/someone", **environment}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(text.sys, "platform", platform)
-    assert text.cache_file() == Path(folder, "sparselab", "tinyshakespeare.txt")
+    monkeypatch.setattr(downloads.sys, "platform", platform)
+    assert downloads.cache_folder() == Path(folder, "sparselab")
 
 
 def test_the_checksum_is_that_of_the_known_file():
-    file = text.find_local()
+    file = downloads.find_local(text.DATA_FILE)
     if file is None:
         pytest.skip("no copy of Tiny Shakespeare on this computer")
     data = file.read_bytes()
-    assert text.is_tiny_shakespeare(data)
-    assert len(data) == text.N_BYTES
-    assert not text.is_tiny_shakespeare(data[:-1])
+    assert text.REMOTE.matches(data)
+    assert len(data) == text.REMOTE.n_bytes
+    assert not text.REMOTE.matches(data[:-1])

@@ -35,6 +35,9 @@ def test_entries_follow_their_connection(kind: Any) -> None:
     entries = torch.zeros_like(layer.stored)
     entries[layer.stored != 0] = torch.arange(12.0)
     assert layer.per_connection(entries).tolist() == list(range(12))
+    layer.put(entries, torch.tensor([3, 7]), torch.tensor([30.0, 70.0]))
+    assert layer.per_connection(entries).tolist() == [0, 1, 2, 30, 4, 5, 6, 70, 8, 9, 10, 11]
+    layer.put(entries, torch.tensor([3, 7]), torch.tensor([3.0, 7.0]))
     free = sorted(set(range(24)) - set(layer.positions().tolist()))
     source = layer.rewrite(torch.tensor([0, 5]), torch.tensor([free[1], free[7]]))
     moved = layer.moved(entries, source)
