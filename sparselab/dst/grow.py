@@ -22,7 +22,14 @@ class Growth(abc.ABC):
 
     An algorithm calls `prepare` before every optimizer step, and on a step that updates `check`,
     `reason_to_skip` for each layer, and `choose` for each layer that grows.
+
+    Attributes
+    ----------
+    grad_accumulation : int
+        Backward passes per optimizer step, as declared.
     """
+
+    grad_accumulation: int = 1
 
     def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:  # noqa: B027
         """Get ready for the next optimizer step.
@@ -34,6 +41,9 @@ class Growth(abc.ABC):
         most : callable or None
             Says how many connections layer i may grow at most, where the step ends with an update.
         """
+
+    def expect_passes(self, passes: int) -> None:  # noqa: B027
+        """Say how many backward passes the optimizer step under way sums over, and those after it."""
 
     def check(self) -> None:  # noqa: B027
         """Raise if the update that is due cannot be done; nothing has been changed yet."""
@@ -75,6 +85,7 @@ class GradientGrowth(Growth):
 
     def __init__(self, grad_accumulation: int = 1) -> None:
         self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)
+        self._passes = self.grad_accumulation
         self._collectors: list[GradientCollector] = []
 
     def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int] | None) -> None:
@@ -83,9 +94,15 @@ class GradientGrowth(Growth):
         for index, layer in enumerate(layers):
             layer.gradient_watcher = None
             if most is not None:
-                collector = GradientCollector(layer, partial(most, index), self.grad_accumulation)
+                collector = GradientCollector(layer, partial(most, index), self._passes)
                 self._collectors.append(collector)
                 layer.gradient_watcher = collector
+
+    def expect_passes(self, passes: int) -> None:
+        """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier."""
+        self._passes = require_count("passes", passes, minimum=1)
+        for collector in self._collectors:
+            collector.passes = passes
 
     def check(self) -> None:
         """Raise RuntimeError if there were other backward passes than declared."""

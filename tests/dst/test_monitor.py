@@ -106,7 +106,7 @@ def test_every_algorithm_against_sets_of_positions(name, kind):
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_the_target_is_that_of_the_schedule(scope):
     model = build("fake")
-    schedule = Polynomial(0.8, 0.95, start=0, stop=4)
+    schedule = Polynomial(0.8, 0.95, 0, 4)
     algorithm = SET(schedule, update=2, scope=scope)
     algorithm.attach(model)
     monitor = Monitor(algorithm)
