@@ -29,10 +29,13 @@ class PositionSet:
 
     def has(self, positions: Array) -> npt.NDArray[np.bool_]:
         """(n,): which of the positions are members."""
-        return (self.bits[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 != 0
+        found: npt.NDArray[np.bool_] = (
+            self.bits[positions >> 3] >> (positions & 7).astype(np.uint8)
+        ) & 1 != 0
+        return found
 
     def add(self, positions: Array) -> None:
-        """Make members of positions, strictly ascending. O(n), beside nothing."""
+        """Make members of positions, strictly ascending. O(n)."""
         new = positions[~self.has(positions)]
         if not new.size:
             return

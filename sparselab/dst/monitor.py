@@ -48,9 +48,9 @@ class Monitor:
     algorithm : SparsityAlgorithm or Group
         Already attached; layers that are attached later are not watched.
     positions : bool
-        Whether to remember the first topology and all positions ever used, which takes a quarter of a byte for
-        each position (not connection) of the layers. Without, `overlap_with_first` and `explored` are not
-        known.
+        Whether to remember the first topology and all positions ever used, which takes a quarter of a byte
+        for each position (not connection) of the layers. Without, `overlap_with_first` and `explored` are
+        not known.
 
     Attributes
     ----------
@@ -216,8 +216,8 @@ class Monitor:
         ours = {name: watched.first.bits.size for name, watched in self._layers.items()}
         if lengths != ours:
             raise ValueError(
-                f"state must be of a monitor of the same layers and the same `positions`; it remembers (bytes "
-                f"for each layer) {lengths}, this one {ours}"
+                f"state must be of a monitor of the same layers and the same `positions`; it remembers "
+                f"(bytes for each layer) {lengths}, this one {ours}"
             )
         for name, watched in self._layers.items():
             for kind, known in (("first", watched.first), ("explored", watched.explored)):
@@ -252,7 +252,7 @@ class Monitor:
             used[W.indices] = True
             dead = int(np.count_nonzero(W.row_nnz == 0))
             report = UpdateReport(nnz=layer.nnz) if reports is None else reports[index]
-            counts = {
+            counts: dict[str, float] = {
                 "size": W.shape[0] * W.shape[1],
                 "nnz": layer.nnz,
                 "dropped": report.dropped,
@@ -287,7 +287,7 @@ def _remember(watched: _Watched, positions: Any) -> dict[str, int]:
 
 
 def _target(algorithm: SparsityAlgorithm, step: int, started: bool) -> float | None:
-    """The sparsity an algorithm was told to have; before its first update, layers need not follow a schedule."""
+    """The sparsity an algorithm was told to have. Before the first update a schedule is not yet in force."""
     if isinstance(algorithm.sparsity, Schedule):
         return algorithm.sparsity(step) if started else None
     return algorithm.sparsity
@@ -319,4 +319,6 @@ def _share(part: float, whole: float) -> float:
 
 def _flat(record: Mapping[str, Any]) -> dict[str, float]:
     groups = {**record["layers"], TOTAL: record[TOTAL]}
-    return {f"{group}/{name}": number for group, numbers in groups.items() for name, number in numbers.items()}
+    return {
+        f"{group}/{name}": number for group, numbers in groups.items() for name, number in numbers.items()
+    }

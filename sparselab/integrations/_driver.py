@@ -49,16 +49,16 @@ class Driver:
         optimizers : iterable of torch.optim.Optimizer
             Exactly one must train the sparse layers.
         passes : int, optional
-            Backward passes that the loop sums over in each optimizer step; None if nobody knows, and then what
-            the algorithm was told is left alone.
+            Backward passes that the loop sums over in each optimizer step; None if nobody knows, and then
+            what the algorithm was told is left alone.
         saved : mapping, optional
             What `state_dict` returned; the model and the optimizers have been restored already.
 
         Raises
         ------
         ValueError
-            If the algorithm was told another number of passes, not exactly one optimizer trains the layers, or
-            the state does not fit.
+            If the algorithm was told another number of passes, not exactly one optimizer trains the layers,
+            or the state does not fit.
         """
         self.stop()
         if passes is not None:
@@ -116,8 +116,8 @@ class Driver:
         ]
         if len(found) != 1:
             raise ValueError(
-                f"exactly one optimizer must train the sparse layers of one callback, but {len(found)} do. Give "
-                f"each optimizer's layers an algorithm of their own, attach and step them yourself"
+                f"exactly one optimizer must train the sparse layers of one callback, but {len(found)} do. "
+                f"Give each optimizer's layers an algorithm of their own, attach and step them yourself"
             )
         return found[0]
 
@@ -127,6 +127,7 @@ def _check_passes(algorithms: Iterable[SparsityAlgorithm], passes: int) -> None:
         told = each.grad_accumulation if isinstance(each, DynamicSparsityAlgorithm) else 1
         if told not in (1, passes):
             raise ValueError(
-                f"{type(each).__name__} was told grad_accumulation={told}, but the trainer sums over {passes} "
-                f"backward passes in each optimizer step. Leave it out: the callback tells the algorithm"
+                f"{type(each).__name__} was told grad_accumulation={told}, but the trainer sums over "
+                f"{passes} backward passes in each optimizer step. Leave it out: the callback tells the "
+                f"algorithm"
             )

@@ -14,8 +14,8 @@ except ModuleNotFoundError:
         from pytorch_lightning.callbacks import Callback
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "sparselab.integrations.lightning needs lightning, which is not installed; install it, or sparselab "
-            "with its 'lightning' extra: pip install '.[lightning]'",
+            "sparselab.integrations.lightning needs lightning, which is not installed; install it, or "
+            "sparselab with its 'lightning' extra: pip install '.[lightning]'",
             name=error.name,
         ) from error
 
@@ -23,15 +23,15 @@ except ModuleNotFoundError:
 class SparsityCallback(Callback):  # type: ignore[misc]
     """Drives an algorithm from Lightning's Trainer.
 
-    Attaches to the module when training starts, steps after every step of the optimizer, and is saved and resumed
-    with the Trainer's checkpoints. Do not attach the algorithm or call its ``step()`` yourself.
+    Attaches to the module when training starts, steps after every step of the optimizer, and is saved and
+    resumed with the Trainer's checkpoints. Do not attach the algorithm or call its ``step()`` yourself.
 
     Parameters
     ----------
     algorithm : SparsityAlgorithm or Group
     monitor : bool
-        Whether to watch the updates with a `Monitor` and to log its numbers, at the steps of the updates, to the
-        Trainer's loggers.
+        Whether to watch the updates with a `Monitor` and to log its numbers, at the steps of the updates, to
+        the Trainer's loggers.
 
     Raises
     ------
@@ -40,15 +40,16 @@ class SparsityCallback(Callback):  # type: ignore[misc]
 
     Notes
     -----
-    With automatic optimization the algorithm is told ``accumulate_grad_batches``, also where the last step of an
-    epoch sums over fewer. With manual optimization, tell it yourself (``RigL(grad_accumulation=...)``) if one
-    optimizer step sums over several backward passes. Exactly one optimizer may train the sparse layers.
+    With automatic optimization the algorithm is told ``accumulate_grad_batches``, also where the last step of
+    an epoch sums over fewer. With manual optimization, tell it yourself (``RigL(grad_accumulation=...)``) if
+    one optimizer step sums over several backward passes. Exactly one optimizer may train the sparse layers.
 
     Examples
     --------
     >>> from sparselab.dst import RigL  # doctest: +SKIP
     >>> from sparselab.integrations.lightning import SparsityCallback  # doctest: +SKIP
-    >>> lightning.Trainer(callbacks=[SparsityCallback(RigL(update=100))]).fit(module, batches)  # doctest: +SKIP
+    >>> callback = SparsityCallback(RigL(update=100))  # doctest: +SKIP
+    >>> lightning.Trainer(callbacks=[callback]).fit(module, batches)  # doctest: +SKIP
     """
 
     def __init__(self, algorithm: SparsityAlgorithm | Group, *, monitor: bool = False) -> None:

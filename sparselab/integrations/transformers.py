@@ -12,15 +12,17 @@ import torch
 from sparselab.dst import Group, Monitor, SparsityAlgorithm
 from sparselab.dst.monitor import ScalarWriter
 from sparselab.integrations._driver import Driver
+from sparselab.nn import sparsify
 from sparselab.nn.topology import find_sparse
 
 try:
+    from safetensors.torch import load_file
     from transformers import TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "sparselab.integrations.transformers needs transformers, which is not installed; install it, or sparselab "
-        "with its 'transformers' extra: pip install '.[transformers]'",
+        "sparselab.integrations.transformers needs transformers, which is not installed; install it, or "
+        "sparselab with its 'transformers' extra: pip install '.[transformers]'",
         name=error.name,
     ) from error
 
@@ -31,9 +33,9 @@ FILE = "sparsity.pt"
 class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     """Drives an algorithm from the Trainer of Hugging Face.
 
-    Attaches to the model when training starts, steps after every step of the optimizer and before gradients are
-    zeroed, writes `FILE` into each checkpoint, and goes on from it with ``resume_from_checkpoint``. Do not attach
-    the algorithm or call its ``step()`` yourself.
+    Attaches to the model when training starts, steps after every step of the optimizer and before gradients
+    are zeroed, writes `FILE` into each checkpoint, and goes on from it with ``resume_from_checkpoint``. Do
+    not attach the algorithm or call its ``step()`` yourself.
 
     Parameters
     ----------
@@ -54,14 +56,15 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     Notes
     -----
-    The algorithm is told ``gradient_accumulation_steps``, also where the last step of an epoch sums over fewer.
-    Trials of a hyperparameter search are driven, but their checkpoints lack the file.
+    The algorithm is told ``gradient_accumulation_steps``, also where the last step of an epoch sums over
+    fewer. Trials of a hyperparameter search are driven, but their checkpoints lack the file.
 
     Examples
     --------
     >>> from sparselab.dst import RigL  # doctest: +SKIP
     >>> from sparselab.integrations.transformers import SparsityCallback  # doctest: +SKIP
-    >>> Trainer(model, args, train_dataset=data, callbacks=[SparsityCallback(RigL())]).train()  # doctest: +SKIP
+    >>> callback = SparsityCallback(RigL())  # doctest: +SKIP
+    >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
     """
 
     def __init__(
@@ -136,10 +139,51 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
                 if saved["fingerprint"] == weights:
                     return saved
         raise FileNotFoundError(
-            f"the Trainer resumes after step {state.global_step}, but none of {list(map(str, paths))} is the file "
-            f"of an algorithm that was saved with the weights it has loaded. If the checkpoint is elsewhere, pass "
-            f"SparsityCallback(..., resume_from=<its folder>)"
+            f"the Trainer resumes after step {state.global_step}, but none of {list(map(str, paths))} is the "
+            f"file of an algorithm that was saved with the weights it has loaded. If the checkpoint is "
+            f"elsewhere, pass SparsityCallback(..., resume_from=<its folder>)"
         )
+
+
+def from_pretrained(model_class: Any, folder: str | os.PathLike[str]) -> Any:
+    """A model as ``save_pretrained`` wrote it, its sparse layers included.
+
+    ``model_class.from_pretrained`` would make dense layers, find no weights for them, and leave them random.
+
+    Parameters
+    ----------
+    model_class : type
+        A ``PreTrainedModel`` whose linear layers were made sparse with `sparselab.sparsify`.
+    folder : path
+        With ``config.json`` and the weights as safetensors, in one file or several.
+
+    Returns
+    -------
+    model_class
+        In evaluation mode, with the topology that was saved.
+
+    Raises
+    ------
+    ValueError
+        If weights are missing or left over.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        weights.update(load_file(path))
+    model = model_class(model_class.config_class.from_pretrained(folder))
+    # Whatever sparsity they are made with, layers take that of the weights they load.
+    names = [name.removesuffix(".indptr") for name in weights if name.endswith(".indptr")]
+    sparsify(model, dict.fromkeys(names, 0.9))
+    found = model.load_state_dict(weights, strict=False)
+    # Tied weights are saved once.
+    loaded = {parameter.data_ptr() for name, parameter in model.state_dict().items() if name in weights}
+    missing = [name for name in found.missing_keys if model.state_dict()[name].data_ptr() not in loaded]
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f"folder must hold the weights of a {model_class.__name__}, but in {os.fspath(folder)} there are no "
+            f"{missing}, and {found.unexpected_keys} are left over"
+        )
+    return model.eval()
 
 
 def _folder(args: Any, state: Any) -> Path:
@@ -150,6 +194,6 @@ def _fingerprint(model: torch.nn.Module) -> int:
     """Tells one state of the sparse layers' weights from another."""
     checksum = 0
     for _, layer in find_sparse(model):
-        weights = layer.stored.detach().cpu().contiguous()
-        checksum = zlib.crc32(weights.view(torch.uint8).numpy(), checksum)
+        weights = layer.stored.detach().cpu().reshape(-1)
+        checksum = zlib.crc32(weights.view(torch.uint8).numpy().tobytes(), checksum)
     return checksum

@@ -106,7 +106,7 @@ def test_every_algorithm_against_sets_of_positions(name, kind):
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_the_target_is_that_of_the_schedule(scope):
     model = build("fake")
-    schedule = Polynomial(0.8, 0.95, 0, 4)
+    schedule = Polynomial(0.8, 0.95, steps=4)
     algorithm = SET(schedule, update=2, scope=scope)
     algorithm.attach(model)
     monitor = Monitor(algorithm)
@@ -134,7 +134,12 @@ def test_a_group_is_recorded_once_a_step():
     assert [record["layers"]["2"]["dropped"] for record in monitor.history] == [
         0, 0, n_slow - (n_slow - int(0.25 * n_slow)), 0,
     ]  # fmt: skip
-    assert [record["layers"]["2"]["survived"] < 1 for record in monitor.history] == [False, False, True, False]
+    assert [record["layers"]["2"]["survived"] < 1 for record in monitor.history] == [
+        False,
+        False,
+        True,
+        False,
+    ]
     totals = [record["total"] for record in monitor.history]
     assert [total["nnz"] for total in totals] == [n_fast + n_slow] * 4
     assert totals[2]["dropped"] == int(0.5 * n_fast) + int(0.25 * n_slow)

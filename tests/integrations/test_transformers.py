@@ -6,26 +6,26 @@ import pytest
 import torch
 
 from sparselab import SparseLinear, sparsify
-from sparselab.dst import SET, Group, RigL
+from sparselab.dst import SET, Constant, Group, RigL
 from sparselab.nn.topology import find_sparse
 from tests.dst.harness import assert_same_state
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from sparselab.integrations.transformers import FILE, SparsityCallback  # noqa: E402
+from sparselab.integrations.transformers import FILE, SparsityCallback, from_pretrained  # noqa: E402
 
 N_BATCHES, BATCH = 5, 2
 #: Two micro-batches make a step, but the last step of an epoch has one: 3 steps in an epoch.
 ACCUMULATE, STEPS = 2, 9
 
 
-def language_model(seed=0):
+def language_model(seed=0, tied=False):
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=16, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+            max_position_embeddings=16, bos_token_id=0, eos_token_id=1, tie_word_embeddings=tied,
         )
     )  # fmt: skip
     sparsify(model, {"*.mlp.*": 0.7, "*.self_attn.*": 0.5})
@@ -97,7 +97,9 @@ def test_the_gradient_is_the_sum_over_the_micro_batches(tmp_path):
 
     ours.add_callback(Watch())
     forward = ours.model.forward
-    ours.model.forward = lambda input_ids, **more: order.append(input_ids.clone()) or forward(input_ids, **more)
+    ours.model.forward = lambda input_ids, **more: (
+        order.append(input_ids.clone()) or forward(input_ids, **more)
+    )
     ours.train()
     assert len(order) == N_BATCHES
     steps = [order[0:2], order[2:4], order[4:5]]
@@ -165,6 +167,29 @@ def test_save_pretrained_and_load(tmp_path):
     tokens = torch.arange(12)[None]
     assert torch.equal(model(tokens).logits, other(tokens).logits)
     assert isinstance(other.model.layers[0].mlp.up_proj, SparseLinear)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1GB", "4KB"])
+def test_from_pretrained(tmp_path, tied, shard):
+    model = language_model(tied=tied).eval()
+    algorithm = SET(Constant(0.9), update=1)
+    algorithm.attach(model)
+    algorithm.step()
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "4KB")
+    other = from_pretrained(type(model), tmp_path)
+    tokens = torch.arange(12)[None]
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
+    assert not other.training
+    assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
+    for (name, layer), (_, twin) in zip(find_sparse(model), find_sparse(other), strict=True):
+        assert torch.equal(layer.positions(), twin.positions()), name
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2')
+    )
+    with pytest.raises(ValueError, match=r"no \['model\.layers\.1\."):
+        from_pretrained(type(model), tmp_path)
 
 
 def test_what_is_no_algorithm():
