@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -18,22 +18,37 @@ import pytest
 import sparselab
 from tests.kernels.process import ROOT, run_python
 
-#: What the files below a folder must not import. Dependencies point one way: kernels <- nn <- dst, bench.
+#: What the files below a folder must not import. Dependencies point one way: kernels <- nn <- dst, bench,
+#: and dst <- integrations.
 FORBIDDEN = {
-    "sparselab": {"tests", "examples", "benchmarks"},
+    "sparselab": {"tests", "examples", "benchmarks", "sparselab.integrations"},
     "sparselab/kernels": {"torch", "sparselab.nn", "sparselab.dst", "sparselab.bench"},
     "sparselab/nn": {"sparselab.dst", "sparselab.bench"},
     "sparselab/dst": {"sparselab.nn", "sparselab.bench"},
     "sparselab/bench": {"sparselab.dst"},
+    "sparselab/integrations": {"sparselab.bench"},
 }
 #: Exceptions: the door through which algorithms reach the layers, and the one by which pruning makes them.
 ALLOWED = {
     "sparselab/dst": {"sparselab.nn.topology"},
     "sparselab/dst/one_shot.py": {"sparselab.nn.convert"},
+    "sparselab/integrations": {"sparselab.integrations"},
+}
+#: Packages that only these modules need, and that may be absent.
+OPTIONAL = {
+    "sparselab.integrations.lightning": "lightning",
+    "sparselab.integrations.transformers": "transformers",
 }
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "sparselab").rglob("*.py"))
-MODULES = ["sparselab", *(info.name for info in pkgutil.walk_packages(sparselab.__path__, "sparselab."))]
+MODULES = [
+    name
+    for name in (
+        "sparselab",
+        *(info.name for info in pkgutil.walk_packages(sparselab.__path__, "sparselab.")),
+    )
+    if importlib.util.find_spec(OPTIONAL.get(name, name))
+]
 
 
 def imports(source: str) -> Iterator[str]:
@@ -80,6 +95,9 @@ def test_imports_point_one_way(path: str) -> None:
         ("sparselab/dst/x.py", "from sparselab.nn.convert import keep_positions"),
         ("sparselab/nn/x.py", "from sparselab import bench"),
         ("sparselab/x.py", "if True:\n    import tests.oracle"),
+        ("sparselab/dst/x.py", "from sparselab.integrations import lightning"),
+        ("sparselab/bench/x.py", "import sparselab.integrations.transformers"),
+        ("sparselab/integrations/x.py", "from sparselab.bench import run"),
     ],
 )
 def test_imports_that_point_the_other_way_are_seen(path: str, source: str) -> None:
@@ -93,6 +111,8 @@ def test_imports_that_point_the_other_way_are_seen(path: str, source: str) -> No
         ("sparselab/nn/x.py", "import torch\nfrom sparselab import kernels"),
         ("sparselab/dst/x.py", "from sparselab.nn.topology import find_sparse"),
         ("sparselab/dst/one_shot.py", "from sparselab.nn.convert import keep_positions"),
+        ("sparselab/integrations/x.py", "from sparselab.integrations._driver import Driver"),
+        ("sparselab/integrations/x.py", "from sparselab.dst import Monitor"),
     ],
 )
 def test_imports_that_point_the_right_way_pass(path: str, source: str) -> None:
@@ -106,6 +126,10 @@ def test_imports_that_point_the_right_way_pass(path: str, source: str) -> None:
         ("import sparselab.__main__", ["numpy", "numba", "torch"]),
         ("import sparselab.kernels", ["torch"]),
         ("from sparselab import PaddedCSR, kernels", ["torch"]),
+        (
+            "from sparselab import Monitor; import sparselab.integrations",
+            ["matplotlib", "lightning", "transformers"],
+        ),
     ],
 )
 def test_imports_load_only_what_they_need(statement: str, absent: list[str]) -> None:

@@ -26,6 +26,7 @@ from sparselab.dst.grown import FanInUniform, Normal
 from sparselab.dst.gse import GSE
 from sparselab.dst.mest import MEST
 from sparselab.dst.momentum import MomentumGrowth
+from sparselab.dst.monitor import Monitor
 from sparselab.dst.one_shot import prune, train_prune_finetune
 from sparselab.dst.paths import PathGrowth
 from sparselab.dst.redistribute import ByMagnitude, ByMomentum, ByRemaining, Redistribution
@@ -81,6 +82,7 @@ __all__ = [
     "Magnitude",
     "MagnitudeAndGradient",
     "MomentumGrowth",
+    "Monitor",
     "Normal",
     "PathGrowth",
     "Polynomial",

@@ -152,6 +152,9 @@ class SparsityAlgorithm:
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer whose state must follow the connections; nothing to do where they stay."""
 
+    def expect_passes(self, passes: int) -> None:
+        """Say how many backward passes make a step; nothing to do where no gradient is looked at."""
+
     def step(self) -> None:
         """Count one finished optimizer step, and rewire the layers if it is time.
 

@@ -159,6 +159,15 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         """Whether optimizer step number `step` (the first is 1) ends with an update."""
         return self.update(step)
 
+    @property
+    def grad_accumulation(self) -> int:
+        """Backward passes per optimizer step, as declared; 1 where no gradient is looked at."""
+        return self.grow.grad_accumulation
+
+    def expect_passes(self, passes: int) -> None:
+        """Say how many backward passes the optimizer step under way sums over, and those after it."""
+        self.grow.expect_passes(passes)
+
     def register_update_hook(self, hook: UpdateHook) -> RemovableHandle:
         """Call ``hook(algorithm)`` after every update, when `last_update` and `steps_done` tell of it.
 

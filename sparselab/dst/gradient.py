@@ -154,7 +154,7 @@ class GradientCollector:
     def __init__(self, layer: SparseTopology, most: Callable[[], int | Array], passes: int) -> None:
         self._layer = weakref.ref(layer)
         self._most = most
-        self._passes = passes
+        self.passes = passes
         self._forwards = 0
         self._backwards = 0
         self._passes_seen = 0
@@ -177,7 +177,7 @@ class GradientCollector:
         self._passes_seen += complete
         if self._summary is not None:
             self._late = True
-        elif complete and self._passes_seen == self._passes:
+        elif complete and self._passes_seen == self.passes:
             self._finish([*self._held, (x, dy)])
         else:
             self._held.append((x.clone(), dy.clone()))
@@ -190,11 +190,11 @@ class GradientCollector:
         RuntimeError
             If there were more of them, or fewer but not none.
         """
-        too_few = self._backwards == self._forwards and 0 < self._passes_seen < self._passes
+        too_few = self._backwards == self._forwards and 0 < self._passes_seen < self.passes
         if self._late or too_few:
             raise RuntimeError(
-                f"the algorithm was told that {self._passes} backward pass(es) make one optimizer step "
-                f"(grad_accumulation={self._passes}), but a layer saw {self._passes_seen}. Pass "
+                f"the algorithm was told that {self.passes} backward pass(es) make one optimizer step "
+                f"(grad_accumulation={self.passes}), but a layer saw {self._passes_seen}. Pass "
                 f"grad_accumulation=<backward passes per optimizer.step()>, and call step() after every "
                 f"optimizer.step()"
             )

@@ -112,6 +112,11 @@ class Group:
         for algorithm in self:
             algorithm.track(optimizer)
 
+    def expect_passes(self, passes: int) -> None:
+        """Tell all algorithms; see `DynamicSparsityAlgorithm.expect_passes`."""
+        for algorithm in self:
+            algorithm.expect_passes(passes)
+
     def step(self) -> None:
         """Count one finished optimizer step in every algorithm, and rewire where it is time."""
         for algorithm in self:

@@ -29,9 +29,12 @@ class Growth(abc.ABC):
     ----------
     by_row : bool
         Whether `choose` heeds ``vacancy.row_grow``, as ``scope="row"`` needs.
+    grad_accumulation : int
+        Backward passes per optimizer step, as declared.
     """
 
     by_row = False
+    grad_accumulation: int = 1
 
     def begin(self, step: int, seed: int) -> None:  # noqa: B027
         """Take note of the number of the step to come, and of the seed that its draws depend on."""
@@ -49,6 +52,9 @@ class Growth(abc.ABC):
             Says how many connections layer i may grow at most (or, as an array, each of its rows), where the
             step ends with an update.
         """
+
+    def expect_passes(self, passes: int) -> None:  # noqa: B027
+        """Say how many backward passes the optimizer step under way sums over, and those after it."""
 
     def check(self) -> None:  # noqa: B027
         """Raise if the update that is due cannot be done; nothing has been changed yet."""
@@ -126,6 +132,7 @@ class GradientGrowth(Growth):
 
     def __init__(self, grad_accumulation: int = 1) -> None:
         self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)
+        self._passes = self.grad_accumulation
         self._collectors: list[GradientCollector] = []
 
     def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
@@ -138,10 +145,16 @@ class GradientGrowth(Growth):
                 self._collectors.append(collector)
                 layer.gradient_watcher = collector
 
+    def expect_passes(self, passes: int) -> None:
+        """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier."""
+        self._passes = require_count("passes", passes, minimum=1)
+        for collector in self._collectors:
+            collector.passes = passes
+
     def _collector(
         self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
-        return GradientCollector(layer, most, self.grad_accumulation)
+        return GradientCollector(layer, most, self._passes)
 
     def check(self) -> None:
         """Raise RuntimeError if there were other backward passes than declared."""

@@ -103,6 +103,7 @@ class MomentumGrowth(Growth):
             raise ValueError(f"momentum must lie in [0, 1); got {momentum!r}")
         self.momentum = momentum
         self._gradient = GradientGrowth(grad_accumulation)
+        self.grad_accumulation = grad_accumulation
         self._averages: dict[int, GradientAverage] = {}
         self._n_seen = 0
 
@@ -117,6 +118,10 @@ class MomentumGrowth(Growth):
         for index, average in self._averages.items():
             average.start_step()
             layers[index].gradient_watcher = average
+
+    def expect_passes(self, passes: int) -> None:
+        """Say how many backward passes the optimizer step under way sums over, and those after it."""
+        self._gradient.expect_passes(passes)
 
     def check(self) -> None:
         """Raise RuntimeError if there were other backward passes than declared, where that matters."""

@@ -92,9 +92,11 @@ class SampledGradientGrowth(GradientGrowth):
         """Name and settings."""
         return f"SampledGradientGrowth({float(self.gamma)!r}, {self.sampler!r})"
 
-    def _collector(self, layer: SparseTopology, index: int, most: Callable[[], int | Array]) -> GradientCollector:
+    def _collector(
+        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+    ) -> GradientCollector:
         rng = LayerView(index, self._step, self._seed, layer).rng()
-        return _SampleCollector(layer, most, self.grad_accumulation, self, rng)
+        return _SampleCollector(layer, most, self._passes, self, rng)
 
 
 class _SampleCollector(GradientCollector):

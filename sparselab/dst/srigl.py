@@ -224,7 +224,7 @@ class FanInGrowth(GradientGrowth):
     def _collector(
         self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
-        return FanInCollector(layer, most, self.grad_accumulation, partial(self._decide, index))
+        return FanInCollector(layer, most, self._passes, partial(self._decide, index))
 
 
 class FanInCollector(GradientCollector):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselab.dst import EverySteps, RigL, UpdateReport, gradient, rigl
+from sparselab.dst import EverySteps, Group, RigL, UpdateReport, gradient, rigl
 from sparselab.dst.gradient import GradientCollector
 from sparselab.kernels._topk import StreamedTopK
 from sparselab.nn import SparseLinear
@@ -115,6 +115,28 @@ def test_the_gradient_is_the_sum_over_micro_batches(kind, interleaved):
     assert expected != expected_after(layer, pairs[-1:])
     algorithm.step()
     assert layer.positions().tolist() == expected
+
+
+@pytest.mark.parametrize("told", ["before", "after"])
+def test_a_step_that_sums_over_another_number_of_passes(told):
+    layer = make("fake", torch.float64)
+    algorithm = RigL(update=1, grad_accumulation=3)
+    group = Group({"*": algorithm})
+    group.attach(torch.nn.ModuleDict({"layer": layer}))
+    pairs = [operands(seed, torch.float64) for seed in range(2)]
+    if told == "before":
+        group.expect_passes(2)
+    for x, dy in pairs:
+        backward(layer, x, dy)
+    if told == "after":
+        group.expect_passes(2)
+    expected = expected_after(layer, pairs)
+    algorithm.step()
+    assert layer.positions().tolist() == expected
+    assert algorithm.grad_accumulation == 3
+    backward(layer, *pairs[0])
+    with pytest.raises(RuntimeError, match=r"grad_accumulation=2\), but a layer saw 1\."):
+        algorithm.step()
 
 
 def test_a_layer_used_twice_in_every_micro_batch():

@@ -1,0 +1,104 @@
+"""A callback for Lightning's Trainer. Needs lightning, or pytorch-lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparselab.dst import Group, Monitor, SparsityAlgorithm
+from sparselab.integrations._driver import Driver
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ModuleNotFoundError:
+    try:
+        from pytorch_lightning.callbacks import Callback
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "sparselab.integrations.lightning needs lightning, which is not installed; install it, or "
+            "sparselab with its 'lightning' extra: pip install '.[lightning]'",
+            name=error.name,
+        ) from error
+
+
+class SparsityCallback(Callback):  # type: ignore[misc]
+    """Drives an algorithm from Lightning's Trainer.
+
+    Attaches to the module when training starts, steps after every step of the optimizer, and is saved and
+    resumed with the Trainer's checkpoints. Do not attach the algorithm or call its ``step()`` yourself.
+
+    Parameters
+    ----------
+    algorithm : SparsityAlgorithm or Group
+    monitor : bool
+        Whether to watch the updates with a `Monitor` and to log its numbers, at the steps of the updates, to
+        the Trainer's loggers.
+
+    Raises
+    ------
+    TypeError
+        If `algorithm` is neither an algorithm nor a group.
+
+    Notes
+    -----
+    With automatic optimization the algorithm is told ``accumulate_grad_batches``, also where the last step of
+    an epoch sums over fewer. With manual optimization, tell it yourself (``RigL(grad_accumulation=...)``) if
+    one optimizer step sums over several backward passes. Exactly one optimizer may train the sparse layers.
+
+    Examples
+    --------
+    >>> from sparselab.dst import RigL  # doctest: +SKIP
+    >>> from sparselab.integrations.lightning import SparsityCallback  # doctest: +SKIP
+    >>> callback = SparsityCallback(RigL(update=100))  # doctest: +SKIP
+    >>> lightning.Trainer(callbacks=[callback]).fit(module, batches)  # doctest: +SKIP
+    """
+
+    def __init__(self, algorithm: SparsityAlgorithm | Group, *, monitor: bool = False) -> None:
+        self._driver = Driver(algorithm, monitor)
+        self._saved: dict[str, Any] | None = None
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """What was recorded; None without one, or before training."""
+        return self._driver.monitor
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget the state of a checkpoint that was loaded for another stage."""
+        self._saved = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach, now that module and optimizers are there and restored."""
+        passes = trainer.accumulate_grad_batches if pl_module.automatic_optimization else None
+        self._driver.start(pl_module, trainer.optimizers, passes, self._saved)
+        self._saved = None
+        self._log(trainer)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Count the passes of this optimizer step."""
+        self._driver.backward_seen()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what the monitor has recorded."""
+        self._log(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """No longer step along."""
+        self._driver.stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """No longer step along."""
+        self._driver.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the algorithm and the monitor."""
+        return self._driver.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what a checkpoint held until training starts."""
+        self._saved = state_dict
+
+    def _log(self, trainer: Any) -> None:
+        for step, numbers in self.monitor.news() if self.monitor is not None else ():
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=step)
