@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 
+from sparselab.dst import Static
 from tests.dst.harness import (
     OPTIMIZERS,
     assert_followed,
@@ -19,18 +20,15 @@ from tests.dst.harness import (
 )
 from tests.dst.rows import ROWS
 
+REAL = [("real", dtype, name) for dtype in (torch.float32, torch.float64) for name in OPTIMIZERS]
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
-LAYERS = [
-    ("real", torch.float32),
-    ("real", torch.float64),
-    ("fake", torch.float32),
-    ("masked", torch.float64),
-]
+OTHERS = [("fake", torch.float32, "sgd"), ("masked", torch.float64, "adamw")]
 
 pytestmark = [
-    pytest.mark.parametrize(("kind", "dtype"), LAYERS, ids=lambda part: str(part).removeprefix("torch.")),
+    pytest.mark.parametrize(
+        ("kind", "dtype", "optimizer_name"), REAL + OTHERS, ids=lambda part: str(part).removeprefix("torch.")
+    ),
     pytest.mark.parametrize("row", ROWS.values(), ids=ROWS),
-    pytest.mark.parametrize("optimizer_name", OPTIMIZERS),
 ]
 
 
@@ -116,9 +114,9 @@ def test_resume_is_bit_exact(run, stop):
     assert_same_state(model, optimizer, resumed, resumed_optimizer)
 
 
-def test_a_copy_of_the_model_belongs_to_no_algorithm(run, row):
+def test_a_copy_of_the_model_belongs_to_no_algorithm(run):
     model, optimizer, algorithm = run()
     train(model, optimizer, algorithm, 1, 6)
     twin = copy.deepcopy(model)
     assert all(layer.gradient_watcher is None for layer in sparse_layers(twin))
-    twin.apply(row.make())
+    twin.apply(Static())
