@@ -40,7 +40,7 @@ def test_connections_in_registers_are_added() -> None:
 
 
 def test_a_rate_is_operations_of_all_threads_over_the_best_time() -> None:
-    loop = limits._Loop(limits._loaded, limits._loaded_share, 64 * TILE_BYTES, 2, 4096)
+    loop = limits._Loop(limits._loaded_share, 64 * TILE_BYTES, 2, 4096)
     assert loop.flops_per_share == 2 * WIDTH * 4096
     loop.seconds = {2: 1e-3}
     assert loop.gflops(2) == pytest.approx(2 * 2 * WIDTH * 4096 / 1e-3 / 1e9)
@@ -50,7 +50,7 @@ def test_a_rate_is_operations_of_all_threads_over_the_best_time() -> None:
 
 @pytest.mark.parametrize("rows", [1, 96, 700])
 def test_every_row_of_the_buffer_is_visited_equally_often(rows: int) -> None:
-    _, _, indices, memory = limits._Loop(None, None, rows * TILE_BYTES, 1, 1)._arguments
+    _, _, indices, memory = limits._Loop(None, rows * TILE_BYTES, 1, 1)._arguments
     counts = np.bincount(indices, minlength=rows)
     assert counts.min() == counts.max() >= 1
     assert len(indices) >= 512
