@@ -38,7 +38,7 @@ class GSE(DynamicSparsityAlgorithm):
         What guides the sample; see `SampledGradientGrowth`.
     grad_accumulation : int
         Backward passes per optimizer step; G is the sum over them.
-    **settings
+    settings
         See `DynamicSparsityAlgorithm`. With ``scope="network"``, the default of the authors' program, weights
         are ranked over all layers together, and so are the gradients of their samples (unless `redistribute`
         says how many each layer grows).
