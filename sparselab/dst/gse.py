@@ -61,7 +61,7 @@ class GSE(DynamicSparsityAlgorithm):
     References
     ----------
     Heddes et al., "Always-Sparse Training by Growing Connections with Guided Stochastic Exploration", 2024,
-    arXiv 2401.06898, section 3, Algorithm 1.
+    arXiv 2401.06898; counts and defaults also from the authors' program.
 
     Examples
     --------
