@@ -16,7 +16,8 @@ def brf_(model: nn.Module, r: float = 0.0) -> nn.Module:
     """Draw bipartite receptive fields for the sparse layers of a model, and new weights, in place.
 
     Each unit of a layer's smaller side has its place on the ring of units of the larger side, and is
-    connected without replacement to units at distance d with chances in proportion to ``(1 + d) ** -((1 - r) / r)``.
+    connected without replacement to units at distance d with chances in proportion to
+    ``(1 + d) ** -((1 - r) / r)``.
     Every layer keeps its number of connections; its smaller side shares them evenly, remainders at random.
     Weights are drawn as by `fan_in_uniform_`. Biases are left.
 
@@ -26,7 +27,8 @@ def brf_(model: nn.Module, r: float = 0.0) -> nn.Module:
         Changed in place, before an optimizer has state for it: that does not follow. Draws are from torch's
         random generator.
     r : float
-        In [0, 1]: 0 takes the nearest, 1 any with equal chances. The authors' example of a language model has 0.3.
+        In [0, 1]: 0 takes the nearest, 1 any with equal chances. The authors' example of a language model
+        has 0.3.
 
     Returns
     -------
