@@ -25,7 +25,7 @@ class CHTs(DynamicSparsityAlgorithm):
     sparsity : float, Schedule or None
         See `DynamicSparsityAlgorithm`. Where a schedule lowers the number of connections, those of least
         `prune` go first, surely; then `drop_fraction` of the others by chance.
-    drop_fraction, update, seed, grown_value, grown_state
+    drop_fraction, update, seed
         See `DynamicSparsityAlgorithm`. The paper replaces 0.3 in perceptrons once an epoch, and in language
         models 0.1, falling as a cosine, every 100 steps.
     temperature : float, Schedule or callable
@@ -38,6 +38,8 @@ class CHTs(DynamicSparsityAlgorithm):
         Names of two layers of which the second reads what the first puts out, unit by unit. After the drop, a
         unit between them without a connection on one side loses those on the other, too. The layers then grow
         to their number elsewhere. Nobody but the caller knows which layers these are, so none by default.
+    settings
+        `grown_value` and `grown_state`; see `DynamicSparsityAlgorithm`.
 
     Raises
     ------
@@ -152,7 +154,7 @@ class CHTss(CHTs):
         The sparsity at first, which the layers should have.
     steepness : float
         Of the sigmoid; see `Sigmoid`.
-    **settings
+    settings
         See `CHTs`.
 
     Raises

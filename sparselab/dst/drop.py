@@ -128,7 +128,7 @@ class RelativeImportance(DropScore):
     References
     ----------
     Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
-    ICLR 2024, equation 2.
+    ICLR 2024.
     """
 
     def __call__(self, view: LayerView) -> Scores:
@@ -165,7 +165,7 @@ class Soft(DropScore):
 
     References
     ----------
-    Kool et al., "Stochastic Beams and Where to Find Them", ICML 2019, section 2.3 (the noise).
+    Kool et al., "Stochastic Beams and Where to Find Them", ICML 2019 (the noise).
     """
 
     _PURPOSE = 2

@@ -38,7 +38,7 @@ class GSE(DynamicSparsityAlgorithm):
         What guides the sample; see `SampledGradientGrowth`.
     grad_accumulation : int
         Backward passes per optimizer step; G is the sum over them.
-    **settings
+    settings
         See `DynamicSparsityAlgorithm`. With ``scope="network"``, the default of the authors' program, weights
         are ranked over all layers together, and so are the gradients of their samples (unless `redistribute`
         says how many each layer grows).
@@ -61,7 +61,7 @@ class GSE(DynamicSparsityAlgorithm):
     References
     ----------
     Heddes et al., "Always-Sparse Training by Growing Connections with Guided Stochastic Exploration", 2024,
-    arXiv 2401.06898, section 3, Algorithm 1.
+    arXiv 2401.06898; counts and defaults also from the authors' program.
 
     Examples
     --------

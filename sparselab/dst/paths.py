@@ -73,7 +73,8 @@ def draw_by_paths(rng: np.random.Generator, W: PaddedCSR, k: int) -> Array:
     n_lots = by_rows.n_lots + by_columns.n_lots
     drawn = np.empty(0, np.int64)
     for _ in range(_ROUNDS if n_lots else 0):
-        n_draws = 2 * (k - drawn.size) + 64
+        missing = k - drawn.size
+        n_draws = missing + missing // 4 + 64
         lots, picks = rng.integers(0, n_lots, n_draws), rng.random(n_draws)
         order = np.argsort(lots, kind="stable")
         cut = int(np.searchsorted(lots[order], by_rows.n_lots))

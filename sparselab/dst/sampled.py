@@ -58,7 +58,7 @@ class SampledGradientGrowth(GradientGrowth):
     References
     ----------
     Heddes et al., "Always-Sparse Training by Growing Connections with Guided Stochastic Exploration", 2024,
-    arXiv 2401.06898, section 3.
+    arXiv 2401.06898 (uniform, GraBo and GraEst distributions).
     """
 
     by_row = False

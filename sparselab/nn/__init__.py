@@ -1,5 +1,6 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
+from sparselab.nn.brf import brf_
 from sparselab.nn.convert import measure_sparsity, sparsify
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import constant_fan_in_, fan_in_uniform_
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryReport",
     "SparseLinear",
     "SparseTopology",
+    "brf_",
     "constant_fan_in_",
     "fan_in_uniform_",
     "find_sparse",
