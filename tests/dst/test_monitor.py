@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, Group, Monitor, Polynomial, RigL, Static
+from sparselab.dst import SET, Group, Monitor, Polynomial, RigL, Static, monitor
 from sparselab.dst._position_set import PositionSet
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import ALGORITHMS, OPTIMIZERS, build, sparse_layers, train
@@ -286,6 +286,33 @@ def test_plot_names_what_is_missing(tmp_path, monkeypatch):
     algorithm.attach(build("fake"))
     with pytest.raises(ModuleNotFoundError, match=r"Monitor\.plot needs matplotlib.*'examples' extra"):
         Monitor(algorithm).plot(tmp_path / "never.png")
+
+
+def test_layers_attached_later_are_not_watched():
+    model = torch.nn.Sequential(FakeSparse(6, 6, 0.5), FakeSparse(6, 6, 0.5, seed=1))
+    algorithm = SET(drop_fraction=0.5, update=1, scope="network")
+    model[0].apply(algorithm)
+    monitor = Monitor(algorithm)
+    algorithm.attach(model)
+    algorithm.step()
+    assert list(monitor.history[1]["layers"]) == ["layer 0"]
+    assert monitor.latest["layer 0/nnz"] == model[0].nnz
+    assert monitor.latest["total/dropped"] == algorithm.last_update[0].dropped > 0
+
+
+def test_however_many_positions_are_looked_up_together(monkeypatch):
+    def record():
+        algorithm = SET(drop_fraction=0.5, update=1)
+        algorithm.attach(build("real"))
+        history = Monitor(algorithm).history
+        for _ in range(3):
+            algorithm.step()
+        return history
+
+    expected = record()
+    monkeypatch.setattr(monitor, "_AT_ONCE", 7)
+    assert record() == expected
+    assert len({each["total"]["explored"] for each in expected}) == 4
 
 
 def test_what_cannot_be_watched():
