@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, Group, Monitor, Polynomial, RigL, Static, monitor
+from sparselab.dst import SET, ByRemaining, Group, Monitor, Polynomial, RigL, Static, monitor
 from sparselab.dst._position_set import PositionSet
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import ALGORITHMS, OPTIMIZERS, build, sparse_layers, train
@@ -62,12 +62,19 @@ def test_numbers_by_hand():
     }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+#: The rows of the contract keep the number of connections; these two do not.
+CHANGING = {
+    "schedule": lambda: RigL(Polynomial(0.8, 0.95, steps=15), drop_fraction=0.3, update=3),
+    "redistributed": lambda: SET(drop_fraction=0.3, update=3, scope="network", redistribute=ByRemaining()),
+}
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, *CHANGING])
 @pytest.mark.parametrize("kind", ["fake", "real", "masked"])
 def test_every_algorithm_against_sets_of_positions(name, kind):
     model = build(kind)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    algorithm = ALGORITHMS[name]()
+    algorithm = (ALGORITHMS | CHANGING)[name]()
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     layers = dict(zip(algorithm.names, sparse_layers(model), strict=True))
@@ -93,7 +100,13 @@ def test_every_algorithm_against_sets_of_positions(name, kind):
                 "dead_neurons": rows - len({position // columns for position in live[name]}),
                 "unused_inputs": columns - len({position % columns for position in live[name]}),
             }
-            assert expected.items() <= monitor.history[-1]["layers"][name].items()
+            recorded = monitor.history[-1]["layers"][name]
+            assert expected.items() <= recorded.items()
+            came, went = len(live[name] - before[name]), len(before[name] - live[name])
+            assert (recorded["grown"] - recorded["regrown"], recorded["dropped"] - recorded["regrown"]) == (
+                came,
+                went,
+            )
         total = monitor.history[-1]["total"]
         size = sum(rows * columns for rows, columns in (layer.shape for layer in layers.values()))
         assert total["nnz"] == sum(map(len, live.values()))
