@@ -74,7 +74,7 @@ def violations(path: str, source: str) -> list[str]:
         if path.startswith(f"{folder}/")
         for module in imports(source)
         if is_within(module, FORBIDDEN[folder])
-        and not any(is_within(module, ALLOWED.get(each, set())) for each in (folder, path))
+        and not any(is_within(module, ALLOWED[each]) for each in ALLOWED if f"{path}/".startswith(f"{each}/"))
     ]
 
 

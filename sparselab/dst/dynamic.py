@@ -339,7 +339,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def _rewire(self, vacancy: Vacancy, move: StateMove) -> UpdateReport:
         """Change the topology of a layer and all that follows it."""
-        layer, drop = vacancy.view.layer, vacancy.drop
+        layer, drop, n_kept = vacancy.view.layer, vacancy.drop, vacancy.n_kept
         nothing = np.empty(0, np.int64)
         grow = self._grow(vacancy) if vacancy.n_grow else nothing
         if grow.size != vacancy.n_grow:
@@ -352,7 +352,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         for name, entries in slots.items():
             slots[name] = move_slots(entries, source)
         n_survivors = self._set_grown_values(vacancy, source)
-        return UpdateReport(drop.size, grow.size, n_survivors - vacancy.n_kept, layer.nnz)
+        return UpdateReport(drop.size, grow.size, n_survivors - n_kept, layer.nnz)
 
     def _set_grown_values(self, vacancy: Vacancy, source: torch.Tensor) -> int:
         """Give new connections their weights; returns how many are not new."""

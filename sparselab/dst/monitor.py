@@ -22,6 +22,8 @@ from sparselab.nn.topology import SparseTopology, as_matrix
 
 TOTAL = "total"
 _COUNTS = ("nnz", "dropped", "grown", "regrown", "dead_neurons", "unused_inputs", "ablated_rows")
+#: Positions looked up together, which bounds what that allocates.
+_AT_ONCE = 1 << 16
 
 
 class ScalarWriter(Protocol):
@@ -110,7 +112,8 @@ class Monitor:
                 f"algorithm must be a sparsity algorithm or a Group, got {type(algorithm).__name__}"
             )
         self._algorithms = list(algorithm) if isinstance(algorithm, Group) else [algorithm]
-        names = [name for each in self._algorithms for name in each.names]
+        self._names = {each: each.names for each in self._algorithms}
+        names = [name for each in self._names.values() for name in each]
         if not names or len(set(names)) < len(names):
             raise ValueError(
                 f"algorithm must have been attached to layers of different names before it is watched, got "
@@ -244,9 +247,8 @@ class Monitor:
         """Count what the layers of an algorithm have now; without reports, nothing has happened to them."""
         ablated = algorithm.ablated_rows() if hasattr(algorithm, "ablated_rows") else None
         target = _target(algorithm, algorithm.steps_done, started=reports is not None)
-        for index, (name, layer) in enumerate(zip(algorithm.names, algorithm.layers, strict=True)):
-            if name not in self._layers:
-                continue
+        for index, name in enumerate(self._names[algorithm]):
+            layer = self._layers[name].layer
             W = as_matrix(layer)
             used = np.zeros(W.shape[1], np.bool_)
             used[W.indices] = True
@@ -273,7 +275,7 @@ class Monitor:
     def _record(self, step: int) -> None:
         layers = {name: _numbers(counts) for name, counts in self._counts.items()}
         for each in self._algorithms:
-            for name in each.names if _moves_among_layers(each) else ():
+            for name in self._names[each] if _moves_among_layers(each) else ():
                 layers[name].pop("target_sparsity", None)
         shared = set.intersection(*(set(counts) for counts in self._counts.values()))
         total = {key: sum(counts[key] for counts in self._counts.values()) for key in shared}
@@ -281,8 +283,11 @@ class Monitor:
 
 
 def _remember(watched: _Watched, positions: Any) -> dict[str, int]:
-    watched.explored.add(positions)
-    kept = int(np.count_nonzero(watched.first.has(positions)))
+    kept = 0
+    for start in range(0, positions.size, _AT_ONCE):
+        some = positions[start : start + _AT_ONCE]
+        watched.explored.add(some)
+        kept += int(np.count_nonzero(watched.first.has(some)))
     return {"first": watched.first.count, "of_first": kept, "explored": watched.explored.count}
 
 

@@ -78,6 +78,12 @@ class Driver:
         self._passes, self._seen = passes, 0
         self._handle = optimizer.register_step_post_hook(lambda *_: self._stepped())
 
+    def expect(self, passes: int) -> None:
+        """From this optimizer step on, the loop sums over another number of backward passes."""
+        if passes != self._passes:
+            self._passes = passes
+            self.algorithm.expect_passes(passes)
+
     def stop(self) -> None:
         """No longer step along."""
         if self._handle is not None:

@@ -72,6 +72,11 @@ class SparsityCallback(Callback):  # type: ignore[misc]
         self._saved = None
         self._log(trainer)
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Follow a `GradientAccumulationScheduler`."""
+        if pl_module.automatic_optimization:
+            self._driver.expect(trainer.accumulate_grad_batches)
+
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Count the passes of this optimizer step."""
         self._driver.backward_seen()

@@ -180,8 +180,8 @@ def from_pretrained(model_class: Any, folder: str | os.PathLike[str]) -> Any:
     missing = [name for name in found.missing_keys if model.state_dict()[name].data_ptr() not in loaded]
     if missing or found.unexpected_keys:
         raise ValueError(
-            f"folder must hold the weights of a {model_class.__name__}, but in {os.fspath(folder)} there are "
-            f"no {missing}, and {found.unexpected_keys} are left over"
+            f"folder must hold the weights of a {model_class.__name__}, but in {os.fspath(folder)} there "
+            f"are no {missing}, and {found.unexpected_keys} are left over"
         )
     return model.eval()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, Group, Monitor, Polynomial, RigL, Static
+from sparselab.dst import SET, ByRemaining, Group, Monitor, Polynomial, RigL, Static, monitor
 from sparselab.dst._position_set import PositionSet
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import ALGORITHMS, OPTIMIZERS, build, sparse_layers, train
@@ -62,12 +62,19 @@ def test_numbers_by_hand():
     }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+#: The rows of the contract keep the number of connections; these two do not.
+CHANGING = {
+    "schedule": lambda: RigL(Polynomial(0.8, 0.95, steps=15), drop_fraction=0.3, update=3),
+    "redistributed": lambda: SET(drop_fraction=0.3, update=3, scope="network", redistribute=ByRemaining()),
+}
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, *CHANGING])
 @pytest.mark.parametrize("kind", ["fake", "real", "masked"])
 def test_every_algorithm_against_sets_of_positions(name, kind):
     model = build(kind)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    algorithm = ALGORITHMS[name]()
+    algorithm = (ALGORITHMS | CHANGING)[name]()
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     layers = dict(zip(algorithm.names, sparse_layers(model), strict=True))
@@ -93,7 +100,13 @@ def test_every_algorithm_against_sets_of_positions(name, kind):
                 "dead_neurons": rows - len({position // columns for position in live[name]}),
                 "unused_inputs": columns - len({position % columns for position in live[name]}),
             }
-            assert expected.items() <= monitor.history[-1]["layers"][name].items()
+            recorded = monitor.history[-1]["layers"][name]
+            assert expected.items() <= recorded.items()
+            came, went = len(live[name] - before[name]), len(before[name] - live[name])
+            assert (recorded["grown"] - recorded["regrown"], recorded["dropped"] - recorded["regrown"]) == (
+                came,
+                went,
+            )
         total = monitor.history[-1]["total"]
         size = sum(rows * columns for rows, columns in (layer.shape for layer in layers.values()))
         assert total["nnz"] == sum(map(len, live.values()))
@@ -278,7 +291,6 @@ def test_plot(tmp_path, positions, n_layers):
     monitor.plot(tmp_path / "history.png")
     for name in ("born", "history"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_plot_names_what_is_missing(tmp_path, monkeypatch):
@@ -287,6 +299,33 @@ def test_plot_names_what_is_missing(tmp_path, monkeypatch):
     algorithm.attach(build("fake"))
     with pytest.raises(ModuleNotFoundError, match=r"Monitor\.plot needs matplotlib.*'examples' extra"):
         Monitor(algorithm).plot(tmp_path / "never.png")
+
+
+def test_layers_attached_later_are_not_watched():
+    model = torch.nn.Sequential(FakeSparse(6, 6, 0.5), FakeSparse(6, 6, 0.5, seed=1))
+    algorithm = SET(drop_fraction=0.5, update=1, scope="network")
+    model[0].apply(algorithm)
+    monitor = Monitor(algorithm)
+    algorithm.attach(model)
+    algorithm.step()
+    assert list(monitor.history[1]["layers"]) == ["layer 0"]
+    assert monitor.latest["layer 0/nnz"] == model[0].nnz
+    assert monitor.latest["total/dropped"] == algorithm.last_update[0].dropped > 0
+
+
+def test_however_many_positions_are_looked_up_together(monkeypatch):
+    def record():
+        algorithm = SET(drop_fraction=0.5, update=1)
+        algorithm.attach(build("real"))
+        history = Monitor(algorithm).history
+        for _ in range(3):
+            algorithm.step()
+        return history
+
+    expected = record()
+    monkeypatch.setattr(monitor, "_AT_ONCE", 7)
+    assert record() == expected
+    assert len({each["total"]["explored"] for each in expected}) == 4
 
 
 def test_what_cannot_be_watched():

@@ -133,6 +133,14 @@ def test_it_equals_a_loop_by_hand(tmp_path):
         assert torch.equal(tensor, trained[name]), name
 
 
+def test_the_accumulation_may_change(tmp_path):
+    scheduler = lightning.pytorch.callbacks.GradientAccumulationScheduler({0: 1, 1: 2, 2: 5})
+    algorithm = RigL(update=1)
+    fit(tmp_path, None, make_module(), 3, callbacks=[SparsityCallback(algorithm), scheduler])
+    assert algorithm.steps_done == 5 + 3 + 1
+    assert not algorithm.last_update[0].skipped
+
+
 def test_manual_optimization(tmp_path):
     algorithm = rigl(grad_accumulation=ACCUMULATE)
     fit(tmp_path, SparsityCallback(algorithm), make_module(manual=True), 2)
