@@ -10,7 +10,8 @@ import torch
 from sparselab.dst import SET, ByRemaining, Group, Monitor, Polynomial, RigL, Static, monitor
 from sparselab.dst._position_set import PositionSet
 from tests.dst.fake import FakeSparse
-from tests.dst.harness import ALGORITHMS, OPTIMIZERS, build, sparse_layers, train
+from tests.dst.harness import OPTIMIZERS, build, sparse_layers, train
+from tests.dst.rows import ROWS, Row, together_keep
 
 
 class Scripted(SET):
@@ -62,19 +63,22 @@ def test_numbers_by_hand():
     }
 
 
-#: The rows of the contract keep the number of connections; these two do not.
 CHANGING = {
-    "schedule": lambda: RigL(Polynomial(0.8, 0.95, steps=15), drop_fraction=0.3, update=3),
-    "redistributed": lambda: SET(drop_fraction=0.3, update=3, scope="network", redistribute=ByRemaining()),
+    "schedule": Row(lambda: RigL(Polynomial(0.8, 0.95, steps=15), drop_fraction=0.3, update=3)),
+    "redistributed": Row(
+        lambda: SET(drop_fraction=0.3, update=3, scope="network", redistribute=ByRemaining()),
+        counts=together_keep,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", [*ALGORITHMS, *CHANGING])
+@pytest.mark.parametrize("name", [*ROWS, *CHANGING])
 @pytest.mark.parametrize("kind", ["fake", "real", "masked"])
 def test_every_algorithm_against_sets_of_positions(name, kind):
-    model = build(kind)
+    row = (ROWS | CHANGING)[name]
+    model = row.prepare(build(kind, sparsity=row.start))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    algorithm = (ALGORITHMS | CHANGING)[name]()
+    algorithm = row.make()
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     layers = dict(zip(algorithm.names, sparse_layers(model), strict=True))

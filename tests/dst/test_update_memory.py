@@ -12,7 +12,7 @@ BOUND = 80 << 20
 SCRIPT = """
 import tracemalloc
 import numpy as np, torch
-from sparselab.dst import RigL, base
+from sparselab.dst import RigL, update
 from sparselab.nn import SparseLinear
 
 def peak(layer, algorithm, optimizer, x):
@@ -37,9 +37,9 @@ peak(*start(64, 64))  # compiles, which takes memory of its own
 large = start(11008, 4096)
 peak(*large)
 first = peak(*large)
-as_matrix = base.as_matrix
+as_matrix = update.as_matrix
 wasted = []
-base.as_matrix = lambda layer: wasted.append(as_matrix(layer).positions()) or as_matrix(layer)
+update.as_matrix = lambda layer: wasted.append(as_matrix(layer).positions()) or as_matrix(layer)
 print(first, peak(*large))
 """
 
