@@ -64,6 +64,7 @@ def test_images_are_read_in_order_and_scaled(tmp_path):
         ),
         (3, idx(np.full(50, 10)), "holds the class 10; expected 0 to 9"),
     ],
+    ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_a_wrong_file_is_named_with_what_was_expected(folder, file, content, message):
     (folder / NAMES[file]).write_bytes(content)
