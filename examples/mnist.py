@@ -43,6 +43,7 @@ class Config:
     sparsity: float = 0.9
     seed: int = 1
     # topology
+    allocation: str = ""  # of the connections to the layers, where not the network's own
     output: str = "dense"  # the last layer: "dense", within the same total, or "sparse", as allocated
     drop_fraction: float = 0.3
     update_every: int = 100
@@ -84,25 +85,69 @@ NETWORKS = {
 class Arm:
     """One way to train.
 
-    ``build(cfg, steps)`` makes the algorithm; without it the network is dense. ``start`` is the sparsity to
-    begin with, for algorithms that reach ``cfg.sparsity`` later; ``layer`` the kind of layers, as
-    `sparselab.sparsify` takes it; ``changes`` are settings of this arm alone.
+    ``build(cfg, steps)`` makes the algorithm; without it the network is dense. ``start`` gives the sparsity
+    to begin with from that to end with, for algorithms that get there on the way; ``prepare`` is done to the
+    model first; ``layer`` is the kind of layers, as `sparselab.sparsify` takes it; ``changes`` are settings
+    of this arm alone.
     """
 
     build: Callable[[Config, int], sparselab.dst.SparsityAlgorithm] | None
-    start: float | None = None
+    start: Callable[[float], float] = lambda sparsity: sparsity
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model
     layer: str = "sparse"
     changes: dict[str, Any] = field(default_factory=dict)
 
 
+def last_update(cfg: Config, steps: int) -> int:
+    return max(1, round(cfg.last_update * steps))
+
+
+def timing(cfg: Config, steps: int) -> dict[str, Any]:
+    """When algorithms rewire."""
+    return {"update": {"freq": cfg.update_every, "stop": last_update(cfg, steps)}, "seed": cfg.seed}
+
+
 def rewiring(cfg: Config, steps: int) -> dict[str, Any]:
-    """When and how much the dynamic algorithms rewire."""
-    last = max(1, round(cfg.last_update * steps))
-    return {
-        "drop_fraction": sparselab.Cosine(cfg.drop_fraction, half_period=last),
-        "update": {"freq": cfg.update_every, "stop": last},
-        "seed": cfg.seed,
-    }
+    """When and how much they rewire."""
+    fraction = sparselab.Cosine(cfg.drop_fraction, half_period=last_update(cfg, steps))
+    return {"drop_fraction": fraction, **timing(cfg, steps)}
+
+
+def pruning(cfg: Config, steps: int, start: float) -> dict[str, Any]:
+    """The same, with a cubic rise of the sparsity of all sparse layers together over the first half."""
+    end = sparse_layers_sparsity(cfg, cfg.sparsity)
+    schedule = sparselab.dst.Polynomial(sparse_layers_sparsity(cfg, start), end, steps // 2)
+    return {"sparsity": schedule, "scope": "network", **timing(cfg, steps)}
+
+
+def mest(cfg: Config, steps: int, soft_bound: bool) -> sparselab.MEST:
+    """The released scripts' surplus, as a share of the connections: half of them, a quarter, none."""
+    surplus = (1 - sparse_layers_sparsity(cfg, cfg.sparsity)) * (0.5 if soft_bound else 0.2)
+    bounds = steps * 9 // 16, steps * 3 // 4
+
+    def delta(step: int) -> float:
+        return surplus / 2 ** sum(step >= bound for bound in bounds[:1]) if step < bounds[1] else 0.0
+
+    end = sparse_layers_sparsity(cfg, cfg.sparsity) if soft_bound else None
+    timed = {"update": {"freq": cfg.update_every}, "seed": cfg.seed}
+    return sparselab.MEST(
+        end, delta, **timed, soft_bound=soft_bound, scope="network" if soft_bound else "layer"
+    )
+
+
+def chtss(cfg: Config, steps: int) -> sparselab.CHTss:
+    end = sparse_layers_sparsity(cfg, cfg.sparsity)
+    return sparselab.CHTss(end, steps // 2, temperature=rising(steps), **rewiring(cfg, steps))
+
+
+def rising(steps: int) -> sparselab.dst.Linear:
+    """The temperature of CHTs' removal: nearly at random at first, nearly by magnitude in the end."""
+    return sparselab.dst.Linear(1, 9, steps)
+
+
+def srigl(cfg: Config, steps: int, ablate: bool) -> sparselab.SRigL:
+    # The output is dense (or exempt itself): the last layer attached is a hidden one.
+    return sparselab.SRigL(ablate=ablate, exempt_last=cfg.output != "dense", **rewiring(cfg, steps))
 
 
 ARMS = {
@@ -110,6 +155,35 @@ ARMS = {
     "static": Arm(lambda cfg, steps: sparselab.Static()),
     "set": Arm(lambda cfg, steps: sparselab.SET(**rewiring(cfg, steps))),
     "rigl": Arm(lambda cfg, steps: sparselab.RigL(**rewiring(cfg, steps))),
+    "srigl": Arm(lambda cfg, steps: srigl(cfg, steps, ablate=True), prepare=sparselab.nn.constant_fan_in_),
+    "srigl, no ablation": Arm(
+        lambda cfg, steps: srigl(cfg, steps, ablate=False), prepare=sparselab.nn.constant_fan_in_
+    ),
+    "snfs": Arm(lambda cfg, steps: sparselab.SNFS(**rewiring(cfg, steps)), changes={"drop_fraction": 0.5}),
+    "dsr": Arm(lambda cfg, steps: sparselab.DSR(**timing(cfg, steps))),
+    "deepr": Arm(
+        lambda cfg, steps: sparselab.DeepR(l1=1e-4, **timing(cfg, steps)), changes={"update_every": 10}
+    ),
+    "gmp": Arm(lambda cfg, steps: sparselab.GMP(**pruning(cfg, steps, 0.0)), start=lambda sparsity: 0.0),
+    "granet": Arm(
+        lambda cfg, steps: sparselab.GraNet(
+            **pruning(cfg, steps, min(0.5, cfg.sparsity)),
+            drop_fraction=sparselab.Cosine(0.5, last_update(cfg, steps), minimum=0.005),
+        ),
+        start=lambda sparsity: min(0.5, sparsity),
+    ),
+    "mest em": Arm(lambda cfg, steps: mest(cfg, steps, soft_bound=False)),
+    "mest em&s": Arm(
+        lambda cfg, steps: mest(cfg, steps, soft_bound=True), start=lambda sparsity: 1 - 1.5 * (1 - sparsity)
+    ),
+    "topkast": Arm(
+        lambda cfg, steps: sparselab.TopKAST(sparse_layers_sparsity(cfg, cfg.sparsity), **timing(cfg, steps)),
+        start=lambda sparsity: 1 - 1.5 * (1 - sparsity),
+        changes={"allocation": "uniform"},
+    ),
+    "gse": Arm(lambda cfg, steps: sparselab.GSE(**rewiring(cfg, steps))),
+    "chts": Arm(lambda cfg, steps: sparselab.CHTs(temperature=rising(steps), **rewiring(cfg, steps))),
+    "chtss": Arm(chtss, start=lambda sparsity: 0.5),
 }
 QUICK = {"epochs": 4, "arms": ("dense", "static", "set", "rigl"), "sparsity": (0.9, 0.98)}
 
@@ -127,19 +201,24 @@ def make_model(cfg: Config, sparsity: float | None, layer: str = "sparse") -> nn
     model = nn.Sequential(*layers[:-1])
     if sparsity is None:
         return model
-    if network.allocation == "erk" and cfg.output == "dense":
-        sparsity = without(model[-1], model, sparsity)
-    rules = sparselab.dst.allocate(model, sparsity, network.allocation, last=cfg.output)
+    sparsity = sparse_layers_sparsity(cfg, sparsity)
+    rules = sparselab.dst.allocate(model, sparsity, cfg.allocation or network.allocation, last=cfg.output)
     return sparselab.sparsify(model, rules, layer=layer)
 
 
-def without(dense: nn.Linear, model: nn.Module, sparsity: float) -> float:
-    """The sparsity of the other layers that with a dense one makes `sparsity` of the whole."""
-    size = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    live = (1 - sparsity) * size - dense.weight.numel()
+def sparse_layers_sparsity(cfg: Config, sparsity: float) -> float:
+    """The sparsity of the sparse layers that makes `sparsity` of the whole with a dense output.
+
+    Only the network that follows the papers counts its output; the peer's figure is that of its sparse layer.
+    """
+    network = NETWORKS[cfg.network]
+    if network.allocation != "erk" or cfg.output != "dense":
+        return sparsity
+    sizes = [n_in * n_out for n_in, n_out in pairwise((SIDE * SIDE, *network.hidden, CLASSES))]
+    live = (1 - sparsity) * sum(sizes) - sizes[-1]
     if live <= 0:
-        raise SystemExit(f"sparsity {sparsity}: the dense layer alone has more weights than that leaves")
-    return 1 - live / (size - dense.weight.numel())
+        raise SystemExit(f"sparsity {sparsity}: the dense output alone has more weights than that leaves")
+    return max(0.0, 1 - live / sum(sizes[:-1]))
 
 
 # One run
@@ -194,11 +273,13 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def run(cfg: Config, arm: str, digits: Digits) -> dict[str, Any]:
     """Train one network of one arm and test it once, at the end."""
     cfg, algo = prepare(cfg, arm, digits)
-    start = None if algo is None else (cfg.sparsity if ARMS[arm].start is None else ARMS[arm].start)
-    model = make_model(cfg, start, ARMS[arm].layer)
+    row = ARMS[arm]
+    model = row.prepare(make_model(cfg, None if algo is None else row.start(cfg.sparsity), row.layer))
     if algo is not None:
         model.apply(algo)
     steps, seconds = train(cfg, digits, model, algo, f"{cfg.network} {arm} {cfg.sparsity:g} seed {cfg.seed}")
+    if isinstance(algo, sparselab.TopKAST):
+        algo.finish()
     return {
         **identity(cfg, arm, digits),
         "accuracy": accuracy(model, digits.test_x, digits.test_y),
@@ -224,7 +305,7 @@ def identity(cfg: Config, arm: str, digits: Digits) -> dict[str, Any]:
     cfg, algo = prepare(cfg, arm, digits)
     state = {} if algo is None else algo.state_dict()
     algorithm = [state.get("algorithm"), state.get("config")]
-    row = [ARMS[arm].start, ARMS[arm].layer]
+    row = [ARMS[arm].start(cfg.sparsity), ARMS[arm].layer]
     settings = [
         dataclasses.asdict(cfg),
         dataclasses.asdict(NETWORKS[cfg.network]),

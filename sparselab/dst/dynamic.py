@@ -16,7 +16,13 @@ from sparselab.dst.allocation import apportion
 from sparselab.dst.base import SparsityAlgorithm
 from sparselab.dst.drop import DropScore, Magnitude, lowest, lowest_of_network, lowest_of_rows
 from sparselab.dst.grow import Growth, RandomGrowth
-from sparselab.dst.grown import GrownState, GrownValue, as_grown_value, check_grown_state
+from sparselab.dst.grown import (
+    GrownState,
+    GrownValue,
+    as_grown_value,
+    check_grown_state,
+    describe_grown_value,
+)
 from sparselab.dst.optimizer_state import OptimizerTracker, StateMove
 from sparselab.dst.redistribute import Redistribution
 from sparselab.dst.rows import apportion_rows
@@ -380,6 +386,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             "grow": self.grow.describe(),
             "scope": self.scope,
             "redistribute": None if self.redistribute is None else self.redistribute.describe(),
+            "grown_value": describe_grown_value(self.grown_value),
             "grown_state": self.grown_state,
         }
 

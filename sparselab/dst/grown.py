@@ -23,6 +23,22 @@ _PURPOSE = 1
 
 
 @dataclass(frozen=True)
+class Same:
+    """The same weight for all.
+
+    Parameters
+    ----------
+    weight : float
+    """
+
+    weight: float
+
+    def __call__(self, vacancy: Vacancy, positions: Array) -> npt.NDArray[np.floating[Any]]:
+        """One weight for each position."""
+        return np.full(positions.size, self.weight)
+
+
+@dataclass(frozen=True)
 class Normal:
     """Normally distributed weights around 0, as the released code of SET starts them.
 
@@ -62,6 +78,11 @@ class FanInUniform:
         return np.asarray(bound * vacancy.view.rng(_PURPOSE).uniform(-1, 1, positions.size))
 
 
+def describe_grown_value(value: GrownValue | None) -> str:
+    """Name and settings, for comparing a saved run with the one that resumes it."""
+    return getattr(value, "__qualname__", repr(value))
+
+
 def as_grown_value(value: float | GrownValue) -> GrownValue | None:
     """A function from a number or a function; None for 0, which a new connection has anyway.
 
@@ -73,7 +94,7 @@ def as_grown_value(value: float | GrownValue) -> GrownValue | None:
     if callable(value):
         return value
     require_finite("grown_value", value, "a number or a function of (Vacancy, positions)")
-    return (lambda _, positions: np.full(positions.size, float(value))) if value else None
+    return Same(float(value)) if value else None
 
 
 def check_grown_state(value: str) -> GrownState:

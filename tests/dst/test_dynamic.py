@@ -136,6 +136,16 @@ def test_grown_weights_start_as_asked(kind, grown_value):
         assert max(map(abs, grown)) < 1
 
 
+def test_another_grown_value_is_another_setting():
+    model = network(0.5)
+    model.apply(algorithm := SET(grown_value=Normal(0.1)))
+    state = algorithm.state_dict()
+    for value, told in [(0.0, "None"), (0.1, r"Same\(weight=0.1\)"), (FanInUniform(), r"FanInUniform\(\)")]:
+        network(0.5).apply(other := SET(grown_value=value))
+        with pytest.raises(ValueError, match=rf"grown_value was 'Normal\(std=0.1\)' and is '{told}'"):
+            other.load_state_dict(state)
+
+
 def test_grown_state_may_start_at_the_mean_of_the_survivors():
     model = build("real")
     model.apply(algorithm := SET(update=2, grown_state="mean"))

@@ -97,7 +97,9 @@ def test_the_rate_falls_from_its_peak_to_zero():
 
 def test_an_arm_may_start_denser_and_change_settings(digits, monkeypatch):
     monkeypatch.setitem(
-        ARMS, "denser", Arm(lambda cfg, steps: sparselab.Static(), start=0.5, changes={"lr": 0.05})
+        ARMS,
+        "denser",
+        Arm(lambda cfg, steps: sparselab.Static(), start=lambda sparsity: 0.5, changes={"lr": 0.05}),
     )
     assert isinstance(mnist.make_model(TINY, 0.5, "masked")[0], sparselab.MaskedLinear)
     record = mnist.run(TINY, "denser", digits)
