@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 ARGS ?=
+WORKERS ?= 2
 
 .DELETE_ON_ERROR:
 .PHONY: help demo mnist test lint bench clean
@@ -18,8 +19,9 @@ help:
 	@echo "make bench   time sparse layers on this machine"
 	@echo "make clean   remove .venv, results and caches"
 	@echo
-	@echo "PYTHON=python3.12 chooses the Python, ARGS='--text my.txt' passes options on. PIP_EXTRA_INDEX_URL may"
-	@echo "name an index of CPU-only torch builds, which are a small part of the default download on Linux."
+	@echo "PYTHON=python3.12 chooses the Python, ARGS='--text my.txt' passes options on, WORKERS=0 runs the tests in"
+	@echo "one process. PIP_EXTRA_INDEX_URL may name an index of CPU-only torch builds, which are a small part of the"
+	@echo "default download on Linux."
 
 # Changed metadata or pinned versions install again; otherwise these two take no time.
 $(VENV)/.made:
@@ -43,7 +45,7 @@ mnist: $(VENV)/.installed
 	@$(BIN)/python examples/mnist.py $(ARGS)
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed
 	@$(BIN)/python -m ruff check

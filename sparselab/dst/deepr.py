@@ -90,6 +90,7 @@ class DeepR(DynamicSparsityAlgorithm):
     (205, True)
     """
 
+    _SCOPES = ("layer", "network")
     _FOLLOWS_SCHEDULE = False
 
     def __init__(

@@ -79,7 +79,7 @@ def test_every_algorithm_against_sets_of_positions(name, kind):
     model = row.prepare(build(kind, sparsity=row.start))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     algorithm = row.make()
-    algorithm.attach(model)
+    model.apply(algorithm)
     monitor = Monitor(algorithm)
     layers = dict(zip(algorithm.names, sparse_layers(model), strict=True))
     live = {name: set(layer.positions().tolist()) for name, layer in layers.items()}

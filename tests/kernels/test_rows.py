@@ -137,7 +137,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
     monkeypatch.setattr(_rows, "_MIN_SHARE", 16)
     shares = []
     launch = _rows.launch
-    monkeypatch.setattr(_rows, "launch", lambda *args: shares.append(args[2]) or launch(*args))
+    monkeypatch.setattr(_rows, "launch", lambda *args: shares.append(args[1]) or launch(*args))
     rng = np.random.default_rng(2)
     matrix = rng.integers(-5, 6, (40, 30)).astype(np.float32)
     W = pattern(rng, 40, 30, 0.3)
