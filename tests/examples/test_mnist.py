@@ -39,7 +39,7 @@ def one_thread():
 
 
 def test_a_dense_output_that_is_already_too_much_is_refused():
-    with pytest.raises(SystemExit, match=r"sparsity 0\.999: the dense layer alone"):
+    with pytest.raises(SystemExit, match=r"sparsity 0\.999: the dense output alone"):
         mnist.make_model(TINY, 0.999)
 
 
@@ -62,7 +62,9 @@ def test_every_arm_learns_repeats_and_ends_at_its_sparsity(digits, arm):
     cfg = dataclasses.replace(TINY, epochs=6)
     first, again, other = (mnist.run(dataclasses.replace(cfg, seed=seed), arm, digits) for seed in (1, 1, 2))
     assert first["accuracy"] > 0.9
-    assert first["final_sparsity"] == pytest.approx(0.0 if ARMS[arm].build is None else 0.9, abs=1e-4)
+    # Rows of equal fan-in leave a remainder unused.
+    spare = 1e-3 if arm.startswith("srigl") else 1e-4
+    assert first["final_sparsity"] == pytest.approx(0.0 if ARMS[arm].build is None else 0.9, abs=spare)
     assert first["steps"] == 60
     assert first["accuracy"] == again["accuracy"]
     assert mnist.key_of(first) == mnist.key_of(again) != mnist.key_of(other)
