@@ -27,7 +27,7 @@ from sparselab.dst.optimizer_state import OptimizerTracker, StateMove
 from sparselab.dst.redistribute import Redistribution
 from sparselab.dst.rows import apportion_rows
 from sparselab.dst.schedule import Constant, Schedule, as_schedule
-from sparselab.dst.update import LayerView, UpdateReport, Vacancy
+from sparselab.dst.update import LayerView, UpdateReport, Vacancy, total_size
 from sparselab.dst.when import UpdateSchedule, as_update_schedule
 from sparselab.kernels import n_connections
 from sparselab.kernels.layout import Array
@@ -398,8 +398,3 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self.grow.remember(memory["grow"])
         for ours, saved in zip(self._slots, memory["slots"], strict=True):
             ours.update({name: entries.clone() for name, entries in saved.items()})
-
-
-def total_size(views: Sequence[LayerView]) -> int:
-    """Positions of all layers together."""
-    return sum(view.size for view in views)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from sparselab.dst.drop import DropScore, lowest, lowest_of_network
-from sparselab.dst.dynamic import total_size
 from sparselab.dst.gmp import GMP
 from sparselab.dst.grow import GradientGrowth
 from sparselab.dst.schedule import Schedule
-from sparselab.dst.update import LayerView, Vacancy
+from sparselab.dst.update import LayerView, Vacancy, total_size
 from sparselab.dst.when import UpdateSchedule
 
 

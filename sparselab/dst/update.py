@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -160,3 +160,8 @@ class Vacancy:
     def kept(self) -> Array:
         """Positions ``row * in_features + column`` that keep their connection, ascending."""
         return kept_positions(self.view.matrix, self.drop)
+
+
+def total_size(views: Sequence[LayerView]) -> int:
+    """Positions of all layers together."""
+    return sum(view.size for view in views)
