@@ -23,7 +23,8 @@ def warmup(dtype: torch.dtype = torch.float32, *, training: bool = True) -> floa
     dtype : torch.dtype
         float32, float64 or bfloat16: kernels are compiled for each dtype of the weights.
     training : bool
-        Also those of the backward passes and, unless the dtype is bfloat16, of topology updates.
+        Also those of the backward passes and, unless the dtype is bfloat16, of topology updates as `SET` and
+        `RigL` make them; what else some algorithms use is compiled at their first update.
 
     Returns
     -------
