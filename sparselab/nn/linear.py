@@ -15,7 +15,7 @@ from sparselab.nn._checks import check_dtype, check_input, check_topology
 from sparselab.nn._layer import SparseLayer
 from sparselab.nn._plans import LayerPlans
 from sparselab.nn.functional import GradientWatcher
-from sparselab.nn.init import fan_in_bound, fan_in_uniform_
+from sparselab.nn.init import fan_in_uniform_
 from sparselab.nn.topology import largest_positions, move_slots
 from sparselab.nn.variants import Variant, choose
 
@@ -145,9 +145,17 @@ class SparseLinear(SparseLayer):
         self.forward_mask = None
         self._set_topology(kernels.sample_distinct(np.random.default_rng(seed), size, self.nnz))
         fan_in_uniform_(self.values, self.indptr)
-        if self.bias is not None:
-            with torch.no_grad():
-                self.bias.uniform_(-1, 1).mul_(fan_in_bound(self.indptr, self.bias.dtype))
+        self._draw_bias(self.indptr)
+
+    @torch.no_grad()
+    def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
+        self.forward_mask = self.values.grad = None
+        self._resize(len(positions))
+        self._set_topology(positions.numpy())
+        if weights is None:
+            fan_in_uniform_(self.values, self.indptr)
+        else:
+            self.values.copy_(weights)
 
     def _set_topology(self, positions: np.ndarray[Any, Any]) -> None:
         row = positions // max(self.in_features, 1)
