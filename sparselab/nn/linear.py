@@ -302,6 +302,24 @@ class SparseLinear(SparseLayer):
         """
         return choose(operation, n_tokens, self.density)
 
+    def freeze(self) -> SparseLinear:
+        """Let go of what only training needs, in place, and return the layer itself.
+
+        That is: ``requires_grad`` of `values` and `bias`, their gradients, the `gradient_watcher` of an
+        algorithm (which is to be detached before), and the plans of the backward passes. The plan of the
+        forward pass stays. A gradient by x can still be had; its plan is then made anew, and kept.
+
+        Examples
+        --------
+        >>> SparseLinear(64, 32).freeze().values.requires_grad
+        False
+        """
+        self.requires_grad_(False)
+        self.zero_grad(set_to_none=True)
+        self.gradient_watcher = None
+        self._plans.keep_forward()
+        return self
+
     def plan_bytes(self) -> int:
         """Bytes of the kernel plans held now."""
         return self._plans.nbytes
