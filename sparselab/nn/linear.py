@@ -306,7 +306,7 @@ class SparseLinear(SparseLayer):
         """Let go of what only training needs, in place, and return the layer itself.
 
         That is: ``requires_grad`` of `values` and `bias`, their gradients, the `gradient_watcher` of an
-        algorithm (which is to be detached before), and the plans of the backward passes. The plan of the
+        algorithm (which must take no more steps), and the plans of the backward passes. The plan of the
         forward pass stays. A gradient by x can still be had; its plan is then made anew, and kept.
 
         Examples

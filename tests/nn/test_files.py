@@ -36,6 +36,7 @@ class Model(nn.Module):
         self.head.weight = self.embed.weight
         both = torch.randn(2, 7)
         self.register_buffer("first", both[0])
+        self.register_buffer("flat", both.view(-1))
         self.register_buffer("across", both[:, 1])
         self.register_buffer("scalar", torch.tensor(3.5, dtype=torch.float64))
 
