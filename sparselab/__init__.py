@@ -31,7 +31,15 @@ if TYPE_CHECKING:
         TopKAST,
     )
     from sparselab.kernels import PaddedCSR
-    from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
+    from sparselab.nn import (
+        MaskedLinear,
+        SparseLinear,
+        load_model,
+        measure_sparsity,
+        memory_report,
+        save_model,
+        sparsify,
+    )
 
 __version__ = "0.1.0"
 
@@ -59,9 +67,11 @@ __all__ = [
     "TopKAST",
     "dst",
     "kernels",
+    "load_model",
     "measure_sparsity",
     "memory_report",
     "nn",
+    "save_model",
     "sparsify",
     "warmup",
 ]
@@ -88,8 +98,10 @@ _HOMES = {
     "SparseLinear": "nn",
     "Static": "dst",
     "TopKAST": "dst",
+    "load_model": "nn",
     "measure_sparsity": "nn",
     "memory_report": "nn",
+    "save_model": "nn",
     "sparsify": "nn",
     "warmup": "_warmup",
 }

@@ -126,6 +126,7 @@ def test_imports_that_point_the_right_way_pass(path: str, source: str) -> None:
         ("import sparselab.__main__", ["numpy", "numba", "torch"]),
         ("import sparselab.kernels", ["torch"]),
         ("from sparselab import PaddedCSR, kernels", ["torch"]),
+        ("import sparselab.nn; sparselab.save_model", ["safetensors"]),
         (
             "from sparselab import Monitor; import sparselab.integrations",
             ["matplotlib", "lightning", "transformers"],

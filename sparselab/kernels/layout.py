@@ -237,8 +237,19 @@ class PaddedCSR:
         return dense
 
     def to_scipy(self) -> scipy.sparse.csr_array:
-        """SciPy CSR array, without the spare slots."""
-        import scipy.sparse
+        """SciPy CSR array, without the spare slots.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If SciPy is not installed.
+        """
+        try:
+            import scipy.sparse
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "to_scipy needs scipy, which is not installed: pip install scipy", name=error.name
+            ) from error
 
         slots = self.live_slots()
         indptr = np.concatenate([[0], np.cumsum(self.row_nnz)])

@@ -2,6 +2,7 @@
 
 from sparselab.nn.brf import brf_
 from sparselab.nn.convert import measure_sparsity, sparsify
+from sparselab.nn.files import load_model, save_model
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import constant_fan_in_, fan_in_uniform_
 from sparselab.nn.linear import SparseLinear
@@ -19,7 +20,9 @@ __all__ = [
     "constant_fan_in_",
     "fan_in_uniform_",
     "find_sparse",
+    "load_model",
     "measure_sparsity",
     "memory_report",
+    "save_model",
     "sparsify",
 ]

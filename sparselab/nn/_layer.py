@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+import warnings
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparselab.kernels import PaddedCSR
 from sparselab.nn._checks import check_size
+from sparselab.nn._patterns import read_pattern
 from sparselab.nn.functional import GradientWatcher
+from sparselab.nn.init import fan_in_bound
+from sparselab.nn.topology import SparseTopology, as_matrix
 
 if TYPE_CHECKING:
+    import scipy.sparse
+
     from sparselab.nn.masked import MaskedLinear
 
 Layer = TypeVar("Layer", bound="SparseLayer")
@@ -38,6 +46,18 @@ class SparseLayer(nn.Module):
     @property
     def nnz(self) -> int:
         """Live connections."""
+        raise NotImplementedError
+
+    def positions(self) -> Tensor:
+        """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
+        raise NotImplementedError
+
+    def per_connection(self, entries: Tensor) -> Tensor:
+        """The entries at the connections, in the order of `positions`."""
+        raise NotImplementedError
+
+    def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
+        """Replace the topology and the weights, by default with fresh ones; biases stay."""
         raise NotImplementedError
 
     @property
@@ -74,6 +94,115 @@ class SparseLayer(nn.Module):
         )  # type: ignore[call-arg]
         new._train_as(linear, weight)
         return new
+
+    @classmethod
+    def from_pattern(
+        cls: type[Layer], pattern: Any, bias: bool = True, dtype: torch.dtype | None = None
+    ) -> Layer:
+        """A layer with the connections of a matrix (out_features, in_features).
+
+        The topology stays as it is: only an algorithm of `sparselab.dst` that is attached changes it.
+
+        Parameters
+        ----------
+        pattern : SciPy sparse matrix or array, bool array or tensor, or torch.sparse_csr tensor
+            Floating entries are taken as weights. A boolean pattern gets fresh ones, drawn as by
+            `fan_in_uniform_`. Every stored entry is a connection, zeros included, as ``pattern.tocsr()`` has
+            them; entries stored twice are summed.
+        bias : bool
+            Drawn as in a new layer.
+        dtype : torch.dtype, optional
+            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the pattern.
+
+        Raises
+        ------
+        TypeError
+            If the pattern is of another kind, its entries are neither boolean nor floating, or a layer
+            cannot have the dtype.
+        ValueError
+            If the pattern does not have two dimensions, or its compressed rows are not valid.
+
+        Examples
+        --------
+        >>> from sparselab import SparseLinear
+        >>> SparseLinear.from_pattern(np.tri(4, 6, dtype=bool)).indptr
+        tensor([ 0,  1,  3,  6, 10])
+        """
+        (rows, columns), positions, weights = read_pattern(pattern)
+        new = cls(columns, rows, bias, sparsity=1.0, dtype=dtype)  # type: ignore[call-arg]
+        new._connect(positions, weights)
+        new._draw_bias(torch.from_numpy(new._matrix().indptr))
+        return new
+
+    def set_topology(self, pattern: Any) -> None:
+        """Replace the connections, in place, by those of a matrix of the layer's shape.
+
+        Weights come from the pattern or are drawn, as by `from_pattern`. Biases stay, and the gradient of the
+        weights is dropped. For before training: the state that an optimizer has for the weights does not
+        follow.
+
+        Parameters
+        ----------
+        pattern : SciPy sparse matrix or array, bool array or tensor, or torch.sparse_csr tensor
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `from_pattern`; and if the pattern does not have the layer's shape, or the layer is on the
+            device "meta". Nothing has been changed then.
+
+        Examples
+        --------
+        >>> from sparselab import SparseLinear
+        >>> layer = SparseLinear(6, 4)
+        >>> layer.set_topology(np.eye(4, 6, dtype=bool))
+        >>> layer.positions()
+        tensor([ 0,  7, 14, 21])
+        """
+        shape, positions, weights = read_pattern(pattern)
+        if shape != self.shape:
+            raise ValueError(f"pattern must have the shape of the layer, {self.shape}, got {shape}")
+        if self.stored.is_meta:
+            raise ValueError("set_topology needs a layer that holds data, got one on the device meta")
+        self._connect(positions, weights)
+
+    def _draw_bias(self, indptr: Tensor) -> None:
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.uniform_(-1, 1).mul_(fan_in_bound(indptr, self.bias.dtype))
+
+    def to_scipy(self) -> scipy.sparse.csr_array:
+        """W as a SciPy array (out_features, in_features) in canonical form, a copy.
+
+        Every connection is stored, also one whose weight is 0. bfloat16, which NumPy lacks, becomes float32.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If SciPy is not installed.
+        """
+        return self._matrix().to_scipy()
+
+    def to_sparse_csr(self) -> Tensor:
+        """W as a `torch.sparse_csr` tensor (out_features, in_features), a copy without gradient.
+
+        Every connection is stored, also one whose weight is 0.
+        """
+        W = self._matrix()
+        with warnings.catch_warnings():
+            # Torch calls the layout a beta each time that a process first makes one.
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            return torch.sparse_csr_tensor(
+                torch.from_numpy(W.indptr.copy()), torch.from_numpy(W.indices.astype(np.int64)),
+                torch.from_numpy(W.values).to(self.stored.dtype, copy=True), self.shape,
+                check_invariants=False,
+            )  # fmt: skip
+
+    def _matrix(self) -> PaddedCSR:
+        """W as it is in use, not to be written to; bfloat16 as float32."""
+        W, weights = as_matrix(cast(SparseTopology, self)), self.per_connection(self._in_use.detach()).cpu()
+        values = weights.float() if weights.dtype == torch.bfloat16 else weights
+        return PaddedCSR.unchecked(self.shape, W.indptr, W.row_nnz, W.indices, values.numpy())
 
     def _train_as(self, linear: nn.Linear | SparseLayer, weight: Tensor) -> None:
         """Take over the mode, and what is trained, of another layer with that weight."""

@@ -41,6 +41,12 @@ class LayerPlans:
             plans = self._plans = TopologyPlans(indptr, indices, in_features)
         return plans
 
+    def keep_forward(self) -> None:
+        """Let go of the plans of the backward passes; they are made anew if they are needed."""
+        if self._plans is not None:
+            for name in ("input_grad", "values_grad"):
+                self._plans.__dict__.pop(name, None)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the plans made so far."""

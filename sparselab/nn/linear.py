@@ -15,7 +15,7 @@ from sparselab.nn._checks import check_dtype, check_input, check_topology
 from sparselab.nn._layer import SparseLayer
 from sparselab.nn._plans import LayerPlans
 from sparselab.nn.functional import GradientWatcher
-from sparselab.nn.init import fan_in_bound, fan_in_uniform_
+from sparselab.nn.init import fan_in_uniform_
 from sparselab.nn.topology import largest_positions, move_slots
 from sparselab.nn.variants import Variant, choose
 
@@ -145,9 +145,17 @@ class SparseLinear(SparseLayer):
         self.forward_mask = None
         self._set_topology(kernels.sample_distinct(np.random.default_rng(seed), size, self.nnz))
         fan_in_uniform_(self.values, self.indptr)
-        if self.bias is not None:
-            with torch.no_grad():
-                self.bias.uniform_(-1, 1).mul_(fan_in_bound(self.indptr, self.bias.dtype))
+        self._draw_bias(self.indptr)
+
+    @torch.no_grad()
+    def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
+        self.forward_mask = self.values.grad = None
+        self._resize(len(positions))
+        self._set_topology(positions.numpy())
+        if weights is None:
+            fan_in_uniform_(self.values, self.indptr)
+        else:
+            self.values.copy_(weights)
 
     def _set_topology(self, positions: np.ndarray[Any, Any]) -> None:
         row = positions // max(self.in_features, 1)
@@ -293,6 +301,24 @@ class SparseLinear(SparseLayer):
         Variant(operation='forward', name='few tokens', reason='1 tokens (at most 16) do not fill a tile')
         """
         return choose(operation, n_tokens, self.density)
+
+    def freeze(self) -> SparseLinear:
+        """Let go of what only training needs, in place, and return the layer itself.
+
+        That is: ``requires_grad`` of `values` and `bias`, their gradients, the `gradient_watcher` of an
+        algorithm (which must take no more steps), and the plans of the backward passes. The plan of the
+        forward pass stays. A gradient by x can still be had; its plan is then made anew, and kept.
+
+        Examples
+        --------
+        >>> SparseLinear(64, 32).freeze().values.requires_grad
+        False
+        """
+        self.requires_grad_(False)
+        self.zero_grad(set_to_none=True)
+        self.gradient_watcher = None
+        self._plans.keep_forward()
+        return self
 
     def plan_bytes(self) -> int:
         """Bytes of the kernel plans held now."""

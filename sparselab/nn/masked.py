@@ -117,6 +117,15 @@ class MaskedLinear(SparseLayer):
         self.bias = None if layer.bias is None else nn.Parameter(torch.empty_like(layer.bias))
         self._copy(layer)
 
+    def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
+        # Made without memory, so that nothing is drawn but the weights.
+        twin = SparseLinear(
+            self.in_features, self.out_features, False, 1.0, device="meta", dtype=self.weight.dtype
+        ).to_empty(device=self.weight.device)
+        twin._connect(positions, weights)
+        self.weight.grad = None
+        self._copy(twin)
+
     @torch.no_grad()
     def _copy(self, layer: SparseLinear) -> None:
         positions = layer.positions()
@@ -126,8 +135,7 @@ class MaskedLinear(SparseLayer):
         if layer.forward_mask is not None:
             self.forward_mask = torch.zeros_like(self.mask)
             self.forward_mask.view(-1)[positions] = layer.forward_mask
-        if self.bias is not None:
-            assert layer.bias is not None
+        if self.bias is not None and layer.bias is not None:
             self.bias.copy_(layer.bias)
 
     def reset_parameters(self) -> None:

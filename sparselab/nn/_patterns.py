@@ -1,0 +1,121 @@
+"""Topologies that the user brings, in the forms that NumPy, SciPy and torch have for them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: What `read_pattern` takes, in the words of its errors.
+_KNOWN = "a SciPy sparse matrix, a boolean NumPy array or tensor, or a torch.sparse_csr tensor"
+
+
+class Pattern(NamedTuple):
+    """Connections of a layer, and their weights if they came with some."""
+
+    #: ``(out_features, in_features)``.
+    shape: tuple[int, int]
+    #: int64 (nnz,): ``row * in_features + column``, ascending, without duplicates.
+    positions: Tensor
+    #: (nnz,), floating, or None.
+    weights: Tensor | None
+
+
+def read_pattern(pattern: Any) -> Pattern:
+    """Connections, and weights where there are some, of a matrix (out_features, in_features).
+
+    Parameters
+    ----------
+    pattern : SciPy sparse matrix or array, bool array or tensor, or torch.sparse_csr tensor
+        Of a sparse matrix every stored entry is a connection, zeros (and False) included; of entries stored
+        twice the sum counts. Boolean entries are a topology only, floating ones are weights too.
+
+    Returns
+    -------
+    Pattern
+
+    Raises
+    ------
+    TypeError
+        If the pattern is of another kind, or its entries are neither boolean nor floating.
+    ValueError
+        If it does not have two dimensions, or its compressed rows are not valid.
+
+    Notes
+    -----
+    Anything with ``tocsr()`` is taken for a SciPy matrix, and what is stored is what that method returns:
+    SciPy fills the blocks of a BSR matrix up with zeros, and leaves zeros of a DIA matrix out.
+    """
+    sparse = hasattr(pattern, "tocsr") or (isinstance(pattern, Tensor) and pattern.layout == torch.sparse_csr)
+    if not sparse and not (isinstance(pattern, np.ndarray) or _is_dense(pattern)):
+        layout = f" of layout {pattern.layout}" if isinstance(pattern, Tensor) else ""
+        raise TypeError(f"pattern must be {_KNOWN}, got {type(pattern).__name__}{layout}")
+    if len(pattern.shape) != 2:
+        raise ValueError(
+            f"pattern must have the shape (out_features, in_features), got {tuple(pattern.shape)}"
+        )
+    shape = int(pattern.shape[0]), int(pattern.shape[1])
+    if sparse:
+        return _read_rows(shape, *(_parts_of_tensor if isinstance(pattern, Tensor) else _parts)(pattern))
+    if pattern.dtype not in (np.bool_, torch.bool):
+        raise TypeError(
+            f"a dense pattern must be boolean, got {pattern.dtype}; pass pattern != 0, or a "
+            "torch.nn.Linear to SparseLinear.from_dense"
+        )
+    live = pattern.cpu().numpy() if isinstance(pattern, Tensor) else pattern
+    return Pattern(shape, torch.from_numpy(np.flatnonzero(live).astype(np.int64)), None)
+
+
+def _is_dense(pattern: Any) -> bool:
+    return isinstance(pattern, Tensor) and pattern.layout == torch.strided
+
+
+def _parts(matrix: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Row pointers, columns and entries of a SciPy matrix, which may have room after its last row."""
+    csr = matrix.tocsr()
+    data = csr.data
+    if data.dtype.kind == "f" and data.dtype != np.float32:
+        data = data.astype(np.float64)
+    if data.dtype.kind not in "bf":
+        raise _wrong_entries(data.dtype)
+    nnz = int(csr.indptr[-1])
+    indptr, indices = (np.array(part, np.int64) for part in (csr.indptr, csr.indices[:nnz]))
+    return torch.from_numpy(indptr), torch.from_numpy(indices), torch.from_numpy(np.array(data[:nnz]))
+
+
+def _parts_of_tensor(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = matrix.detach().cpu()
+    entries = matrix.values()
+    if not (entries.is_floating_point() or entries.dtype == torch.bool):
+        raise _wrong_entries(entries.dtype)
+    return matrix.crow_indices().long(), matrix.col_indices().long(), entries
+
+
+def _wrong_entries(dtype: Any) -> TypeError:
+    return TypeError(
+        f"a sparse pattern must have boolean entries, or floating ones, which are its weights; got {dtype}"
+    )
+
+
+def _read_rows(shape: tuple[int, int], indptr: Tensor, indices: Tensor, entries: Tensor) -> Pattern:
+    rows, columns = shape
+    valid = indptr.shape == (rows + 1,) and indptr[0] == 0 and bool((indptr[1:] >= indptr[:-1]).all())
+    if not valid or indptr[-1] != len(indices) or len(entries) != len(indices):
+        raise ValueError(
+            f"pattern must have row pointers from 0 that never decrease and end at the number of its "
+            f"columns, and of its entries, got {len(indptr)} from {int(indptr[0])} to {int(indptr[-1])} for "
+            f"{len(indices)} columns and {len(entries)} entries"
+        )
+    if len(indices) and not (indices.min() >= 0 and indices.max() < columns):
+        raise ValueError(
+            f"pattern must have columns of 0..{columns - 1}, got {int(indices.min())}..{int(indices.max())}"
+        )
+    positions = torch.repeat_interleave(torch.arange(rows), torch.diff(indptr)) * columns + indices
+    weights = entries if entries.is_floating_point() else None
+    if bool((positions[1:] <= positions[:-1]).any()):
+        positions, slot = positions.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        if weights is not None:
+            weights = weights.new_zeros(len(positions)).index_add_(0, slot, weights)
+    return Pattern(shape, positions, weights)
