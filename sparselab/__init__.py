@@ -31,7 +31,17 @@ if TYPE_CHECKING:
         TopKAST,
     )
     from sparselab.kernels import PaddedCSR
-    from sparselab.nn import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
+    from sparselab.nn import (
+        MaskedLinear,
+        SparseLinear,
+        SparseMultiheadAttention,
+        densify,
+        materialize,
+        measure_sparsity,
+        memory_report,
+        plan_sparsify,
+        sparsify,
+    )
 
 __version__ = "0.1.0"
 
@@ -55,13 +65,17 @@ __all__ = [
     "RigL",
     "SRigL",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "Static",
     "TopKAST",
+    "densify",
     "dst",
     "kernels",
+    "materialize",
     "measure_sparsity",
     "memory_report",
     "nn",
+    "plan_sparsify",
     "sparsify",
     "warmup",
 ]
@@ -86,10 +100,14 @@ _HOMES = {
     "SNFS": "dst",
     "SRigL": "dst",
     "SparseLinear": "nn",
+    "SparseMultiheadAttention": "nn",
     "Static": "dst",
     "TopKAST": "dst",
+    "densify": "nn",
+    "materialize": "nn",
     "measure_sparsity": "nn",
     "memory_report": "nn",
+    "plan_sparsify": "nn",
     "sparsify": "nn",
     "warmup": "_warmup",
 }

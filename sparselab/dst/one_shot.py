@@ -77,7 +77,7 @@ def prune(
         kept = [largest_positions(w, n_connections((w.shape[0], w.shape[1]), sparsity)) for w in weights]
     else:
         kept = _largest_of_all(weights, sparsity)
-    keep_positions(model, dict(zip(layers.values(), kept, strict=True)))
+    keep_positions(model, dict(zip(layers, kept, strict=True)))
     return {
         name: 1 - len(positions) / max(w.numel(), 1)
         for name, positions, w in zip(layers, kept, weights, strict=True)
