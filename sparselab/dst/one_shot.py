@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Literal, TypeVar
@@ -15,7 +16,7 @@ from sparselab.nn.convert import find_linear, keep_positions
 from sparselab.nn.topology import as_scores, largest_positions
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-Patterns = str | Iterable[str]
+Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 Scope = Literal["layer", "network"]
 
 
@@ -36,7 +37,7 @@ def prune(
     scope : {"layer", "network"}
         "layer": each layer gets that sparsity. "network": all together get it, at one threshold; a layer then
         keeps at least one weight.
-    include, exempt : str or iterable of str
+    include, exempt : str or re.Pattern, or iterable of them
         Patterns of qualified layer names, as in `sparselab.sparsify`: layers that match one of `include` and
         none of `exempt` are pruned.
 

@@ -191,7 +191,8 @@ def densify(model: Model) -> Model:
 
     `SparseLinear` and `MaskedLinear` become `torch.nn.Linear`, or the ``Conv1D`` of transformers that
     `sparsify` made them from, so that its checkpoints fit again; `SparseMultiheadAttention` becomes
-    `torch.nn.MultiheadAttention`. Modes and trainability are kept.
+    `torch.nn.MultiheadAttention`. Modes and trainability are kept. The encoders of torch that `sparsify` has
+    kept off their fused path stay off it.
 
     Parameters
     ----------

@@ -52,12 +52,17 @@ def materialize(model: Model, device: torch.device | str | int = "cpu") -> Model
     modules = [(name, each) for name, each in model.named_modules() if any(t.is_meta for t in _own(each))][
         ::-1
     ]
-    resets = {name: _find_reset(name, module) for name, module in modules}
+    resets = {name: _find_reset(module) for name, module in modules}
+    if stuck := [f"{name!r} ({type(each).__name__})" for name, each in modules[::-1] if not resets[name]]:
+        raise ValueError(
+            "model must know how to fill its tensors on the meta device, but there is no reset_parameters() "
+            f"of {', '.join(stuck)}; fill their own tensors first, or give them one"
+        )
     made: dict[Tensor, Tensor] = {}
     for _, module in modules:
         for tensors in (module._parameters, module._buffers):
             _allocate(tensors, made, device)
-    for reset in resets.values():
+    for reset in filter(None, resets.values()):
         reset()
     return model
 
@@ -67,17 +72,9 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-def _find_reset(name: str, module: nn.Module) -> Callable[[], None]:
-    # As torch.nn.MultiheadAttention calls it.
-    found: Callable[[], None] | None = getattr(
-        module, "reset_parameters", getattr(module, "_reset_parameters", None)
-    )
-    if found is None:
-        raise ValueError(
-            f"model must know how to fill its tensors on the meta device, but {name!r}, a "
-            f"{type(module).__name__}, has no reset_parameters(); fill it first, or give it one"
-        )
-    return found
+def _find_reset(module: nn.Module) -> Callable[[], None] | None:
+    # The second is what torch.nn.MultiheadAttention calls it.
+    return getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
 
 
 def _allocate(tensors: dict[str, Any], made: dict[Tensor, Tensor], device: torch.device | str | int) -> None:

@@ -20,7 +20,7 @@ from sparselab import (
     plan_sparsify,
     sparsify,
 )
-from sparselab.dst import prune
+from sparselab.dst import allocate, prune
 
 
 class Conv1D(nn.Module):
@@ -141,6 +141,22 @@ def test_a_pruned_model_may_have_every_kind() -> None:
     assert [fresh.get_submodule(name).nnz for name in rules] == [
         model.get_submodule(name).nnz for name in rules
     ]
+
+
+def test_a_budget_is_shared_out_to_every_kind() -> None:
+    rules = allocate(mixed(), 0.8)
+    assert list(rules) == [*PARTS, "conv", "head"]
+    model = sparsify(mixed(), rules)
+    assert sum(model.get_submodule(name).nnz for name in rules) == round(0.2 * (4 * 144 + 240 + 60))
+    assert list(allocate(mixed(), 0.8, exempt_types=nn.MultiheadAttention)) == ["conv", "head"]
+    with torch.device("meta"):
+        on_meta = mixed()
+    assert allocate(on_meta, 0.8) == rules
+
+
+def test_expressions_choose_what_is_pruned() -> None:
+    exempt = ["*.k_proj", re.compile(".*v_proj")]
+    assert list(prune(mixed(), 0.5, include=re.compile("attn.*"), exempt=exempt)) == [PARTS[0], PARTS[3]]
 
 
 def test_a_plan_says_what_happens_and_changes_nothing() -> None:

@@ -99,9 +99,10 @@ def test_a_module_that_cannot_fill_itself_is_named_before_anything_changes() -> 
             self.scale = nn.Parameter(torch.ones(3))
 
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(3, 3), Scale())
-    with pytest.raises(ValueError, match=r"'1', a Scale, has no reset_parameters\(\)"):
+        model = nn.Sequential(nn.Linear(3, 3), Scale(), nn.ModuleDict({"last": Scale()}))
+    with pytest.raises(ValueError, match=r"no reset_parameters\(\) of '1' \(Scale\), '2.last' \(Scale\);"):
         materialize(model)
     assert model[0].weight.is_meta
-    model[1].to_empty(device="cpu", recurse=False)
+    for module in (model[1], model[2].last):
+        module.to_empty(device="cpu", recurse=False)
     assert not materialize(model)[0].weight.is_meta
