@@ -48,21 +48,19 @@ def materialize(model: Model, device: torch.device | str | int = "cpu") -> Model
     >>> materialize(sparselab.sparsify(model, {"0": 1 - 1e-6}))[0].nnz
     160000
     """
-    # Parts come before what contains them, as when modules are made.
-    modules = [(name, each) for name, each in model.named_modules() if any(t.is_meta for t in _own(each))][
-        ::-1
-    ]
-    resets = {name: _find_reset(module) for name, module in modules}
-    if stuck := [f"{name!r} ({type(each).__name__})" for name, each in modules[::-1] if not resets[name]]:
+    modules = {name: each for name, each in model.named_modules() if any(t.is_meta for t in _own(each))}
+    resets = {name: _find_reset(module) for name, module in modules.items()}
+    if stuck := [f"{name!r} ({type(each).__name__})" for name, each in modules.items() if not resets[name]]:
         raise ValueError(
             "model must know how to fill its tensors on the meta device, but there is no reset_parameters() "
             f"of {', '.join(stuck)}; fill their own tensors first, or give them one"
         )
     made: dict[Tensor, Tensor] = {}
-    for _, module in modules:
+    for module in modules.values():
         for tensors in (module._parameters, module._buffers):
             _allocate(tensors, made, device)
-    for reset in filter(None, resets.values()):
+    # Parts come before what contains them, as when modules are made.
+    for reset in filter(None, reversed(resets.values())):
         reset()
     return model
 

@@ -12,6 +12,8 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
+from sparselab.integrations.transformers import from_pretrained  # noqa: E402
+
 VOCABULARY, LENGTH = 48, 12
 
 
@@ -98,6 +100,18 @@ def test_conv1d_keeps_its_function():
     sparsify(model, {"transformer.h.*": 0.0}, init="magnitude")
     assert sum(isinstance(each, SparseLinear) for each in model.modules()) == 8
     torch.testing.assert_close(logits(model), expected)
+
+
+def test_a_sparse_gpt2_is_saved_and_read_sparse_and_dense(tmp_path):
+    model = sparsify(gpt2(), GPT2)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "sparse")
+    again = from_pretrained(transformers.GPT2LMHeadModel, tmp_path / "sparse")
+    assert len(list(find_sparse(again))) == 8
+    assert torch.equal(logits(again), expected)
+    densify(model).save_pretrained(tmp_path / "dense")
+    dense = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(dense), expected)
 
 
 def test_a_sparse_gpt2_generates():
