@@ -14,6 +14,7 @@ from torch import nn
 
 from sparselab.dst._checks import require_count, require_finite
 from sparselab.kernels import n_connections
+from sparselab.nn._dense import DenseLayer, dense_parts, find_dense
 
 Shape: TypeAlias = Sequence[int]
 #: Counts of connections from the shapes of all layers and the sparsity of the whole.
@@ -203,7 +204,8 @@ def allocate(
     Parameters
     ----------
     model : torch.nn.Module
-        Read only. Its layers whose class is exactly `torch.nn.Linear`, in the order of ``named_modules``.
+        Read only, and may be on the meta device. Its linear layers are those that `sparselab.sparsify` can
+        swap, in the order of ``named_modules``.
     sparsity : float
         Of the chosen layers together, in [0, 1]. Layers that stay dense are not counted.
     method : {"uniform", "er", "erk"}, callable or mapping
@@ -248,9 +250,9 @@ def allocate(
     if not names:
         raise ValueError(
             f"model must have a layer that is to be sparse; include, exempt, first and last left none of "
-            f"{_listed(_linear_layers(model))}"
+            f"{_listed(find_dense(model))}"
         )
-    shapes = [(layers[name].out_features, layers[name].in_features) for name in names]
+    shapes = [(layers[name].linear.out_features, layers[name].linear.in_features) for name in names]
     sizes = [math.prod(shape) for shape in shapes]
     counts = _counts(method, names, shapes, sparsity)
     # (size - count) / size and what n_connections makes of it are off by less than size * 2**-52 connections.
@@ -332,26 +334,22 @@ def _counts(
     return counts
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-
-
 def _choose(
     model: nn.Module,
     include: str | Collection[str],
     exempt: str | Collection[str],
     exempt_types: type[nn.Module] | Collection[type[nn.Module]],
-) -> dict[str, nn.Linear]:
-    if type(model) is nn.Linear:
+) -> dict[str, DenseLayer]:
+    if any(dense_parts(model)):
         raise ValueError("model must contain the layers to choose from; got a linear layer itself")
-    layers = _linear_layers(model)
+    layers = find_dense(model)
     include, exempt = ([given] if isinstance(given, str) else list(given) for given in (include, exempt))
     _require_matches("include", include, layers)
     _require_matches("exempt", exempt, layers)
     dense: set[nn.Module] = set()
     for kind in [exempt_types] if isinstance(exempt_types, type) else exempt_types:
         inside = {each for owner in model.modules() if isinstance(owner, kind) for each in owner.modules()}
-        if inside.isdisjoint(layers.values()):
+        if inside.isdisjoint(layer.owner for layer in layers.values()):
             raise ValueError(
                 f"exempt_types must hold types with linear layers inside; got {kind.__name__}, which has none"
             )
@@ -359,7 +357,7 @@ def _choose(
     return {
         name: layer
         for name, layer in layers.items()
-        if _matches(name, include) and not _matches(name, exempt) and layer not in dense
+        if _matches(name, include) and not _matches(name, exempt) and layer.owner not in dense
     }
 
 

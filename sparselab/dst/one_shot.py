@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Literal, TypeVar
@@ -15,7 +16,7 @@ from sparselab.nn.convert import find_linear, keep_positions
 from sparselab.nn.topology import as_scores, largest_positions
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-Patterns = str | Iterable[str]
+Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 Scope = Literal["layer", "network"]
 
 
@@ -36,7 +37,7 @@ def prune(
     scope : {"layer", "network"}
         "layer": each layer gets that sparsity. "network": all together get it, at one threshold; a layer then
         keeps at least one weight.
-    include, exempt : str or iterable of str
+    include, exempt : str or re.Pattern, or iterable of them
         Patterns of qualified layer names, as in `sparselab.sparsify`: layers that match one of `include` and
         none of `exempt` are pruned.
 
@@ -77,7 +78,7 @@ def prune(
         kept = [largest_positions(w, n_connections((w.shape[0], w.shape[1]), sparsity)) for w in weights]
     else:
         kept = _largest_of_all(weights, sparsity)
-    keep_positions(model, dict(zip(layers.values(), kept, strict=True)))
+    keep_positions(model, dict(zip(layers, kept, strict=True)))
     return {
         name: 1 - len(positions) / max(w.numel(), 1)
         for name, positions, w in zip(layers, kept, weights, strict=True)

@@ -1,12 +1,14 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
+from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.brf import brf_
-from sparselab.nn.convert import measure_sparsity, sparsify
+from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.files import load_model, save_model
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import constant_fan_in_, fan_in_uniform_
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.masked import MaskedLinear
+from sparselab.nn.meta import materialize
 from sparselab.nn.report import MemoryReport, memory_report
 from sparselab.nn.topology import SparseTopology, find_sparse
 
@@ -15,14 +17,19 @@ __all__ = [
     "MaskedLinear",
     "MemoryReport",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "SparseTopology",
+    "SparsifyPlan",
     "brf_",
     "constant_fan_in_",
+    "densify",
     "fan_in_uniform_",
     "find_sparse",
     "load_model",
+    "materialize",
     "measure_sparsity",
     "memory_report",
+    "plan_sparsify",
     "save_model",
     "sparsify",
 ]

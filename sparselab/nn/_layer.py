@@ -30,6 +30,8 @@ class SparseLayer(nn.Module):
 
     bias: nn.Parameter | None
     forward_mask: Tensor | None
+    #: The kind of layer it was made from, which `sparselab.densify` makes of it again.
+    dense_class: type[nn.Module] = nn.Linear
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -205,8 +207,9 @@ class SparseLayer(nn.Module):
         return PaddedCSR.unchecked(self.shape, W.indptr, W.row_nnz, W.indices, values.numpy())
 
     def _train_as(self, linear: nn.Linear | SparseLayer, weight: Tensor) -> None:
-        """Take over the mode, and what is trained, of another layer with that weight."""
+        """Take over the mode, what is trained, and the kind of another layer with that weight."""
         self.train(linear.training)
+        self.dense_class = getattr(linear, "dense_class", nn.Linear)
         self.stored.requires_grad_(weight.requires_grad)
         if self.bias is not None:
             assert linear.bias is not None

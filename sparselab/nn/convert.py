@@ -1,16 +1,20 @@
-"""Whole models: swapping dense layers for sparse ones, and measuring the result."""
+"""Whole models: swapping dense layers for sparse ones and back, and measuring the result."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from sparselab.kernels import n_connections
 from sparselab.nn._checks import check_dtype
+from sparselab.nn._dense import DenseLayer, Pattern, choose, find_dense, refuse_entangled
 from sparselab.nn._layer import SparseLayer
+from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.masked import MaskedLinear
 from sparselab.nn.topology import is_sparse
@@ -22,20 +26,22 @@ _KINDS: dict[str, type[SparseLinear | MaskedLinear]] = {"sparse": SparseLinear, 
 
 def sparsify(
     model: Model,
-    rules: Mapping[str, float],
+    rules: Mapping[Pattern, float],
     *,
     init: Literal["random", "magnitude"] = "random",
     layer: Literal["sparse", "masked"] = "sparse",
 ) -> Model:
-    """Swap the named `torch.nn.Linear` layers of a model for `SparseLinear`, in place.
+    """Swap the named linear layers of a model for `SparseLinear`, in place.
 
     Parameters
     ----------
     model : torch.nn.Module
-    rules : mapping of str to float
-        Pattern of qualified layer names to sparsity in [0, 1]. ``*`` matches any characters, dots included,
-        ``?`` one character, ``[...]`` a set; upper and lower case differ. Of the patterns that match a layer,
-        the first one counts.
+        On the meta device, too: its layers then become sparse ones there, which `materialize` gives memory,
+        connections and weights, and no dense weight ever exists.
+    rules : mapping of str or re.Pattern to float
+        Pattern of qualified layer names to sparsity in [0, 1]. In a str ``*`` matches any characters, dots
+        included, ``?`` one character, ``[...]`` a set; upper and lower case differ. A compiled regular
+        expression must match the whole name. Of the patterns that match a layer, the first one counts.
     init : {"random", "magnitude"}
         "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
         weights of the dense layer stay.
@@ -52,13 +58,22 @@ def sparsify(
     ------
     ValueError
         If the model is itself a linear layer, a pattern matches none, a sparsity is not in [0, 1], init or
-        layer is none of its choices, or a matching layer shares a parameter with another module or computes
-        its weight (as under `torch.nn.utils.spectral_norm`). Nothing has been changed then.
+        layer is none of its choices, init is "magnitude" and a layer on the meta device, or a matching layer
+        shares a parameter with another module or computes its weight (as under
+        `torch.nn.utils.spectral_norm`). Nothing has been changed then.
 
     Notes
     -----
-    Only modules whose class is exactly `torch.nn.Linear` are swapped: a subclass may be read by its owner in
-    ways of its own, as `torch.nn.MultiheadAttention` reads the weight of its output projection.
+    Linear layers are those whose class is exactly one of these; a subclass may be read by its owner in ways
+    of its own. `plan_sparsify` lists them without a change.
+
+    - `torch.nn.Linear`.
+    - ``transformers.pytorch_utils.Conv1D``, a linear layer with a transposed weight, as GPT-2 has it.
+    - The projections of `torch.nn.MultiheadAttention`, which go by ``q_proj``, ``k_proj``, ``v_proj`` and
+      ``out_proj`` below the name of the attention; where any matches, the attention becomes a
+      `SparseMultiheadAttention`.
+
+    Torch's Transformer encoders leave the fused path of evaluation where a layer in them was swapped.
 
     Examples
     --------
@@ -73,22 +88,177 @@ def sparsify(
         raise ValueError(f'layer must be "sparse" or "masked", got {layer!r}')
     for sparsity in rules.values():
         n_connections((1, 1), sparsity)
-    chosen = _choose(model, rules)
-    _refuse_shared_parameters(model, chosen)
+    chosen = choose(model, rules)
+    refuse_entangled(model, {name: each for name, (each, _) in chosen.items()})
+    if init == "magnitude":
+        for name, (each, _) in chosen.items():
+            if each.linear.weight.is_meta:
+                raise ValueError(f'init must be "random" on the meta device, where {name!r} has no weights')
     make = _KINDS[layer].from_dense if init == "magnitude" else _KINDS[layer]._like
-    _swap(model, {linear: make(linear, sparsity) for linear, sparsity in chosen.items()})
+    _swap(model, [(each, make(each.linear, sparsity)) for each, sparsity in chosen.values()])
     return model
 
 
-def find_linear(
-    model: nn.Module, include: str | Iterable[str] = "*", exempt: str | Iterable[str] = ()
-) -> dict[str, nn.Linear]:
-    """The `torch.nn.Linear` layers that can be swapped, by qualified name, in the order of the model.
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What would become of one layer; shape is (out_features, in_features), bytes include the bias."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    sparsity: float
+    connections: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class SparsifyPlan:
+    """What `sparsify` would change, layer by layer; ``str()`` of it is a table with totals."""
+
+    layers: tuple[PlannedLayer, ...]
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            ("layer", "kind", "shape", "sparsity", "connections", "bytes before", "bytes after")
+        ]
+        for each in self.layers:
+            shape = " x ".join(map(str, each.shape))
+            numbers = (f"{n:,}" for n in (each.connections, each.bytes_before, each.bytes_after))
+            rows.append((each.name, each.kind, shape, f"{each.sparsity:.4g}", *numbers))
+        totals = (
+            sum(getattr(each, field) for each in self.layers)
+            for field in ("connections", "bytes_before", "bytes_after")
+        )
+        rows.append(("total", "", "", "", *(f"{n:,}" for n in totals)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+
+
+def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, float]) -> SparsifyPlan:
+    """List what ``sparsify(model, rules)`` would change, and change nothing.
 
     Parameters
     ----------
     model : torch.nn.Module
-    include, exempt : str or iterable of str
+    rules : mapping of str or re.Pattern to float
+        As of `sparsify`.
+
+    Returns
+    -------
+    SparsifyPlan
+        Its ``layers`` have a name, kind, shape, sparsity, number of connections, and bytes before and after
+        (weights, topology, bias), exact for `SparseLinear`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where ``sparsify(model, rules)`` would.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    >>> print(plan_sparsify(model, {"0": 0.9}))
+    layer  kind       shape  sparsity  connections  bytes before  bytes after
+    0      Linear  256 x 64       0.9        1,638        66,560       12,908
+    total                                    1,638        66,560       12,908
+    """
+    chosen = choose(model, rules)
+    refuse_entangled(model, {name: each for name, (each, _) in chosen.items()})
+    return SparsifyPlan(tuple(_planned(name, each, sparsity) for name, (each, sparsity) in chosen.items()))
+
+
+def _planned(name: str, layer: DenseLayer, sparsity: float) -> PlannedLayer:
+    after = SparseLinear._like(layer.linear, sparsity, device="meta")
+    kind = type(layer.owner).__name__
+    before, after_bytes = (_bytes(each) for each in (layer.linear, after))
+    return PlannedLayer(name, kind, after.shape, sparsity, after.nnz, before, after_bytes)
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+def densify(model: Model) -> Model:
+    """Make the sparse layers of a model dense again, in place; its outputs stay the same to rounding.
+
+    `SparseLinear` and `MaskedLinear` become `torch.nn.Linear`, or the ``Conv1D`` of transformers that
+    `sparsify` made them from, so that its checkpoints fit again; `SparseMultiheadAttention` becomes
+    `torch.nn.MultiheadAttention`. Modes and trainability are kept. The encoders of torch that `sparsify` has
+    kept off their fused path stay off it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Without sparse layers it is left as it is.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        If a projection of an attention is no linear layer. Nothing has been changed then.
+    ValueError
+        If the model is itself a sparse layer, or a sparse layer is on the meta device. Nothing has been
+        changed then.
+
+    Examples
+    --------
+    >>> densify(nn.Sequential(SparseLinear(8, 4), nn.ReLU()))[0]
+    Linear(in_features=8, out_features=4, bias=True)
+    """
+    kinds = (SparseLinear, MaskedLinear, SparseMultiheadAttention)
+    if isinstance(model, kinds):
+        raise ValueError(
+            f"model must contain the layers to make dense, got a {type(model).__name__} itself; use its "
+            "to_dense()"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear) and module.values.is_meta:
+            raise ValueError(f"model must hold data, got {name!r} on the meta device; see materialize")
+    attentions = [each for each in model.modules() if isinstance(each, SparseMultiheadAttention)]
+    inside = {part for each in attentions for part in each.modules()}
+    dense: dict[nn.Module, nn.Module] = {each: each.to_dense() for each in attentions}
+    for layer in model.modules():
+        if isinstance(layer, (SparseLinear, MaskedLinear)) and layer not in inside:
+            dense[layer] = _to_dense_class(layer)
+    _replace(model, dense)
+    return model
+
+
+def _to_dense_class(layer: SparseLinear | MaskedLinear) -> nn.Module:
+    linear = layer.to_dense()
+    if layer.dense_class is nn.Linear:
+        return linear
+    with torch.device("meta"):
+        new = layer.dense_class(layer.out_features, layer.in_features)
+    weight = linear.weight
+    new.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    new.bias = linear.bias
+    return new.train(layer.training)
+
+
+def find_linear(
+    model: nn.Module, include: Pattern | Iterable[Pattern] = "*", exempt: Pattern | Iterable[Pattern] = ()
+) -> dict[str, nn.Linear]:
+    """The linear layers that can be swapped, by qualified name, in the order of the model.
+
+    Those of another class than `torch.nn.Linear` are given as one that has their weights, in their memory.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    include, exempt : pattern or iterable of patterns
         Patterns of names as in `sparsify`: layers that match one of `include` and none of `exempt`.
 
     Raises
@@ -96,35 +266,53 @@ def find_linear(
     TypeError, ValueError
         As `sparsify` does for its patterns and layers; `exempt` must match too. And if no layer is left.
     """
-    wanted, unwanted = ((each,) if isinstance(each, str) else tuple(each) for each in (include, exempt))
-    excluded = _choose(model, dict.fromkeys(unwanted, 0.0))
-    chosen = [linear for linear in _choose(model, dict.fromkeys(wanted, 0.0)) if linear not in excluded]
+    wanted, unwanted = (
+        (each,) if isinstance(each, (str, re.Pattern)) else tuple(each) for each in (include, exempt)
+    )
+    excluded = choose(model, dict.fromkeys(unwanted, 0.0))
+    included = choose(model, dict.fromkeys(wanted, 0.0))
+    chosen = {name: layer for name, (layer, _) in included.items() if name not in excluded}
     if not chosen:
         raise ValueError(f"include must match a layer that exempt does not, got {wanted} and {unwanted}")
-    _refuse_shared_parameters(model, chosen)
-    for linear in chosen:
-        check_dtype("dtype", linear.weight.dtype)
-    names = {module: name for name, module in model.named_modules()}
-    return {names[linear]: linear for linear in chosen}
+    refuse_entangled(model, chosen)
+    for layer in chosen.values():
+        check_dtype("dtype", layer.linear.weight.dtype)
+    return {name: layer.linear for name, layer in chosen.items()}
 
 
-def keep_positions(model: nn.Module, kept: Mapping[nn.Linear, Tensor]) -> None:
+def keep_positions(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     """Swap layers of `find_linear` for `SparseLinear` with the weights at int64 positions, ascending."""
-    _swap(model, {linear: SparseLinear._from_positions(linear, at) for linear, at in kept.items()})
+    layers = find_dense(model)
+    new = {name: SparseLinear._from_positions(layers[name].linear, at) for name, at in kept.items()}
+    _swap(model, [(layers[name], layer) for name, layer in new.items()])
 
 
-def _swap(model: nn.Module, new: Mapping[nn.Linear, SparseLayer]) -> None:
+def _swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, SparseLayer]]) -> None:
+    whole: dict[nn.Module, nn.Module] = {}
+    parts: dict[nn.Module, dict[str, nn.Module]] = {}
+    for old, new in swaps:
+        if old.part:
+            parts.setdefault(old.owner, {})[old.part] = new
+        else:
+            whole[old.owner] = new
+    for owner, layers in parts.items():
+        assert isinstance(owner, nn.MultiheadAttention)
+        whole[owner] = SparseMultiheadAttention(owner, layers)
+    _replace(model, whole)
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, nn.Linear) and child in new:
+            if child is not None and child in new:
                 setattr(parent, name, new[child])
                 _leave_fused_encoder(model, parent)
 
 
 def _leave_fused_encoder(model: nn.Module, layer: nn.Module) -> None:
-    """Keep torch's Transformer encoders from reading ``weight`` of the swapped layers.
+    """Keep torch's Transformer encoders from reading the weights of the layers that were swapped.
 
-    In evaluation they hand the weights of their two linear layers to one fused function, unless these two
+    In evaluation they hand the weights of attention and linear layers to one fused function, unless these two
     attributes, which nothing else reads, say that it does not apply.
     """
     if isinstance(layer, nn.TransformerEncoderLayer):
@@ -132,53 +320,6 @@ def _leave_fused_encoder(model: nn.Module, layer: nn.Module) -> None:
         for encoder in model.modules():
             if isinstance(encoder, nn.TransformerEncoder) and layer in list(encoder.layers):
                 encoder.use_nested_tensor = False
-
-
-def _choose(model: nn.Module, rules: Mapping[str, float]) -> dict[nn.Linear, float]:
-    if type(model) is nn.Linear:
-        raise ValueError(
-            "model must contain the layers to swap, got a linear layer itself, which cannot be swapped in "
-            "place; use SparseLinear or SparseLinear.from_dense"
-        )
-    chosen: dict[nn.Linear, float] = {}
-    unused = set(rules)
-    names = []
-    for name, module in model.named_modules():
-        if type(module) is not nn.Linear:
-            continue
-        names.append(name)
-        matching = [pattern for pattern in rules if fnmatchcase(name, pattern)]
-        unused.difference_update(matching)
-        if matching:
-            chosen[module] = rules[matching[0]]
-    if unused:
-        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise ValueError(
-            f"rules must match at least one nn.Linear each, got {min(unused)!r} without one; "
-            f"the model's linear layers are: {listed or 'none'}"
-        )
-    return chosen
-
-
-def _refuse_shared_parameters(model: nn.Module, chosen: Iterable[nn.Linear]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    names = {module: name for name, module in model.named_modules()}
-    for layer in chosen:
-        if "weight" not in layer._parameters:
-            raise ValueError(
-                f"rules must not match a layer that computes its weight, got {names[layer]!r}; remove what "
-                "computes it (torch.nn.utils.weight_norm, spectral_norm, ...) first, or leave the layer dense"
-            )
-        for parameter in layer.parameters():
-            if len(shared := owners[id(parameter)]) > 1:
-                raise ValueError(
-                    f"rules must not match a layer whose weight or bias another module uses too, got "
-                    f"{shared[0]!r} and {shared[1]!r}; untie them first, or leave the layer dense"
-                )
 
 
 def measure_sparsity(model: nn.Module) -> float:

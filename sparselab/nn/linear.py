@@ -128,14 +128,15 @@ class SparseLinear(SparseLayer):
         return new
 
     def to_dense(self) -> nn.Linear:
-        """A `torch.nn.Linear` with the same outputs."""
+        """A `torch.nn.Linear` with the same outputs, mode and trainability."""
         new = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, self.values.device, self.values.dtype
         ).train(self.training)
         with torch.no_grad():
             new.weight.zero_().view(-1)[self.positions()] = self._in_use
             if self.bias is not None:
-                new.bias.copy_(self.bias)
+                new.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
+        new.weight.requires_grad_(self.values.requires_grad)
         return new
 
     def reset_parameters(self) -> None:

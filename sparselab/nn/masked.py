@@ -103,7 +103,7 @@ class MaskedLinear(SparseLayer):
         return new
 
     def to_dense(self) -> nn.Linear:
-        """A `torch.nn.Linear` with the same outputs."""
+        """A `torch.nn.Linear` with the same outputs, mode and trainability."""
         return self.to_sparse().to_dense()
 
     def _hold(self, layer: SparseLinear) -> None:

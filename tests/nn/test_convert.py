@@ -139,8 +139,14 @@ def test_a_layer_in_two_places_stays_one_layer() -> None:
     assert model[0] is model[1][0]
 
 
-def test_subclasses_and_attention_are_left_alone() -> None:
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "plain": nn.Linear(8, 8)})
+def test_subclasses_are_left_alone() -> None:
+    class Attention(nn.MultiheadAttention):
+        pass
+
+    class Linear(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"attention": Attention(8, 2), "own": Linear(8, 8), "plain": nn.Linear(8, 8)})
     sparsify(model, {"*": 0.5})
     assert kinds(model) == {"plain": 0.5}
     model["attention"](*[torch.randn(3, 1, 8)] * 3)

@@ -1,0 +1,129 @@
+"""Models of transformers, made from a configuration: sparse by name, trained, used, and dense again."""
+
+import re
+
+import pytest
+import torch
+
+from sparselab import RigL, SparseLinear, densify, sparsify
+from sparselab.nn.topology import find_sparse
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from sparselab.integrations.transformers import from_pretrained  # noqa: E402
+
+VOCABULARY, LENGTH = 48, 12
+
+
+def roberta():
+    return transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=64, max_position_embeddings=LENGTH + 2,
+        )
+    )  # fmt: skip
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=2 * LENGTH,
+            bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+
+
+#: The patterns that the README of pytorch_block_sparse gives for RoBERTa, and the Conv1D layers of GPT-2.
+ROBERTA = {
+    re.compile(rf"roberta\.encoder\.layer\.[0-9]+\.{name}"): sparsity
+    for name, sparsity in {
+        r"intermediate\.dense": 0.8, r"output\.dense": 0.8, r"attention\.output\.dense": 0.5
+    }.items()
+}  # fmt: skip
+GPT2 = {"*.c_attn": 0.5, "*.c_proj": 0.6, "*.c_fc": 0.8}
+MODELS = {"RoBERTa": (roberta, ROBERTA, 6), "GPT-2": (gpt2, GPT2, 8)}
+
+
+def tokens():
+    return torch.randint(2, VOCABULARY, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(tokens()).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sparse_by_name_trained_and_dense_again(name):
+    torch.manual_seed(0)
+    make, rules, n_layers = MODELS[name]
+    model = make()
+    kinds = {each: type(module) for each, module in model.named_modules()}
+    sparsify(model, rules)
+    layers = dict(find_sparse(model))
+    assert len(layers) == n_layers
+    positions = {each: layer.positions().clone() for each, layer in layers.items()}
+    algorithm = RigL(update=3, drop_fraction=0.3)
+    model.train().apply(algorithm)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(tokens(), labels=tokens()).loss
+        loss.backward()
+        optimizer.step()
+        algorithm.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(not torch.equal(layer.positions(), positions[each]) for each, layer in layers.items())
+    expected = logits(model)
+    densify(model)
+    assert {each: type(module) for each, module in model.named_modules()} == kinds
+    torch.testing.assert_close(logits(model), expected)
+    torch.testing.assert_close(logits_of_a_fresh(make, model), expected)
+
+
+def logits_of_a_fresh(make, model):
+    """Of a dense model that has loaded the state of this one."""
+    fresh = make()
+    fresh.load_state_dict(model.state_dict())
+    return logits(fresh)
+
+
+def test_conv1d_keeps_its_function():
+    torch.manual_seed(0)
+    model = gpt2()
+    expected = logits(model)
+    assert sum(isinstance(each, Conv1D) for each in model.modules()) == 8
+    sparsify(model, {"transformer.h.*": 0.0}, init="magnitude")
+    assert sum(isinstance(each, SparseLinear) for each in model.modules()) == 8
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_a_sparse_gpt2_is_saved_and_read_sparse_and_dense(tmp_path):
+    model = sparsify(gpt2(), GPT2)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "sparse")
+    again = from_pretrained(transformers.GPT2LMHeadModel, tmp_path / "sparse")
+    assert len(list(find_sparse(again))) == 8
+    assert torch.equal(logits(again), expected)
+    densify(model).save_pretrained(tmp_path / "dense")
+    dense = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(dense), expected)
+
+
+def test_a_sparse_gpt2_generates():
+    torch.manual_seed(0)
+    model = sparsify(gpt2(), GPT2).eval()
+    prompt = tokens()[:2, :5]
+    settings = {
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "min_new_tokens": 6,
+        "max_new_tokens": 6,
+    }
+    written = model.generate(prompt, **settings)
+    assert written.shape == (2, 11)
+    assert torch.equal(densify(model).generate(prompt, **settings), written)
