@@ -6,12 +6,12 @@ import math
 import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Literal, TypeAlias
 
 from torch import nn
 
+from sparselab._names import first_match, listed, matches
 from sparselab.dst._checks import require_count, require_finite
 from sparselab.kernels import n_connections
 from sparselab.nn._dense import DenseLayer, dense_parts, find_dense
@@ -250,7 +250,7 @@ def allocate(
     if not names:
         raise ValueError(
             f"model must have a layer that is to be sparse; include, exempt, first and last left none of "
-            f"{_listed(find_dense(model))}"
+            f"{listed(find_dense(model))}"
         )
     shapes = [(layers[name].linear.out_features, layers[name].linear.in_features) for name in names]
     sizes = [math.prod(shape) for shape in shapes]
@@ -317,7 +317,8 @@ def _counts(
     n_connections((1, 1), sparsity)
     if isinstance(method, Mapping):
         _require_matches("method", method, names)
-        of_layer = [next((method[p] for p in method if fnmatchcase(name, p)), sparsity) for name in names]
+        firsts = [first_match(name, method) for name in names]
+        of_layer = [sparsity if first is None else method[first] for first in firsts]
         return [n_connections(shape, each) for shape, each in zip(shapes, of_layer, strict=True)]
     function = {"uniform": uniform, "er": er, "erk": erk}.get(method) if isinstance(method, str) else method
     if not callable(function):
@@ -357,22 +358,16 @@ def _choose(
     return {
         name: layer
         for name, layer in layers.items()
-        if _matches(name, include) and not _matches(name, exempt) and layer.owner not in dense
+        if first_match(name, include) is not None
+        and first_match(name, exempt) is None
+        and layer.owner not in dense
     }
-
-
-def _matches(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _require_matches(argument: str, patterns: Collection[str], names: Collection[str]) -> None:
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"{argument} must match a layer with each pattern; got {pattern!r}, but the layers are: "
-                f"{_listed(names)}"
+                f"{listed(names)}"
             )
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "") or "none"

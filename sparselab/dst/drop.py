@@ -19,6 +19,7 @@ from sparselab.dst.update import LayerView
 from sparselab.kernels._rows import select_rows
 from sparselab.kernels._select import select
 from sparselab.kernels.layout import Array
+from sparselab.nn.topology import as_scores
 
 Scores = npt.NDArray[np.floating[Any]]
 
@@ -44,8 +45,7 @@ class Magnitude(DropScore):
 
     def __call__(self, view: LayerView) -> Scores:
         """(nnz,): magnitudes."""
-        scores: Scores = view.weights.abs().cpu().numpy()
-        return scores
+        return as_scores(view.weights)
 
 
 class MagnitudeAndGradient(DropScore):

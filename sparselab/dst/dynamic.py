@@ -235,10 +235,10 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     def _plan(self, views: Sequence[LayerView], step: int) -> list[Vacancy]:
         """What each layer loses, and how much it grows."""
         vacancies = [Vacancy(v, drop) for v, drop in zip(views, self._drop(views, step), strict=True)]
-        shares = self._allot(vacancies, step)
         if self.scope == "row":
             rows = [self._row_goal(v.view, step) - v.row_kept for v in vacancies]
-            return [Vacancy(v.view, v.drop, n, r) for v, n, r in zip(vacancies, shares, rows, strict=True)]
+            return [Vacancy(v.view, v.drop, int(n.sum()), n) for v, n in zip(vacancies, rows, strict=True)]
+        shares = self._allot(vacancies, step)
         return [Vacancy(v.view, v.drop, n_grow) for v, n_grow in zip(vacancies, shares, strict=True)]
 
     def _drop(self, views: Sequence[LayerView], step: int) -> list[Array]:
@@ -260,9 +260,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         ]
 
     def _allot(self, vacancies: Sequence[Vacancy], step: int) -> list[int]:
-        """How many connections each layer grows."""
-        if self.scope == "row":
-            return [int(self._row_goal(v.view, step).sum()) - v.n_kept for v in vacancies]
+        """How many connections each layer grows; not asked with ``scope="row"``, where rows say it."""
         caps = [min(vacancy.n_free, self.grow.room(vacancy.view)) for vacancy in vacancies]
         if self.scope == "layer":
             own = [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from sparselab._names import first_match, listed
 from sparselab.dst.base import SparsityAlgorithm, step_along
 from sparselab.nn.topology import find_sparse
 
@@ -91,16 +91,13 @@ class Group:
         chosen: dict[str, list[tuple[str, Any]]] = {pattern: [] for pattern in self._algorithms}
         found = list(find_sparse(model))
         for name, layer in found:
-            for pattern in self._algorithms:
-                if fnmatchcase(name, pattern):
-                    chosen[pattern].append((name, layer))
-                    break
+            if (first := first_match(name, self._algorithms)) is not None:
+                chosen[first].append((name, layer))
         for pattern, matches in chosen.items():
             if not matches:
-                listed = ", ".join(name for name, _ in found[:8]) + (", ..." if len(found) > 8 else "")
                 raise ValueError(
                     f"algorithms must each have a layer, got {pattern!r} without one that no pattern before "
-                    f"it took; the model's sparse layers are: {listed or 'none'}"
+                    f"it took; the model's sparse layers are: {listed([name for name, _ in found])}"
                 )
         for pattern, matches in chosen.items():
             for name, layer in matches:

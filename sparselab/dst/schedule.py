@@ -33,6 +33,8 @@ class _Formula(Schedule):
             require_finite(name, number)
             if name in ("half_period", "steps") and number <= 0:
                 raise ValueError(f"{name} must be a positive number of steps; got {number!r}")
+            if name in ("power", "steepness") and number <= 0:
+                raise ValueError(f"{name} must be positive; got {number!r}")
 
     def describe(self) -> str:
         """Name and settings."""
@@ -181,11 +183,6 @@ class Polynomial(_Formula):
     power: float = 3
     start: float = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.power <= 0:
-            raise ValueError(f"power must be positive; got {self.power!r}")
-
     def __call__(self, step: int) -> float:
         """Value at `step`."""
         left = min(max(1 - (step - self.start) / self.steps, 0.0), 1.0)
@@ -235,11 +232,6 @@ class Sigmoid(_Formula):
     steps: float
     steepness: float = 6
     start: float = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steepness <= 0:
-            raise ValueError(f"steepness must be positive; got {self.steepness!r}")
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""

@@ -21,7 +21,7 @@ from sparselab.dst.update import LayerView
 from sparselab.kernels import PaddedCSR, n_connections
 from sparselab.kernels._growth import kept_positions
 from sparselab.kernels.layout import Array, slot_dtype
-from sparselab.nn.topology import SparseTopology, as_matrix
+from sparselab.nn.topology import SparseTopology, as_matrix, as_scores
 
 Magnitudes = npt.NDArray[np.floating[Any]]
 
@@ -272,8 +272,7 @@ class FanInCollector(GradientCollector):
 
 def magnitudes(layer: SparseTopology) -> Magnitudes:
     """``|w|`` of each slot, as an array of its own."""
-    weights: Magnitudes = layer.per_connection(layer.stored.detach()).abs().cpu().numpy()
-    return weights
+    return as_scores(layer.per_connection(layer.stored))
 
 
 def salient_per_row(W: PaddedCSR, weights: Magnitudes, summary: GradientSummary, k: int) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparselab.kernels._jit import jit, launch, worker_count
+from sparselab.kernels._shares import cut_rows
 from sparselab.kernels._stream import BlockStream, float_bits
 from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array, PaddedCSR, slot_dtype
@@ -120,7 +121,7 @@ def select_rows(
     length = np.diff(begin)
     _check_counts(k, length)
     n_shares = max(1, min(worker_count(), len(scores) // _MIN_SHARE))
-    edges = _row_shares(begin, n_shares)
+    edges = cut_rows(begin, n_shares)
     bits, mask, infinity = float_bits(scores)
     out_begin = _starts(length - k if rest else k)
     out = np.empty(out_begin[-1], slot_dtype(len(scores)))
@@ -280,7 +281,7 @@ def sample_rows(rng: np.random.Generator, free: Array, k: Array) -> Array:
     drawn: Array = rng.integers(bound, dtype=np.int64)
     n_shares = max(1, min(worker_count(), len(drawn) // _MIN_SHARE))
     seen = np.zeros((n_shares, free.max(initial=0)), np.bool_)
-    launch(_floyd_share, n_shares, _row_shares(begin, n_shares), begin, free, _starts(free), seen, drawn)
+    launch(_floyd_share, n_shares, cut_rows(begin, n_shares), begin, free, _starts(free), seen, drawn)
     drawn.sort()
     return drawn
 
@@ -296,12 +297,6 @@ def _starts(counts: Array) -> Array:
     begin = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=begin[1:])
     return begin
-
-
-def _row_shares(begin: Array, n_shares: int) -> Array:
-    """int64 (n_shares + 1,): boundaries of ranges of rows that are about equally long together."""
-    inner = np.searchsorted(begin, np.arange(1, n_shares) * begin[-1] // n_shares)
-    return np.concatenate([[0], np.minimum(inner, len(begin) - 1), [len(begin) - 1]]).astype(np.int64)
 
 
 def _top_shift(dtype: np.dtype[Any]) -> np.int64:

@@ -12,9 +12,17 @@ _MIN_SHARE = 1 << 16
 
 def share_rows(W: PaddedCSR) -> Array:
     """int64 (shares + 1,): boundaries of ranges of rows with about equally many slots."""
-    n_shares = max(1, min(worker_count(), W.capacity // _MIN_SHARE))
-    inner = np.searchsorted(W.indptr, np.arange(1, n_shares) * W.capacity // n_shares)
-    return np.concatenate([[0], np.minimum(inner, W.shape[0]), [W.shape[0]]]).astype(np.int64)
+    return cut_rows(W.indptr, max(1, min(worker_count(), W.capacity // _MIN_SHARE)))
+
+
+def cut_rows(begin: Array, n_shares: int) -> Array:
+    """int64 (n_shares + 1,): boundaries of ranges of rows that are about equally long together.
+
+    Row r is ``begin[r] : begin[r + 1]``.
+    """
+    n_rows = len(begin) - 1
+    inner = np.searchsorted(begin, np.arange(1, n_shares) * begin[-1] // n_shares)
+    return np.concatenate([[0], np.minimum(inner, n_rows), [n_rows]]).astype(np.int64)
 
 
 @jit

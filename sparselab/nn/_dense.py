@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-Pattern: TypeAlias = str | re.Pattern[str]
+from sparselab._names import Pattern, first_match, listed, matches
 
 #: Of `torch.nn.MultiheadAttention`, in the order of its packed weight.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -105,20 +102,12 @@ def choose(model: nn.Module, rules: Mapping[Pattern, float]) -> dict[str, tuple[
     layers = find_dense(model)
     for pattern in rules:
         if not any(matches(name, pattern) for name in layers):
-            listed = ", ".join(list(layers)[:8]) + (", ..." if len(layers) > 8 else "")
             raise ValueError(
                 f"rules must match at least one linear layer each, got {pattern!r} without one; "
-                f"the model's linear layers are: {listed or 'none'}"
+                f"the model's linear layers are: {listed(layers)}"
             )
-    first = {name: next((rules[p] for p in rules if matches(name, p)), None) for name in layers}
-    return {name: (layers[name], value) for name, value in first.items() if value is not None}
-
-
-def matches(name: str, pattern: Pattern) -> bool:
-    """Whether the name matches a glob, as `fnmatch` has them, or all of it a compiled expression."""
-    if isinstance(pattern, re.Pattern):
-        return pattern.fullmatch(name) is not None
-    return fnmatchcase(name, pattern)
+    first = {name: first_match(name, rules) for name in layers}
+    return {name: (layers[name], rules[pattern]) for name, pattern in first.items() if pattern is not None}
 
 
 def refuse_entangled(model: nn.Module, chosen: Mapping[str, DenseLayer]) -> None:

@@ -10,9 +10,10 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparselab._names import Pattern
 from sparselab.kernels import n_connections
 from sparselab.nn._checks import check_dtype
-from sparselab.nn._dense import DenseLayer, Pattern, choose, find_dense, refuse_entangled
+from sparselab.nn._dense import DenseLayer, choose, find_dense, refuse_entangled
 from sparselab.nn._layer import SparseLayer
 from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.linear import SparseLinear

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sparselab import MaskedLinear, SparseLinear, measure_sparsity, memory_report, sparsify
 from tests.nn.test_rewrite import Watcher
@@ -292,17 +291,6 @@ def test_watching_changes_no_result() -> None:
     assert torch.equal(inputs[0].grad, inputs[1].grad)
     assert torch.equal(plain.weight.grad, watched.weight.grad)
     assert torch.equal(plain.bias.grad, watched.bias.grad)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_layer_is_seen_once_per_backward_pass(reentrant: bool) -> None:
-    layer, watcher = MaskedLinear(6, 4), Watcher()
-    layer.gradient_watcher = watcher
-    x = torch.randn(3, 6, requires_grad=True)
-    checkpoint(lambda x: layer(x.sin()).cos(), x, use_reentrant=reentrant).sum().backward()
-    ((seen_x, seen_dy),) = watcher.seen
-    assert torch.equal(seen_x, x.detach().sin())
-    torch.testing.assert_close(seen_dy, -layer(x.sin()).sin().detach())
 
 
 # Torch's own, when it compiles the part after a graph break.

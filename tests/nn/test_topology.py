@@ -105,9 +105,10 @@ def test_find_sparse_names_each_layer_once() -> None:
     assert list(find_sparse(nn.Linear(2, 2))) == []
 
 
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_watcher_sees_a_checkpointed_layer_once_per_backward_pass(reentrant: bool) -> None:
-    layer, watcher = SparseLinear(6, 4), Watcher()
+def test_a_watcher_sees_a_checkpointed_layer_once_per_backward_pass(kind: Any, reentrant: bool) -> None:
+    layer, watcher = kind(6, 4), Watcher()
     layer.gradient_watcher = watcher
     x = torch.randn(3, 6, requires_grad=True)
     checkpoint(lambda x: layer(x.sin()).cos(), x, use_reentrant=reentrant).sum().backward()
