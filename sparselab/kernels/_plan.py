@@ -247,23 +247,35 @@ def split_evenly(n_items: int, n_parts: int) -> Array:
     return np.arange(n_parts + 1, dtype=np.int64) * n_items // n_parts
 
 
+def _n_groups(plan: Segments, tile_bytes: int, n_tiles: int, connection_bytes: int) -> int:
+    """How many groups to cut the rows into, each of which packs the tokens for itself.
+
+    As many as it takes for a group's connections and its rows of a tile (`tile_bytes` for all groups
+    together) to stay in the cache from tile to tile; only for the latter where packing that often moves more
+    bytes than reading the connections again for every tile, as in a layer of many more inputs than outputs.
+    """
+    kept, streamed = (
+        max(1, -(-size // CACHE_BUDGET_BYTES)) for size in (connection_bytes + tile_bytes, tile_bytes)
+    )
+    tokens = (plan.ptr.shape[1] - 1) * plan.block_columns * TILE_BYTES * n_tiles
+    return streamed if tokens * (kept - streamed) > connection_bytes * (n_tiles - 1) else kept
+
+
 def product_groups(plan: Segments, n_tiles: int, n_workers: int, bytes_per_connection: int) -> Array:
     """Chunk boundaries of the row groups that one worker passes over one tile of tokens.
 
-    A group is as large as the second-level cache allows (its connections and its tile of sums stay there from
-    tile to tile), because every group packs the tokens again; it is smaller where that is needed to keep all
-    workers busy.
+    Groups are such as `_n_groups` wants, or smaller where that is needed to keep all workers busy.
     """
     n_chunks = len(plan.chunk_rows) - 1
     # The sums count twice, since they are read and written.
-    footprint = plan.n_connections * bytes_per_connection + 2 * int(plan.chunk_rows[-1]) * TILE_BYTES
-    n_groups = min(max(1, -(-footprint // CACHE_BUDGET_BYTES)), n_chunks)
+    sums = 2 * int(plan.chunk_rows[-1]) * TILE_BYTES
+    n_groups = min(_n_groups(plan, sums, n_tiles, plan.n_connections * bytes_per_connection), n_chunks)
     while n_groups < n_chunks and n_groups * n_tiles < 8 * n_workers and n_groups * n_tiles % n_workers:
         n_groups += 1
     return split_evenly(n_chunks, n_groups)
 
 
-def gradient_shares(plan: Segments, n_workers: int, bytes_per_connection: int) -> Array:
+def gradient_shares(plan: Segments, n_tiles: int, n_workers: int, bytes_per_connection: int) -> Array:
     """Rectangles of chunks x blocks, one row ``(chunk0, chunk1, block0, block1)`` each.
 
     Each connection lies in one rectangle, so each gradient has one writer. Rows are split first: workers on
@@ -272,8 +284,8 @@ def gradient_shares(plan: Segments, n_workers: int, bytes_per_connection: int) -
     """
     n_chunks, n_blocks = plan.ptr.shape[0], plan.ptr.shape[1] - 1
     # Half of the budget is left to the tokens that pass through.
-    footprint = 2 * (plan.n_connections * bytes_per_connection + int(plan.chunk_rows[-1]) * TILE_BYTES)
-    turns = -(-max(1, -(-footprint // CACHE_BUDGET_BYTES)) // n_workers)
+    dy, connections = int(plan.chunk_rows[-1]) * TILE_BYTES, plan.n_connections * bytes_per_connection
+    turns = -(-_n_groups(plan, 2 * dy, n_tiles, 2 * connections) // n_workers)
     row_parts = min(turns * n_workers, n_chunks)
     column_parts = min(-(-n_workers // row_parts), n_blocks)
     chunk_edges, block_edges = split_evenly(n_chunks, row_parts), split_evenly(n_blocks, column_parts)

@@ -120,7 +120,8 @@ def sample(
         sums.fill(0)
         return
     width = TILE_BYTES // out.itemsize
-    rectangles = gradient_shares(plan, worker_count(), out.itemsize + indices.itemsize)
+    n_tiles = -(-n_tokens // width)
+    rectangles = gradient_shares(plan, n_tiles, worker_count(), out.itemsize + indices.itemsize)
     n_shares = min(worker_count(), len(rectangles))
     most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
     items = _REST + plan.block_columns * width + most_rows * (width + 8)

@@ -132,10 +132,11 @@ def test_groups_and_rectangles_cover_every_chunk_and_block_once(
     plan = _plan.plan_sddmm_dw(example())
     covered = np.zeros((plan.ptr.shape[0], plan.ptr.shape[1] - 1), np.int64)
     assert min(covered.shape) > 1
-    for chunk0, chunk1, block0, block1 in _plan.gradient_shares(plan, workers, 6):
-        covered[chunk0:chunk1, block0:block1] += 1
-    np.testing.assert_array_equal(covered, 1)
     for tiles in (1, 2, 9):
+        covered[:] = 0
+        for chunk0, chunk1, block0, block1 in _plan.gradient_shares(plan, tiles, workers, 6):
+            covered[chunk0:chunk1, block0:block1] += 1
+        np.testing.assert_array_equal(covered, 1)
         groups = _plan.product_groups(plan, tiles, workers, 6)
         assert groups[0] == 0
         assert groups[-1] == len(covered)

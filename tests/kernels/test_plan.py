@@ -116,3 +116,15 @@ def test_a_plan_of_another_capacity_is_refused(operation: Operation) -> None:
             ValueError, match=rf"{matrix.capacity} slots.*got one for .*{other.capacity} slots"
         ):
             operation.call(matrix, *operands, plan=operation.plan(other))
+
+
+@pytest.mark.parametrize(("shape", "one_group"), [((64, 8192), True), ((2048, 256), False)])
+def test_a_wide_layer_packs_its_tokens_once(
+    shape: tuple[int, int], one_group: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_plan, "CACHE_BUDGET_BYTES", 3 << 16)
+    W = PaddedCSR.random(shape, 0.75, 0)
+    groups = _plan.product_groups(plan_spmm(W), 2, 1, 6)
+    assert (len(groups) == 2) == one_group
+    rectangles = _plan.gradient_shares(plan_sddmm_dw(W), 2, 1, 6)
+    assert (len(rectangles) == 1) == one_group
