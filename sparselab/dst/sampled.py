@@ -144,9 +144,7 @@ def _activity(
     """How likely each row and each column is to be drawn, up to a factor."""
     rows, columns = (np.zeros(length) for length in shape)
     for each in factors:
-        signs: Totals | None = None
-        if sampler == "graest":
-            signs = 2.0 * rng.integers(0, 2, each.n_tokens) - 1
+        signs = 2.0 * rng.integers(0, 2, each.n_tokens) - 1 if sampler == "graest" else None
         if sampler != "uniform":
             by_row, by_column = each.totals(signs)
             rows += by_row

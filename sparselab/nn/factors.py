@@ -12,7 +12,7 @@ from torch import Tensor
 from sparselab.kernels import PaddedCSR, sddmm_dw
 from sparselab.kernels.layout import Array
 
-Totals = npt.NDArray[np.float64]
+Totals = npt.NDArray[np.floating[Any]]
 Self = TypeVar("Self", bound="GradientFactors")
 
 _CHUNK_TOKENS = 64
