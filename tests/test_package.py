@@ -28,10 +28,10 @@ FORBIDDEN = {
     "sparselab/bench": {"sparselab.dst"},
     "sparselab/integrations": {"sparselab.bench"},
 }
-#: Exceptions: the door through which algorithms reach the layers, the one by which pruning makes them, and
-#: the list of dense layers that budgets are shared out to.
+#: Exceptions: the doors through which algorithms reach layers and their gradients, the one by which pruning
+#: makes them, and the list of dense layers that budgets are shared out to.
 ALLOWED = {
-    "sparselab/dst": {"sparselab.nn.topology"},
+    "sparselab/dst": {"sparselab.nn.topology", "sparselab.nn.factors"},
     "sparselab/dst/one_shot.py": {"sparselab.nn.convert"},
     "sparselab/dst/allocation.py": {"sparselab.nn._dense"},
     "sparselab/integrations": {"sparselab.integrations"},

@@ -7,7 +7,7 @@ pass, where X and dY are alive anyway, in blocks that fit a cache, and only on t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,8 @@ from sparselab.kernels._rows import RowTopK, select_rows
 from sparselab.kernels._stream import BlockStream
 from sparselab.kernels._topk import StreamedTopK, largest
 from sparselab.kernels.layout import Array
+from sparselab.nn.factors import GradientFactors
 from sparselab.nn.topology import SparseTopology, as_matrix
-
-#: X and dY of some backward passes.
-Operands = list[tuple[torch.Tensor, torch.Tensor]]
 
 _BLOCK_BYTES = 4 << 20
 
@@ -79,18 +77,18 @@ class GradientSummary:
 
 @torch.no_grad()
 def summarise(
-    pairs: Operands,
+    factors: Sequence[GradientFactors],
     live: PaddedCSR | Array,
     shape: tuple[int, int],
     k: int | Array,
     dtype: torch.dtype,
 ) -> GradientSummary:
-    """Form ``G = sum of dY^T X`` over `pairs` block by block and keep what growth needs; nothing if `k` is 0.
+    """Form G, the sum over `factors`, block by block and keep what growth needs; nothing if `k` is 0.
 
     Parameters
     ----------
-    pairs : list of (X, dY)
-        X is ``(n_tokens, in_features)``, dY ``(n_tokens, out_features)``. Read only.
+    factors : sequence of GradientFactors
+        Of some backward passes. Read only.
     live : PaddedCSR, or int64 array (nnz,)
         The connections, or, where `k` is a number, their positions, ascending.
     shape : (int, int)
@@ -109,7 +107,7 @@ def summarise(
     if not np.any(k):
         none = np.empty(0)
         return GradientSummary(True, none, none.astype(np.int64), none)
-    pairs = [(x.to(dtype), dy.to(dtype)) for x, dy in pairs]
+    factors = [each.to(dtype) for each in factors]
     height = min(rows, max(1, _BLOCK_BYTES // max(1, cols * dtype.itemsize)))
     buffer = torch.empty((height, cols), dtype=dtype)
     top: BlockStream
@@ -121,8 +119,8 @@ def summarise(
     for row in range(0, rows, height):
         stop = min(row + height, rows)
         block = buffer[: stop - row]
-        for i, (x, dy) in enumerate(pairs):
-            block.addmm_(dy[:, row:stop].T, x, beta=min(i, 1))
+        for i, each in enumerate(factors):
+            each.add_rows(row, block, beta=min(i, 1))
         top.push(row, block.numpy())
         if not top.finite:
             return GradientSummary(False, top.live_scores, np.empty(0, np.int64), top.live_scores[:0])
@@ -144,10 +142,10 @@ class GradientCollector:
     Notes
     -----
     The last backward call of the step is recognised by counting: as many backward as forward calls complete a
-    pass, and `passes` passes complete the step. Only then is the gradient formed, straight from the operands
-    of that call; operands of the calls before it are copied, since they are lent for the call only. A forward
+    pass, and `passes` passes complete the step. Only then is the gradient formed, straight from the factors
+    of that call; factors of the calls before it are copied, since they are lent for the call only. A forward
     call that is never followed by a backward one (an evaluation without ``torch.no_grad``, activation
-    checkpointing) hides the end; then all operands are copied and `summary` forms the gradient. The result
+    checkpointing) hides the end; then all factors are copied and `summary` forms the gradient. The result
     is the same.
     """
 
@@ -159,7 +157,7 @@ class GradientCollector:
         self._backwards = 0
         self._passes_seen = 0
         self._late = False
-        self._held: Operands = []
+        self._held: list[GradientFactors] = []
         self._summary: GradientSummary | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -170,17 +168,17 @@ class GradientCollector:
         """Count a forward pass of the layer."""
         self._forwards += 1
 
-    def backward_seen(self, x: torch.Tensor, dy: torch.Tensor) -> None:
-        """Take in the operands of one backward pass: ``(n_tokens, in)`` and ``(n_tokens, out)``."""
+    def backward_seen(self, factors: GradientFactors) -> None:
+        """Take in the factors of one backward pass."""
         self._backwards += 1
         complete = self._backwards == self._forwards
         self._passes_seen += complete
         if self._summary is not None:
             self._late = True
         elif complete and self._passes_seen == self.passes:
-            self._finish([*self._held, (x, dy)])
+            self._finish([*self._held, factors])
         else:
-            self._held.append((x.clone(), dy.clone()))
+            self._held.append(factors.clone())
 
     def check(self) -> None:
         """Make sure that the passes declared are the passes that came.
@@ -210,12 +208,12 @@ class GradientCollector:
         self._summary = None
         self._held = []
 
-    def _finish(self, pairs: Operands) -> None:
+    def _finish(self, factors: Sequence[GradientFactors]) -> None:
         layer = self._layer()
         if layer is None:
             return
-        self._summary = self._form(layer, pairs)
+        self._summary = self._form(layer, factors)
         self._held = []
 
-    def _form(self, layer: SparseTopology, pairs: Operands) -> GradientSummary:
-        return summarise(pairs, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype)
+    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
+        return summarise(factors, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype)

@@ -12,6 +12,7 @@ from sparselab.dst.grow import GradientGrowth, Growth
 from sparselab.dst.update import Vacancy
 from sparselab.kernels._topk import StreamedTopK
 from sparselab.kernels.layout import Array
+from sparselab.nn.factors import GradientFactors
 from sparselab.nn.topology import SparseTopology
 
 
@@ -57,13 +58,13 @@ class GradientAverage:
         """Nothing to do: every backward pass counts, whichever forward pass it belongs to."""
 
     @torch.no_grad()
-    def backward_seen(self, x: torch.Tensor, dy: torch.Tensor) -> None:
+    def backward_seen(self, factors: GradientFactors) -> None:
         """Add the gradient of one backward pass, unless it is not finite."""
-        if not (x.isfinite().all() and dy.isfinite().all()):
+        if not factors.is_finite():
             return
         if self.entries is None:
-            self.entries = torch.zeros(self.shape, dtype=self.dtype, device=x.device)
-        self.entries.addmm_(dy.T.to(self.dtype), x.to(self.dtype), beta=self._remaining)
+            self.entries = torch.zeros(self.shape, dtype=self.dtype, device=factors.device)
+        factors.to(self.dtype).add_rows(0, self.entries, beta=self._remaining)
         self._remaining = 1.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,17 +14,14 @@ from sparselab.dst._checks import require_count, require_finite
 from sparselab.dst.gradient import GradientCollector, GradientSummary
 from sparselab.dst.grow import GradientGrowth
 from sparselab.dst.update import LayerView
-from sparselab.kernels import PaddedCSR, sddmm_dw
+from sparselab.kernels import PaddedCSR
 from sparselab.kernels._growth import kept_positions
 from sparselab.kernels._topk import largest
 from sparselab.kernels.layout import Array
+from sparselab.nn.factors import GradientFactors, Totals
 from sparselab.nn.topology import SparseTopology, as_matrix
 
 Sampler = Literal["uniform", "grabo", "graest"]
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
-Activity = npt.NDArray[np.floating[Any]]
-
-_CHUNK_TOKENS = 64
 
 
 class SampledGradientGrowth(GradientGrowth):
@@ -51,7 +48,7 @@ class SampledGradientGrowth(GradientGrowth):
 
     Notes
     -----
-    ``|S| * n_tokens`` multiply-adds by `sparselab.kernels.sddmm_dw` inside the backward pass of the step that
+    ``|S| * n_tokens`` multiply-adds by the sparse kernels inside the backward pass of the step that
     updates, and O(nnz) memory. Guided samplers also read X and dY once. Live connections are never chosen,
     not even those being dropped, so a layer cannot grow more than S holds.
 
@@ -115,20 +112,20 @@ class _SampleCollector(GradientCollector):
         self._rng = rng
 
     @torch.no_grad()
-    def _form(self, layer: SparseTopology, pairs: Pairs) -> GradientSummary:
+    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
         rows, columns = layer.shape
         if 2 * layer.nnz >= rows * columns:
-            whole = super()._form(layer, pairs)
+            whole = super()._form(layer, factors)
             return _Sample(whole.finite, whole.live_scores[:0], whole.free_positions, whole.free_scores)
         dtype = layer.stored.dtype
-        pairs = [(x.to(dtype), dy.to(dtype)) for x, dy in pairs]
+        factors = [each.to(dtype) for each in factors]
         nothing = np.empty(0, torch.empty(0, dtype=dtype).numpy().dtype)
-        if not all(bool(operand.isfinite().all()) for pair in pairs for operand in pair):
+        if not all(each.is_finite() for each in factors):
             return _Sample(False, nothing, np.empty(0, np.int64), nothing)
         n_sample = math.ceil(self._growth.gamma * layer.nnz) if self._most() else 0
-        weights = _activity(pairs, self._growth.sampler, self._rng)
+        weights = _activity(factors, layer.shape, self._growth.sampler, self._rng)
         positions = _draw(self._rng, as_matrix(layer), n_sample, *weights)
-        scores = np.abs(sampled_gradient(pairs, positions, layer.shape))
+        scores = np.abs(sum(each.sampled(positions) for each in factors))
         return _Sample(bool(np.isfinite(scores).all()), nothing, positions, scores)
 
 
@@ -141,52 +138,21 @@ class _Sample(GradientSummary):
         return winners
 
 
-def sampled_gradient(pairs: Pairs, positions: Array, shape: tuple[int, int]) -> Array:
-    """``G = sum of dY^T X`` at some positions only.
-
-    Parameters
-    ----------
-    pairs : list of (X, dY)
-        X is ``(n_tokens, in_features)``, dY ``(n_tokens, out_features)``, all float32 or all float64.
-    positions : int array, (n,)
-        Ascending.
-    shape : (int, int)
-        ``(out_features, in_features)``.
-
-    Returns
-    -------
-    float array, (n,)
-    """
-    operands = [(x.numpy().T, dy.numpy().T) for x, dy in pairs]
-    sample = PaddedCSR.from_positions(shape, positions).astype(operands[0][0].dtype)
-    total = np.zeros(len(positions), sample.dtype)
-    for X, DY in operands:
-        total += sddmm_dw(sample, DY, X)
-    return total
-
-
-def _activity(pairs: Pairs, sampler: Sampler, rng: np.random.Generator) -> tuple[Activity, Activity]:
+def _activity(
+    factors: Sequence[GradientFactors], shape: tuple[int, int], sampler: Sampler, rng: np.random.Generator
+) -> tuple[Totals, Totals]:
     """How likely each row and each column is to be drawn, up to a factor."""
-    columns, rows = (np.zeros(operand.shape[1]) for operand in pairs[0])
-    for x, dy in pairs:
-        signs = 2.0 * rng.integers(0, 2, len(x)) - 1 if sampler == "graest" else None
+    rows, columns = (np.zeros(length) for length in shape)
+    for each in factors:
+        signs = 2.0 * rng.integers(0, 2, each.n_tokens) - 1 if sampler == "graest" else None
         if sampler != "uniform":
-            columns += _total(x, signs)
-            rows += _total(dy, signs)
+            by_row, by_column = each.totals(signs)
+            rows += by_row
+            columns += by_column
     return np.abs(rows), np.abs(columns)
 
 
-def _total(tokens: torch.Tensor, signs: Activity | None) -> Activity:
-    """Sum over tokens of magnitudes, or of signed entries; the same bits for any number of threads."""
-    total = np.zeros(tokens.shape[1])
-    for start in range(0, len(tokens), _CHUNK_TOKENS):
-        stop = start + _CHUNK_TOKENS
-        chunk = tokens[start:stop].double().numpy()
-        total += (np.abs(chunk) if signs is None else chunk * signs[start:stop, None]).sum(0)
-    return total
-
-
-def _draw(rng: np.random.Generator, live: PaddedCSR, n: int, rows: Activity, columns: Activity) -> Array:
+def _draw(rng: np.random.Generator, live: PaddedCSR, n: int, rows: Totals, columns: Totals) -> Array:
     """Draw `n` pairs in proportion to row weight times column weight; the free ones, each once, ascending."""
     row, column = _draw_from(rng, n, rows), _draw_from(rng, n, columns)
     drawn = np.unique(row * live.shape[1] + column)
@@ -197,7 +163,7 @@ def _draw(rng: np.random.Generator, live: PaddedCSR, n: int, rows: Activity, col
     return drawn
 
 
-def _draw_from(rng: np.random.Generator, n: int, weights: Activity) -> Array:
+def _draw_from(rng: np.random.Generator, n: int, weights: Totals) -> Array:
     """Draw `n` indices with replacement in proportion to weights, or uniformly if all of them are 0."""
     reach = np.cumsum(weights)
     if not reach[-1]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from sparselab.dst._checks import require_finite
 from sparselab.dst.drop import Magnitude, lowest
 from sparselab.dst.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.gradient import GradientCollector, GradientSummary, Operands, summarise
+from sparselab.dst.gradient import GradientCollector, GradientSummary, summarise
 from sparselab.dst.grow import GradientGrowth
 from sparselab.dst.rows import rows_of
 from sparselab.dst.schedule import Schedule
@@ -21,6 +20,7 @@ from sparselab.dst.update import LayerView
 from sparselab.kernels import PaddedCSR, n_connections
 from sparselab.kernels._growth import kept_positions
 from sparselab.kernels.layout import Array, slot_dtype
+from sparselab.nn.factors import GradientFactors
 from sparselab.nn.topology import SparseTopology, as_matrix, as_scores
 
 Magnitudes = npt.NDArray[np.floating[Any]]
@@ -249,25 +249,25 @@ class FanInCollector(GradientCollector):
         self._decide = decide
         self._magnitudes: Magnitudes | None = None
 
-    def backward_seen(self, x: Tensor, dy: Tensor) -> None:
-        """Take in the operands of one backward pass: ``(n_tokens, in)`` and ``(n_tokens, out)``."""
-        super().backward_seen(x, dy)
+    def backward_seen(self, factors: GradientFactors) -> None:
+        """Take in the factors of one backward pass."""
+        super().backward_seen(factors)
         layer = self._layer()
         if self._summary is None and self._magnitudes is None and layer is not None:
             # The gradient is formed later, and the optimizer may have changed the weights by then.
             self._magnitudes = magnitudes(layer)
 
-    def _form(self, layer: SparseTopology, pairs: Operands) -> GradientSummary:
+    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
         W, dtype = as_matrix(layer), layer.stored.dtype
         k = self._most()
         if not isinstance(k, np.ndarray):
-            summary = summarise(pairs, W, layer.shape, k, dtype)
+            summary = summarise(factors, W, layer.shape, k, dtype)
             if not summary.finite:
                 return summary
             weights = magnitudes(layer) if self._magnitudes is None else self._magnitudes
             k = self._decide(salient_per_row(W, weights, summary, k))
         self.fan_in = k
-        return summarise(pairs, W, layer.shape, k, dtype)
+        return summarise(factors, W, layer.shape, k, dtype)
 
 
 def magnitudes(layer: SparseTopology) -> Magnitudes:

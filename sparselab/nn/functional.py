@@ -19,18 +19,19 @@ from torch.autograd import forward_ad
 
 from sparselab.nn._plans import LayerPlans, TopologyPlans, find_plans
 from sparselab.nn._products import input_grad, product, values_grad
+from sparselab.nn.factors import GradientFactors, LinearFactors
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class GradientWatcher(Protocol):
-    """Sees the two factors of a layer's dense gradient, ``dW = dy^T x``, as they pass through autograd."""
+    """Sees the factors of a layer's dense gradient as they pass through autograd."""
 
     def forward_seen(self) -> None:
         """A forward pass whose backward pass may come."""
 
-    def backward_seen(self, x: Tensor, dy: Tensor) -> None:
-        """Its backward pass: x (tokens, in_features) and dy (tokens, out_features), detached, not copied."""
+    def backward_seen(self, factors: GradientFactors) -> None:
+        """Its backward pass: what its gradient is made of, detached, not copied."""
 
 
 def _linear(
@@ -192,7 +193,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
     dx = dvalues = dbias = None
     if ctx.watcher is not None:
-        ctx.watcher.backward_seen(x.detach(), grad.detach())
+        ctx.watcher.backward_seen(LinearFactors(x.detach(), grad.detach()))
     tensors = tuple(tensor for tensor in (grad, x, values) if tensor is not None)
     direct = _is_plain(tensors) and not _wants_gradient(tensors) and not torch.compiler.is_compiling()
     if needs_x:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparselab import kernels
 from sparselab.nn._checks import check_width
 from sparselab.nn._layer import SparseLayer
+from sparselab.nn.factors import LinearFactors
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.topology import as_matrix
@@ -250,5 +251,5 @@ class _Seen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.watcher.backward_seen(x.detach(), grads[0].detach())
+        ctx.watcher.backward_seen(LinearFactors(x.detach(), grads[0].detach()))
         return grads[0], None, None

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparselab.nn.factors import LinearFactors
+
 
 class _Function(torch.autograd.Function):
     @staticmethod
@@ -21,7 +23,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx, dy):
         x, values = ctx.saved_tensors
         if ctx.watcher is not None:
-            ctx.watcher.backward_seen(x.detach(), dy.detach())
+            ctx.watcher.backward_seen(LinearFactors(x.detach(), dy.detach()))
         dw = (dy.T @ x).reshape(-1)[ctx.layer.positions()]
         return dy @ ctx.layer.dense(ctx.layer.in_use(values)), dw, None
 

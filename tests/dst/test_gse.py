@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sparselab.dst import GSE, DynamicSparsityAlgorithm, SampledGradientGrowth, UpdateReport, gradient, gse
-from sparselab.dst.sampled import _activity, _draw, sampled_gradient
+from sparselab.dst.sampled import _activity, _draw
 from sparselab.kernels import PaddedCSR
 from sparselab.nn import SparseLinear
+from sparselab.nn.factors import LinearFactors
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import LAYERS
 
@@ -175,7 +176,7 @@ def test_the_sample_does_not_depend_on_the_threads(n_threads):
         torch.from_numpy(rng.standard_normal((300, COLS))),
         torch.from_numpy(rng.standard_normal((300, ROWS))),
     )
-    rows, columns = _activity([(x, dy)], "graest", np.random.default_rng(1))
+    rows, columns = _activity([LinearFactors(x, dy)], (ROWS, COLS), "graest", np.random.default_rng(1))
     torch.set_num_threads(before)
     signs = 2.0 * np.random.default_rng(1).integers(0, 2, 300) - 1
     np.testing.assert_allclose(columns, np.abs(signs @ x.numpy()), rtol=1e-10, atol=1e-12)
@@ -204,7 +205,7 @@ def test_without_activity_the_sample_is_uniform():
 def test_sampled_gradient_is_the_dense_one_at_the_sample(dtype):
     pairs = [operands(seed, dtype) for seed in range(2)]
     positions = np.arange(3, ROWS * COLS, 17)
-    found = sampled_gradient(pairs, positions, (ROWS, COLS))
+    found = sum(LinearFactors(*pair).sampled(positions) for pair in pairs)
     np.testing.assert_allclose(
         found, dense(pairs).reshape(-1)[positions], rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12
     )

@@ -13,6 +13,7 @@ from sparselab.dst import EverySteps, Group, RigL, UpdateReport, gradient, rigl
 from sparselab.dst.gradient import GradientCollector
 from sparselab.kernels._topk import StreamedTopK
 from sparselab.nn import SparseLinear
+from sparselab.nn.factors import LinearFactors
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import LAYERS
 
@@ -271,7 +272,7 @@ def test_operands_of_the_only_backward_pass_are_not_copied(monkeypatch):
     monkeypatch.setattr(
         gradient,
         "summarise",
-        lambda pairs, *rest: seen.append(pairs[0][0].data_ptr()) or original(pairs, *rest),
+        lambda factors, *rest: seen.append(factors[0].x.data_ptr()) or original(factors, *rest),
     )
     layer = make("real")
     layer.apply(RigL(update=1))
@@ -283,8 +284,8 @@ def test_operands_of_the_only_backward_pass_are_not_copied(monkeypatch):
 def test_lower_precision_operands_are_widened():
     x, dy = operands(0)
     live = torch.arange(0, ROWS * COLS, 11).numpy()
-    low = [(x.bfloat16(), dy.bfloat16())]
-    wide = [(x.bfloat16().float(), dy.bfloat16().float())]
+    low = [LinearFactors(x.bfloat16(), dy.bfloat16())]
+    wide = [low[0].to(torch.float32)]
     results = [gradient.summarise(p, live, (ROWS, COLS), 20, torch.float32) for p in (low, wide)]
     assert results[0].free_positions.tolist() == results[1].free_positions.tolist()
 
@@ -304,7 +305,7 @@ def test_a_collector_outlives_its_layer_quietly():
     x, dy = operands(0)
     collector.forward_seen()
     del layer
-    collector.backward_seen(x, dy)
+    collector.backward_seen(LinearFactors(x, dy))
     assert collector.summary() is None
 
 

@@ -12,6 +12,7 @@ import torch
 from sparselab.dst import SET, SNFS, ByMagnitude, ByMomentum, ByRemaining, Linear, MomentumGrowth, RigL, snfs
 from sparselab.kernels import n_connections
 from sparselab.nn import SparseLinear
+from sparselab.nn.factors import LinearFactors
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import assert_topology
 
@@ -180,7 +181,7 @@ def test_low_precision_is_averaged_in_float32():
     growth.prepare([layer], None)
     layer.gradient_watcher.dtype = torch.promote_types(torch.bfloat16, torch.float32)
     x, dy = (t.bfloat16() for t in operands(layer, 0))
-    layer.gradient_watcher.backward_seen(x, dy)
+    layer.gradient_watcher.backward_seen(LinearFactors(x, dy))
     assert torch.allclose(growth.memory()["0"], dy.float().T @ x.float())
 
 

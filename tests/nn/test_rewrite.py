@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparselab import SparseLinear
+from sparselab.nn.factors import GradientFactors, LinearFactors
 
 
 def keyed(layer: SparseLinear, tensor: Tensor) -> dict[int, float]:
@@ -102,8 +103,9 @@ class Watcher:
     def forward_seen(self) -> None:
         self.forwards += 1
 
-    def backward_seen(self, x: Tensor, dy: Tensor) -> None:
-        self.seen.append((x.clone(), dy.clone()))
+    def backward_seen(self, factors: GradientFactors) -> None:
+        assert isinstance(factors, LinearFactors)
+        self.seen.append((factors.x.clone(), factors.dy.clone()))
 
 
 def test_a_watcher_sees_both_factors_of_the_gradient() -> None:

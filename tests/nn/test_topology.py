@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparselab import MaskedLinear, SparseLinear
 from sparselab.nn import topology
+from sparselab.nn.factors import GradientFactors
 from sparselab.nn.topology import SparseTopology, find_sparse, is_sparse, move_slots
 from tests.nn.test_rewrite import Watcher
 
@@ -147,7 +148,7 @@ def test_a_watcher_sees_the_dense_gradient_of_all_tokens() -> None:
 
 def test_a_watcher_that_fails_stops_the_backward_pass_and_nothing_else() -> None:
     class Failing(Watcher):
-        def backward_seen(self, x: torch.Tensor, dy: torch.Tensor) -> None:
+        def backward_seen(self, factors: GradientFactors) -> None:
             raise ValueError("seen enough")
 
     layer = SparseLinear(6, 4)
