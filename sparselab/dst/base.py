@@ -82,6 +82,8 @@ class SparsityAlgorithm:
 
         Raises
         ------
+        TypeError
+            If the algorithm cannot rewire layers of this kind.
         ValueError
             If the model has no sparse layer, or one of them belongs to another algorithm.
 
@@ -115,6 +117,8 @@ class SparsityAlgorithm:
 
         Raises
         ------
+        TypeError
+            If the algorithm cannot rewire layers of this kind.
         ValueError
             If the layer belongs to another algorithm, or does not have the declared sparsity.
         """
@@ -132,16 +136,20 @@ class SparsityAlgorithm:
                 f"{_name(layer)} already belongs to a {type(other).__name__} algorithm; two of them would "
                 f"rewire it against each other. Attach each layer to one algorithm"
             )
+        self._check_kind(layer)
         self._check_sparsity(layer)
         _owners[layer] = weakref.ref(self)
         self._layers.append(layer)
         self._names.append(name)
         self._attached(layer)
 
+    def _check_kind(self, layer: SparseTopology) -> None:
+        """Raise TypeError if the algorithm cannot rewire layers of this kind."""
+
     def _check_sparsity(self, layer: SparseTopology) -> None:
         if self.sparsity is None or isinstance(self.sparsity, Schedule):
             return
-        expected = n_connections(layer.shape, self.sparsity)
+        expected = n_connections(layer.grid, self.sparsity)
         if layer.nnz != expected:
             raise ValueError(
                 f"sparsity={self.sparsity} means {expected} connections for {_name(layer)}, but it has "

@@ -183,13 +183,13 @@ class CHTss(CHTs):
 
 def _ends(view: LayerView, axis: int) -> Array:
     """Row (axis 0) or column (axis 1) of each slot."""
-    ends: Array = np.divmod(view.matrix.positions(), view.shape[1])[axis]
+    ends: Array = np.divmod(view.matrix.positions(), view.grid[1])[axis]
     return ends
 
 
 def _reached(view: LayerView, drop: Array, axis: int) -> Array:
     """bool: which rows (axis 0) or columns (axis 1) keep a connection."""
-    reached = np.zeros(view.shape[axis], np.bool_)
+    reached = np.zeros(view.grid[axis], np.bool_)
     reached[np.delete(_ends(view, axis), drop)] = True
     return reached
 

@@ -92,6 +92,7 @@ class DeepR(DynamicSparsityAlgorithm):
 
     _SCOPES = ("layer", "network")
     _FOLLOWS_SCHEDULE = False
+    _OF_BLOCKS = False
 
     def __init__(
         self,

@@ -19,13 +19,21 @@ from sparselab.dst.update import LayerView
 from sparselab.kernels._rows import select_rows
 from sparselab.kernels._select import select
 from sparselab.kernels.layout import Array
-from sparselab.nn.topology import as_scores
+from sparselab.nn.topology import slot_scores
 
 Scores = npt.NDArray[np.floating[Any]]
 
 
 class DropScore(abc.ABC):
-    """How much each connection is worth keeping."""
+    """How much each connection is worth keeping.
+
+    Attributes
+    ----------
+    of_blocks : bool
+        Whether it can score connections that are blocks of weights.
+    """
+
+    of_blocks = False
 
     def reason_to_skip(self, view: LayerView) -> str:
         """Why the layer cannot be scored now; empty if it can."""
@@ -41,15 +49,19 @@ class DropScore(abc.ABC):
 
 
 class Magnitude(DropScore):
-    """``|w|``."""
+    """``|w|``; of a block its Euclidean norm."""
+
+    of_blocks = True
 
     def __call__(self, view: LayerView) -> Scores:
         """(nnz,): magnitudes."""
-        return as_scores(view.weights)
+        return slot_scores(view.weights)
 
 
 class MagnitudeAndGradient(DropScore):
     """``|w| + lam * |g|``, g being the gradient of the connection that the last backward pass left.
+
+    Of blocks the Euclidean norms.
 
     Parameters
     ----------
@@ -65,6 +77,8 @@ class MagnitudeAndGradient(DropScore):
     -----
     A layer without gradient, or with one that is not finite, is not updated, unless `lam` is 0.
     """
+
+    of_blocks = True
 
     def __init__(self, lam: float) -> None:
         require_finite("lam", lam)
@@ -82,11 +96,10 @@ class MagnitudeAndGradient(DropScore):
 
     def __call__(self, view: LayerView) -> Scores:
         """(nnz,): sums of the two magnitudes."""
-        scores = view.weights.abs()
+        scores = slot_scores(view.weights)
         if self.lam and (gradient := view.gradient) is not None:
-            scores += self.lam * gradient.abs()
-        array: Scores = scores.cpu().numpy()
-        return array
+            scores += self.lam * slot_scores(gradient)
+        return scores
 
     def describe(self) -> str:
         """Name and settings."""
@@ -135,7 +148,7 @@ class RelativeImportance(DropScore):
         """(nnz,): float64, between 0 and 2."""
         size = view.weights.abs().double().cpu().numpy()
         scores = np.zeros(size.size)
-        for line in np.divmod(view.matrix.positions(), view.shape[1]):
+        for line in np.divmod(view.matrix.positions(), view.grid[1]):
             total = np.bincount(line, weights=size)[line]
             scores += np.divide(size, total, out=np.zeros(size.size), where=total != 0)
         return scores
@@ -174,6 +187,7 @@ class Soft(DropScore):
         self, score: DropScore | None = None, temperature: float | Schedule | Callable[[int], float] = 1.0
     ) -> None:
         self.score = Magnitude() if score is None else score
+        self.of_blocks = self.score.of_blocks
         self.temperature = as_schedule(temperature)
         if isinstance(self.temperature, Constant):
             self._at(0)

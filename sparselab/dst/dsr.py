@@ -84,6 +84,7 @@ class DSR(DynamicSparsityAlgorithm):
 
     _SCOPES = ("network",)
     _FOLLOWS_SCHEDULE = False
+    _OF_BLOCKS = False
 
     def __init__(
         self,

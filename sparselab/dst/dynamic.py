@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -142,6 +143,17 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     _SCOPES: tuple[str, ...] = ("layer", "network", "row")
     _FOLLOWS_SCHEDULE = True
+    #: Whether the algorithm itself, beside its parts, can rewire connections that are blocks of weights.
+    _OF_BLOCKS = True
+
+    def _check_kind(self, layer: SparseTopology) -> None:
+        parts = (self.drop, self.grow, self.redistribute)
+        unable = [part.describe() for part in parts if part is not None and not part.of_blocks]
+        if layer.block_shape != (1, 1) and (unable or not self._OF_BLOCKS):
+            raise TypeError(
+                f"{type(self).__name__} cannot rewire a layer of blocks of {layer.block_shape} weights: "
+                f"{', '.join(unable) or 'it'} looks at single weights. SET, RigL, GMP, GraNet and MEST can"
+            )
 
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer whose state must follow the connections.
@@ -223,7 +235,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     def _row_goal(self, view: LayerView, step: int) -> Array:
         """Connections of each row after the growth; with ``scope="row"``."""
         total = self._targets(step, view.nnz, view.size)[1]
-        rows, columns = view.shape
+        rows, columns = view.grid
         return apportion_rows(total, view.matrix.row_nnz, np.full(rows, columns))
 
     def _row_kept(self, view: LayerView, step: int, goal: Array) -> Array:
@@ -291,9 +303,9 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             goal = self._row_goal(view, step)
             return goal - self._row_kept(view, step, goal)
         if self.scope == "layer" and self.redistribute is None:
-            kept, total = self._targets(step, layer.nnz, layer.shape[0] * layer.shape[1])
+            kept, total = self._targets(step, layer.nnz, math.prod(layer.grid))
             return total - kept
-        sizes = [shape[0] * shape[1] for shape in (other.shape for other in self._layers)]
+        sizes = [math.prod(other.grid) for other in self._layers]
         kept, total = self._targets(step, sum(other.nnz for other in self._layers), sum(sizes))
         # Each layer rounds for itself, hence one more for each.
         return min(sizes[index], total - kept + len(sizes))

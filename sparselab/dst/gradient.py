@@ -82,6 +82,7 @@ def summarise(
     shape: tuple[int, int],
     k: int | Array,
     dtype: torch.dtype,
+    block_shape: tuple[int, int] = (1, 1),
 ) -> GradientSummary:
     """Form G, the sum over `factors`, block by block and keep what growth needs; nothing if `k` is 0.
 
@@ -94,9 +95,11 @@ def summarise(
     shape : (int, int)
         ``(out_features, in_features)``.
     k : int, or int array (rows,)
-        Free positions to keep, of the layer or of each row.
+        Free positions to keep, of the layer or of each row of positions.
     dtype : float32 or float64
         Precision of G.
+    block_shape : (int, int)
+        Of the connections. Where these are blocks, the norms of the blocks of G stand for its entries.
 
     Notes
     -----
@@ -108,23 +111,34 @@ def summarise(
         none = np.empty(0)
         return GradientSummary(True, none, none.astype(np.int64), none)
     factors = [each.to(dtype) for each in factors]
-    height = min(rows, max(1, _BLOCK_BYTES // max(1, cols * dtype.itemsize)))
+    n_out, n_in = block_shape
+    height = min(rows, max(1, _BLOCK_BYTES // max(1, n_out * cols * dtype.itemsize)) * n_out)
     buffer = torch.empty((height, cols), dtype=dtype)
     top: BlockStream
     if isinstance(k, np.ndarray):
         assert isinstance(live, PaddedCSR)
         top = RowTopK(k, live, buffer.numpy().dtype)
     else:
-        top = StreamedTopK(k, live, cols, buffer.numpy().dtype)
+        top = StreamedTopK(k, live, -(-cols // n_in), buffer.numpy().dtype)
     for row in range(0, rows, height):
         stop = min(row + height, rows)
         block = buffer[: stop - row]
         for i, each in enumerate(factors):
             each.add_rows(row, block, beta=min(i, 1))
-        top.push(row, block.numpy())
+        top.push(row // n_out, (block if block_shape == (1, 1) else block_norms(block, block_shape)).numpy())
         if not top.finite:
             return GradientSummary(False, top.live_scores, np.empty(0, np.int64), top.live_scores[:0])
     return GradientSummary(True, top.live_scores, *top.result())
+
+
+def block_norms(matrix: torch.Tensor, block_shape: tuple[int, int]) -> torch.Tensor:
+    """Euclidean norms of the blocks that a matrix is made of, which end where it ends; summed in float64."""
+    n_out, n_in = block_shape
+    rows, columns = matrix.shape
+    whole = torch.nn.functional.pad(matrix, (0, -columns % n_in, 0, -rows % n_out))
+    blocks = whole.reshape(len(whole) // n_out, n_out, -1, n_in)
+    norms: torch.Tensor = torch.linalg.vector_norm(blocks, dim=(1, 3), dtype=torch.float64)
+    return norms.to(matrix.dtype)
 
 
 class GradientCollector:
@@ -216,4 +230,6 @@ class GradientCollector:
         self._held = []
 
     def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
-        return summarise(factors, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype)
+        return summarise(
+            factors, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype, layer.block_shape
+        )

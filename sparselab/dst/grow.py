@@ -29,11 +29,14 @@ class Growth(abc.ABC):
     ----------
     by_row : bool
         Whether `choose` heeds ``vacancy.row_grow``, as ``scope="row"`` needs.
+    of_blocks : bool
+        Whether it can choose positions of connections that are blocks of weights.
     grad_accumulation : int
         Backward passes per optimizer step, as declared.
     """
 
     by_row = False
+    of_blocks = False
     grad_accumulation: int = 1
 
     def begin(self, step: int, seed: int) -> None:  # noqa: B027
@@ -92,6 +95,8 @@ class RandomGrowth(Growth):
         Whether connections that the same update drops may grow back.
     """
 
+    of_blocks = True
+
     def __init__(self, regrow: bool = True) -> None:
         self.regrow = regrow
         self.by_row = regrow
@@ -104,7 +109,7 @@ class RandomGrowth(Growth):
         """Every set equally likely; depends on the seed, the layer and the step only."""
         view = vacancy.view
         if vacancy.row_grow is not None:
-            free = view.shape[1] - vacancy.row_kept
+            free = view.grid[1] - vacancy.row_kept
             return skip_kept(sample_rows(view.rng(), free, vacancy.row_grow), vacancy.kept)
         taken = vacancy.kept if self.regrow else kept_positions(view.matrix, np.empty(0, np.int64))
         return random_free(view.rng(), taken, view.size, vacancy.n_grow)
@@ -116,6 +121,8 @@ class RandomGrowth(Growth):
 
 class GradientGrowth(Growth):
     """The positions of largest ``|G|``, ``G = dY^T X``, exactly: of the whole layer, or of each row.
+
+    Where connections are blocks of weights, those whose blocks of G have the largest Euclidean norms.
 
     Parameters
     ----------
@@ -129,6 +136,7 @@ class GradientGrowth(Growth):
     """
 
     by_row = True
+    of_blocks = True
 
     def __init__(self, grad_accumulation: int = 1) -> None:
         self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)

@@ -15,7 +15,7 @@ from sparselab.kernels.layout import Array
 
 GrownState = Literal["zero", "mean"]
 
-#: Weights for the positions a layer has grown; called after the rewrite.
+#: Weights (n,), or (n, *block_shape), for the n positions a layer has grown; called after the rewrite.
 GrownValue = Callable[[Vacancy, Array], npt.NDArray[np.floating[Any]]]
 
 #: Keeps these draws apart from those of the growth itself.
@@ -35,7 +35,7 @@ class Same:
 
     def __call__(self, vacancy: Vacancy, positions: Array) -> npt.NDArray[np.floating[Any]]:
         """One weight for each position."""
-        return np.full(positions.size, self.weight)
+        return np.full((positions.size, *vacancy.view.slot_shape), self.weight)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Normal:
 
     def __call__(self, vacancy: Vacancy, positions: Array) -> npt.NDArray[np.floating[Any]]:
         """One weight for each position."""
-        return np.asarray(vacancy.view.rng(_PURPOSE).normal(0.0, self.std, positions.size))
+        shape = (positions.size, *vacancy.view.slot_shape)
+        return np.asarray(vacancy.view.rng(_PURPOSE).normal(0.0, self.std, shape))
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,15 @@ class FanInUniform:
 
     def __call__(self, vacancy: Vacancy, positions: Array) -> npt.NDArray[np.floating[Any]]:
         """One weight for each position."""
-        rows, columns = vacancy.view.shape
+        view = vacancy.view
+        rows, columns = view.grid
         # The layer has been rewritten by now, so these are the fan-ins with the new connections.
-        fan_in = np.bincount(vacancy.view.layer.positions().numpy() // columns, minlength=rows)
-        bound = 1 / np.sqrt(fan_in[positions // columns])
-        return np.asarray(bound * vacancy.view.rng(_PURPOSE).uniform(-1, 1, positions.size))
+        fan_in = np.bincount(view.layer.positions().numpy() // columns, minlength=rows)
+        bound = 1 / np.sqrt(fan_in[positions // columns] * view.layer.block_shape[1])
+        shape = (positions.size, *view.slot_shape)
+        return np.asarray(
+            bound.reshape(-1, *[1] * len(view.slot_shape)) * view.rng(_PURPOSE).uniform(-1, 1, shape)
+        )
 
 
 def describe_grown_value(value: GrownValue | None) -> str:

@@ -144,7 +144,7 @@ class MomentumGrowth(Growth):
             return self._gradient.choose(vacancy)
         assert average.entries is not None
         entries = average.entries.cpu().numpy()
-        top = StreamedTopK(vacancy.n_grow, vacancy.kept, vacancy.view.shape[1], entries.dtype)
+        top = StreamedTopK(vacancy.n_grow, vacancy.kept, vacancy.view.grid[1], entries.dtype)
         top.push(0, entries)
         return top.result()[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -124,7 +125,7 @@ class Monitor:
             name: _Watched(layer, PositionSet(size), PositionSet(size))
             for each in self._algorithms
             for name, layer in zip(each.names, each.layers, strict=True)
-            for size in [layer.shape[0] * layer.shape[1] if positions else 0]
+            for size in [math.prod(layer.grid) if positions else 0]
         }
         self._counts: dict[str, dict[str, float]] = {}
         self.history: list[dict[str, Any]] = []

@@ -156,8 +156,8 @@ class StateMove:
         for state, name in self._places:
             state[name] = self._layer.moved(state[name], source)
             if grown == "mean" and 0 < (n_new := int(new.sum())) < source.numel():
-                mean = self._layer.per_connection(state[name])[~new].mean()
-                self._layer.put(state[name], new.nonzero()[:, 0], mean.expand(n_new))
+                mean = self._layer.per_connection(state[name])[~new].mean(0)
+                self._layer.put(state[name], new.nonzero()[:, 0], mean.expand(n_new, *mean.shape))
 
 
 def _holds_tensor(entry: object) -> bool:

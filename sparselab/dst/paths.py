@@ -44,7 +44,7 @@ class PathGrowth(Growth):
     def choose(self, vacancy: Vacancy) -> Array:
         """Distinct free positions, ascending."""
         rng, size, kept, k = vacancy.view.rng(), vacancy.view.size, vacancy.kept, vacancy.n_grow
-        drawn = draw_by_paths(rng, PaddedCSR.from_positions(vacancy.view.shape, kept), k)
+        drawn = draw_by_paths(rng, PaddedCSR.from_positions(vacancy.view.grid, kept), k)
         if drawn.size < k:
             taken = np.sort(np.concatenate([kept, drawn]))
             drawn = np.sort(np.concatenate([drawn, random_free(rng, taken, size, k - drawn.size)]))

@@ -13,7 +13,15 @@ from sparselab.dst.update import LayerView, Vacancy
 
 
 class Redistribution(abc.ABC):
-    """Shares of layers, in proportion to a weight for each; no layer gets more than it has room for."""
+    """Shares of layers, in proportion to a weight for each; no layer gets more than it has room for.
+
+    Attributes
+    ----------
+    of_blocks : bool
+        Whether it can weigh layers whose connections are blocks of weights.
+    """
+
+    of_blocks = False
 
     def check(self, views: Sequence[LayerView]) -> None:  # noqa: B027
         """Raise if there is nothing to weigh these layers by; nothing has been changed yet."""
@@ -37,6 +45,8 @@ class Redistribution(abc.ABC):
 
 class ByRemaining(Redistribution):
     """In proportion to the connections that stay (Mostafa & Wang, ICML 2019, Algorithm 1)."""
+
+    of_blocks = True
 
     def weight(self, vacancy: Vacancy) -> float:
         """Connections that stay."""

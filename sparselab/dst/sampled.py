@@ -59,6 +59,7 @@ class SampledGradientGrowth(GradientGrowth):
     """
 
     by_row = False
+    of_blocks = False
 
     def __init__(self, gamma: float = 1.0, sampler: Sampler = "uniform", grad_accumulation: int = 1) -> None:
         super().__init__(grad_accumulation)

@@ -102,6 +102,8 @@ class SRigL(DynamicSparsityAlgorithm):
     ([3], [])
     """
 
+    _OF_BLOCKS = False
+
     def __init__(
         self,
         sparsity: float | None = None,

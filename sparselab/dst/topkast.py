@@ -103,6 +103,8 @@ class TopKAST(DynamicSparsityAlgorithm):
     (205, None)
     """
 
+    _OF_BLOCKS = False
+
     def __init__(
         self,
         forward_sparsity: float,
@@ -280,6 +282,6 @@ class TopKAST(DynamicSparsityAlgorithm):
 
 def _dense_init(view: LayerView, rng: np.random.Generator, n: int) -> npt.NDArray[np.float32]:
     """Weights as `torch.nn.Linear` starts with them."""
-    bound = np.float32(1 / math.sqrt(max(1, view.shape[1])))
+    bound = np.float32(1 / math.sqrt(max(1, view.grid[1])))
     weights: npt.NDArray[np.float32] = (2 * rng.random(n, np.float32) - 1) * bound
     return weights

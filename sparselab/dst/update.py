@@ -66,19 +66,24 @@ class LayerView:
     state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)``."""
-        return self.layer.shape
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the positions: ``(out_features, in_features)``, or these in blocks."""
+        return self.layer.grid
 
     @property
     def size(self) -> int:
         """Positions, live or not."""
-        return self.shape[0] * self.shape[1]
+        return self.grid[0] * self.grid[1]
 
     @property
     def nnz(self) -> int:
         """Live connections."""
         return self.layer.nnz
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """What a connection holds: ``()``, a number, or the shape of its block of weights."""
+        return tuple(self.weights.shape[1:])
 
     @cached_property
     def matrix(self) -> PaddedCSR:
@@ -87,18 +92,18 @@ class LayerView:
 
     @property
     def weights(self) -> torch.Tensor:
-        """(nnz,): the weight of each connection, detached. Read only."""
+        """(nnz,), or (nnz, *block_shape): the weight of each connection, detached. Read only."""
         return self.layer.per_connection(self.layer.stored.detach())
 
     @property
     def gradient(self) -> torch.Tensor | None:
-        """(nnz,): the gradient of each connection, if there is one. Read only."""
+        """The gradient of each connection, laid out as `weights`, if there is one. Read only."""
         gradient = self.layer.stored.grad
         return None if gradient is None else self.layer.per_connection(gradient)
 
     @cached_property
     def momentum(self) -> torch.Tensor | None:
-        """(nnz,): where the optimizer's momentum takes each connection, if it keeps one. Read only.
+        """Where the optimizer's momentum takes each connection, as `weights`, if it keeps one. Read only.
 
         ``momentum_buffer`` (SGD), or ``exp_avg / (sqrt(exp_avg_sq) + 1e-8)`` (Adam and its kin), or
         ``exp_avg`` where there is no ``exp_avg_sq``.
@@ -131,7 +136,7 @@ class Vacancy:
         Slots that lose their connection, ascending.
     n_grow : int
         Connections to grow.
-    row_grow : int64 array, (out_features,), or None
+    row_grow : int64 array, (rows,), or None
         How many of them in each row; None if the row does not matter.
     """
 
@@ -152,13 +157,13 @@ class Vacancy:
 
     @cached_property
     def row_kept(self) -> Array:
-        """int64 (out_features,): connections of each row that stay."""
+        """int64 (rows,): connections of each row that stay."""
         matrix = self.view.matrix
         return matrix.row_nnz - rows_of(self.drop, matrix.indptr)
 
     @cached_property
     def kept(self) -> Array:
-        """Positions ``row * in_features + column`` that keep their connection, ascending."""
+        """Positions ``row * columns + column`` that keep their connection, ascending."""
         return kept_positions(self.view.matrix, self.drop)
 
 

@@ -32,6 +32,8 @@ class SparseLayer(nn.Module):
     forward_mask: Tensor | None
     #: The kind of layer it was made from, which `sparselab.densify` makes of it again.
     dense_class: type[nn.Module] = nn.Linear
+    #: Outputs and inputs that one connection joins.
+    block_shape: tuple[int, int] = (1, 1)
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -219,6 +221,11 @@ class SparseLayer(nn.Module):
     def shape(self) -> tuple[int, int]:
         """``(out_features, in_features)``, the shape of W."""
         return self.out_features, self.in_features
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the positions: `shape`, or where connections are blocks, that in blocks."""
+        return self.shape
 
     @property
     def density(self) -> float:

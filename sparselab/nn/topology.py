@@ -34,6 +34,14 @@ class SparseTopology(Protocol):
         """``(out_features, in_features)``."""
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the positions that a connection may take: `shape`, or that in blocks."""
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Outputs and inputs that one connection joins: (1, 1), unless it is a block of weights."""
+
+    @property
     def nnz(self) -> int:
         """Live connections."""
 
@@ -42,13 +50,19 @@ class SparseTopology(Protocol):
         """Fraction of positions that are structurally zero."""
 
     def positions(self) -> Tensor:
-        """int64 (nnz,): ``row * in_features + column`` of each slot, ascending."""
+        """int64 (nnz,): ``row * columns + column`` of each slot on the `grid`, ascending."""
 
     def per_connection(self, entries: Tensor) -> Tensor:
-        """(nnz,) entries in slot order of a tensor laid out as `stored`: weights, a gradient, a moment."""
+        """Entries in slot order of a tensor laid out as `stored`: weights, a gradient, a moment.
+
+        One for each connection, (nnz,), or (nnz, *block_shape) where a connection is a block.
+        """
 
     def put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
-        """Set the entries of some slots, int64 (n,), in a tensor laid out as `stored`."""
+        """Set the entries of some slots, int64 (n,), in a tensor laid out as `stored`.
+
+        `numbers` is laid out as what `per_connection` returns.
+        """
 
     def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
         """Drop slots and grow positions in place, moving weights and gradient.
@@ -65,8 +79,8 @@ class SparseTopology(Protocol):
 
 
 _MEMBERS = (
-    "forward_mask", "gradient_watcher", "stored", "shape", "nnz", "sparsity", "positions", "per_connection",
-    "put", "rewrite", "moved",
+    "forward_mask", "gradient_watcher", "stored", "shape", "grid", "block_shape", "nnz", "sparsity",
+    "positions", "per_connection", "put", "rewrite", "moved",
 )  # fmt: skip
 
 #: Moving a number needs its width only.
@@ -90,7 +104,7 @@ def find_sparse(module: nn.Module) -> Iterator[tuple[str, SparseTopology]]:
 
 
 def as_matrix(layer: SparseTopology) -> PaddedCSR:
-    """The connections of a layer, for the compiled functions of `sparselab.kernels`.
+    """The connections of a layer on its grid, for the compiled functions of `sparselab.kernels`.
 
     Nothing is copied where the layer keeps compressed rows as `sparselab.SparseLinear` does; else they are
     made from its positions. Kernels launched by this Python thread use as many threads as torch from now on.
@@ -105,12 +119,12 @@ def as_matrix(layer: SparseTopology) -> PaddedCSR:
     if isinstance(begin, Tensor) and isinstance(indices, Tensor):
         indptr, columns = begin.cpu().numpy(), indices.cpu().numpy()
     else:
-        rows, n_columns = layer.shape
+        rows, n_columns = layer.grid
         row, column = np.divmod(layer.positions().cpu().numpy(), max(n_columns, 1))
         indptr = np.searchsorted(row, np.arange(rows + 1))
         columns = column.astype(index_dtype(n_columns))
     no_values = np.broadcast_to(np.float32(0), columns.shape)
-    return PaddedCSR.unchecked(layer.shape, indptr, np.diff(indptr), columns, no_values)
+    return PaddedCSR.unchecked(layer.grid, indptr, np.diff(indptr), columns, no_values)
 
 
 @torch.no_grad()
@@ -148,6 +162,17 @@ def as_scores(entries: Tensor) -> npt.NDArray[np.float32 | np.float64]:
     known = scores.dtype in (torch.float32, torch.float64)
     magnitudes: npt.NDArray[np.float32 | np.float64] = (scores if known else scores.float()).numpy()
     return magnitudes
+
+
+def slot_scores(entries: Tensor) -> npt.NDArray[np.float32 | np.float64]:
+    """Magnitudes of what `SparseTopology.per_connection` returns, the norm of each block, as `as_scores`.
+
+    Blocks are summed in float64, so that no square overflows.
+    """
+    if entries.ndim == 1:
+        return as_scores(entries)
+    norms = torch.linalg.vector_norm(entries.detach().flatten(1), dim=1, dtype=torch.float64)
+    return as_scores(norms.to(entries.dtype))
 
 
 def largest_positions(entries: Tensor, k: int) -> Tensor:
