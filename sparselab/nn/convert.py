@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab._names import Pattern
+from sparselab._table import aligned
 from sparselab.nn._checks import check_dtype
 from sparselab.nn._dense import DenseLayer, choose, find_dense, refuse_entangled
 from sparselab.nn._layer import SparseLayer
@@ -141,14 +142,7 @@ class SparsifyPlan:
             for field in ("connections", "bytes_before", "bytes_after")
         )
         rows.append(("total", "", "", "", "", *(f"{n:,}" for n in totals)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return aligned(rows, left=3)
 
 
 def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, Given], *, layer: str = "sparse") -> SparsifyPlan:
