@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt --editable
 ARGS ?=
 WORKERS ?= 2
 
@@ -23,7 +24,8 @@ help:
 	@echo "one process. PIP_EXTRA_INDEX_URL may name an index of CPU-only torch builds, which are a small part of the"
 	@echo "default download on Linux."
 
-# Changed metadata or pinned versions install again; otherwise these two take no time.
+# Changed metadata or pinned versions install again; otherwise these take no time. What tests and checks need comes
+# on top of what the examples need.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "sparselab needs Python 3.10 or newer; '$(PYTHON)' answers:" >&2; $(PYTHON) --version >&2; \
@@ -35,7 +37,12 @@ $(VENV)/.made:
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "Installing sparselab and the tested versions of what it needs (torch is large; this may take minutes)"
 	@$(PIP) install 'pip>=21.3'
-	@$(PIP) install --constraint constraints.txt --editable '.[test,lint,examples]'
+	@$(INSTALL) '.[examples]'
+	@touch $@
+
+$(VENV)/.installed-all: $(VENV)/.installed
+	@echo "Installing what the tests and the checks need"
+	@$(INSTALL) '.[test,lint,examples]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -44,10 +51,10 @@ demo: $(VENV)/.installed
 mnist: $(VENV)/.installed
 	@$(BIN)/python examples/mnist.py $(ARGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-all
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-all
 	@$(BIN)/python -m ruff check
 	@$(BIN)/python -m ruff format --check
 	@$(BIN)/python -m mypy

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from gpt import GPT, initial_std
 from options import at_least_one, changed
+from resident import peak_resident_bytes, resident_bytes
 from text import Text, TextError, load_text
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -221,25 +221,6 @@ def sample(cfg: Config, data: Data, model: nn.Module, temperature: float = 0.8) 
 # One arm, in a process of its own
 
 
-def peak_resident_bytes() -> int:
-    """The most memory this process ever had resident.
-
-    On Linux ``ru_maxrss`` starts from the parent's size at fork, so the kernel's mark of this process alone
-    is read there.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        marks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if marks:
-            return int(marks[0].split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def first_mlp_topology(model: nn.Module) -> tuple[str, tuple[int, int], np.ndarray]:
     """Name, shape and live positions of the first sparse feed-forward layer."""
     name, layer = next((name, layer) for name, layer in sparselab.nn.find_sparse(model) if ".mlp." in name)
@@ -257,15 +238,14 @@ def load_code(arm: str) -> float:
 def run_arm(cfg: Config, characters: str, arm: str, out: Path) -> None:
     """Train one arm and write ``<arm>.json``, for the sparse one also ``topology.npz``, into `out`."""
     data = make_data(cfg, characters)
-    process = psutil.Process()
     load_s = load_code(arm)
-    resident_before = process.memory_info().rss
+    resident_before = resident_bytes()
     model, algo = make_model(cfg, len(data.vocabulary), arm)
     optimizer = make_optimizer(cfg, model, arm)
     if algo is not None:
         name, shape, before = first_mlp_topology(model)
     curves = train(cfg, data, model, optimizer, algo, arm)
-    resident, peak = process.memory_info().rss, peak_resident_bytes()
+    resident, peak = resident_bytes(), peak_resident_bytes()
     memory = sparselab.memory_report(model, optimizer)
     timed = curves["seconds"][cfg.untimed_steps :] or curves["seconds"]
     result = {

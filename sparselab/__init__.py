@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         plan_sparsify,
         save_model,
         sparsify,
+        tune,
     )
 
 __version__ = "0.1.0"
@@ -81,6 +82,7 @@ __all__ = [
     "plan_sparsify",
     "save_model",
     "sparsify",
+    "tune",
     "warmup",
 ]
 
@@ -115,6 +117,7 @@ _HOMES = {
     "plan_sparsify": "nn",
     "save_model": "nn",
     "sparsify": "nn",
+    "tune": "nn",
     "warmup": "_warmup",
 }
 

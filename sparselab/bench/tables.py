@@ -6,6 +6,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+from sparselab._table import aligned
+
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table, the first `left` columns flush left; drawn with rich on a terminal if it is there."""
@@ -27,15 +29,7 @@ def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
     dense  12.5
     ours    3.1
     """
-    widths = [max(len(row[k]) for row in [columns, *rows]) for k in range(len(columns))]
-    lines = ["", title]
-    for row in [columns, *rows]:
-        cells = [
-            text.ljust(width) if k < left else text.rjust(width)
-            for k, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(["", title, aligned([columns, *rows], left)])
 
 
 def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:

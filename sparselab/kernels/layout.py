@@ -322,11 +322,16 @@ def n_connections(shape: tuple[int, int], sparsity: float) -> int:
     ValueError
         Unless sparsity is a finite number in [0, 1].
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.number)):
-        raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
-    if not 0 <= sparsity <= 1:  # also refuses NaN
-        raise ValueError(f"sparsity must be a finite number in [0, 1], got {sparsity}")
+    check_fraction("sparsity", sparsity)
     return round((1 - float(sparsity)) * shape[0] * shape[1])
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless the value is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
+    if not 0 <= value <= 1:  # also refuses NaN
+        raise ValueError(f"{name} must be a finite number in [0, 1], got {value}")
 
 
 def _check_array(name: str, array: object, dtypes: tuple[np.dtype[Any], ...], length: int) -> None:

@@ -1,5 +1,6 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
+from sparselab.nn._tune import TuneReport, tune
 from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.brf import brf_
 from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
@@ -22,6 +23,7 @@ __all__ = [
     "SparseMultiheadAttention",
     "SparseTopology",
     "SparsifyPlan",
+    "TuneReport",
     "brf_",
     "constant_fan_in_",
     "densify",
@@ -34,4 +36,5 @@ __all__ = [
     "plan_sparsify",
     "save_model",
     "sparsify",
+    "tune",
 ]

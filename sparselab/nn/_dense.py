@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -12,6 +13,8 @@ from sparselab._names import Pattern, first_match, listed, matches
 
 #: Of `torch.nn.MultiheadAttention`, in the order of its packed weight.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+Value = TypeVar("Value")
 
 
 class LinearView(nn.Linear):
@@ -86,7 +89,7 @@ def dense_parts(module: nn.Module) -> Iterable[DenseLayer]:
     return []
 
 
-def choose(model: nn.Module, rules: Mapping[Pattern, float]) -> dict[str, tuple[DenseLayer, float]]:
+def choose(model: nn.Module, rules: Mapping[Pattern, Value]) -> dict[str, tuple[DenseLayer, Value]]:
     """The layers that match, by name, each with the value of the first pattern that does.
 
     Raises

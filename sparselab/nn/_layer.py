@@ -89,15 +89,26 @@ class SparseLayer(nn.Module):
         linear: nn.Linear | MaskedLinear,
         sparsity: float,
         device: torch.device | str | None = None,
+        **settings: Any,
     ) -> Layer:
         """A new layer with the sizes, dtype, mode and trainability of a dense one, and random weights."""
         weight = linear.weight
         place = weight.device if device is None else device
         new = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, sparsity, place, weight.dtype
-        )  # type: ignore[call-arg]
+            linear.in_features, linear.out_features, bias=linear.bias is not None, sparsity=sparsity,
+            device=place, dtype=weight.dtype, **settings,
+        )  # type: ignore[call-arg] # fmt: skip
         new._train_as(linear, weight)
         return new
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, sparsity: float) -> SparseLayer:
+        """The largest weights of a dense layer."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Linear:
+        """A `torch.nn.Linear` with the same outputs, mode and trainability."""
+        raise NotImplementedError
 
     @classmethod
     def from_pattern(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparselab import kernels
 from sparselab.kernels import PaddedCSR, Segments, TransposePlan
+from sparselab.nn.variants import Measured, choose_name
 
 _numbers = itertools.count(1)
 _layers: weakref.WeakValueDictionary[int, LayerPlans] = weakref.WeakValueDictionary()
@@ -30,6 +31,7 @@ class LayerPlans:
     def __init__(self) -> None:
         self.number = next(_numbers)
         self._plans: TopologyPlans | None = None
+        self._measured: Measured | None = None
         _layers[self.number] = self
 
     def of(self, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
@@ -39,7 +41,20 @@ class LayerPlans:
             return plans
         if plans is None or plans.key != _key(indptr, indices, in_features):
             plans = self._plans = TopologyPlans(indptr, indices, in_features)
+            plans.measured = self.measured(plans.density)
         return plans
+
+    def remember(self, measured: Measured) -> None:
+        """Choose forward variants by what was measured, as long as the density stays."""
+        self._measured = measured
+        if self._plans is not None:
+            self._plans.measured = measured
+
+    def measured(self, density: float) -> Measured | None:
+        """What was measured at this density; of another one it is forgotten."""
+        if self._measured is not None and self._measured.density != density:
+            self._measured = None
+        return self._measured
 
     def keep_forward(self) -> None:
         """Let go of the plans of the backward passes; they are made anew if they are needed."""
@@ -79,6 +94,7 @@ class TopologyPlans:
         size = shape[0] * shape[1]
         self.density = len(columns) / size if size else 1.0
         self._zeros = torch.zeros(self.shape[0])
+        self.measured: Measured | None = None
 
     def is_of(self, indptr: Tensor, indices: Tensor, in_features: int) -> bool:
         """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
@@ -90,6 +106,11 @@ class TopologyPlans:
             and stamp == _stamp(indptr)
             and columns_stamp == _stamp(indices)
         )
+
+    def forward_variant(self, n_tokens: int) -> str:
+        """Name of the variant for the forward pass."""
+        name = None if self.measured is None else self.measured.name(n_tokens)
+        return choose_name("forward", n_tokens, self.density) if name is None else name
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
         """A zero for each row, to be read only."""

@@ -30,15 +30,18 @@ _LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
 }
 
 
-def product(x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans) -> Tensor:
-    """``x W^T + b``, (tokens, rows), in the dtype of x."""
+def product(
+    x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans, variant: str | None = None
+) -> Tensor:
+    """``x W^T + b``, (tokens, rows), in the dtype of x, by a variant or the one that suits it."""
     if x.dtype == torch.bfloat16:
         wide = None if bias is None else bias.detach().float()
-        return product(x.float(), values, wide, plans).to(torch.bfloat16)
+        return product(x.float(), values, wide, plans, variant).to(torch.bfloat16)
     use_torch_threads()
     rows, n_tokens = plans.shape[0], x.shape[0]
     y = torch.empty((n_tokens, rows), dtype=x.dtype)
-    variant = choose_name("forward", n_tokens, plans.density)
+    if variant is None:
+        variant = plans.forward_variant(n_tokens)
     if variant == "few tokens":
         weights = values if values.is_contiguous() else values.contiguous()
         offsets = plans.zeros(x.dtype) if bias is None else bias.contiguous()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselab.nn._dense import PROJECTIONS, projections
+from sparselab.nn._layer import SparseLayer
 from sparselab.nn.linear import SparseLinear
-from sparselab.nn.masked import MaskedLinear
 
 
 class SparseMultiheadAttention(nn.Module):
@@ -256,7 +256,7 @@ def _copy_linear(linear: nn.Linear) -> nn.Linear:
 
 
 def _as_dense(layer: nn.Module) -> nn.Linear:
-    if isinstance(layer, SparseLinear | MaskedLinear):
+    if isinstance(layer, SparseLayer):
         return layer.to_dense()
     if isinstance(layer, nn.Linear):
         return _copy_linear(layer)

@@ -11,44 +11,45 @@ import torch
 from torch import Tensor, nn
 
 from sparselab._names import Pattern
-from sparselab.kernels import n_connections
+from sparselab._table import aligned
 from sparselab.nn._checks import check_dtype
 from sparselab.nn._dense import DenseLayer, choose, find_dense, refuse_entangled
 from sparselab.nn._layer import SparseLayer
+from sparselab.nn._rules import Given, Rule, read_rules
 from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.linear import SparseLinear
-from sparselab.nn.masked import MaskedLinear
 from sparselab.nn.topology import is_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_KINDS: dict[str, type[SparseLinear | MaskedLinear]] = {"sparse": SparseLinear, "masked": MaskedLinear}
-
 
 def sparsify(
     model: Model,
-    rules: Mapping[Pattern, float],
+    rules: Mapping[Pattern, Given],
     *,
     init: Literal["random", "magnitude"] = "random",
-    layer: Literal["sparse", "masked"] = "sparse",
+    layer: str = "sparse",
 ) -> Model:
-    """Swap the named linear layers of a model for `SparseLinear`, in place.
+    """Swap the named linear layers of a model for sparse ones, in place.
 
     Parameters
     ----------
     model : torch.nn.Module
         On the meta device, too: its layers then become sparse ones there, which `materialize` gives memory,
         connections and weights, and no dense weight ever exists.
-    rules : mapping of str or re.Pattern to float
-        Pattern of qualified layer names to sparsity in [0, 1]. In a str ``*`` matches any characters, dots
-        included, ``?`` one character, ``[...]`` a set; upper and lower case differ. A compiled regular
+    rules : mapping of str or re.Pattern to float or mapping
+        Pattern of qualified layer names to what the layers become. In a str ``*`` matches any characters,
+        dots included, ``?`` one character, ``[...]`` a set; upper and lower case differ. A compiled regular
         expression must match the whole name. Of the patterns that match a layer, the first one counts.
+        A number is a sparsity in [0, 1]. A mapping says ``"layer"``, the kind, which may be left out; exactly
+        one of ``"sparsity"`` and ``"density"``, 1 minus the sparsity; and settings of the kind.
     init : {"random", "magnitude"}
         "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
         weights of the dense layer stay.
     layer : {"sparse", "masked"}
-        "masked": `MaskedLinear` layers instead, which simulate the same model at the cost of the dense one.
-        With the same seed of torch's generator both kinds get the same topology and weights.
+        The kind of layer where a rule does not say one. "sparse": `SparseLinear`. "masked": `MaskedLinear`,
+        which simulates the same model at the cost of the dense one; with the same seed of torch's generator
+        both get the same topology and weights.
 
     Returns
     -------
@@ -57,11 +58,11 @@ def sparsify(
 
     Raises
     ------
-    ValueError
-        If the model is itself a linear layer, a pattern matches none, a sparsity is not in [0, 1], init or
-        layer is none of its choices, init is "magnitude" and a layer on the meta device, or a matching layer
-        shares a parameter with another module or computes its weight (as under
-        `torch.nn.utils.spectral_norm`). Nothing has been changed then.
+    TypeError, ValueError
+        If the model is itself a linear layer, a pattern matches none, a rule says too much, too little or
+        what its kind of layer cannot be, init or layer is none of its choices, init is "magnitude" and a
+        layer on the meta device, or a matching layer shares a parameter with another module or computes its
+        weight (as under `torch.nn.utils.spectral_norm`). Nothing has been changed then.
 
     Notes
     -----
@@ -80,24 +81,32 @@ def sparsify(
     --------
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-    >>> sparsify(model, {"0": 0.9})[0].nnz
-    1638
+    >>> sparsify(model, {"0": 0.9, "2": {"layer": "masked", "density": 0.5}})
+    Sequential(
+      (0): SparseLinear(in_features=64, out_features=256, bias=True, sparsity=0.9, nnz=1638)
+      (1): ReLU()
+      (2): MaskedLinear(in_features=256, out_features=10, bias=True, sparsity=0.5, nnz=1280)
+    )
     """
     if init not in ("random", "magnitude"):
         raise ValueError(f'init must be "random" or "magnitude", got {init!r}')
-    if layer not in _KINDS:
-        raise ValueError(f'layer must be "sparse" or "masked", got {layer!r}')
-    for sparsity in rules.values():
-        n_connections((1, 1), sparsity)
-    chosen = choose(model, rules)
-    refuse_entangled(model, {name: each for name, (each, _) in chosen.items()})
+    chosen = _choose(model, rules, layer)
     if init == "magnitude":
         for name, (each, _) in chosen.items():
             if each.linear.weight.is_meta:
                 raise ValueError(f'init must be "random" on the meta device, where {name!r} has no weights')
-    make = _KINDS[layer].from_dense if init == "magnitude" else _KINDS[layer]._like
-    _swap(model, [(each, make(each.linear, sparsity)) for each, sparsity in chosen.values()])
+    _swap(model, [(each, rule.make(each.linear, init)) for each, rule in chosen.values()])
     return model
+
+
+def _choose(
+    model: nn.Module, rules: Mapping[Pattern, Given], layer: str
+) -> dict[str, tuple[DenseLayer, Rule]]:
+    chosen = choose(model, read_rules(rules, layer))
+    refuse_entangled(model, {name: each for name, (each, _) in chosen.items()})
+    for name, (each, rule) in chosen.items():
+        rule.check(name, each.linear)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class PlannedLayer:
 
     name: str
     kind: str
+    becomes: str
     shape: tuple[int, int]
     sparsity: float
     connections: int
@@ -121,66 +131,60 @@ class SparsifyPlan:
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
-            ("layer", "kind", "shape", "sparsity", "connections", "bytes before", "bytes after")
+            ("layer", "kind", "becomes", "shape", "sparsity", "connections", "bytes before", "bytes after")
         ]
         for each in self.layers:
             shape = " x ".join(map(str, each.shape))
             numbers = (f"{n:,}" for n in (each.connections, each.bytes_before, each.bytes_after))
-            rows.append((each.name, each.kind, shape, f"{each.sparsity:.4g}", *numbers))
+            rows.append((each.name, each.kind, each.becomes, shape, f"{each.sparsity:.4g}", *numbers))
         totals = (
             sum(getattr(each, field) for each in self.layers)
             for field in ("connections", "bytes_before", "bytes_after")
         )
-        rows.append(("total", "", "", "", *(f"{n:,}" for n in totals)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        rows.append(("total", "", "", "", "", *(f"{n:,}" for n in totals)))
+        return aligned(rows, left=3)
 
 
-def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, float]) -> SparsifyPlan:
-    """List what ``sparsify(model, rules)`` would change, and change nothing.
+def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, Given], *, layer: str = "sparse") -> SparsifyPlan:
+    """List what ``sparsify(model, rules, layer=layer)`` would change, and change nothing.
 
     Parameters
     ----------
     model : torch.nn.Module
-    rules : mapping of str or re.Pattern to float
+    rules, layer
         As of `sparsify`.
 
     Returns
     -------
     SparsifyPlan
-        Its ``layers`` have a name, kind, shape, sparsity, number of connections, and bytes before and after
-        (weights, topology, bias), exact for `SparseLinear`.
+        Its ``layers`` have a name, the class they are and the one they become, shape, sparsity, number of
+        connections, and bytes before and after (weights, topology, bias).
 
     Raises
     ------
     TypeError, ValueError
-        Where ``sparsify(model, rules)`` would.
+        Where `sparsify` would.
 
     Examples
     --------
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     >>> print(plan_sparsify(model, {"0": 0.9}))
-    layer  kind       shape  sparsity  connections  bytes before  bytes after
-    0      Linear  256 x 64       0.9        1,638        66,560       12,908
-    total                                    1,638        66,560       12,908
+    layer  kind    becomes          shape  sparsity  connections  bytes before  bytes after
+    0      Linear  SparseLinear  256 x 64       0.9        1,638        66,560       12,908
+    total                                                  1,638        66,560       12,908
     """
-    chosen = choose(model, rules)
-    refuse_entangled(model, {name: each for name, (each, _) in chosen.items()})
-    return SparsifyPlan(tuple(_planned(name, each, sparsity) for name, (each, sparsity) in chosen.items()))
+    chosen = _choose(model, rules, layer)
+    return SparsifyPlan(tuple(_planned(name, each, rule) for name, (each, rule) in chosen.items()))
 
 
-def _planned(name: str, layer: DenseLayer, sparsity: float) -> PlannedLayer:
-    after = SparseLinear._like(layer.linear, sparsity, device="meta")
-    kind = type(layer.owner).__name__
+def _planned(name: str, layer: DenseLayer, rule: Rule) -> PlannedLayer:
+    after = rule.sketch(layer.linear)
     before, after_bytes = (_bytes(each) for each in (layer.linear, after))
-    return PlannedLayer(name, kind, after.shape, sparsity, after.nnz, before, after_bytes)
+    return PlannedLayer(
+        name, type(layer.owner).__name__, type(after).__name__, after.shape, rule.sparsity(layer.linear),
+        round(after.density * after.shape[0] * after.shape[1]), before, after_bytes,
+    )  # fmt: skip
 
 
 def _bytes(layer: nn.Module) -> int:
@@ -190,8 +194,8 @@ def _bytes(layer: nn.Module) -> int:
 def densify(model: Model) -> Model:
     """Make the sparse layers of a model dense again, in place; its outputs stay the same to rounding.
 
-    `SparseLinear` and `MaskedLinear` become `torch.nn.Linear`, or the ``Conv1D`` of transformers that
-    `sparsify` made them from, so that its checkpoints fit again; `SparseMultiheadAttention` becomes
+    Sparse layers of every kind become `torch.nn.Linear`, or the ``Conv1D`` of transformers that `sparsify`
+    made them from, so that its checkpoints fit again; `SparseMultiheadAttention` becomes
     `torch.nn.MultiheadAttention`. Modes and trainability are kept. The encoders of torch that `sparsify` has
     kept off their fused path stay off it.
 
@@ -218,26 +222,25 @@ def densify(model: Model) -> Model:
     >>> densify(nn.Sequential(SparseLinear(8, 4), nn.ReLU()))[0]
     Linear(in_features=8, out_features=4, bias=True)
     """
-    kinds = (SparseLinear, MaskedLinear, SparseMultiheadAttention)
-    if isinstance(model, kinds):
+    if isinstance(model, (SparseLayer, SparseMultiheadAttention)):
         raise ValueError(
             f"model must contain the layers to make dense, got a {type(model).__name__} itself; use its "
             "to_dense()"
         )
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) and module.values.is_meta:
+        if isinstance(module, SparseLayer) and module.stored.is_meta:
             raise ValueError(f"model must hold data, got {name!r} on the meta device; see materialize")
     attentions = [each for each in model.modules() if isinstance(each, SparseMultiheadAttention)]
     inside = {part for each in attentions for part in each.modules()}
     dense: dict[nn.Module, nn.Module] = {each: each.to_dense() for each in attentions}
     for layer in model.modules():
-        if isinstance(layer, (SparseLinear, MaskedLinear)) and layer not in inside:
+        if isinstance(layer, SparseLayer) and layer not in inside:
             dense[layer] = _to_dense_class(layer)
     _replace(model, dense)
     return model
 
 
-def _to_dense_class(layer: SparseLinear | MaskedLinear) -> nn.Module:
+def _to_dense_class(layer: SparseLayer) -> nn.Module:
     linear = layer.to_dense()
     if layer.dense_class is nn.Linear:
         return linear

@@ -288,7 +288,7 @@ class SparseLinear(SparseLayer):
             return self._product(tokens)
 
     def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
-        """How a batch of so many tokens is computed, and why.
+        """How a batch of so many tokens is computed, and why: by a rule, or as `sparselab.tune` measured.
 
         Parameters
         ----------
@@ -301,7 +301,7 @@ class SparseLinear(SparseLayer):
         >>> SparseLinear(3072, 768, sparsity=0.9).variant(1)
         Variant(operation='forward', name='few tokens', reason='1 tokens (at most 16) do not fill a tile')
         """
-        return choose(operation, n_tokens, self.density)
+        return choose(operation, n_tokens, self.density, self._plans.measured(self.density))
 
     def freeze(self) -> SparseLinear:
         """Let go of what only training needs, in place, and return the layer itself.

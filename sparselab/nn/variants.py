@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from sparselab.kernels._few_tokens import MOST_TOKENS
@@ -18,6 +19,9 @@ DENSE_FROM = {
 #: Fewer tokens do not repay the expansion of the weights.
 _DENSE_TOKENS = 128
 
+#: The ways to compute the forward pass.
+FORWARD = ("few tokens", "tiles", "dense blocks")
+
 
 class Variant(NamedTuple):
     """How one product is computed: `name` is ``"few tokens"``, ``"tiles"`` or ``"dense blocks"``."""
@@ -27,7 +31,55 @@ class Variant(NamedTuple):
     reason: str
 
 
-def choose(operation: str, n_tokens: int, density: float) -> Variant:
+class Measured:
+    """Microseconds of the forward variants of a layer, for some counts of tokens; see `sparselab.tune`.
+
+    What was measured for a count holds for those from half of it to twice it; of two such counts, the one
+    that differs by the smaller factor.
+    """
+
+    def __init__(self, density: float, microseconds: Mapping[int, Mapping[str, float]]) -> None:
+        self.density = density
+        self._microseconds = microseconds
+        self._names: dict[int, str | None] = {}
+
+    def name(self, n_tokens: int) -> str | None:
+        """The fastest variant, or None if the count is far from those measured."""
+        if n_tokens not in self._names:
+            ranked = self._ranked(n_tokens)
+            self._names[n_tokens] = ranked[0][0] if ranked else None
+        return self._names[n_tokens]
+
+    def reason(self, n_tokens: int) -> str:
+        """Why `name` is what it is, if it is not None."""
+        (_, best), *others = self._ranked(n_tokens)
+        losers = ", ".join(f"{_time(time)} ({name})" for name, time in others)
+        at = self._nearest(n_tokens)
+        return f"measured: {_time(best)} against {losers}" + (f", at {at} tokens" if at != n_tokens else "")
+
+    def _ranked(self, n_tokens: int) -> list[tuple[str, float]]:
+        nearest = self._nearest(n_tokens)
+        able = possible(n_tokens)
+        times = {} if nearest is None else self._microseconds[nearest]
+        return sorted(
+            ((name, time) for name, time in times.items() if name in able), key=lambda each: each[1]
+        )
+
+    def _nearest(self, n_tokens: int) -> int | None:
+        nearest = min(self._microseconds, key=lambda n: max(n, n_tokens) / max(min(n, n_tokens), 1))
+        return nearest if nearest <= 2 * n_tokens and n_tokens <= 2 * nearest else None
+
+
+def possible(n_tokens: int) -> tuple[str, ...]:
+    """The forward variants that can compute so many tokens."""
+    return FORWARD if n_tokens <= MOST_TOKENS else FORWARD[1:]
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds:.0f} us" if microseconds >= 9.95 else f"{microseconds:.1f} us"
+
+
+def choose(operation: str, n_tokens: int, density: float, measured: Measured | None = None) -> Variant:
     """The variant for one product.
 
     Parameters
@@ -37,6 +89,8 @@ def choose(operation: str, n_tokens: int, density: float) -> Variant:
         Rows of the batch, all leading dimensions together.
     density : float
         Live fraction of the weights.
+    measured : Measured, optional
+        Of the forward pass; the rule is for what it does not cover.
 
     Raises
     ------
@@ -45,6 +99,8 @@ def choose(operation: str, n_tokens: int, density: float) -> Variant:
     """
     if operation not in DENSE_FROM:
         raise ValueError(f"operation must be one of {', '.join(DENSE_FROM)}, got {operation!r}")
+    if operation == "forward" and measured is not None and (name := measured.name(n_tokens)) is not None:
+        return Variant(operation, name, measured.reason(n_tokens))
     name = choose_name(operation, n_tokens, density)
     if name == "few tokens":
         reason = f"{n_tokens} tokens (at most {MOST_TOKENS}) do not fill a tile"
@@ -58,7 +114,7 @@ def choose(operation: str, n_tokens: int, density: float) -> Variant:
 
 
 def choose_name(operation: str, n_tokens: int, density: float) -> str:
-    """The name alone of what `choose` returns; costs a fraction of a microsecond."""
+    """The name alone of what `choose` returns by the rule; costs a fraction of a microsecond."""
     if operation == "forward" and n_tokens <= MOST_TOKENS:
         return "few tokens"
     if density >= DENSE_FROM[operation] and n_tokens >= _DENSE_TOKENS:

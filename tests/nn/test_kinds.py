@@ -184,9 +184,9 @@ def test_a_plan_prints_as_a_table() -> None:
         plan_sparsify(nn.Sequential(nn.Linear(1000, 1000), nn.Linear(10, 5)), {"*": 0.75})
     ).splitlines()
     assert [line.split() for line in lines] == [
-        ["layer", "kind", "shape", "sparsity", "connections", "bytes", "before", "bytes", "after"],
-        ["0", "Linear", "1000", "x", "1000", "0.75", "250,000", "4,004,000", "1,512,008"],
-        ["1", "Linear", "5", "x", "10", "0.75", "12", "220", "140"],
+        ["layer", "kind", "becomes", "shape", "sparsity", "connections", "bytes", "before", "bytes", "after"],
+        ["0", "Linear", "SparseLinear", "1000", "x", "1000", "0.75", "250,000", "4,004,000", "1,512,008"],
+        ["1", "Linear", "SparseLinear", "5", "x", "10", "0.75", "12", "220", "140"],
         ["total", "250,012", "4,004,220", "1,512,148"],
     ]
     assert len({len(line) for line in lines}) == 1
