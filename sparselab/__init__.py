@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import (
+        FanInLinear,
         MaskedLinear,
         SparseLinear,
         SparseMultiheadAttention,
@@ -59,6 +60,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "DeepR",
+    "FanInLinear",
     "GraNet",
     "Group",
     "MaskedLinear",
@@ -91,6 +93,7 @@ _HOMES = {
     "Cosine": "dst",
     "DSR": "dst",
     "DeepR": "dst",
+    "FanInLinear": "nn",
     "GMP": "dst",
     "GSE": "dst",
     "GraNet": "dst",

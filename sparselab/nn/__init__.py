@@ -3,6 +3,7 @@
 from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.brf import brf_
 from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
+from sparselab.nn.fan_in import FanInLinear
 from sparselab.nn.files import load_model, save_model
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import constant_fan_in_, fan_in_uniform_
@@ -13,6 +14,7 @@ from sparselab.nn.report import MemoryReport, memory_report
 from sparselab.nn.topology import SparseTopology, find_sparse
 
 __all__ = [
+    "FanInLinear",
     "GradientWatcher",
     "MaskedLinear",
     "MemoryReport",
