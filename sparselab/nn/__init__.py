@@ -1,5 +1,6 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
+from sparselab.nn._condense import CondensedLayer, condense
 from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.brf import brf_
 from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
@@ -14,6 +15,7 @@ from sparselab.nn.report import MemoryReport, memory_report
 from sparselab.nn.topology import SparseTopology, find_sparse
 
 __all__ = [
+    "CondensedLayer",
     "FanInLinear",
     "GradientWatcher",
     "MaskedLinear",
@@ -23,6 +25,7 @@ __all__ = [
     "SparseTopology",
     "SparsifyPlan",
     "brf_",
+    "condense",
     "constant_fan_in_",
     "densify",
     "fan_in_uniform_",
