@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     )
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import (
+        FanInLinear,
         MaskedLinear,
         SparseLinear,
         SparseMultiheadAttention,
+        condense,
         densify,
         load_model,
         materialize,
@@ -60,6 +62,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "DeepR",
+    "FanInLinear",
     "GraNet",
     "Group",
     "MaskedLinear",
@@ -71,6 +74,7 @@ __all__ = [
     "SparseMultiheadAttention",
     "Static",
     "TopKAST",
+    "condense",
     "densify",
     "dst",
     "kernels",
@@ -93,6 +97,7 @@ _HOMES = {
     "Cosine": "dst",
     "DSR": "dst",
     "DeepR": "dst",
+    "FanInLinear": "nn",
     "GMP": "dst",
     "GSE": "dst",
     "GraNet": "dst",
@@ -109,6 +114,7 @@ _HOMES = {
     "SparseMultiheadAttention": "nn",
     "Static": "dst",
     "TopKAST": "dst",
+    "condense": "nn",
     "densify": "nn",
     "load_model": "nn",
     "materialize": "nn",

@@ -1,10 +1,12 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
+from sparselab.nn._condense import CondensedLayer, condense
 from sparselab.nn._tune import TuneReport, tune
 from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.brf import brf_
 from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.factors import GradientFactors
+from sparselab.nn.fan_in import FanInLinear
 from sparselab.nn.files import load_model, save_model
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import constant_fan_in_, fan_in_uniform_
@@ -15,6 +17,8 @@ from sparselab.nn.report import MemoryReport, memory_report
 from sparselab.nn.topology import SparseTopology, find_sparse
 
 __all__ = [
+    "CondensedLayer",
+    "FanInLinear",
     "GradientFactors",
     "GradientWatcher",
     "MaskedLinear",
@@ -25,6 +29,7 @@ __all__ = [
     "SparsifyPlan",
     "TuneReport",
     "brf_",
+    "condense",
     "constant_fan_in_",
     "densify",
     "fan_in_uniform_",

@@ -58,16 +58,8 @@ def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: t
     TypeError, ValueError
         If a part is missing or is not what a kernel may be given.
     """
-    missing = [name for name, tensor in state.items() if tensor is None]
-    if len(missing) == len(state):
+    if not _is_complete(state):
         return None
-    if missing:
-        raise ValueError(f"{', '.join(state)} must be loaded together, got no {missing[0]}")
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.is_meta:
-            raise ValueError(f"{name} must hold data, got a tensor on the meta device")
     values, indptr, indices = (state[name].detach().cpu() for name in ("values", "indptr", "indices"))
     if not values.is_floating_point() or values.ndim != 1:
         raise TypeError(f"values must be a 1-D floating point tensor, got {_kind(values)}")
@@ -82,6 +74,58 @@ def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: t
     PaddedCSR(shape, begin, np.diff(begin), indices.numpy(), no_values)
     columns: Tensor = indices.to(index_dtype)
     return columns
+
+
+def check_fan_in(state: dict[str, Any], shape: tuple[int, int], index_dtype: torch.dtype) -> Tensor | None:
+    """As `check_topology`, for rows of equal length.
+
+    Parameters
+    ----------
+    state : dict
+        What was loaded under the names values, indices and rows, or None. Rows may be missing: then every
+        output has connections.
+    shape, index_dtype
+        As of `check_topology`.
+    """
+    given = {name: tensor for name, tensor in state.items() if name != "rows" or tensor is not None}
+    if not _is_complete(given):
+        return None
+    values, indices, rows = (state[name] for name in ("values", "indices", "rows"))
+    if values.ndim != 2 or (values.numel() == 0 and values.shape != (0, 0)):
+        raise ValueError(f"values must have shape (rows left, fan_in), got {_kind(values)}")
+    if indices.shape != values.shape:
+        raise ValueError(f"indices must have shape {tuple(values.shape)}, as values, got {_kind(indices)}")
+    left = torch.arange(shape[0]) if rows is None else rows
+    if left.dtype != torch.int64 or left.shape != (len(values),):
+        raise ValueError(f"rows must be int64 of shape ({len(values)},), got {_kind(left)}")
+    if len(left) and not (left[0] >= 0 and left[-1] < shape[0] and bool((left[1:] > left[:-1]).all())):
+        raise ValueError(f"rows must be strictly ascending outputs of 0..{shape[0] - 1}")
+    indptr = fan_in_pointers(rows, shape[0], values.shape[1])
+    flat = {"values": values.reshape(-1), "indptr": indptr, "indices": indices.reshape(-1)}
+    columns = check_topology(flat, shape, index_dtype)
+    return None if columns is None else columns.view(values.shape)
+
+
+def fan_in_pointers(rows: Tensor | None, out_features: int, fan_in: int) -> Tensor:
+    """int64 (out_features + 1,) row pointers where some outputs (None: all) have `fan_in` connections."""
+    row_nnz = torch.zeros(out_features + 1, dtype=torch.int64)
+    row_nnz[slice(1, None) if rows is None else rows.cpu() + 1] = fan_in
+    return row_nnz.cumsum(0)
+
+
+def _is_complete(state: dict[str, Any]) -> bool:
+    """False if a state has none of its tensors; an error if it lacks some, or they hold no data."""
+    missing = [name for name, tensor in state.items() if tensor is None]
+    if len(missing) == len(state):
+        return False
+    if missing:
+        raise ValueError(f"{', '.join(state)} must be loaded together, got no {missing[0]}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_meta:
+            raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+    return True
 
 
 def check_size(name: str, value: int) -> int:

@@ -20,8 +20,6 @@ from sparselab.nn.topology import SparseTopology, as_matrix
 if TYPE_CHECKING:
     import scipy.sparse
 
-    from sparselab.nn.masked import MaskedLinear
-
 Layer = TypeVar("Layer", bound="SparseLayer")
 
 
@@ -86,18 +84,18 @@ class SparseLayer(nn.Module):
     @classmethod
     def _like(
         cls: type[Layer],
-        linear: nn.Linear | MaskedLinear,
+        linear: nn.Linear | SparseLayer,
         sparsity: float,
         device: torch.device | str | None = None,
         **settings: Any,
     ) -> Layer:
-        """A new layer with the sizes, dtype, mode and trainability of a dense one, and random weights."""
-        weight = linear.weight
+        """A new layer with the sizes, dtype, mode and trainability of another one, and random weights."""
+        weight = linear.stored if isinstance(linear, SparseLayer) else linear.weight
         place = weight.device if device is None else device
         new = cls(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, sparsity=sparsity,
-            device=place, dtype=weight.dtype, **settings,
-        )  # type: ignore[call-arg] # fmt: skip
+            linear.in_features, linear.out_features, linear.bias is not None,
+            sparsity=sparsity, device=place, dtype=weight.dtype, **settings,
+        )  # type: ignore[call-arg]  # fmt: skip
         new._train_as(linear, weight)
         return new
 

@@ -82,12 +82,14 @@ class TopologyPlans:
         self._seen = indptr, indices, _stamp(indptr), _stamp(indices)
         # These hold the memory, so that no other tensor can come to have the addresses in the key.
         self._held = indptr.detach(), indices.detach()
-        begin, columns = indptr.contiguous().numpy(), indices.contiguous().numpy()
+        begin, columns = indptr.contiguous().numpy(), indices.contiguous().numpy().reshape(-1)
         self.shape = shape = (len(begin) - 1, in_features)
         no_values = np.broadcast_to(np.float32(0), columns.shape)
         self._W = PaddedCSR(shape, begin, np.diff(begin), columns, no_values)
         if begin[0] != 0:
             raise ValueError(f"indptr must start at 0, got {begin[0]}")
+        #: How values and gradient are laid out.
+        self.layout = indices.shape
         self.indices = columns
         #: Row i is the slots ``begin[i] : end[i]``.
         self.begin, self.end = begin[:-1], begin[1:]

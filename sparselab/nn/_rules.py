@@ -12,6 +12,7 @@ from sparselab._names import Pattern
 from sparselab.kernels.layout import check_fraction
 from sparselab.nn._checks import check_size
 from sparselab.nn._layer import SparseLayer
+from sparselab.nn.fan_in import FanInLinear
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.masked import MaskedLinear
 
@@ -29,6 +30,7 @@ class Kind(NamedTuple):
 KINDS = {
     "sparse": Kind(SparseLinear),
     "masked": Kind(MaskedLinear),
+    "fan_in": Kind(FanInLinear, ("fan_in",)),
 }
 
 #: What says how sparse a layer is.

@@ -42,10 +42,10 @@ def _linear(
     Parameters
     ----------
     x : (tokens, in_features), any strides
-    values : (nnz,), the dtype of x
+    values : (nnz,) or (rows, fan-in), the dtype of x
     bias : (out_features,) or None
     indptr : int64 (out_features + 1,)
-    indices : uint16, int32 or int64 (nnz,)
+    indices : uint16, int32 or int64, the shape of values
     plans : int
         Number of the `LayerPlans` to use; 0 for none.
 
@@ -75,7 +75,8 @@ def _values_grad(
 
     The latter, ``sum_t dy[t]``, costs little here, where dy is read anyway; empty if it is not wanted.
     """
-    return values_grad(grad, x, find_plans(plans, indptr, indices, x.shape[1]), with_bias)
+    values, bias = values_grad(grad, x, find_plans(plans, indptr, indices, x.shape[1]), with_bias)
+    return values.view(indices.shape), bias
 
 
 linear = torch.library.custom_op("sparselab::linear", _linear, mutates_args=(), device_types="cpu")
@@ -101,15 +102,15 @@ def _(grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, in_features
 def _(
     grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(indices.shape[0]), grad.new_empty(grad.shape[1] if with_bias else 0)
+    return grad.new_empty(indices.shape), grad.new_empty(grad.shape[1] if with_bias else 0)
 
 
 def check_fit(x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans) -> None:
     """Raise RuntimeError if values or bias do not fit the topology or the dtype of x."""
-    for name, tensor, length in (("values", values, len(plans.indices)), ("bias", bias, plans.shape[0])):
-        if tensor is not None and (tensor.shape != (length,) or tensor.dtype != x.dtype):
+    for name, tensor, shape in (("values", values, plans.layout), ("bias", bias, plans.shape[:1])):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
             raise RuntimeError(
-                f"{name} must be {x.dtype} of shape ({length},), "
+                f"{name} must be {x.dtype} of shape {tuple(shape)}, "
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
 

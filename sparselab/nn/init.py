@@ -22,7 +22,7 @@ def fan_in_uniform_(values: Tensor, indptr: Tensor) -> Tensor:
 
     Parameters
     ----------
-    values : float (nnz,)
+    values : float, nnz entries row by row
     indptr : int64 (rows + 1,)
 
     References
@@ -32,7 +32,7 @@ def fan_in_uniform_(values: Tensor, indptr: Tensor) -> Tensor:
     """
     with torch.no_grad():
         bound = torch.repeat_interleave(fan_in_bound(indptr, values.dtype), torch.diff(indptr))
-        return values.uniform_(-1, 1).mul_(bound)
+        return values.uniform_(-1, 1).mul_(bound.view(values.shape))
 
 
 def fan_in_bound(indptr: Tensor, dtype: torch.dtype) -> Tensor:

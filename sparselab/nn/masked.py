@@ -99,9 +99,7 @@ class MaskedLinear(SparseLayer):
 
     def to_sparse(self) -> SparseLinear:
         """A `SparseLinear` with the same topology, weights, biases, mode and trainability."""
-        new = SparseLinear._from_positions(self, self.positions())
-        new.forward_mask = None if self.forward_mask is None else self.per_connection(self.forward_mask)
-        return new
+        return SparseLinear._from_layer(self)
 
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` with the same outputs, mode and trainability."""
@@ -131,11 +129,11 @@ class MaskedLinear(SparseLayer):
     def _copy(self, layer: SparseLinear) -> None:
         positions = layer.positions()
         self.mask.zero_().view(-1)[positions] = True
-        self.weight.zero_().view(-1)[positions] = layer.values
+        self.weight.zero_().view(-1)[positions] = layer.per_connection(layer.values)
         self.forward_mask = None
         if layer.forward_mask is not None:
             self.forward_mask = torch.zeros_like(self.mask)
-            self.forward_mask.view(-1)[positions] = layer.forward_mask
+            self.forward_mask.view(-1)[positions] = layer.per_connection(layer.forward_mask)
         if self.bias is not None and layer.bias is not None:
             self.bias.copy_(layer.bias)
 

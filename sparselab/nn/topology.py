@@ -117,7 +117,7 @@ def as_matrix(layer: SparseTopology) -> PaddedCSR:
     use_torch_threads()
     begin, indices = getattr(layer, "indptr", None), getattr(layer, "indices", None)
     if isinstance(begin, Tensor) and isinstance(indices, Tensor):
-        indptr, columns = begin.cpu().numpy(), indices.cpu().numpy()
+        indptr, columns = begin.cpu().numpy(), indices.cpu().numpy().reshape(-1)
     else:
         rows, n_columns = layer.grid
         row, column = np.divmod(layer.positions().cpu().numpy(), max(n_columns, 1))
@@ -128,16 +128,18 @@ def as_matrix(layer: SparseTopology) -> PaddedCSR:
 
 
 @torch.no_grad()
-def move_slots(entries: Tensor, source: Tensor) -> Tensor:
-    """``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``: in place if the length stays the same.
+def move_slots(entries: Tensor, source: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``: in place if the shape stays the same.
 
     In place, so that other references to the tensor see it.
 
     Parameters
     ----------
-    entries : (n,), any dtype
+    entries : (n,) or any shape in C order, any dtype
     source : int64 (m,)
         Old slot of each new slot, or -1.
+    shape : tuple of int
+        Of the result; (m,) if None.
 
     Raises
     ------
@@ -146,11 +148,12 @@ def move_slots(entries: Tensor, source: Tensor) -> Tensor:
     """
     integers = _INTEGERS.get(entries.itemsize)
     if integers is not None and entries.is_contiguous() and not entries.is_complex():
-        old = entries.detach().cpu().view(integers).numpy()
+        old = entries.detach().cpu().view(integers).reshape(-1).numpy()
         moved = torch.from_numpy(move_entries(old, source.cpu().numpy())).view(entries.dtype)
     else:
         # One more entry, so that -1 reads a zero.
-        moved = torch.cat((entries, entries.new_zeros(1)))[source.to(entries.device)]
+        moved = torch.cat((entries.reshape(-1), entries.new_zeros(1)))[source.to(entries.device)]
+    moved = moved.view(source.shape if shape is None else shape)
     if entries.shape == moved.shape:
         return entries.copy_(moved)
     return moved.to(entries.device)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparselab.nn import MaskedLinear, SparseLinear
+from sparselab.nn import FanInLinear, MaskedLinear, SparseLinear
 from sparselab.nn.topology import find_sparse
 from tests.dst.fake import FakeSparse
 
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
 LAYERS = ["fake", "real", "masked"]
+
+KINDS = {
+    "real": SparseLinear,
+    "masked": MaskedLinear,
+    "fan-in": FanInLinear,
+    "masked fan-in": lambda *sizes, **settings: MaskedLinear.from_sparse(FanInLinear(*sizes, **settings)),
+}
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
@@ -25,9 +32,10 @@ def build(kind, dtype=torch.float32, seed=0, sparsity=0.8):
         first = FakeSparse(20, 31, sparsity, seed=seed, dtype=dtype)
         second = FakeSparse(31, 10, sparsity, seed=seed + 1, dtype=dtype)
     else:
-        make = SparseLinear if kind == "real" else MaskedLinear
-        first = make(20, 31, sparsity=sparsity, dtype=dtype)
-        second = make(31, 10, sparsity=sparsity, dtype=dtype)
+        # A sparsity of 0.8 is a whole fan-in of 20 and 30 inputs.
+        width = 30 if "fan-in" in kind else 31
+        first = KINDS[kind](20, width, sparsity=sparsity, dtype=dtype)
+        second = KINDS[kind](width, 10, sparsity=sparsity, dtype=dtype)
     return nn.Sequential(first, nn.ReLU(), second, nn.Linear(10, 3, dtype=dtype))
 
 

@@ -87,6 +87,7 @@ class Row:
     counts : ``(layers, connections at birth, step)``, asserts how many there are after an update.
     brings_weights : its new connections need not start at 0.
     walks : its updates change the weights of connections that stay.
+    keeps_fan_in : rows of equal length stay so; it then runs on `FanInLinear` too.
     """
 
     make: Callable[[], SparsityAlgorithm]
@@ -95,6 +96,7 @@ class Row:
     counts: Callable[[Any, list[int], int], None] = each_keeps
     brings_weights: bool = False
     walks: bool = False
+    keeps_fan_in: bool = False
 
 
 COMMON = {"update": 7, "seed": 3}
@@ -104,15 +106,16 @@ HALFWAY = Polynomial(0.5, 0.9, 50)
 BOUND = Linear(0.1, 0.02, 50)
 
 ROWS = {
-    "static": Row(lambda: Static(0.8)),
+    "static": Row(lambda: Static(0.8), keeps_fan_in=True),
     "set": Row(lambda: SET(0.8, **USUAL)),
-    "set by row": Row(lambda: SET(0.8, **USUAL, scope="row")),
+    "set by row": Row(lambda: SET(0.8, **USUAL, scope="row"), keeps_fan_in=True),
     "rigl": Row(lambda: RigL(0.8, **USUAL)),
-    "rigl by row": Row(lambda: RigL(0.8, **USUAL, scope="row")),
+    "rigl by row": Row(lambda: RigL(0.8, **USUAL, scope="row"), keeps_fan_in=True),
     "srigl": Row(
         lambda: SRigL(**USUAL, gamma_sal=0.95, exempt_last=False),
         prepare=constant_fan_in_,
         counts=whole_rows,
+        keeps_fan_in=True,
     ),
     "snfs": Row(lambda: SNFS(0.8, **USUAL), counts=together_keep),
     "snfs by gradient": Row(lambda: SNFS(0.8, **USUAL, momentum_bytes=0), counts=together_keep),

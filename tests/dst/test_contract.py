@@ -23,13 +23,16 @@ from tests.dst.rows import ROWS
 REAL = [("real", dtype, name) for dtype in (torch.float32, torch.float64) for name in OPTIMIZERS]
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
 OTHERS = [("fake", torch.float32, "sgd"), ("masked", torch.float64, "adamw")]
+FAN_IN = ("fan-in", torch.float32, "adamw")
 
-pytestmark = [
-    pytest.mark.parametrize(
-        ("kind", "dtype", "optimizer_name"), REAL + OTHERS, ids=lambda part: str(part).removeprefix("torch.")
-    ),
-    pytest.mark.parametrize("row", ROWS.values(), ids=ROWS),
-]
+pytestmark = pytest.mark.parametrize(
+    ("row", "kind", "dtype", "optimizer_name"),
+    [
+        pytest.param(row, *each, id="-".join([name, *map(str, each)]).replace("torch.", ""))
+        for name, row in ROWS.items()
+        for each in REAL + OTHERS + [FAN_IN] * row.keeps_fan_in
+    ],
+)
 
 
 @pytest.fixture

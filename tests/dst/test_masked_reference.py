@@ -37,10 +37,16 @@ def start(kind, algorithm_name, optimizer_name):
     return model, OPTIMIZERS[optimizer_name](model.parameters()), algorithm
 
 
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize("algorithm_name", ROWS)
-def test_a_sparse_model_trains_as_its_masked_twin(algorithm_name, optimizer_name):
-    twins = [start(kind, algorithm_name, optimizer_name) for kind in ("real", "masked")]
+@pytest.mark.parametrize(
+    ("algorithm_name", "kinds", "optimizer_name"),
+    [
+        *((name, ("real", "masked"), optimizer) for name in ROWS for optimizer in OPTIMIZERS),
+        *((name, ("fan-in", "masked fan-in"), "adamw") for name, row in ROWS.items() if row.keeps_fan_in),
+    ],
+    ids=lambda part: part[0] if isinstance(part, tuple) else part,
+)
+def test_a_sparse_model_trains_as_its_masked_twin(algorithm_name, kinds, optimizer_name):
+    twins = [start(kind, algorithm_name, optimizer_name) for kind in kinds]
     (sparse, *_), (masked, *_) = twins
     born = [layer.positions().clone() for layer in sparse_layers(sparse)]
     assert_same_model(sparse, masked)

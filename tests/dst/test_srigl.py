@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparselab.dst import Linear, Magnitude, SRigL, UpdateReport, gradient, srigl
-from sparselab.nn import MaskedLinear, SparseLinear, constant_fan_in_
+from sparselab.nn import SparseLinear, constant_fan_in_
 from tests.dst.fake import FakeSparse
-from tests.dst.harness import LAYERS
+from tests.dst.harness import KINDS, LAYERS
 
 ROWS, COLS = 12, 17
 FAN_IN = 4
@@ -58,9 +58,7 @@ def make(kind, dtype=torch.float64, seed=0):
     if kind == "fake":
         layer = FakeSparse(COLS, ROWS, sparsity, dtype=dtype)
     else:
-        layer = {"real": SparseLinear, "masked": MaskedLinear}[kind](
-            COLS, ROWS, sparsity=sparsity, dtype=dtype, bias=False
-        )
+        layer = KINDS[kind](COLS, ROWS, sparsity=sparsity, dtype=dtype, bias=False)
     constant_fan_in_(layer)
     scale_rows(layer, torch.linspace(0.01, 1, ROWS) ** 2)
     return layer
@@ -134,7 +132,7 @@ def test_the_cases_above_ablate_none_and_some_and_all_but_the_guarded():
     assert left[0] == ROWS > left[1] > left[3] > left[50] >= BUDGET // COLS + 1
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", [*LAYERS, "fan-in"])
 def test_many_updates_with_an_optimizer(kind):
     layer = make(kind)
     algorithm = algorithm_for(layer, gamma_sal=0.95, update=2)
