@@ -93,9 +93,9 @@ class SparseLayer(nn.Module):
         weight = linear.weight
         place = weight.device if device is None else device
         new = cls(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, sparsity=sparsity,
-            device=place, dtype=weight.dtype, **settings,
-        )  # type: ignore[call-arg] # fmt: skip
+            linear.in_features, linear.out_features, linear.bias is not None,
+            sparsity=sparsity, device=place, dtype=weight.dtype, **settings,
+        )  # type: ignore[call-arg]  # fmt: skip
         new._train_as(linear, weight)
         return new
 
