@@ -54,7 +54,7 @@ class Config:
     width: int = 768
     context: int = 128
     batch: int = 4
-    steps: int = 30
+    steps: int = 20
     sparsity: float = 0.9
     layer: str = "sparse"
     lr: float = 5e-4

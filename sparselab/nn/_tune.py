@@ -89,9 +89,10 @@ def tune(model: nn.Module, n_tokens: Iterable[int] = (1, 4, 16, 64, 256, 1024)) 
 
     Notes
     -----
-    Variants are timed in turns, about 0.1 s for each kind of layer and count, with the threads that torch
-    uses now. Tune last: the choice is made for this machine, these threads and this dtype. It is kept while
-    the density of the layer stays the same, also when its connections move, and is neither saved nor copied.
+    Variants are timed in turns, with the threads that torch uses now; each kind of layer and count takes
+    some 0.1 s, or a dozen products of each variant where that is longer. Tune last: the choice is made for
+    this machine, these threads and this dtype. It is kept while the density of the layer stays the same, also
+    when its connections move, and is neither saved nor copied.
 
     Variants differ in rounding. In the one named ``"dense blocks"`` an infinite input reaches every output of
     its token, as in a dense layer.

@@ -184,7 +184,7 @@ def test_a_model_and_its_twin_from_the_same_rules(init: Any) -> None:
     for masked, sparse in zip(*twins, strict=True):
         if not isinstance(masked, nn.ReLU):
             assert_twins(masked, sparse)
-    with pytest.raises(ValueError, match="layer must be one of .*, got 'dense'"):
+    with pytest.raises(ValueError, match=r"layer must be one of .*, got 'dense'"):
         sparsify(dense, {"0": 0.8}, layer="dense")
 
 
