@@ -141,5 +141,5 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def _vector(tensor: Tensor) -> np.ndarray[Any, Any]:
     """The entries in C order; the bits of bfloat16, which NumPy lacks, as uint16."""
-    tensor = tensor.detach().reshape(-1)
+    tensor = tensor.detach().contiguous().view(-1)
     return _array(tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor)

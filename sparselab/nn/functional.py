@@ -149,11 +149,15 @@ def infer(
     layer_plans : LayerPlans
         Of the layer.
     """
-    plans = layer_plans.current
-    if plans is None or buffers["forward_mask"] is not None or torch.compiler.is_compiling():
+    plans, values, bias = layer_plans.current, parameters.get("values"), parameters.get("bias")
+    if (
+        plans is None
+        or values is None
+        or buffers["forward_mask"] is not None
+        or torch.compiler.is_compiling()
+    ):
         return None
-    rows, columns = plans.shape
-    values, bias, dtype = parameters.get("values"), parameters.get("bias"), x.dtype
+    (rows, columns), dtype = plans.shape, x.dtype
     tensors = (x, values) if bias is None else (x, values, bias)
     if (
         not 0 < x.numel() <= MOST_TOKENS * columns
