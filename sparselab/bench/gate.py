@@ -39,7 +39,8 @@ class Gate:
         Parameters
         ----------
         module : nn.Module
-            Its parameters are a bias, named so, and a weight: dense, sparse CSR, or the values alone.
+            Its parameters are a bias, named so, and a weight: dense, sparse CSR, or, under the name values,
+            those of the connections alone.
         tolerance : float
         gradients : bool
             Also judge the gradients of the input, the live weights and the bias.
@@ -69,13 +70,15 @@ class Gate:
             if name.rpartition(".")[2] == "bias":
                 found["bias"] = parameter.grad
             else:
-                found["live weights"] = self._live(parameter.grad)
+                found["live weights"] = self._live(name, parameter.grad)
         return found
 
-    def _live(self, gradient: Tensor | None) -> Tensor | None:
+    def _live(self, name: str, gradient: Tensor | None) -> Tensor | None:
         """The gradient of the connections in row-major order."""
-        if gradient is None or gradient.ndim == 1:
+        if gradient is None:
             return gradient
+        if name.rpartition(".")[2] == "values":
+            return gradient.reshape(-1)
         if gradient.layout == torch.sparse_csr:
             return gradient.values()
         return gradient.reshape(-1)[self._positions]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparselab import SparseLinear
+from sparselab import FanInLinear, SparseLinear
 from sparselab.bench.gate import Gate, WrongResultError
 from sparselab.bench.timing import Timing, interleave
 from sparselab.kernels import n_connections
+from sparselab.nn import constant_fan_in_
 
 Call = Callable[[], object]
 
@@ -21,6 +22,9 @@ SHAPES = {(768, 3072): 2048, (3072, 768): 2048, (384, 1536): 2048, (640, 2560): 
 
 #: The contender that all others are compared with.
 OURS = "sparselab"
+
+#: `FanInLinear`. Where it takes part, the layer gets a constant fan-in, so that it can be the same matrix.
+FAN_IN = "fan-in"
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,14 @@ def _sparselab(layer: SparseLinear) -> nn.Module:
     return layer
 
 
+@contender(FAN_IN)
+def _fan_in(layer: SparseLinear) -> nn.Module:
+    try:
+        return FanInLinear.from_sparse(layer)
+    except ValueError as error:
+        raise RuntimeError(error) from error
+
+
 @contender("dense")
 def _dense(layer: SparseLinear) -> nn.Module:
     return layer.to_dense()
@@ -213,6 +225,8 @@ def run_case(
     """
     torch.manual_seed(0)
     layer = SparseLinear(case.in_features, case.out_features, sparsity=case.sparsity)
+    if FAN_IN in contenders and layer.nnz >= layer.out_features:
+        constant_fan_in_(layer)
     x = torch.randn(case.tokens, case.in_features)
     dy = torch.randn(case.tokens, case.out_features)
     gate = Gate(layer, x, dy)

@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_integer, nargs="+", metavar="N", help="default: as many as torch uses")
     for name, known in (("operations", linear.OPERATIONS), ("contenders", linear.CONTENDERS)):
         quoted = ", ".join(f"'{each}'" for each in known)
-        add(f"--{name}", nargs="+", choices=known, default=list(known), metavar="NAME", help=f"of {quoted}")
+        usual = [each for each in known if each != linear.FAN_IN]
+        left_out = f" (default: all but '{linear.FAN_IN}')" if len(usual) < len(known) else ""
+        text = f"of {quoted}{left_out}"
+        add(f"--{name}", nargs="+", choices=known, default=usual, metavar="NAME", help=text)
     add("--rounds", type=_integer, default=21, metavar="N", help="timed calls of each (default 21)")
     add(
         "--break-even",

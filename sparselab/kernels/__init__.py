@@ -17,7 +17,7 @@ import numpy as np
 
 from sparselab.kernels import _rewrite, _sddmm_dw, _spmm, _spmm_t
 from sparselab.kernels._few_tokens import MOST_TOKENS, address, matrix, multiply_few
-from sparselab.kernels._jit import aligned_empty, cache_directory
+from sparselab.kernels._jit import aligned_empty, cache_directory, worker_count
 from sparselab.kernels._plan import Segments, TransposePlan, plan_sddmm_dw, plan_spmm, plan_spmm_t
 from sparselab.kernels._rewrite import Rewrite
 from sparselab.kernels._sampling import sample_distinct
@@ -100,7 +100,7 @@ def spmm(
         offsets = np.zeros(W.shape[0], W.dtype) if bias is None else bias
         multiply_few(
             address(values), values, indices, begin, begin + W.row_nnz, address(offsets), offsets,
-            matrix(X), matrix(Y),
+            matrix(X), matrix(Y), worker_count(),
         )  # fmt: skip
     else:
         _spmm.multiply(values, indices, plan_spmm(W) if plan is None else plan, X, Y, bias)

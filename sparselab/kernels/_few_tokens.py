@@ -7,8 +7,6 @@ the bandwidth at which values and columns arrive, since each is used once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from sparselab.kernels._intrinsics import (
@@ -25,7 +23,7 @@ from sparselab.kernels._intrinsics import (
     zeros8,
     zeros16,
 )
-from sparselab.kernels._jit import jit, launch, scratch, worker_count
+from sparselab.kernels._jit import jit, launch, scratch
 from sparselab.kernels._shares import first_not_below
 from sparselab.kernels._team import spread
 from sparselab.kernels._tiles import pack
@@ -132,17 +130,14 @@ def _multiply_share(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-class Matrix(NamedTuple):
-    """A dense matrix by its memory, which costs less to make and to hand over than an array."""
-
-    address: int
-    strides: tuple[int, int]
-    shape: tuple[int, int]
+#: A dense matrix by its address, strides and shape, which cost less to hand over than an array.
+Matrix = tuple[int, tuple[int, int], tuple[int, int]]
 
 
 def matrix(array: Array) -> Matrix:
     """A 2-D array as the kernels here take it."""
-    return Matrix(array.__array_interface__["data"][0], strides(array), array.shape)
+    rows, columns = array.shape
+    return address(array), strides(array), (rows, columns)
 
 
 def address(array: Array) -> int:
@@ -155,7 +150,7 @@ _EMPTY = {np.dtype(name): np.empty((0, 0), name) for name in (np.float32, np.flo
 
 def multiply_few(
     values_at: int, bits: Array, indices: Array, begin: Array, end: Array, bias_at: int, like: Array,
-    X: Matrix, Y: Matrix,
+    X: Matrix, Y: Matrix, n_threads: int,
 ) -> None:  # fmt: skip
     """``Y = W X + b`` for 1 to `MOST_TOKENS` tokens, where row i of W is the slots ``begin[i] : end[i]``.
 
@@ -164,15 +159,16 @@ def multiply_few(
     read; `like` has the dtype of X and Y, `bits` the same or uint16 for bfloat16. Nothing is checked; Y is
     overwritten and overlaps nothing.
     """
-    n_columns, n_tokens = X.shape
-    if Y.shape[0] * n_tokens == 0:
+    x_at, x_strides, (n_columns, n_tokens) = X
+    y_at, y_strides, (n_rows, _) = Y
+    if n_rows * n_tokens == 0:
         return
-    n_shares = min(worker_count(), 1 + len(indices) // _MIN_SHARE)
+    n_shares = min(n_threads, 1 + len(indices) // _MIN_SHARE)
     if n_tokens == 1:
         work = _EMPTY[like.dtype]
     else:
         work = scratch(n_shares, (n_columns + 1) * (8 if n_tokens <= 8 else 16), like.dtype)
     launch(
         _multiply_share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
-        X.address, X.strides, n_columns, Y.address, Y.strides, n_tokens, work,
+        x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
     )  # fmt: skip

@@ -8,6 +8,7 @@ result never depends on which of the two it was.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import mmap
 import os
@@ -128,7 +129,18 @@ _launch_lock = threading.Lock()
 
 def worker_count() -> int:
     """Threads that a kernel launched now would use."""
-    return 1 if _forked else int(numba.get_num_threads())
+    return allowed(int(numba.get_num_threads()))
+
+
+def allowed(n_threads: int) -> int:
+    """As many threads as a process may use that may be a child of `os.fork`."""
+    return 1 if _forked else n_threads
+
+
+@functools.cache
+def _is_workqueue() -> bool:
+    """Whether that is the threading layer, which stays the same from the first launch on."""
+    return bool(numba.threading_layer() == "workqueue")
 
 
 def launch(kernel: Any, n_shares: int, *args: Any) -> None:
@@ -142,7 +154,7 @@ def launch(kernel: Any, n_shares: int, *args: Any) -> None:
         kernel(0, 1, *args)
         return
     everyone = team()
-    if numba.threading_layer() == "workqueue":
+    if _is_workqueue():
         with _launch_lock:
             kernel(everyone, n_shares, *args)
     else:

@@ -40,7 +40,7 @@ def multiply_t(values: Array, plan: TransposePlan, DY: Array, DX: Array) -> None
         begin, end = plan.indptr[:-1], plan.indptr[1:]
         multiply_few(
             address(transposed), transposed, plan.indices, begin, end, address(offsets), offsets,
-            matrix(DY), matrix(DX),
+            matrix(DY), matrix(DX), worker_count(),
         )  # fmt: skip
     else:
         multiply(transposed, plan.indices, plan.segments, DY, DX)

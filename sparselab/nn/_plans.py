@@ -30,25 +30,26 @@ class LayerPlans:
 
     def __init__(self) -> None:
         self.number = next(_numbers)
-        self._plans: TopologyPlans | None = None
+        #: Those that were needed last.
+        self.current: TopologyPlans | None = None
         self._measured: Measured | None = None
         _layers[self.number] = self
 
     def of(self, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
         """The plans of this topology; those of the one before are let go."""
-        plans = self._plans
+        plans = self.current
         if plans is not None and plans.is_of(indptr, indices, in_features):
             return plans
         if plans is None or plans.key != _key(indptr, indices, in_features):
-            plans = self._plans = TopologyPlans(indptr, indices, in_features)
+            plans = self.current = TopologyPlans(indptr, indices, in_features)
             plans.measured = self.measured(plans.density)
         return plans
 
     def remember(self, measured: Measured) -> None:
         """Choose forward variants by what was measured, as long as the density stays."""
         self._measured = measured
-        if self._plans is not None:
-            self._plans.measured = measured
+        if self.current is not None:
+            self.current.measured = measured
 
     def measured(self, density: float) -> Measured | None:
         """What was measured at this density; of another one it is forgotten."""
@@ -58,14 +59,14 @@ class LayerPlans:
 
     def keep_forward(self) -> None:
         """Let go of the plans of the backward passes; they are made anew if they are needed."""
-        if self._plans is not None:
+        if self.current is not None:
             for name in ("input_grad", "values_grad"):
-                self._plans.__dict__.pop(name, None)
+                self.current.__dict__.pop(name, None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the plans made so far."""
-        return 0 if self._plans is None else self._plans.nbytes
+        return 0 if self.current is None else self.current.nbytes
 
 
 class TopologyPlans:

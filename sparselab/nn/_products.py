@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels._dense_blocks import collect_rows, expand_rows
-from sparselab.kernels._few_tokens import Matrix, multiply_few
+from sparselab.kernels._few_tokens import multiply_few
 from sparselab.kernels._sddmm_dw import sample
 from sparselab.kernels._spmm import multiply
 from sparselab.kernels._spmm_t import multiply_t
@@ -37,21 +37,13 @@ def product(
     if x.dtype == torch.bfloat16:
         wide = None if bias is None else bias.detach().float()
         return product(x.float(), values, wide, plans, variant).to(torch.bfloat16)
-    use_torch_threads()
+    n_threads = use_torch_threads()
     rows, n_tokens = plans.shape[0], x.shape[0]
     y = torch.empty((n_tokens, rows), dtype=x.dtype)
     if variant is None:
         variant = plans.forward_variant(n_tokens)
     if variant == "few tokens":
-        weights = values if values.is_contiguous() else values.contiguous()
-        offsets = plans.zeros(x.dtype) if bias is None else bias.contiguous()
-        x_strides, columns = x.stride(), plans.shape[1]
-        multiply_few(
-            weights.data_ptr(), _LIKE[values.dtype], plans.indices, plans.begin, plans.end,
-            offsets.data_ptr(), _LIKE[x.dtype],
-            Matrix(x.data_ptr(), (x_strides[1], x_strides[0]), (columns, n_tokens)),
-            Matrix(y.data_ptr(), (1, rows), (rows, n_tokens)),
-        )  # fmt: skip
+        few_tokens(x, values, bias, plans, y, n_threads)
         return y
     if variant == "dense blocks":
         b = None if bias is None else bias.detach()
@@ -65,6 +57,24 @@ def product(
     offset = _vector(plans.zeros(x.dtype) if bias is None else bias)
     multiply(_vector(values), plans.indices, plans.forward, _array(x).T, _array(y).T, offset)
     return y
+
+
+def few_tokens(
+    x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans, y: Tensor, n_threads: int
+) -> None:
+    """Fill y (..., rows), contiguous, with ``x W^T + b`` for x contiguous or (tokens, columns)."""
+    rows, columns = plans.shape
+    weights = values if values.is_contiguous() else values.contiguous()
+    offsets = plans.zeros(x.dtype) if bias is None else bias.contiguous()
+    token_stride, stride = (columns, 1) if x.is_contiguous() else x.stride()
+    n_tokens = x.numel() // columns if columns else x.shape[0]
+    like = _LIKE[x.dtype]
+    multiply_few(
+        weights.data_ptr(), _LIKE[values.dtype], plans.indices, plans.begin, plans.end,
+        offsets.data_ptr(), like,
+        (x.data_ptr(), (stride, token_stride), (columns, n_tokens)),
+        (y.data_ptr(), (1, rows), (rows, n_tokens)), n_threads,
+    )  # fmt: skip
 
 
 def input_grad(grad: Tensor, values: Tensor, plans: TopologyPlans) -> Tensor:
@@ -134,5 +144,5 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def _vector(tensor: Tensor) -> np.ndarray[Any, Any]:
     """The entries in C order; the bits of bfloat16, which NumPy lacks, as uint16."""
-    tensor = tensor.detach().reshape(-1)
+    tensor = tensor.detach().contiguous().view(-1)
     return _array(tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparselab.nn._plans import LayerPlans, TopologyPlans, find_plans
-from sparselab.nn._products import input_grad, product, values_grad
+from sparselab.nn._products import few_tokens, input_grad, product, values_grad
+from sparselab.nn._threads import use_torch_threads
 from sparselab.nn.factors import GradientFactors, LinearFactors
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -128,6 +129,52 @@ def sparse_linear(
             y = run(x, values, bias, indptr, indices, plans.number)
             return y
     y = linear(x, values, bias, indptr, indices, plans.number)
+    return y
+
+
+def infer(
+    x: Tensor, parameters: Mapping[str, Any], buffers: Mapping[str, Any], layer_plans: LayerPlans
+) -> Tensor | None:
+    """The output of a layer for few tokens that nobody differentiates or traces; None for all else.
+
+    A shortcut. The product of one token takes 40 us and evicts from the caches what Python works with, so
+    that each step of the general way costs microseconds then, 70 together. Here everything is looked at once,
+    which takes 35. What is out of the ordinary in any way, an error included, is left to the general way.
+
+    Parameters
+    ----------
+    x : (..., in_features)
+    parameters, buffers
+        Of the layer, by name.
+    layer_plans : LayerPlans
+        Of the layer.
+    """
+    plans, values, bias = layer_plans.current, parameters.get("values"), parameters.get("bias")
+    if (
+        plans is None
+        or values is None
+        or buffers["forward_mask"] is not None
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    (rows, columns), dtype = plans.shape, x.dtype
+    tensors = (x, values) if bias is None else (x, values, bias)
+    if (
+        x.numel() == 0
+        or x.shape[-1] != columns
+        or plans.forward_variant(x.numel() // columns) != "few tokens"
+        or not _is_plain(tensors)
+        or _wants_gradient(tensors)
+        or not (dtype is torch.float32 or dtype is torch.float64)
+        or dtype is not values.dtype
+        or not x.is_contiguous()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or not plans.is_of(buffers["indptr"], buffers["indices"], columns)
+    ):
+        return None
+    check_fit(x, values, bias, plans)
+    y = x.new_empty((*x.shape[:-1], rows))
+    few_tokens(x, values, bias, plans, y, use_torch_threads())
     return y
 
 

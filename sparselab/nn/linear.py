@@ -312,7 +312,8 @@ class SparseLinear(SparseLayer):
         NotImplementedError
             If the layer or x is not on the CPU, or forward-mode derivatives are asked for.
         """
-        return self._forward(check_input(x, self.values, self.in_features))
+        y = functional.infer(x, self._parameters, self._buffers, self._plans)
+        return self._forward(check_input(x, self.values, self.in_features)) if y is None else y
 
     def _product(self, tokens: Tensor) -> Tensor:
         return functional.sparse_linear(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparselab import SparseLinear
+from sparselab import FanInLinear, SparseLinear
 from sparselab.bench import linear
 from sparselab.bench.gate import Gate, WrongResultError
 from sparselab.bench.linear import CONTENDERS, Case, run_case
@@ -23,7 +23,7 @@ def batch(layer: SparseLinear, tokens: int = 8) -> tuple[Tensor, Tensor]:
 def test_right_contenders_pass(name: str, shape: tuple[int, int]) -> None:
     if name == "dense bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("no bfloat16 instructions")
-    layer = SparseLinear(*shape, sparsity=0.9)
+    layer = FanInLinear(*shape, sparsity=0.9).to_sparse()
     gate = Gate(layer, *batch(layer))
     module = CONTENDERS[name].make(layer)
     gate.check(module, CONTENDERS[name].tolerance, gradients=False)
@@ -117,3 +117,10 @@ def test_a_contender_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -
     (result,) = run_case(Case(16, 24, 8, 0.9), ["forward"], ["absent"], 1, [1])
     assert result.timings == {"absent": "cannot run: not on this CPU"}
     assert result.gflops is None
+
+
+def test_a_constant_fan_in_takes_part_where_there_is_one() -> None:
+    for case, timed in ((Case(20, 10, 4, 0.5), True), (Case(20, 10, 4, 0.955), False)):
+        (result,) = run_case(case, ["forward + backward"], ["sparselab", "fan-in"], 1, [1])
+        assert (result.median("fan-in") is not None) == timed
+        assert timed or "equally many connections" in str(result.timings["fan-in"])

@@ -22,7 +22,7 @@ def test_freezing_lets_go_of_what_training_needs_and_keeps_the_forward_plan(bias
     SET().attach(layer)
     x = train(layer).detach()
     expected, held = layer(x), layer.plan_bytes()
-    plan = layer._plans._plans.forward
+    plan = layer._plans.current.forward
     assert layer.gradient_watcher is not None or layer.values.grad is not None
     assert layer.freeze() is layer
     assert not any(parameter.requires_grad for parameter in layer.parameters())
@@ -32,7 +32,7 @@ def test_freezing_lets_go_of_what_training_needs_and_keeps_the_forward_plan(bias
     y = layer(x)
     assert not y.requires_grad
     assert torch.equal(y, expected)
-    assert layer._plans._plans.forward is plan
+    assert layer._plans.current.forward is plan
     assert memory_report(layer).gradient_bytes == 0
 
 
