@@ -98,6 +98,11 @@ def plan_sddmm_dw(W: PaddedCSR) -> Segments:
     return _segments(W.indptr, W.row_nnz, W.indices, W.shape, _gradient_block(W.shape[1]))
 
 
+def plan_rows(begin: Array, row_nnz: Array, indices: Array, shape: tuple[int, int]) -> Segments:
+    """Segments that are whole rows, for kernels that keep no block of columns in a cache."""
+    return _segments(begin, row_nnz, indices, shape, shape[1])
+
+
 def _product_block(nnz: int, shape: tuple[int, int]) -> int:
     per_column = nnz / max(shape[0] * shape[1], 1)
     wanted = _USEFUL_SEGMENT / per_column if per_column else shape[1]
