@@ -6,8 +6,8 @@ image by constants, so output t of a kernel element is ``plane[t + shift]`` for 
 there without being made. Zeros between two rows serve as the end of one and the beginning of the next. Some t
 belong to no output; what is computed for them is never read.
 
-With a stride of s, pixels ``s * a + phase`` of each phase that some kernel element meets make a plane of their
-own, in which windows move by one pixel again.
+With a stride of s, pixels ``s * a + phase`` of each phase that some kernel element meets make a plane of
+their own, in which windows move by one pixel again.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def output_grid(grid: Grid) -> Grid:
 
 
 class _Axis:
-    """One of the two directions: output o of kernel element k reads number ``o + shift[k]`` of ``phase[k]``."""
+    """One direction: output o of kernel element k reads number ``o + shift[k]`` of phase ``phase[k]``."""
 
     def __init__(self, size: int, kernel: int, stride: int, padding: int, dilation: int) -> None:
         reach = np.arange(kernel) * dilation
@@ -116,14 +116,14 @@ class _Axis:
 
 
 def plane_stride(n_tokens: int, itemsize: int) -> int:
-    """Items from plane to plane, an odd number of cache lines: else all planes would share a few cache sets."""
+    """Items from plane to plane, an odd number of cache lines, so that planes do not share cache sets."""
     line = _CACHE_LINE // itemsize
     return (-(-n_tokens // line) | 1) * line
 
 
 def whole_tiles(n_tokens: int, itemsize: int) -> int:
-    """The tokens, rounded up to whole tile rows."""
-    width = TILE_BYTES // itemsize
+    """The tokens, rounded up to whole tiles of `multiply_shifted`."""
+    width = 2 * TILE_BYTES // itemsize
     return -(-n_tokens // width) * width
 
 

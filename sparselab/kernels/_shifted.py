@@ -1,14 +1,15 @@
 """Sparse products with shifted rows of planes (see `_planes`), the arithmetic of a sparse convolution.
 
 ``Y[i, t] = sum_k v_k P[offset_k + t] + b_i`` over the connections k of row i, and its gradient by the values,
-``dW_k = sum_t DY[i, t] P[offset_k + t]``. A column's tokens follow each other in memory, so nothing is packed:
-the rows of P are loaded where they are, at any alignment.
+``dW_k = sum_t DY[i, t] P[offset_k + t]``. A column's tokens follow each other in memory, so nothing is
+packed: the rows of P are loaded where they are, at any alignment.
 
-Loop order of `multiply_shifted`, from outside: shares of (row group, tile of tokens) on threads; rows, two at a
-time. In registers: the tile rows of two sums. In the first-level cache, if it is large enough: what the tile's
-windows see of all planes. Loop order of `sample_shifted`: shares of rows; long tiles of tokens; rows; `_DOTS`
-connections at a time, whose sums stay in registers while they go along the tile and share the loads of DY.
-Per connection and tile row: one tile row loaded and multiplied; 4 + 2 bytes of value and column.
+Loop order of `multiply_shifted`, from outside: shares of (row group, tile of tokens) on threads; blocks of
+columns; rows. In registers: the tile of one sum, two tile rows. In the first-level cache: what the windows of
+the tile see of a block's planes. Loop order of `sample_shifted`: shares of rows; long tiles of tokens; rows;
+`_DOTS` connections at a time, whose sums stay in registers while they go along the tile and share the loads
+of DY. Per connection and tile row: one tile row loaded and multiplied; per connection and tile 4 + 2 bytes of
+value and column.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from sparselab.kernels.layout import Array
 _DOTS = 8
 
 #: Bytes of a row of DY that a share goes along before it turns to the next row.
-_LONG_TILE_BYTES = 1024
+_LONG_TILE_BYTES = 4096
 
 _zeros = zeros16 if VECTOR_BYTES == 64 else zeros8
 
@@ -51,57 +52,51 @@ def _multiply_share(  # type: ignore[no-untyped-def]
     if spread(share, n_shares):
         return
     width = tile_width(y)
-    n_tiles = n_tokens // width
+    n_tiles = n_tokens // (2 * width)
     n_pairs = (len(groups) - 1) * n_tiles
     for pair in range(share * n_pairs // n_shares, (share + 1) * n_pairs // n_shares):
-        p, q = plan.ptr[groups[pair // n_tiles], 0], plan.ptr[groups[pair // n_tiles + 1] - 1, 1]
-        token = pair % n_tiles * width
-        while p < q:
-            # Segments are sorted by length; the last one of an odd number is paired with itself.
-            r = min(p + 1, q - 1)
-            row_a, row_b = np.int64(get(plan.row, p)), np.int64(get(plan.row, r))
-            a, b = np.int64(get(plan.start, p)), np.int64(get(plan.start, r))
-            n, m = np.int64(get(plan.length, p)), np.int64(get(plan.length, r))
-            both = min(n, m)
-            sum_a, sum_b = splat_row(get(bias, row_a)), splat_row(get(bias, row_b))
-            for k in range(both):
-                x_a = load_any(x, np.int64(get(offsets, np.int64(get(indices, a + k)))) + token, sum_a)
-                x_b = load_any(x, np.int64(get(offsets, np.int64(get(indices, b + k)))) + token, sum_b)
-                sum_a = fma_row(splat_row(weight(values, a + k)), x_a, sum_a)
-                sum_b = fma_row(splat_row(weight(values, b + k)), x_b, sum_b)
-            for k in range(both, n):
-                x_a = load_any(x, np.int64(get(offsets, np.int64(get(indices, a + k)))) + token, sum_a)
-                sum_a = fma_row(splat_row(weight(values, a + k)), x_a, sum_a)
-            for k in range(both, m):
-                x_b = load_any(x, np.int64(get(offsets, np.int64(get(indices, b + k)))) + token, sum_b)
-                sum_b = fma_row(splat_row(weight(values, b + k)), x_b, sum_b)
-            store_any(y, row_a * y_stride + token, sum_a)
-            store_any(y, row_b * y_stride + token, sum_b)
-            p += 2
+        chunk0, chunk1 = groups[pair // n_tiles], groups[pair // n_tiles + 1]
+        token = pair % n_tiles * 2 * width
+        for b in range(plan.ptr.shape[1] - 1):
+            for c in range(chunk0, chunk1):
+                for p in range(plan.ptr[c, b], plan.ptr[c, b + 1]):
+                    row = np.int64(get(plan.row, p))
+                    slot = np.int64(get(plan.start, p))
+                    at = row * y_stride + token
+                    left = splat_row(get(bias, row))
+                    right = left
+                    if b > 0:
+                        left, right = load_any(y, at, left), load_any(y, at + width, left)
+                    for k in range(slot, slot + np.int64(get(plan.length, p))):
+                        place = np.int64(get(offsets, np.int64(get(indices, k)))) + token
+                        w = splat_row(weight(values, k))
+                        left = fma_row(w, load_any(x, place, left), left)
+                        right = fma_row(w, load_any(x, place + width, left), right)
+                    store_any(y, at, left)
+                    store_any(y, at + width, right)
 
 
 def multiply_shifted(
     values: Array, indices: Array, plan: Segments, offsets: Array, X: Array, Y: Array, n_tokens: int,
     bias: Array,
 ) -> None:  # fmt: skip
-    """``Y[i, t] = sum_k v_k X[offsets[j_k] + t] + b_i`` for ``t < n_tokens``, in whole tile rows.
+    """``Y[i, t] = sum_k v_k X[offsets[j_k] + t] + b_i`` for ``t < n_tokens``, in whole tiles.
 
     Parameters
     ----------
     values, indices : arrays, (nnz,)
         The values have the dtype of X, or are the bits of bfloat16 in uint16 beside float32.
     plan : Segments
-        Of one block of columns.
     offsets : int64 array, (columns,)
         Where in X, flat, the tokens of each column begin.
     X : array, C order
     Y : array, (rows, at least n_tokens), C order
         Overwritten.
     n_tokens : int
-        A multiple of the width of a tile row.
+        From `whole_tiles`.
     bias : array, (rows,)
     """
-    n_tiles = n_tokens * Y.itemsize // TILE_BYTES
+    n_tiles = n_tokens * Y.itemsize // (2 * TILE_BYTES)
     if n_tiles * len(Y) == 0:
         return
     groups = product_groups(plan, n_tiles, worker_count(), Y.itemsize + indices.itemsize)
@@ -153,7 +148,7 @@ def sample_shifted(
     indices: Array, begin: Array, end: Array, offsets: Array, DY: Array, X: Array, n_tokens: int,
     out: Array,
 ) -> None:  # fmt: skip
-    """``out[k] += sum of DY[i, t] X[offsets[j_k] + t]`` over ``t < n_tokens``, in whole tile rows.
+    """``out[k] += sum of DY[i, t] X[offsets[j_k] + t]`` over ``t < n_tokens``, in whole tiles.
 
     Row i is the connections ``begin[i] : end[i]``; DY (rows, tokens) and X are in C order.
     The sum over the tokens has the same order for any number of threads.

@@ -2,13 +2,14 @@
 
 from sparselab.nn.attention import SparseMultiheadAttention
 from sparselab.nn.brf import brf_
+from sparselab.nn.conv import SparseConv2d
 from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.factors import GradientFactors
 from sparselab.nn.files import load_model, save_model
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import constant_fan_in_, fan_in_uniform_
 from sparselab.nn.linear import SparseLinear
-from sparselab.nn.masked import MaskedLinear
+from sparselab.nn.masked import MaskedConv2d, MaskedLinear
 from sparselab.nn.meta import materialize
 from sparselab.nn.report import MemoryReport, memory_report
 from sparselab.nn.topology import SparseTopology, find_sparse
@@ -16,8 +17,10 @@ from sparselab.nn.topology import SparseTopology, find_sparse
 __all__ = [
     "GradientFactors",
     "GradientWatcher",
+    "MaskedConv2d",
     "MaskedLinear",
     "MemoryReport",
+    "SparseConv2d",
     "SparseLinear",
     "SparseMultiheadAttention",
     "SparseTopology",

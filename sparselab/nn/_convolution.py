@@ -1,13 +1,13 @@
 """The three products of a sparse convolution on CPU tensors, chunk by chunk of images.
 
-Tensors here are plain and checked, as those of `_products`. A chunk is laid out in planes (`kernels._planes`),
-in which the unfolded batch is a matter of addresses.
+Tensors here are plain and checked, as those of `_products`. A chunk is laid out in planes
+(`kernels._planes`), in which the unfolded batch is a matter of addresses.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparselab.kernels import TransposePlan, index_dtype
 from sparselab.kernels._jit import scratch
-from sparselab.kernels._plan import Segments, plan_rows
+from sparselab.kernels._plan import Segments, plan_shifted
 from sparselab.kernels._planes import (
     Grid,
     Pair,
@@ -31,7 +31,7 @@ from sparselab.kernels._planes import (
 from sparselab.kernels._shifted import multiply_shifted, sample_shifted
 from sparselab.kernels._spmm_t import gather
 from sparselab.kernels.layout import Array
-from sparselab.nn._plans import TopologyPlans
+from sparselab.nn._plans import TopologyPlans, nbytes
 from sparselab.nn._products import _array, _vector
 from sparselab.nn._threads import use_torch_threads
 
@@ -49,10 +49,26 @@ class Geometry(NamedTuple):
     padding: Pair
     dilation: Pair
 
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """That of its `numbers`."""
+        in_channels, groups, a, b, c, d, e, f, g, h = numbers
+        return cls(in_channels, groups, (a, b), (c, d), (e, f), (g, h))
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of them, as an operator takes them."""
+        return [*self[:2], *itertools.chain(*self[2:])]
+
     @property
     def elements(self) -> int:
         """Elements of the kernel."""
         return self.kernel[0] * self.kernel[1]
+
+    @property
+    def columns(self) -> int:
+        """Columns of W."""
+        return self.in_channels // self.groups * self.elements
 
     def grid(self, size: Pair) -> Grid:
         """Where the pixels of images of this size go."""
@@ -62,9 +78,7 @@ class Geometry(NamedTuple):
         """Rows and columns of outputs for images of this size; not positive if they are too small."""
         down, right = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(
-                size, self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
+            for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         )
         return down, right
 
@@ -78,6 +92,7 @@ class ConvolutionPlans:
         rows, columns = topology.shape
         self.shape = rows, geometry.in_channels * geometry.elements
         self.indices = topology.indices
+        self._transposed: TransposePlan | None = None
         if geometry.groups > 1:
             # The matrix of all groups, each on its own channels.
             group = self._rows() // (rows // geometry.groups)
@@ -90,15 +105,26 @@ class ConvolutionPlans:
     @cached_property
     def forward(self) -> Segments:
         """Plan of the product."""
-        return plan_rows(self.begin, self.end - self.begin, self.indices, self.shape)
+        return plan_shifted(
+            self.begin, self.end - self.begin, self.indices, self.shape, self.geometry.elements
+        )
 
     def input_grad(self, grid: Grid) -> TransposePlan:
         """Plan of the gradient by the input: rows are planes, columns are outputs times elements."""
         if self._transposed is None:
+            # All grids of a geometry have the same phases.
             self._transposed = self._transpose(grid.phase, len(grid.phases))
         return self._transposed
 
-    _transposed: TransposePlan | None = None
+    def keep_forward(self) -> None:
+        """Let go of the plan of the gradient by the input."""
+        self._transposed = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plans made so far."""
+        own = self.indices.nbytes if self.geometry.groups > 1 else 0
+        return own + nbytes(self.__dict__.get("forward")) + nbytes(self._transposed)
 
     def _transpose(self, phase: Array, n_phases: int) -> TransposePlan:
         elements = self.geometry.elements
@@ -110,7 +136,7 @@ class ConvolutionPlans:
         indices = (self._rows() * elements + element)[slots].astype(index_dtype(shape[1]))
         indptr = np.zeros(shape[0] + 1, np.int64)
         np.cumsum(np.bincount(plane, minlength=shape[0]), out=indptr[1:])
-        segments = plan_rows(indptr[:-1], np.diff(indptr), indices, shape)
+        segments = plan_shifted(indptr[:-1], np.diff(indptr), indices, shape, elements)
         return TransposePlan(len(slots), indptr, indices, slots.astype(np.int32), segments)
 
 
@@ -136,7 +162,7 @@ def product(x: Tensor, values: Tensor, bias: Tensor | None, plans: ConvolutionPl
 
 
 def input_grad(grad: Tensor, values: Tensor, plans: ConvolutionPlans, size: Pair) -> Tensor:
-    """The gradient by x (n, in_channels, \*size), in the dtype of dy."""
+    """The gradient by x (n, in_channels, height, width), in the dtype of dy."""
     if grad.dtype == torch.bfloat16:
         return input_grad(grad.float(), values, plans, size).to(torch.bfloat16)
     use_torch_threads()
@@ -208,4 +234,5 @@ def _starts(X: Array, grid: Grid) -> Array:
     """Where in X, flat, the tokens of each column of W begin."""
     n_channels = len(X) // len(grid.phases)
     channel = np.arange(n_channels) * (len(grid.phases) * X.shape[1])
-    return np.add.outer(channel, grid.phase * X.shape[1] + grid.shift).reshape(-1)
+    starts: Array = np.add.outer(channel, grid.phase * X.shape[1] + grid.shift).reshape(-1)
+    return starts

@@ -1,4 +1,4 @@
-"""What `SparseLinear` and `MaskedLinear` have in common: sizes, counts, leading dimensions and a watcher."""
+"""What all sparse layers have in common: sizes, counts, patterns, leading dimensions and a watcher."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from sparselab.nn.topology import SparseTopology, as_matrix
 if TYPE_CHECKING:
     import scipy.sparse
 
-    from sparselab.nn.masked import MaskedLinear
-
 Layer = TypeVar("Layer", bound="SparseLayer")
 
 
 class SparseLayer(nn.Module):
-    """A linear layer with a topology; subclasses say how it is stored and computed."""
+    """A layer with the topology of a matrix W (out_features, in_features), which subclasses store."""
 
     bias: nn.Parameter | None
     forward_mask: Tensor | None
     #: The kind of layer it was made from, which `sparselab.densify` makes of it again.
     dense_class: type[nn.Module] = nn.Linear
+    #: What `to_dense` makes, and the arguments that both kinds take and keep under the same names.
+    _dense: type[nn.Module] = nn.Linear
+    _settings: tuple[str, ...] = ("in_features", "out_features")
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -39,6 +40,9 @@ class SparseLayer(nn.Module):
         self.in_features = check_size("in_features", in_features)
         self.out_features = check_size("out_features", out_features)
         self.gradient_watcher: GradientWatcher | None = None
+
+    def _configure(self, layer: Any) -> None:
+        """Take over the settings of a layer that are more than the shape of W."""
 
     @property
     def stored(self) -> nn.Parameter:
@@ -52,6 +56,10 @@ class SparseLayer(nn.Module):
 
     def positions(self) -> Tensor:
         """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Module:
+        """A dense layer with the same outputs, mode and trainability."""
         raise NotImplementedError
 
     def per_connection(self, entries: Tensor) -> Tensor:
@@ -73,28 +81,29 @@ class SparseLayer(nn.Module):
         """Make room for a saved mask, or forget the mask if none was saved."""
         self.forward_mask = None if saved is None else torch.ones_like(self.stored, dtype=torch.bool)
 
-    def _product(self, tokens: Tensor) -> Tensor:
-        """(tokens, out_features) for (tokens, in_features)."""
+    def _product(self, x: Tensor) -> Tensor:
+        """The output for checked input: of linear layers (tokens, out_features) for (tokens, in_features)."""
         raise NotImplementedError
 
-    def _product_seen_by(self, watcher: GradientWatcher, tokens: Tensor) -> Tensor:
+    def _product_seen_by(self, watcher: GradientWatcher, x: Tensor) -> Tensor:
         """As `_product`, and show `watcher` the operands of its backward passes."""
         raise NotImplementedError
 
     @classmethod
     def _like(
-        cls: type[Layer],
-        linear: nn.Linear | MaskedLinear,
-        sparsity: float,
-        device: torch.device | str | None = None,
+        cls: type[Layer], dense: Any, sparsity: float, device: torch.device | str | None = None
     ) -> Layer:
         """A new layer with the sizes, dtype, mode and trainability of a dense one, and random weights."""
-        weight = linear.weight
-        place = weight.device if device is None else device
-        new = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, sparsity, place, weight.dtype
-        )  # type: ignore[call-arg]
-        new._train_as(linear, weight)
+        weight = dense.weight
+        make: Any = cls
+        new: Layer = make(
+            **{name: getattr(dense, name) for name in cls._settings},
+            bias=dense.bias is not None,
+            sparsity=sparsity,
+            device=weight.device if device is None else device,
+            dtype=weight.dtype,
+        )
+        new._train_as(dense, weight)
         return new
 
     @classmethod
@@ -132,9 +141,13 @@ class SparseLayer(nn.Module):
         """
         (rows, columns), positions, weights = read_pattern(pattern)
         new = cls(columns, rows, bias, sparsity=1.0, dtype=dtype)  # type: ignore[call-arg]
-        new._connect(positions, weights)
-        new._draw_bias(torch.from_numpy(new._matrix().indptr))
+        new._begin_with(positions, weights)
         return new
+
+    def _begin_with(self, positions: Tensor, weights: Tensor | None) -> None:
+        """As `_connect`, and draw the biases that go with the connections."""
+        self._connect(positions, weights)
+        self._draw_bias(torch.from_numpy(self._matrix().indptr))
 
     def set_topology(self, pattern: Any) -> None:
         """Replace the connections, in place, by those of a matrix of the layer's shape.
@@ -206,14 +219,13 @@ class SparseLayer(nn.Module):
         values = weights.float() if weights.dtype == torch.bfloat16 else weights
         return PaddedCSR.unchecked(self.shape, W.indptr, W.row_nnz, W.indices, values.numpy())
 
-    def _train_as(self, linear: nn.Linear | SparseLayer, weight: Tensor) -> None:
+    def _train_as(self, layer: Any, weight: Tensor) -> None:
         """Take over the mode, what is trained, and the kind of another layer with that weight."""
-        self.train(linear.training)
-        self.dense_class = getattr(linear, "dense_class", nn.Linear)
+        self.train(layer.training)
+        self.dense_class = getattr(layer, "dense_class", self._dense)
         self.stored.requires_grad_(weight.requires_grad)
         if self.bias is not None:
-            assert linear.bias is not None
-            self.bias.requires_grad_(linear.bias.requires_grad)
+            self.bias.requires_grad_(layer.bias.requires_grad)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -234,17 +246,21 @@ class SparseLayer(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         """The output for checked input (..., in_features)."""
         tokens = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        y = self._output(tokens)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
+
+    def _output(self, x: Tensor) -> Tensor:
+        """The product, shown to the watcher if there is one and something to be seen."""
         watched = self.gradient_watcher is not None and self.stored.requires_grad
         product = self._watched_product if watched else self._product
         if watched and torch.compiler.is_compiling():
             # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
             product = torch.compiler.disable(product)  # type: ignore[no-untyped-call]
-        y = product(tokens)
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
+        return product(x)
 
-    def _watched_product(self, tokens: Tensor) -> Tensor:
+    def _watched_product(self, x: Tensor) -> Tensor:
         assert self.gradient_watcher is not None
-        y = self._product_seen_by(self.gradient_watcher, tokens)
+        y = self._product_seen_by(self.gradient_watcher, x)
         if y.requires_grad:
             self.gradient_watcher.forward_seen()
         return y

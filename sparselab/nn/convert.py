@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,18 @@ from sparselab.nn._checks import check_dtype
 from sparselab.nn._dense import DenseLayer, choose, find_dense, refuse_entangled
 from sparselab.nn._layer import SparseLayer
 from sparselab.nn.attention import SparseMultiheadAttention
+from sparselab.nn.conv import SparseConv2d
 from sparselab.nn.linear import SparseLinear
-from sparselab.nn.masked import MaskedLinear
+from sparselab.nn.masked import MaskedConv2d, MaskedLinear
 from sparselab.nn.topology import is_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_KINDS: dict[str, type[SparseLinear | MaskedLinear]] = {"sparse": SparseLinear, "masked": MaskedLinear}
+#: For dense layers: what `sparsify` makes of linear ones, and of convolutions.
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "sparse": (SparseLinear, SparseConv2d),
+    "masked": (MaskedLinear, MaskedConv2d),
+}
 
 
 def sparsify(
@@ -32,7 +37,7 @@ def sparsify(
     init: Literal["random", "magnitude"] = "random",
     layer: Literal["sparse", "masked"] = "sparse",
 ) -> Model:
-    """Swap the named linear layers of a model for `SparseLinear`, in place.
+    """Swap the named layers of a model for `SparseLinear` and `SparseConv2d`, in place.
 
     Parameters
     ----------
@@ -47,8 +52,8 @@ def sparsify(
         "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
         weights of the dense layer stay.
     layer : {"sparse", "masked"}
-        "masked": `MaskedLinear` layers instead, which simulate the same model at the cost of the dense one.
-        With the same seed of torch's generator both kinds get the same topology and weights.
+        "masked": `MaskedLinear` and `MaskedConv2d` instead, which simulate the same model at the cost of the
+        dense one. With the same seed of torch's generator both kinds get the same topology and weights.
 
     Returns
     -------
@@ -58,17 +63,18 @@ def sparsify(
     Raises
     ------
     ValueError
-        If the model is itself a linear layer, a pattern matches none, a sparsity is not in [0, 1], init or
+        If the model is itself such a layer, a pattern matches none, a sparsity is not in [0, 1], init or
         layer is none of its choices, init is "magnitude" and a layer on the meta device, or a matching layer
         shares a parameter with another module or computes its weight (as under
         `torch.nn.utils.spectral_norm`). Nothing has been changed then.
 
     Notes
     -----
-    Linear layers are those whose class is exactly one of these; a subclass may be read by its owner in ways
+    The layers are those whose class is exactly one of these; a subclass may be read by its owner in ways
     of its own. `plan_sparsify` lists them without a change.
 
     - `torch.nn.Linear`.
+    - `torch.nn.Conv2d`.
     - ``transformers.pytorch_utils.Conv1D``, a linear layer with a transposed weight, as GPT-2 has it.
     - The projections of `torch.nn.MultiheadAttention`, which go by ``q_proj``, ``k_proj``, ``v_proj`` and
       ``out_proj`` below the name of the attention; where any matches, the attention becomes a
@@ -95,18 +101,29 @@ def sparsify(
         for name, (each, _) in chosen.items():
             if each.linear.weight.is_meta:
                 raise ValueError(f'init must be "random" on the meta device, where {name!r} has no weights')
-    make = _KINDS[layer].from_dense if init == "magnitude" else _KINDS[layer]._like
-    _swap(model, [(each, make(each.linear, sparsity)) for each, sparsity in chosen.values()])
+    make = "from_dense" if init == "magnitude" else "_like"
+    _swap(
+        model,
+        [
+            (each, getattr(_kind(each, layer), make)(each.linear, sparsity))
+            for each, sparsity in chosen.values()
+        ],
+    )
     return model
+
+
+def _kind(layer: DenseLayer, kind: str = "sparse") -> Any:
+    """The class of what a layer becomes."""
+    return _KINDS[kind][isinstance(layer.linear, nn.Conv2d)]
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """What would become of one layer; shape is (out_features, in_features), bytes include the bias."""
+    """What would become of one layer; shape is that of the weight, bytes include the bias."""
 
     name: str
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     sparsity: float
     connections: int
     bytes_before: int
@@ -177,10 +194,11 @@ def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, float]) -> SparsifyP
 
 
 def _planned(name: str, layer: DenseLayer, sparsity: float) -> PlannedLayer:
-    after = SparseLinear._like(layer.linear, sparsity, device="meta")
+    after = _kind(layer)._like(layer.linear, sparsity, device="meta")
     kind = type(layer.owner).__name__
     before, after_bytes = (_bytes(each) for each in (layer.linear, after))
-    return PlannedLayer(name, kind, after.shape, sparsity, after.nnz, before, after_bytes)
+    shape = tuple(layer.linear.weight.shape)
+    return PlannedLayer(name, kind, shape, sparsity, after.nnz, before, after_bytes)
 
 
 def _bytes(layer: nn.Module) -> int:
@@ -191,9 +209,9 @@ def densify(model: Model) -> Model:
     """Make the sparse layers of a model dense again, in place; its outputs stay the same to rounding.
 
     `SparseLinear` and `MaskedLinear` become `torch.nn.Linear`, or the ``Conv1D`` of transformers that
-    `sparsify` made them from, so that its checkpoints fit again; `SparseMultiheadAttention` becomes
-    `torch.nn.MultiheadAttention`. Modes and trainability are kept. The encoders of torch that `sparsify` has
-    kept off their fused path stay off it.
+    `sparsify` made them from, so that its checkpoints fit again; `SparseConv2d` and `MaskedConv2d` become
+    `torch.nn.Conv2d`, `SparseMultiheadAttention` becomes `torch.nn.MultiheadAttention`. Modes and
+    trainability are kept. The encoders of torch that `sparsify` has kept off their fused path stay off it.
 
     Parameters
     ----------
@@ -218,28 +236,28 @@ def densify(model: Model) -> Model:
     >>> densify(nn.Sequential(SparseLinear(8, 4), nn.ReLU()))[0]
     Linear(in_features=8, out_features=4, bias=True)
     """
-    kinds = (SparseLinear, MaskedLinear, SparseMultiheadAttention)
+    kinds = (SparseLayer, SparseMultiheadAttention)
     if isinstance(model, kinds):
         raise ValueError(
             f"model must contain the layers to make dense, got a {type(model).__name__} itself; use its "
             "to_dense()"
         )
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) and module.values.is_meta:
+        if isinstance(module, SparseLayer) and module.stored.is_meta:
             raise ValueError(f"model must hold data, got {name!r} on the meta device; see materialize")
     attentions = [each for each in model.modules() if isinstance(each, SparseMultiheadAttention)]
     inside = {part for each in attentions for part in each.modules()}
     dense: dict[nn.Module, nn.Module] = {each: each.to_dense() for each in attentions}
     for layer in model.modules():
-        if isinstance(layer, (SparseLinear, MaskedLinear)) and layer not in inside:
+        if isinstance(layer, SparseLayer) and layer not in inside:
             dense[layer] = _to_dense_class(layer)
     _replace(model, dense)
     return model
 
 
-def _to_dense_class(layer: SparseLinear | MaskedLinear) -> nn.Module:
-    linear = layer.to_dense()
-    if layer.dense_class is nn.Linear:
+def _to_dense_class(layer: SparseLayer) -> nn.Module:
+    linear: Any = layer.to_dense()
+    if isinstance(linear, layer.dense_class):
         return linear
     with torch.device("meta"):
         new = layer.dense_class(layer.out_features, layer.in_features)
@@ -251,10 +269,10 @@ def _to_dense_class(layer: SparseLinear | MaskedLinear) -> nn.Module:
 
 def find_linear(
     model: nn.Module, include: Pattern | Iterable[Pattern] = "*", exempt: Pattern | Iterable[Pattern] = ()
-) -> dict[str, nn.Linear]:
-    """The linear layers that can be swapped, by qualified name, in the order of the model.
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The linear layers and convolutions that can be swapped, by qualified name, in the order of the model.
 
-    Those of another class than `torch.nn.Linear` are given as one that has their weights, in their memory.
+    Linear ones of another class than `torch.nn.Linear` are given as one with their weights, in their memory.
 
     Parameters
     ----------
@@ -282,9 +300,9 @@ def find_linear(
 
 
 def keep_positions(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Swap layers of `find_linear` for `SparseLinear` with the weights at int64 positions, ascending."""
+    """Swap layers of `find_linear` for sparse ones with the weights at int64 positions, ascending."""
     layers = find_dense(model)
-    new = {name: SparseLinear._from_positions(layers[name].linear, at) for name, at in kept.items()}
+    new = {name: _kind(layers[name])._from_positions(layers[name].linear, at) for name, at in kept.items()}
     _swap(model, [(layers[name], layer) for name, layer in new.items()])
 
 
