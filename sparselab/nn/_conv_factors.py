@@ -51,7 +51,7 @@ class ConvolutionFactors:
         rows = self.dy.shape[1] // geometry.groups
         for group in range(start // rows, -(-stop // rows)):
             first, last = max(start, group * rows), min(stop, (group + 1) * rows)
-            gradient = conv2d_weight(
+            gradient = conv2d_weight(  # type: ignore[no-untyped-call]
                 self.x[:, group * channels : (group + 1) * channels],
                 (last - first, channels, *geometry.kernel),
                 self.dy[:, first:last],

@@ -23,13 +23,21 @@ from tests.dst.rows import ROWS
 REAL = [("real", dtype, name) for dtype in (torch.float32, torch.float64) for name in OPTIMIZERS]
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
 OTHERS = [("fake", torch.float32, "sgd"), ("masked", torch.float64, "adamw")]
-
-pytestmark = [
-    pytest.mark.parametrize(
-        ("kind", "dtype", "optimizer_name"), REAL + OTHERS, ids=lambda part: str(part).removeprefix("torch.")
-    ),
-    pytest.mark.parametrize("row", ROWS.values(), ids=ROWS),
+#: One algorithm for each way to look at a gradient: none, whole, by row, averaged, and at a sample.
+CONVOLUTIONS = {
+    ("conv", torch.float32, "sgd"): ["set by row", "rigl", "srigl", "gse graest of the network"],
+    ("masked conv", torch.float64, "adamw"): ["snfs", "gse grabo", "topkast"],
+}
+COMBINATIONS = [
+    *((*each, name) for each in REAL + OTHERS for name in ROWS),
+    *((*each, name) for each, names in CONVOLUTIONS.items() for name in names),
 ]
+
+pytestmark = pytest.mark.parametrize(
+    ("kind", "dtype", "optimizer_name", "row"),
+    [pytest.param(*each, ROWS[name]) for *each, name in COMBINATIONS],
+    ids=["-".join(map(str, each)).replace("torch.", "") for each in COMBINATIONS],
+)
 
 
 @pytest.fixture

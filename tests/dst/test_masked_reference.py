@@ -37,14 +37,24 @@ def start(kind, algorithm_name, optimizer_name):
     return model, OPTIMIZERS[optimizer_name](model.parameters()), algorithm
 
 
+@pytest.mark.parametrize("algorithm_name", ["set", "rigl", "srigl", "snfs", "gse grabo", "topkast", "chts"])
+def test_a_sparse_convolution_trains_as_its_masked_twin(algorithm_name):
+    train_twins(("conv", "masked conv"), algorithm_name, "sgd", 60)
+
+
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("algorithm_name", ROWS)
 def test_a_sparse_model_trains_as_its_masked_twin(algorithm_name, optimizer_name):
-    twins = [start(kind, algorithm_name, optimizer_name) for kind in ("real", "masked")]
+    train_twins(("real", "masked"), algorithm_name, optimizer_name, STEPS)
+
+
+def train_twins(kinds, algorithm_name, optimizer_name, steps):
+    """Train both, and compare them after every step."""
+    twins = [start(kind, algorithm_name, optimizer_name) for kind in kinds]
     (sparse, *_), (masked, *_) = twins
     born = [layer.positions().clone() for layer in sparse_layers(sparse)]
     assert_same_model(sparse, masked)
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         for model, optimizer, algorithm in twins:
             optimizer.zero_grad()
             backward(model, step)
