@@ -252,7 +252,7 @@ def allocate(
             f"model must have a layer that is to be sparse; include, exempt, first and last left none of "
             f"{listed(find_dense(model))}"
         )
-    shapes = [(layers[name].linear.out_features, layers[name].linear.in_features) for name in names]
+    shapes = [tuple(layers[name].linear.weight.shape) for name in names]
     sizes = [math.prod(shape) for shape in shapes]
     counts = _counts(method, names, shapes, sparsity)
     # (size - count) / size and what n_connections makes of it are off by less than size * 2**-52 connections.
@@ -311,7 +311,7 @@ def _bounded_shares(
 def _counts(
     method: str | Method | Mapping[str, float],
     names: list[str],
-    shapes: list[tuple[int, int]],
+    shapes: list[tuple[int, ...]],
     sparsity: float,
 ) -> list[int]:
     n_connections((1, 1), sparsity)
@@ -319,7 +319,9 @@ def _counts(
         _require_matches("method", method, names)
         firsts = [first_match(name, method) for name in names]
         of_layer = [sparsity if first is None else method[first] for first in firsts]
-        return [n_connections(shape, each) for shape, each in zip(shapes, of_layer, strict=True)]
+        return [
+            n_connections((1, math.prod(shape)), each) for shape, each in zip(shapes, of_layer, strict=True)
+        ]
     function = {"uniform": uniform, "er": er, "erk": erk}.get(method) if isinstance(method, str) else method
     if not callable(function):
         raise ValueError(

@@ -75,7 +75,7 @@ def prune(
     layers = _find(model, sparsity, scope, include, exempt)
     weights = [layer.weight.detach() for layer in layers.values()]
     if scope == "layer":
-        kept = [largest_positions(w, n_connections((w.shape[0], w.shape[1]), sparsity)) for w in weights]
+        kept = [largest_positions(w, n_connections((1, w.numel()), sparsity)) for w in weights]
     else:
         kept = _largest_of_all(weights, sparsity)
     keep_positions(model, dict(zip(layers, kept, strict=True)))
@@ -128,7 +128,7 @@ def train_prune_finetune(
 
 def _find(
     model: torch.nn.Module, sparsity: float, scope: str, include: Patterns, exempt: Patterns
-) -> dict[str, torch.nn.Linear]:
+) -> dict[str, torch.nn.Linear | torch.nn.Conv2d]:
     """The layers to prune, once all arguments are known to be good."""
     if scope not in ("layer", "network"):
         raise ValueError(f'scope must be "layer" or "network", got {scope!r}')

@@ -120,3 +120,32 @@ add_last_dots = _dots(DOTS, partly=True)
 
 #: As `add_dots` for up to `SOME_DOTS` slots, none read past `bound`; the dots are stored at ``out[0:]``.
 some_dots = _dots(SOME_DOTS, clamped=True)
+
+
+@intrinsic
+def add_sums(
+    _: Any, out: Any, slot: Any, end: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+) -> Any:
+    """Add the sums of the lanes of eight vectors to ``out[slot : slot + 8]``, as far as it is below `end`."""
+    signature = types.void(out, slot, end, a, b, c, d, e, f, g, h)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        sums = _sum_lanes(emit, list(args[3:]))
+        first, limit = emit.index(1), emit.index(2)
+        whole = builder.icmp_signed("<=", builder.add(first, ir.Constant(I64, 8)), limit)
+        with builder.if_else(whole) as (then, otherwise):
+            with then:
+                place = emit.at(emit.data(0), first)
+                size = item_bytes(out.dtype)
+                emit.store(builder.fadd(emit.load(place, sums.type, size), sums, flags=FLAGS), place, size)
+            with otherwise:
+                for k in range(7):
+                    slot_k = builder.add(first, ir.Constant(I64, k))
+                    with builder.if_then(builder.icmp_signed("<", slot_k, limit)):
+                        place = emit.at(emit.data(0), slot_k)
+                        one = builder.extract_element(sums, ir.Constant(I32, k))
+                        builder.store(builder.fadd(builder.load(place), one, flags=FLAGS), place)
+        return emit.nothing()
+
+    return signature, codegen

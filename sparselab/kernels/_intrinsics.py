@@ -266,6 +266,29 @@ def load_like(_: Any, array: Any, index: Any, like: Any) -> Any:
 
 
 @intrinsic
+def load_any(_: Any, array: Any, index: Any, like: Any) -> Any:
+    """As `load_like`, from a place of any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        return emit.load(emit.at(emit.data(0), emit.index(1)), like.llvm, item_bytes(like.dtype))
+
+    return like(array, index, like), codegen
+
+
+@intrinsic
+def store_any(_: Any, array: Any, index: Any, row: Any) -> Any:
+    """Store a vector at ``array[index]``, a place of any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        emit.store(args[2], emit.at(emit.data(0), emit.index(1)), item_bytes(row.dtype))
+        return emit.nothing()
+
+    return types.void(array, index, row), codegen
+
+
+@intrinsic
 def splat_like(_: Any, value: Any, like: Any) -> Any:
     """A vector with as many lanes as `like`, each of them `value`."""
 

@@ -27,6 +27,9 @@ _GRADIENT_BLOCK_COLUMNS = 131072 // TILE_BYTES
 #: A segment shorter than this pays more for its row of sums than for its connections.
 _USEFUL_SEGMENT = 12
 
+#: Planes of one block in `multiply_shifted`: what a tile's windows see of them fits a first-level cache.
+_BLOCK_PLANES = 32
+
 _CHUNK_BYTES = 128 * 1024
 _MIN_CHUNKS = 16
 _MIN_CHUNK_ROWS = 8
@@ -98,10 +101,21 @@ def plan_sddmm_dw(W: PaddedCSR) -> Segments:
     return _segments(W.indptr, W.row_nnz, W.indices, W.shape, _gradient_block(W.shape[1]))
 
 
+def plan_shifted(
+    begin: Array, row_nnz: Array, indices: Array, shape: tuple[int, int], elements: int
+) -> Segments:
+    """Plan of `multiply_shifted`; so many columns, the elements of a kernel, read the same plane."""
+    block = max(_BLOCK_PLANES * elements, _useful_block(len(indices), shape))
+    return _segments(begin, row_nnz, indices, shape, block)
+
+
 def _product_block(nnz: int, shape: tuple[int, int]) -> int:
-    per_column = nnz / max(shape[0] * shape[1], 1)
-    wanted = _USEFUL_SEGMENT / per_column if per_column else shape[1]
-    return int(min(max(wanted, BLOCK_COLUMNS), max(shape[1], 1)))
+    return int(min(max(_useful_block(nnz, shape), BLOCK_COLUMNS), max(shape[1], 1)))
+
+
+def _useful_block(nnz: int, shape: tuple[int, int]) -> int:
+    """Columns in which a row has so many connections that they repay its sums."""
+    return _USEFUL_SEGMENT * shape[0] * shape[1] // nnz if nnz else shape[1]
 
 
 def _gradient_block(n_columns: int) -> int:

@@ -8,6 +8,8 @@ slower.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sparselab.kernels._few_tokens import MOST_TOKENS, address, matrix, multiply_few
@@ -30,11 +32,17 @@ def _gather_share(share, n_shares, values, slots, out):  # type: ignore[no-untyp
         out[k] = weight(values, np.int64(get(slots, k)))
 
 
+def gather(values: Array, slots: Array, dtype: np.dtype[Any]) -> Array:
+    """The values, or those whose bits are given in uint16, in the order of the slots."""
+    ordered = aligned_empty(len(slots), dtype)
+    n_shares = max(1, min(worker_count(), len(slots) // _MIN_SHARE))
+    launch(_gather_share, n_shares, values, slots, ordered)
+    return ordered
+
+
 def multiply_t(values: Array, plan: TransposePlan, DY: Array, DX: Array) -> None:
     """``DX = W^T DY``; DY and DX may have any strides and are not checked; DX is overwritten."""
-    transposed = aligned_empty(len(plan.slots), DX.dtype)
-    n_shares = max(1, min(worker_count(), len(plan.slots) // _MIN_SHARE))
-    launch(_gather_share, n_shares, values, plan.slots, transposed)
+    transposed = gather(values, plan.slots, DX.dtype)
     if DY.shape[1] <= MOST_TOKENS:
         offsets = np.zeros(DX.shape[0], DX.dtype)
         begin, end = plan.indptr[:-1], plan.indptr[1:]

@@ -13,15 +13,14 @@ from sparselab.kernels import PaddedCSR
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def check_input(x: Tensor, values: Tensor, in_features: int) -> Tensor:
+def check_input(x: Tensor, values: Tensor) -> Tensor:
     """x, brought to the dtype of the values under autocast; errors as documented at `SparseLinear`."""
-    check_width(x, in_features)
     if x.dtype is values.dtype and x.dtype in _DTYPES and x.is_cpu and values.is_cpu:
         return x
     for name, tensor in (("input", x), ("layer", values)):
         if tensor.device.type not in ("cpu", "meta"):
             raise NotImplementedError(
-                f"SparseLinear has kernels for the CPU; the {name} must be there, got {tensor.device}"
+                f"sparse layers have kernels for the CPU; the {name} must be there, got {tensor.device}"
             )
     if x.device != values.device:
         raise RuntimeError(f"input must be on the layer's device, {values.device}, got {x.device}")
@@ -39,6 +38,15 @@ def check_width(x: Tensor, in_features: int) -> None:
     """Raise RuntimeError unless x is (..., in_features)."""
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise RuntimeError(f"input must have shape (..., in_features={in_features}), got {tuple(x.shape)}")
+
+
+def check_images(x: Tensor, in_channels: int) -> None:
+    """Raise RuntimeError unless x is (n, in_channels, height, width), or one image."""
+    if x.ndim not in (3, 4) or x.shape[-3] != in_channels:
+        raise RuntimeError(
+            f"input must have shape (n, in_channels={in_channels}, height, width), or that of one image, "
+            f"got {tuple(x.shape)}"
+        )
 
 
 def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: torch.dtype) -> Tensor | None:

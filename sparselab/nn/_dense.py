@@ -1,10 +1,10 @@
-"""The dense layers of a model that can be made sparse, whatever their kind, seen as linear layers."""
+"""The dense layers of a model that can be made sparse, whatever their kind: linear ones and convolutions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -38,11 +38,14 @@ class LinearView(nn.Linear):
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One layer: the module it belongs to, its name there if it is a part, a view, what holds its data."""
+    """One layer: the module it belongs to, its name there if it is a part, a view, what holds its data.
+
+    The view is a `torch.nn.Linear`, or a `torch.nn.Conv2d` as it is.
+    """
 
     owner: nn.Module
     part: str
-    linear: nn.Linear
+    linear: Any
     sources: tuple[Tensor, ...]
 
 
@@ -80,6 +83,8 @@ def dense_parts(module: nn.Module) -> Iterable[DenseLayer]:
     """
     if type(module) is nn.Linear:
         return [DenseLayer(module, "", module, _present(module.weight, module.bias))]
+    if type(module) is nn.Conv2d:
+        return [DenseLayer(module, "", module, _present(module.weight, module.bias))]
     if _is_conv1d(type(module)):
         weight, bias = (getattr(module, name) for name in ("weight", "bias"))
         view = LinearView(weight.t(), bias, module.training, type(module))
@@ -100,7 +105,7 @@ def choose(model: nn.Module, rules: Mapping[Pattern, Value]) -> dict[str, tuple[
     if any(dense_parts(model)):
         raise ValueError(
             f"model must contain the layers to swap, got a {type(model).__name__} itself, which cannot be "
-            "swapped in place; use SparseLinear.from_dense or SparseMultiheadAttention.from_dense"
+            "swapped in place; use SparseLinear.from_dense or that of its kind"
         )
     layers = find_dense(model)
     for pattern in rules:

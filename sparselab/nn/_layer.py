@@ -1,4 +1,4 @@
-"""What `SparseLinear` and `MaskedLinear` have in common: sizes, counts, leading dimensions and a watcher."""
+"""What all sparse layers have in common: sizes, counts, patterns, leading dimensions and a watcher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Layer = TypeVar("Layer", bound="SparseLayer")
 
 
 class SparseLayer(nn.Module):
-    """A linear layer with a topology; subclasses say how it is stored and computed."""
+    """A layer with the topology of a matrix W (out_features, in_features), which subclasses store."""
 
     bias: nn.Parameter | None
     forward_mask: Tensor | None
@@ -32,6 +32,9 @@ class SparseLayer(nn.Module):
     dense_class: type[nn.Module] = nn.Linear
     #: Outputs and inputs that one connection joins.
     block_shape: tuple[int, int] = (1, 1)
+    #: What `to_dense` makes, and the arguments that both kinds take and keep under the same names.
+    _dense: type[nn.Module] = nn.Linear
+    _settings: tuple[str, ...] = ("in_features", "out_features")
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -39,6 +42,9 @@ class SparseLayer(nn.Module):
         self.in_features = check_size("in_features", in_features)
         self.out_features = check_size("out_features", out_features)
         self.gradient_watcher: GradientWatcher | None = None
+
+    def _configure(self, layer: Any) -> None:
+        """Take over the settings of a layer that are more than the shape of W."""
 
     @property
     def stored(self) -> nn.Parameter:
@@ -52,6 +58,10 @@ class SparseLayer(nn.Module):
 
     def positions(self) -> Tensor:
         """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Module:
+        """A dense layer with the same outputs, mode and trainability."""
         raise NotImplementedError
 
     def per_connection(self, entries: Tensor) -> Tensor:
@@ -73,39 +83,39 @@ class SparseLayer(nn.Module):
         """Make room for a saved mask, or forget the mask if none was saved."""
         self.forward_mask = None if saved is None else torch.ones_like(self.stored, dtype=torch.bool)
 
-    def _product(self, tokens: Tensor) -> Tensor:
-        """(tokens, out_features) for (tokens, in_features)."""
+    def _product(self, x: Tensor) -> Tensor:
+        """The output for checked input: of linear layers (tokens, out_features) for (tokens, in_features)."""
         raise NotImplementedError
 
-    def _product_seen_by(self, watcher: GradientWatcher, tokens: Tensor) -> Tensor:
+    def _product_seen_by(self, watcher: GradientWatcher, x: Tensor) -> Tensor:
         """As `_product`, and show `watcher` the operands of its backward passes."""
         raise NotImplementedError
 
     @classmethod
     def _like(
         cls: type[Layer],
-        linear: nn.Linear | SparseLayer,
+        layer: Any,
         sparsity: float,
         device: torch.device | str | None = None,
         **settings: Any,
     ) -> Layer:
         """A new layer with the sizes, dtype, mode and trainability of another one, and random weights."""
-        weight = linear.stored if isinstance(linear, SparseLayer) else linear.weight
-        place = weight.device if device is None else device
-        new = cls(
-            linear.in_features, linear.out_features, linear.bias is not None,
-            sparsity=sparsity, device=place, dtype=weight.dtype, **settings,
-        )  # type: ignore[call-arg]  # fmt: skip
-        new._train_as(linear, weight)
+        weight = layer.stored if isinstance(layer, SparseLayer) else layer.weight
+        make: Any = cls
+        new: Layer = make(
+            **{name: getattr(layer, name) for name in cls._settings},
+            bias=layer.bias is not None,
+            sparsity=sparsity,
+            device=weight.device if device is None else device,
+            dtype=weight.dtype,
+            **settings,
+        )
+        new._train_as(layer, weight)
         return new
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, sparsity: float) -> SparseLayer:
+    def from_dense(cls, dense: Any, sparsity: float) -> SparseLayer:
         """The largest weights of a dense layer."""
-        raise NotImplementedError
-
-    def to_dense(self) -> nn.Linear:
-        """A `torch.nn.Linear` with the same outputs, mode and trainability."""
         raise NotImplementedError
 
     @classmethod
@@ -143,9 +153,13 @@ class SparseLayer(nn.Module):
         """
         (rows, columns), positions, weights = read_pattern(pattern)
         new = cls(columns, rows, bias, sparsity=1.0, dtype=dtype)  # type: ignore[call-arg]
-        new._connect(positions, weights)
-        new._draw_bias(torch.from_numpy(new._matrix().indptr))
+        new._begin_with(positions, weights)
         return new
+
+    def _begin_with(self, positions: Tensor, weights: Tensor | None) -> None:
+        """As `_connect`, and draw the biases that go with the connections."""
+        self._connect(positions, weights)
+        self._draw_bias(torch.from_numpy(self._matrix().indptr))
 
     def set_topology(self, pattern: Any) -> None:
         """Replace the connections, in place, by those of a matrix of the layer's shape.
@@ -217,14 +231,13 @@ class SparseLayer(nn.Module):
         values = weights.float() if weights.dtype == torch.bfloat16 else weights
         return PaddedCSR.unchecked(self.shape, W.indptr, W.row_nnz, W.indices, values.numpy())
 
-    def _train_as(self, linear: nn.Linear | SparseLayer, weight: Tensor) -> None:
+    def _train_as(self, layer: Any, weight: Tensor) -> None:
         """Take over the mode, what is trained, and the kind of another layer with that weight."""
-        self.train(linear.training)
-        self.dense_class = getattr(linear, "dense_class", nn.Linear)
+        self.train(layer.training)
+        self.dense_class = getattr(layer, "dense_class", self._dense)
         self.stored.requires_grad_(weight.requires_grad)
         if self.bias is not None:
-            assert linear.bias is not None
-            self.bias.requires_grad_(linear.bias.requires_grad)
+            self.bias.requires_grad_(layer.bias.requires_grad)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -250,17 +263,21 @@ class SparseLayer(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         """The output for checked input (..., in_features)."""
         tokens = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        y = self._output(tokens)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
+
+    def _output(self, x: Tensor) -> Tensor:
+        """The product, shown to the watcher if there is one and something to be seen."""
         watched = self.gradient_watcher is not None and self.stored.requires_grad
         product = self._watched_product if watched else self._product
         if watched and torch.compiler.is_compiling():
             # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
             product = torch.compiler.disable(product)  # type: ignore[no-untyped-call]
-        y = product(tokens)
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
+        return product(x)
 
-    def _watched_product(self, tokens: Tensor) -> Tensor:
+    def _watched_product(self, x: Tensor) -> Tensor:
         assert self.gradient_watcher is not None
-        y = self._product_seen_by(self.gradient_watcher, tokens)
+        y = self._product_seen_by(self.gradient_watcher, x)
         if y.requires_grad:
             self.gradient_watcher.forward_seen()
         return y

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,13 +60,21 @@ class LayerPlans:
     def keep_forward(self) -> None:
         """Let go of the plans of the backward passes; they are made anew if they are needed."""
         if self.current is not None:
-            for name in ("input_grad", "values_grad"):
-                self.current.__dict__.pop(name, None)
+            self.current.keep_forward()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the plans made so far."""
         return 0 if self.current is None else self.current.nbytes
+
+
+class OtherPlans(Protocol):
+    """Plans made from those of a topology."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def keep_forward(self) -> None: ...
 
 
 class TopologyPlans:
@@ -98,6 +106,8 @@ class TopologyPlans:
         self.density = len(columns) / size if size else 1.0
         self._zeros = torch.zeros(self.shape[0])
         self.measured: Measured | None = None
+        #: Plans for other kernels, by what they depend on beside the topology.
+        self.others: dict[Any, OtherPlans] = {}
 
     def is_of(self, indptr: Tensor, indices: Tensor, in_features: int) -> bool:
         """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
@@ -139,7 +149,15 @@ class TopologyPlans:
     @property
     def nbytes(self) -> int:
         """Bytes of the plans made so far."""
-        return sum(_nbytes(self.__dict__.get(name)) for name in ("forward", "input_grad", "values_grad"))
+        own = sum(nbytes(self.__dict__.get(name)) for name in ("forward", "input_grad", "values_grad"))
+        return own + sum(each.nbytes for each in self.others.values())
+
+    def keep_forward(self) -> None:
+        """Let go of the plans of the backward passes."""
+        for name in ("input_grad", "values_grad"):
+            self.__dict__.pop(name, None)
+        for each in self.others.values():
+            each.keep_forward()
 
 
 def find_plans(number: int, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
@@ -163,7 +181,8 @@ def _stamp(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def _nbytes(plan: Any) -> int:
+def nbytes(plan: Any) -> int:
+    """Bytes of the arrays of a plan."""
     if isinstance(plan, np.ndarray):
         return plan.nbytes
-    return sum(_nbytes(part) for part in plan) if isinstance(plan, tuple) else 0
+    return sum(nbytes(part) for part in plan) if isinstance(plan, tuple) else 0

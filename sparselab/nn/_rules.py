@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from sparselab._names import Pattern
-from sparselab.kernels.layout import check_fraction
+from sparselab.kernels.layout import check_fraction, n_connections
 from sparselab.nn._checks import check_size
 from sparselab.nn._layer import SparseLayer
+from sparselab.nn.conv import SparseConv2d
 from sparselab.nn.fan_in import FanInLinear
 from sparselab.nn.linear import SparseLinear
-from sparselab.nn.masked import MaskedLinear
+from sparselab.nn.masked import MaskedConv2d, MaskedLayer, MaskedLinear
 
 #: A sparsity, or what the docstring of `sparsify` lists.
 Given: TypeAlias = float | Mapping[str, Any]
+Dense: TypeAlias = nn.Linear | nn.Conv2d
 
 
 class Kind(NamedTuple):
-    """A class of layers, and what a rule may say of it besides ``sparsity`` and ``density``."""
+    """Classes of layers, and what a rule may say of them besides ``sparsity`` and ``density``."""
 
-    make: type[SparseLayer]
+    linear: type[SparseLayer]
     settings: tuple[str, ...] = ()
+    convolution: type[SparseLayer] | None = None
 
 
 KINDS = {
-    "sparse": Kind(SparseLinear),
-    "masked": Kind(MaskedLinear),
-    "fan_in": Kind(FanInLinear, ("fan_in",)),
+    "sparse": Kind(SparseLinear, (), SparseConv2d),
+    "masked": Kind(MaskedLinear, (), MaskedConv2d),
+    "fan_in": Kind(FanInLinear, ("fan_in",), SparseConv2d),
 }
 
 #: What says how sparse a layer is.
@@ -46,33 +50,53 @@ class Rule(NamedTuple):
     amount: float
     settings: dict[str, Any]
 
-    def check(self, name: str, linear: nn.Linear) -> None:
-        """Raise ValueError if the rule asks more of a layer than it has."""
-        if self.said == "fan_in" and self.amount > linear.in_features:
+    def check(self, name: str, dense: Dense) -> None:
+        """Raise ValueError if the rule asks of a layer what it does not have."""
+        columns = _columns(dense)
+        if self.said == "fan_in" and self.amount > columns:
+            raise ValueError(f"fan_in must be at most the {columns} inputs of {name!r}, got {self.amount}")
+        if isinstance(dense, nn.Conv2d) and self.kind.convolution is None:
             raise ValueError(
-                f"fan_in must be at most the {linear.in_features} inputs of {name!r}, got {self.amount}"
+                f"{self.kind.linear.__name__} must replace a linear layer, got {name!r}, a Conv2d"
             )
 
-    def sparsity(self, linear: nn.Linear) -> float:
+    def sparsity(self, dense: Dense) -> float:
         """Of the layer that is made from a dense one."""
         if self.said == "sparsity":
             return self.amount
-        return 1 - (self.amount / max(linear.in_features, 1) if self.said == "fan_in" else self.amount)
+        return 1 - (self.amount / max(_columns(dense), 1) if self.said == "fan_in" else self.amount)
 
-    def make(self, linear: nn.Linear, init: str = "random", device: str | None = None) -> SparseLayer:
+    def make(self, dense: Dense, init: str = "random", device: str | None = None) -> SparseLayer:
         """The layer: a new one on `device` (that of the dense one by default), or its largest weights."""
-        new: Callable[..., SparseLayer] = self.kind.make._like
+        kind: Any = self._class(dense)
+        sparsity, settings = self.sparsity(dense), self.settings
+        if kind is SparseConv2d and "fan_in" in self.kind.settings:
+            settings = {**settings, "fan_in": n_connections((1, _columns(dense)), sparsity)}
+        new: SparseLayer
         if init == "magnitude":
-            return self.kind.make.from_dense(linear, self.sparsity(linear), **self.settings)
-        return new(linear, self.sparsity(linear), device, **self.settings)
+            new = kind.from_dense(dense, sparsity, **settings)
+        else:
+            new = kind._like(dense, sparsity, device, **settings)
+        return new
 
-    def sketch(self, linear: nn.Linear) -> SparseLayer:
+    def sketch(self, dense: Dense) -> SparseLayer:
         """As the new layer of `make`, to read sizes of; takes no memory where the kind allows it."""
-        # A MaskedLinear counts its connections in its mask, so it must exist and draw them.
-        if self.kind.make is not MaskedLinear:
-            return self.make(linear, device="meta")
+        # A masked layer counts its connections in its mask, so it must exist and draw them.
+        if not issubclass(self._class(dense), MaskedLayer):
+            return self.make(dense, device="meta")
         with torch.random.fork_rng(devices=()):
-            return self.make(linear)
+            return self.make(dense)
+
+    def _class(self, dense: Dense) -> type[SparseLayer]:
+        if not isinstance(dense, nn.Conv2d):
+            return self.kind.linear
+        assert self.kind.convolution is not None
+        return self.kind.convolution
+
+
+def _columns(dense: Dense) -> int:
+    """Inputs of each output."""
+    return math.prod(dense.weight.shape[1:])
 
 
 def read_rules(rules: Mapping[Pattern, Given], layer: str) -> dict[Pattern, Rule]:

@@ -256,8 +256,7 @@ def _copy_linear(linear: nn.Linear) -> nn.Linear:
 
 
 def _as_dense(layer: nn.Module) -> nn.Linear:
-    if isinstance(layer, SparseLayer):
-        return layer.to_dense()
-    if isinstance(layer, nn.Linear):
-        return _copy_linear(layer)
+    dense = layer.to_dense() if isinstance(layer, SparseLayer) else layer
+    if isinstance(dense, nn.Linear):
+        return dense if dense is not layer else _copy_linear(dense)
     raise TypeError(f"projections must be linear layers to be packed, got {type(layer).__name__}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from sparselab.nn._dense import DenseLayer, choose, find_dense, refuse_entangled
 from sparselab.nn._layer import SparseLayer
 from sparselab.nn._rules import Given, Rule, read_rules
 from sparselab.nn.attention import SparseMultiheadAttention
+from sparselab.nn.conv import SparseConv2d
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.topology import is_sparse
 
@@ -30,7 +32,7 @@ def sparsify(
     init: Literal["random", "magnitude"] = "random",
     layer: str = "sparse",
 ) -> Model:
-    """Swap the named linear layers of a model for sparse ones, in place.
+    """Swap the named layers of a model for sparse ones, in place.
 
     Parameters
     ----------
@@ -47,9 +49,9 @@ def sparsify(
         "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
         weights of the dense layer stay.
     layer : {"sparse", "masked"}
-        The kind of layer where a rule does not say one. "sparse": `SparseLinear`. "masked": `MaskedLinear`,
-        which simulates the same model at the cost of the dense one; with the same seed of torch's generator
-        both get the same topology and weights.
+        The kind of layer where a rule does not say one. "sparse": `SparseLinear` and `SparseConv2d`.
+        "masked": `MaskedLinear` and `MaskedConv2d`, which simulate the same model at the cost of the dense
+        one; with the same seed of torch's generator both get the same topology and weights.
 
     Returns
     -------
@@ -59,17 +61,18 @@ def sparsify(
     Raises
     ------
     TypeError, ValueError
-        If the model is itself a linear layer, a pattern matches none, a rule says too much, too little or
+        If the model is itself such a layer, a pattern matches none, a rule says too much, too little or
         what its kind of layer cannot be, init or layer is none of its choices, init is "magnitude" and a
         layer on the meta device, or a matching layer shares a parameter with another module or computes its
         weight (as under `torch.nn.utils.spectral_norm`). Nothing has been changed then.
 
     Notes
     -----
-    Linear layers are those whose class is exactly one of these; a subclass may be read by its owner in ways
+    The layers are those whose class is exactly one of these; a subclass may be read by its owner in ways
     of its own. `plan_sparsify` lists them without a change.
 
     - `torch.nn.Linear`.
+    - `torch.nn.Conv2d`.
     - ``transformers.pytorch_utils.Conv1D``, a linear layer with a transposed weight, as GPT-2 has it.
     - The projections of `torch.nn.MultiheadAttention`, which go by ``q_proj``, ``k_proj``, ``v_proj`` and
       ``out_proj`` below the name of the attention; where any matches, the attention becomes a
@@ -111,12 +114,12 @@ def _choose(
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """What would become of one layer; shape is (out_features, in_features), bytes include the bias."""
+    """What would become of one layer; shape is that of the weight, bytes include the bias."""
 
     name: str
     kind: str
     becomes: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     sparsity: float
     connections: int
     bytes_before: int
@@ -182,8 +185,8 @@ def _planned(name: str, layer: DenseLayer, rule: Rule) -> PlannedLayer:
     after = rule.sketch(layer.linear)
     before, after_bytes = (_bytes(each) for each in (layer.linear, after))
     return PlannedLayer(
-        name, type(layer.owner).__name__, type(after).__name__, after.shape, rule.sparsity(layer.linear),
-        round(after.density * after.shape[0] * after.shape[1]), before, after_bytes,
+        name, type(layer.owner).__name__, type(after).__name__, tuple(layer.linear.weight.shape),
+        rule.sparsity(layer.linear), round(after.density * math.prod(after.shape)), before, after_bytes,
     )  # fmt: skip
 
 
@@ -195,9 +198,9 @@ def densify(model: Model) -> Model:
     """Make the sparse layers of a model dense again, in place; its outputs stay the same to rounding.
 
     Sparse layers of every kind become `torch.nn.Linear`, or the ``Conv1D`` of transformers that `sparsify`
-    made them from, so that its checkpoints fit again; `SparseMultiheadAttention` becomes
-    `torch.nn.MultiheadAttention`. Modes and trainability are kept. The encoders of torch that `sparsify` has
-    kept off their fused path stay off it.
+    made them from, so that its checkpoints fit again; convolutions become `torch.nn.Conv2d`, and
+    `SparseMultiheadAttention` becomes `torch.nn.MultiheadAttention`. Modes and trainability are kept. The
+    encoders of torch that `sparsify` has kept off their fused path stay off it.
 
     Parameters
     ----------
@@ -241,8 +244,8 @@ def densify(model: Model) -> Model:
 
 
 def _to_dense_class(layer: SparseLayer) -> nn.Module:
-    linear = layer.to_dense()
-    if layer.dense_class is nn.Linear:
+    linear: Any = layer.to_dense()
+    if isinstance(linear, layer.dense_class):
         return linear
     with torch.device("meta"):
         new = layer.dense_class(layer.out_features, layer.in_features)
@@ -254,10 +257,10 @@ def _to_dense_class(layer: SparseLayer) -> nn.Module:
 
 def find_linear(
     model: nn.Module, include: Pattern | Iterable[Pattern] = "*", exempt: Pattern | Iterable[Pattern] = ()
-) -> dict[str, nn.Linear]:
-    """The linear layers that can be swapped, by qualified name, in the order of the model.
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The linear layers and convolutions that can be swapped, by qualified name, in the order of the model.
 
-    Those of another class than `torch.nn.Linear` are given as one that has their weights, in their memory.
+    Linear ones of another class than `torch.nn.Linear` are given as one with their weights, in their memory.
 
     Parameters
     ----------
@@ -285,10 +288,15 @@ def find_linear(
 
 
 def keep_positions(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Swap layers of `find_linear` for `SparseLinear` with the weights at int64 positions, ascending."""
+    """Swap layers of `find_linear` for sparse ones with the weights at int64 positions, ascending."""
     layers = find_dense(model)
-    new = {name: SparseLinear._from_positions(layers[name].linear, at) for name, at in kept.items()}
+    new = {name: _keep(layers[name].linear, at) for name, at in kept.items()}
     _swap(model, [(layers[name], layer) for name, layer in new.items()])
+
+
+def _keep(dense: nn.Linear | nn.Conv2d, at: Tensor) -> SparseLayer:
+    kind = SparseConv2d if isinstance(dense, nn.Conv2d) else SparseLinear
+    return kind._from_positions(dense, at)
 
 
 def _swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, SparseLayer]]) -> None:

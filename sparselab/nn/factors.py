@@ -65,29 +65,37 @@ class LinearFactors:
 
     @property
     def device(self) -> torch.device:
+        """Where the factors are."""
         return self.x.device
 
     @property
     def n_tokens(self) -> int:
+        """Terms in each entry of G."""
         return self.x.shape[0]
 
     def clone(self) -> LinearFactors:
+        """A copy that may be kept."""
         return LinearFactors(self.x.clone(), self.dy.clone())
 
     def to(self, dtype: torch.dtype) -> LinearFactors:
+        """The factors in another dtype."""
         return LinearFactors(self.x.to(dtype), self.dy.to(dtype))
 
     def is_finite(self) -> bool:
+        """Whether no factor holds a NaN or an infinity."""
         return bool(self.x.isfinite().all() and self.dy.isfinite().all())
 
     def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
+        """``out <- beta * out + G[start : start + len(out)]``, by the dense product."""
         out.addmm_(self.dy[:, start : start + len(out)].T, self.x, beta=beta)
 
     def sampled(self, positions: Array) -> Array:
+        """G at some positions, ascending, by the sparse kernels."""
         x, dy = self.x.numpy().T, self.dy.numpy().T
         return sddmm_dw(PaddedCSR.from_positions((len(dy), len(x)), positions).astype(x.dtype), dy, x)
 
     def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:
+        """Sums over tokens of the magnitudes of dY and X, or of their entries times the `signs`."""
         return token_totals(self.dy, signs), token_totals(self.x, signs)
 
 

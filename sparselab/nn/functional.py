@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparselab.nn._plans import LayerPlans, TopologyPlans, find_plans
+from sparselab.nn._plans import LayerPlans, find_plans
 from sparselab.nn._products import few_tokens, input_grad, product, values_grad
 from sparselab.nn._threads import use_torch_threads
 from sparselab.nn.factors import GradientFactors, LinearFactors
@@ -58,7 +58,7 @@ def _linear(
         If the topology is not valid.
     """
     found = find_plans(plans, indptr, indices, x.shape[1])
-    check_fit(x, values, bias, found)
+    check_fit(x, values, bias, found.layout, found.shape[0])
     return product(x, values, bias, found)
 
 
@@ -106,9 +106,9 @@ def _(
     return grad.new_empty(indices.shape), grad.new_empty(grad.shape[1] if with_bias else 0)
 
 
-def check_fit(x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans) -> None:
+def check_fit(x: Tensor, values: Tensor, bias: Tensor | None, layout: tuple[int, ...], rows: int) -> None:
     """Raise RuntimeError if values or bias do not fit the topology or the dtype of x."""
-    for name, tensor, shape in (("values", values, plans.layout), ("bias", bias, plans.shape[:1])):
+    for name, tensor, shape in (("values", values, layout), ("bias", bias, (rows,))):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
             raise RuntimeError(
                 f"{name} must be {x.dtype} of shape {tuple(shape)}, "
@@ -124,8 +124,8 @@ def sparse_linear(
     y: Tensor
     if not torch.compiler.is_compiling():
         refuse_forward_mode(*tensors)
-        if _is_plain(tensors):
-            run = _Linear.apply if _wants_gradient(tensors) else _linear
+        run = calls_directly(tensors, _Linear.apply, _linear)
+        if run is not None:
             y = run(x, values, bias, indptr, indices, plans.number)
             return y
     y = linear(x, values, bias, indptr, indices, plans.number)
@@ -172,10 +172,25 @@ def infer(
         or not plans.is_of(buffers["indptr"], buffers["indices"], columns)
     ):
         return None
-    check_fit(x, values, bias, plans)
+    check_fit(x, values, bias, plans.layout, rows)
     y = x.new_empty((*x.shape[:-1], rows))
     few_tokens(x, values, bias, plans, y, use_torch_threads())
     return y
+
+
+def calls_directly(
+    tensors: tuple[Tensor, ...], with_gradient: Callable[..., Tensor], without: Callable[..., Tensor]
+) -> Callable[..., Tensor] | None:
+    """What to call in place of an operator that nobody but autograd, if it is wanted, would see; or None."""
+    if not _is_plain(tensors):
+        return None
+    return with_gradient if _wants_gradient(tensors) else without
+
+
+def plain_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient from these can be computed without an operator: nobody would see it."""
+    present = tuple(tensor for tensor in tensors if tensor is not None)
+    return _is_plain(present) and not _wants_gradient(present) and not torch.compiler.is_compiling()
 
 
 def _wants_gradient(tensors: tuple[Tensor, ...]) -> bool:
@@ -206,7 +221,7 @@ def refuse_forward_mode(*tensors: Tensor) -> None:
     for tensor in tensors:
         if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
-                "SparseLinear has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
+                "sparse layers have no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
                 "use reverse mode, as backward() and torch.autograd.grad do"
             )
 
@@ -220,7 +235,7 @@ _watching = _Watching()
 
 @contextlib.contextmanager
 def watching(watcher: GradientWatcher) -> Iterator[None]:
-    """Show `watcher` the operands of the backward passes of every `linear` called in this context."""
+    """Show `watcher` the factors of the gradients of every operator called in this context."""
     _watching.watcher = watcher
     try:
         yield
@@ -228,11 +243,16 @@ def watching(watcher: GradientWatcher) -> Iterator[None]:
         _watching.watcher = None
 
 
+def watcher_of(needs_values: bool) -> GradientWatcher | None:
+    """Who watches the operator that is being called, if the gradient of its values is wanted."""
+    return _watching.watcher if needs_values else None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, _, indptr, indices, ctx.plans = inputs
     needs_x, needs_values = ctx.needs_input_grad[:2]
     ctx.in_features = x.shape[1]
-    ctx.watcher = _watching.watcher if needs_values else None
+    ctx.watcher = watcher_of(needs_values)
     ctx.save_for_backward(x if needs_values else None, values if needs_x else None, indptr, indices)
 
 
@@ -242,8 +262,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx = dvalues = dbias = None
     if ctx.watcher is not None:
         ctx.watcher.backward_seen(LinearFactors(x.detach(), grad.detach()))
-    tensors = tuple(tensor for tensor in (grad, x, values) if tensor is not None)
-    direct = _is_plain(tensors) and not _wants_gradient(tensors) and not torch.compiler.is_compiling()
+    direct = plain_gradient(grad, x, values)
     if needs_x:
         by_input = _input_grad if direct else linear_input_grad
         dx = by_input(grad, values, indptr, indices, ctx.in_features, ctx.plans)

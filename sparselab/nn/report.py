@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselab.nn.linear import SparseLinear
+from sparselab.nn._rows import CompressedRows
 from sparselab.nn.topology import SparseTopology, is_sparse
 
 
@@ -80,7 +80,7 @@ def memory_report(
         weight_bytes=weights,
         dense_weight_bytes=weights - own_bytes + dense_bytes,
         gradient_bytes=_bytes([p.grad for p in parameters if p.grad is not None]),
-        plan_bytes=sum(m.plan_bytes() for m in model.modules() if isinstance(m, SparseLinear)),
+        plan_bytes=sum(m.plan_bytes() for m in model.modules() if isinstance(m, CompressedRows)),
         optimizer_bytes=_bytes([tensor for each in optimizers for tensor in _tensors(each.state)]),
     )
 

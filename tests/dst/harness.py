@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparselab.nn import FanInLinear, MaskedLinear, SparseLinear
+from sparselab.nn import FanInLinear, MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
 from sparselab.nn.topology import find_sparse
 from tests.dst.fake import FakeSparse
 
@@ -28,6 +28,13 @@ OPTIMIZERS = {
 def build(kind, dtype=torch.float32, seed=0, sparsity=0.8):
     """A small model of two sparse layers, one dense layer and biases where the layer has them."""
     torch.manual_seed(seed)
+    if "conv" in kind:
+        make = SparseConv2d if kind == "conv" else MaskedConv2d
+        return nn.Sequential(
+            nn.Unflatten(1, (5, 2, 2)), make(5, 12, 2, padding=1, sparsity=sparsity, dtype=dtype), nn.ReLU(),
+            make(12, 10, 3, groups=2, sparsity=sparsity, dtype=dtype), nn.Flatten(),
+            nn.Linear(10, 3, dtype=dtype),
+        )  # fmt: skip
     if kind == "fake":
         first = FakeSparse(20, 31, sparsity, seed=seed, dtype=dtype)
         second = FakeSparse(31, 10, sparsity, seed=seed + 1, dtype=dtype)

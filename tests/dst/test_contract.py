@@ -24,14 +24,21 @@ REAL = [("real", dtype, name) for dtype in (torch.float32, torch.float64) for na
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
 OTHERS = [("fake", torch.float32, "sgd"), ("masked", torch.float64, "adamw")]
 FAN_IN = ("fan-in", torch.float32, "adamw")
+#: One algorithm for each way to look at a gradient: none, whole, by row, averaged, and at a sample.
+CONVOLUTIONS = {
+    ("conv", torch.float32, "sgd"): ["set by row", "rigl", "srigl", "gse graest of the network"],
+    ("masked conv", torch.float64, "adamw"): ["snfs", "gse grabo", "topkast"],
+}
+COMBINATIONS = [
+    *((*each, name) for each in REAL + OTHERS for name in ROWS),
+    *((*FAN_IN, name) for name, row in ROWS.items() if row.keeps_fan_in),
+    *((*each, name) for each, names in CONVOLUTIONS.items() for name in names),
+]
 
 pytestmark = pytest.mark.parametrize(
-    ("row", "kind", "dtype", "optimizer_name"),
-    [
-        pytest.param(row, *each, id="-".join([name, *map(str, each)]).replace("torch.", ""))
-        for name, row in ROWS.items()
-        for each in REAL + OTHERS + [FAN_IN] * row.keeps_fan_in
-    ],
+    ("kind", "dtype", "optimizer_name", "row"),
+    [pytest.param(*each, ROWS[name]) for *each, name in COMBINATIONS],
+    ids=["-".join(map(str, each)).replace("torch.", "") for each in COMBINATIONS],
 )
 
 
