@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 
 # With g normal, b a fair coin (the sign that ReLU lets through) and s the sum of u^2 over the inputs u of an
-# output, that output squared is z^2 = (2 / k) b g^2 s. On the sphere E u^4 = 3 / (n (n + 2)) and E u^2 v^2 is a
+# output, that output squared is z^2 = (2 / k) b g^2 s. On the sphere E u^4 is 3 / (n (n + 2)), E u^2 v^2 a
 # third of it. So the variance is n E z^4 + n (n - 1) E z^2 z'^2 - 1, where
 # E z^4 = (6 / k^2) (3 k + n (n - 1) q) / (n (n + 2)) and E z^2 z'^2 = q' / k^2,
 # and q and q' are the probabilities that two positions of one row, and of two rows, are both connections.
