@@ -99,8 +99,8 @@ def backward(model: nn.Module, batch: Batch) -> Tensor:
 def difference(sparse: nn.Module, masked: nn.Module, batch: Batch) -> tuple[float, float]:
     """Largest differences of outputs and of gradients, each as a share of the largest entry.
 
-    Rounding moves a few sums across the corner of a ReLU, which switches whole terms of a gradient: in float32
-    the gradients differ by more than each product is off.
+    Rounding can move sums across the corner of a ReLU, which switches whole terms of a gradient: in
+    float32 the gradients differ by more than each product is off.
     """
     models = [sparse, masked]
     outputs = [model(batch.images).detach() for model in models]

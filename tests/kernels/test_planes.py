@@ -42,9 +42,8 @@ def test_every_window_is_found_at_a_shift(down, right, n):
     x = np.random.default_rng(0).standard_normal((n, 2, *size))
     planes = np.full((2 * len(grid.phases), plane_stride(n * grid.tokens + grid.tail, 8)), np.nan)
     fill_planes(x, grid, planes)
-    padded = np.pad(
-        x, ((0, 0), (0, 0), *((p, p + k * d) for p, k, d in zip(padding, kernel, dilation, strict=True)))
-    )
+    sides = [(p, p + k * d) for p, k, d in zip(padding, kernel, dilation, strict=True)]
+    padded = np.pad(x, ((0, 0), (0, 0), *sides))
     assert grid.outputs[0] * grid.outputs[1] > 0
     places = set()
     for image, row, column in itertools.product(range(n), *map(range, grid.outputs)):
