@@ -126,7 +126,7 @@ some_dots = _dots(SOME_DOTS, clamped=True)
 def add_sums(
     _: Any, out: Any, slot: Any, end: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
 ) -> Any:
-    """Add the sums of the lanes of eight registers to ``out[slot : slot + 8]``, as far as it is below `end`."""
+    """Add the sums of the lanes of eight registers to ``out[slot : min(slot + 8, end)]``."""
     signature = types.void(out, slot, end, a, b, c, d, e, f, g, h)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
