@@ -199,13 +199,13 @@ def allocate(
     first: Literal["sparse", "dense"] = "sparse",
     last: Literal["sparse", "dense"] = "sparse",
 ) -> dict[str, float]:
-    """Share one budget of connections out to the linear layers of a dense model.
+    """Share one budget of connections out to the layers of a dense model.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Read only, and may be on the meta device. Its linear layers are those that `sparselab.sparsify` can
-        swap, in the order of ``named_modules``.
+        Read only, and may be on the meta device. Its layers are those that `sparselab.sparsify` can
+        swap, linear ones and convolutions, in the order of ``named_modules``.
     sparsity : float
         Of the chosen layers together, in [0, 1]. Layers that stay dense are not counted.
     method : {"uniform", "er", "erk"}, callable or mapping
@@ -216,7 +216,7 @@ def allocate(
         Patterns of qualified layer names, as `sparselab.sparsify` takes them: which layers to choose from,
         and which of them stay dense.
     exempt_types : type or collection of types
-        Modules of these types keep all linear layers inside them dense.
+        Modules of these types keep all layers inside them dense.
     first, last : {"sparse", "dense"}
         Whether the first and the last of the layers left by then stay dense.
 
@@ -230,7 +230,7 @@ def allocate(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what is said above, the model is itself a linear layer, a pattern or type
+        If an argument is not what is said above, the model is itself such a layer, a pattern or type
         matches no layer, no layer is left, or a function returns what is no count for each layer.
 
     Examples
@@ -344,7 +344,7 @@ def _choose(
     exempt_types: type[nn.Module] | Collection[type[nn.Module]],
 ) -> dict[str, DenseLayer]:
     if any(dense_parts(model)):
-        raise ValueError("model must contain the layers to choose from; got a linear layer itself")
+        raise ValueError(f"model must contain the layers to choose from; got a {type(model).__name__} itself")
     layers = find_dense(model)
     include, exempt = ([given] if isinstance(given, str) else list(given) for given in (include, exempt))
     _require_matches("include", include, layers)

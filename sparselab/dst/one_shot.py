@@ -28,7 +28,7 @@ def prune(
     include: Patterns = "*",
     exempt: Patterns = (),
 ) -> dict[str, float]:
-    """Swap linear layers of a trained dense model for sparse ones with their largest weights, in place.
+    """Swap layers of a trained dense model for sparse ones with their largest weights, in place.
 
     Parameters
     ----------

@@ -126,12 +126,17 @@ some_dots = _dots(SOME_DOTS, clamped=True)
 def add_sums(
     _: Any, out: Any, slot: Any, end: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
 ) -> Any:
-    """Add the sums of the lanes of eight vectors to ``out[slot : slot + 8]``, as far as it is below `end`."""
+    """Add the sums of the lanes of eight registers to ``out[slot : min(slot + 8, end)]``."""
     signature = types.void(out, slot, end, a, b, c, d, e, f, g, h)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        sums = _sum_lanes(emit, list(args[3:]))
+        group = min(8, register_lanes(out.dtype))
+        parts = [_sum_lanes(emit, list(args[k : k + group])) for k in range(3, 11, group)]
+        while len(parts) > 1:
+            both = list(range(2 * parts[0].type.count))
+            parts = [emit.shuffle(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        (sums,) = parts
         first, limit = emit.index(1), emit.index(2)
         whole = builder.icmp_signed("<=", builder.add(first, ir.Constant(I64, 8)), limit)
         with builder.if_else(whole) as (then, otherwise):

@@ -17,7 +17,7 @@ from numba.extending import intrinsic, register_model
 from numba.np.arrayobj import populate_array
 
 from sparselab.kernels._jit import FASTMATH
-from sparselab.kernels._target import TILE_BYTES
+from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
 
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
@@ -242,6 +242,17 @@ def _zeros(lanes: int) -> Any:
 #: ``zeros8(array)`` and ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they
 #: tell the functions below how many lanes to work on.
 zeros8, zeros16 = _zeros(8), _zeros(16)
+
+
+@intrinsic
+def zeros_register(_: Any, array: Any) -> Any:
+    """A vector register of zeros of the array's dtype."""
+    vector = Vector(array.dtype, VECTOR_BYTES // item_bytes(array.dtype))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(vector.llvm, [0] * vector.lanes)
+
+    return vector(array), codegen
 
 
 @intrinsic

@@ -26,13 +26,12 @@ from sparselab.kernels._intrinsics import (
     store_any,
     tile_width,
     weight,
-    zeros8,
-    zeros16,
+    zeros_register,
 )
 from sparselab.kernels._jit import jit, launch, worker_count
 from sparselab.kernels._plan import Segments, product_groups
 from sparselab.kernels._shares import cut_rows
-from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels._target import TILE_BYTES
 from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array
 
@@ -41,8 +40,6 @@ _DOTS = 8
 
 #: Bytes of a row of DY that a share goes along before it turns to the next row.
 _LONG_TILE_BYTES = 4096
-
-_zeros = zeros16 if VECTOR_BYTES == 64 else zeros8
 
 
 @jit
@@ -118,7 +115,7 @@ def _sample_share(  # type: ignore[no-untyped-def]
 ):
     if spread(share, n_shares):
         return
-    zero = _zeros(x)
+    zero = zeros_register(x)
     lanes = lanes_of(zero)
     for token0 in range(0, n_tokens, long_tile):
         token1 = min(token0 + long_tile, n_tokens)

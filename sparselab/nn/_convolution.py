@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from sparselab.kernels import TransposePlan, index_dtype
+from sparselab.kernels._dense_blocks import collect_rows
 from sparselab.kernels._jit import scratch
 from sparselab.kernels._plan import Segments, plan_shifted
 from sparselab.kernels._planes import (
@@ -32,8 +34,9 @@ from sparselab.kernels._shifted import multiply_shifted, sample_shifted
 from sparselab.kernels._spmm_t import gather
 from sparselab.kernels.layout import Array
 from sparselab.nn._plans import TopologyPlans, nbytes
-from sparselab.nn._products import _array, _vector
+from sparselab.nn._products import _array, _vector, dense_blocks, row_blocks
 from sparselab.nn._threads import use_torch_threads
+from sparselab.nn.variants import is_dense_convolution
 
 #: Planes of one chunk, unless one image takes more.
 _CHUNK_BYTES = 8 << 20
@@ -102,6 +105,13 @@ class ConvolutionPlans:
         """The row of each slot."""
         return np.repeat(np.arange(len(self.begin)), self.end - self.begin)
 
+    def is_dense(self, operation: str, y: Tensor) -> bool:
+        """Whether a dense product is quicker, for outputs y or their gradient."""
+        size = self.shape[0] * self.geometry.columns
+        n_tokens = y.numel() // max(self.shape[0], 1)
+        few = self.geometry.groups > 1 or not size
+        return not few and is_dense_convolution(operation, n_tokens, len(self.indices) / size)
+
     @cached_property
     def forward(self) -> Segments:
         """Plan of the product."""
@@ -149,6 +159,11 @@ def product(x: Tensor, values: Tensor, bias: Tensor | None, plans: ConvolutionPl
     grid = plans.geometry.grid((x.shape[2], x.shape[3]))
     outputs = output_grid(grid)
     y = x.new_empty((len(x), plans.shape[0], *grid.outputs))
+    if plans.is_dense("forward", y):
+        for first, last, kernels in _kernels(values, plans, x):
+            part = None if bias is None else bias.detach()[first:last]
+            y[:, first:last] = torch.conv2d(x.detach(), kernels, part, *plans.geometry[3:])
+        return y
     weights, offset = _vector(values), _vector(x.new_zeros(y.shape[1]) if bias is None else bias)
     for first, last in _chunks(x, y, grid):
         n_tokens = whole_tiles((last - first) * grid.tokens, x.itemsize)
@@ -171,6 +186,13 @@ def input_grad(grad: Tensor, values: Tensor, plans: ConvolutionPlans, size: Pair
     dx = grad.new_empty((len(grad), plans.geometry.in_channels, *size))
     if not grid.is_onto(size):
         dx.zero_()
+    if plans.is_dense("input_grad", grad):
+        dx.zero_()
+        for first, last, kernels in _kernels(values, plans, grad):
+            dx += conv2d_input(  # type: ignore[no-untyped-call]
+                dx.shape, kernels, grad.detach()[:, first:last], *plans.geometry[3:]
+            )
+        return dx
     plan = plans.input_grad(grid)
     weights = gather(_vector(values), plan.slots, _array(dx).dtype)
     nothing = _vector(dx.new_zeros(_n_planes(dx, grid)))
@@ -193,6 +215,16 @@ def values_grad(grad: Tensor, x: Tensor, plans: ConvolutionPlans) -> Tensor:
     grid = plans.geometry.grid((x.shape[2], x.shape[3]))
     outputs = output_grid(grid)
     result = grad.new_zeros(len(plans.indices))
+    if plans.is_dense("values_grad", grad):
+        for first, last, kernels in _kernels(None, plans, grad):
+            dense = conv2d_weight(  # type: ignore[no-untyped-call]
+                x.detach(), kernels.shape, grad.detach()[:, first:last], *plans.geometry[3:]
+            )
+            flat = _array(dense.reshape(-1))
+            collect_rows(
+                flat, plans.indices, plans.begin, plans.end, first, last, plans.shape[1], _array(result)
+            )
+        return result
     for first, last in _chunks(x, grad, grid):
         n_tokens = whole_tiles((last - first) * grid.tokens, x.itemsize)
         X, DY = _planes(
@@ -204,6 +236,16 @@ def values_grad(grad: Tensor, x: Tensor, plans: ConvolutionPlans) -> Tensor:
             plans.indices, plans.begin, plans.end, _starts(X, grid), DY, X, n_tokens, _array(result)
         )  # fmt: skip
     return result
+
+
+def _kernels(
+    values: Tensor | None, plans: ConvolutionPlans, like: Tensor
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows and their dense kernels (uninitialised without values), lent until the next ones are made."""
+    geometry = plans.geometry
+    blocks = row_blocks(plans, like) if values is None else dense_blocks(values, plans, like)
+    for first, last, block in blocks:
+        yield first, last, block.view(last - first, geometry.in_channels, *geometry.kernel)
 
 
 def _n_planes(x: Tensor, grid: Grid) -> int:

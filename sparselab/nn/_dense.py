@@ -111,8 +111,8 @@ def choose(model: nn.Module, rules: Mapping[Pattern, Value]) -> dict[str, tuple[
     for pattern in rules:
         if not any(matches(name, pattern) for name in layers):
             raise ValueError(
-                f"rules must match at least one linear layer each, got {pattern!r} without one; "
-                f"the model's linear layers are: {listed(layers)}"
+                f"rules must match at least one layer each, got {pattern!r} without one; "
+                f"those of the model that can be swapped are: {listed(layers)}"
             )
     first = {name: first_match(name, rules) for name in layers}
     return {name: (layers[name], rules[pattern]) for name, pattern in first.items() if pattern is not None}

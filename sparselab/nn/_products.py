@@ -5,7 +5,7 @@ Tensors here are plain and checked; gradients and tracing are the business of `f
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from sparselab.kernels._few_tokens import multiply_few
 from sparselab.kernels._sddmm_dw import sample
 from sparselab.kernels._spmm import multiply
 from sparselab.kernels._spmm_t import multiply_t
+from sparselab.kernels.layout import Array
 from sparselab.nn._plans import TopologyPlans
 from sparselab.nn._threads import use_torch_threads
 from sparselab.nn.variants import choose_name
@@ -28,6 +29,15 @@ _LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
     torch.float64: np.empty(0, np.float64),
     torch.bfloat16: np.empty(0, np.uint16),
 }
+
+
+class Rows(Protocol):
+    """A topology in compressed rows: row i is the slots ``begin[i] : end[i]``."""
+
+    shape: tuple[int, int]
+    begin: Array
+    end: Array
+    indices: Array
 
 
 def product(
@@ -47,7 +57,7 @@ def product(
         return y
     if variant == "dense blocks":
         b = None if bias is None else bias.detach()
-        for row0, row1, block in _blocks(values, plans, x):
+        for row0, row1, block in dense_blocks(values, plans, x):
             part = y[:, row0:row1]
             if b is None:
                 torch.mm(x.detach(), block.T, out=part)
@@ -86,7 +96,7 @@ def input_grad(grad: Tensor, values: Tensor, plans: TopologyPlans) -> Tensor:
     if plans.shape[0] == 0:
         return dx.zero_()
     if choose_name("input_grad", grad.shape[0], plans.density) == "dense blocks":
-        for row0, row1, block in _blocks(values, plans, grad):
+        for row0, row1, block in dense_blocks(values, plans, grad):
             torch.addmm(dx, grad[:, row0:row1], block, beta=min(row0, 1), out=dx)
     else:
         multiply_t(_vector(values), plans.input_grad, _array(grad).T, _array(dx).T)
@@ -106,7 +116,7 @@ def values_grad(
     use_torch_threads()
     result = grad.new_empty(plans.indices.shape[0])
     if choose_name("values_grad", grad.shape[0], plans.density) == "dense blocks":
-        for row0, row1, block in _row_blocks(plans, grad):
+        for row0, row1, block in row_blocks(plans, grad):
             torch.mm(grad[:, row0:row1].T, x, out=block)
             flat = block.view(-1).numpy()
             collect_rows(
@@ -118,7 +128,7 @@ def values_grad(
     return result, sums
 
 
-def _row_blocks(plans: TopologyPlans, like: Tensor) -> Any:
+def row_blocks(plans: Rows, like: Tensor) -> Any:
     """Rows and uninitialised dense blocks for them, all in the same memory."""
     rows, columns = plans.shape
     height = max(1, min(rows, _BLOCK_BYTES // max(1, columns * like.element_size())))
@@ -128,10 +138,10 @@ def _row_blocks(plans: TopologyPlans, like: Tensor) -> Any:
         yield row0, row1, memory[: row1 - row0]
 
 
-def _blocks(values: Tensor, plans: TopologyPlans, like: Tensor) -> Any:
+def dense_blocks(values: Tensor, plans: Rows, like: Tensor) -> Any:
     """Rows and their dense weights; a block is lent until the next one is made."""
     weights = _vector(values)
-    for row0, row1, block in _row_blocks(plans, like):
+    for row0, row1, block in row_blocks(plans, like):
         flat = block.view(-1).numpy()
         expand_rows(weights, plans.indices, plans.begin, plans.end, row0, row1, plans.shape[1], flat)
         yield row0, row1, block

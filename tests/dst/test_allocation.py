@@ -338,7 +338,7 @@ def test_layers_without_positions_get_nothing():
         ),
         (lambda: allocate(lenet(), 0.5, exempt="*"), ValueError, "left none of 0, 1, 2"),
         (lambda: allocate(lenet(), 0.5, include="0", last="dense"), ValueError, "left none of 0, 1, 2"),
-        (lambda: allocate(nn.Linear(2, 2), 0.5), ValueError, "got a linear layer itself"),
+        (lambda: allocate(nn.Linear(2, 2), 0.5), ValueError, "got a Linear itself"),
         (lambda: allocate(nn.ReLU(), 0.5), ValueError, "include must match .* the layers are: none"),
     ],
 )

@@ -47,14 +47,29 @@ def main(directory: str, *targets: str) -> None:
     keep_optimized_code()
     import numba
 
-    from sparselab.kernels import PaddedCSR, _sddmm_dw, _spmm, sddmm_dw, spmm
+    from sparselab.kernels import PaddedCSR, _sddmm_dw, _shifted, _spmm, sddmm_dw, spmm
+    from sparselab.kernels._plan import plan_shifted
+    from sparselab.kernels._planes import whole_tiles
 
     numba.set_num_threads(1)
     for dtype in ("float32", "float64"):
         W = PaddedCSR.random((16, 300), 0.8, 0, dtype=dtype)
         X = np.ones((300, 70), dtype)
         sddmm_dw(W, spmm(W, X), X)
-    for name, dispatcher in (("spmm", _spmm._multiply_share), ("sddmm_dw", _sddmm_dw._sample_share)):
+        begin, starts, bias = W.indptr[:-1], np.zeros(300, np.int64), np.zeros(16, dtype)
+        n_tokens = whole_tiles(70, X.itemsize)
+        planes, sums = np.ones((1, n_tokens), dtype), np.empty((16, n_tokens), dtype)
+        plan = plan_shifted(begin, W.row_nnz, W.indices, W.shape, 9)
+        _shifted.multiply_shifted(W.values, W.indices, plan, starts, planes, sums, n_tokens, bias)
+        _shifted.sample_shifted(
+            W.indices, begin, W.indptr[1:], starts, sums, planes, n_tokens, np.zeros(W.nnz, dtype)
+        )
+    for name, dispatcher in (
+        ("spmm", _spmm._multiply_share),
+        ("sddmm_dw", _sddmm_dw._sample_share),
+        ("multiply_shifted", _shifted._multiply_share),
+        ("sample_shifted", _shifted._sample_share),
+    ):
         for signature, compiled in dispatcher.overloads.items():
             dtype = "float64" if "float64" in str(signature) else "float32"
             for target in targets:

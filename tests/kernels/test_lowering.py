@@ -46,12 +46,13 @@ def listings(tmp_path_factory: pytest.TempPathFactory) -> Listings:
     return Listings(tmp_path_factory.mktemp("listings"))
 
 
-#: Loops with multiply-adds: two rows, the rest of the longer, one row; whole groups of dots, the others.
-N_LOOPS = {"spmm": 3, "sddmm_dw": 2}
+#: Loops with multiply-adds: two rows, the rest of the longer, one row; whole groups of dots, the others; the
+#: connections of one row; the tokens of eight connections.
+N_LOOPS = {"spmm": 3, "sddmm_dw": 2, "multiply_shifted": 1, "sample_shifted": 1}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kernel", ["spmm", "sddmm_dw"])
+@pytest.mark.parametrize("kernel", N_LOOPS)
 @pytest.mark.parametrize(
     ("width", "target"),
     [(16, NEOVERSE), (16, APPLE), (32, HASWELL), (64, AVX512)],
