@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +15,12 @@ from sparselab.kernels import PaddedCSR, index_dtype, n_connections
 from sparselab.nn import functional
 from sparselab.nn._checks import check_dtype, check_input, check_topology
 from sparselab.nn._layer import SparseLayer
-from sparselab.nn._plans import LayerPlans
+from sparselab.nn._plans import LayerPlans, TopologyPlans
+from sparselab.nn._products import product
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_uniform_
 from sparselab.nn.topology import largest_positions, move_slots
-from sparselab.nn.variants import Variant, choose
+from sparselab.nn.variants import Variant, choose, possible
 
 if TYPE_CHECKING:
     from sparselab.nn.masked import MaskedLinear
@@ -286,6 +289,13 @@ class SparseLinear(SparseLayer):
     def _product_seen_by(self, watcher: GradientWatcher, tokens: Tensor) -> Tensor:
         with functional.watching(watcher):
             return self._product(tokens)
+
+    def _ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """Every way to compute the output for x (tokens, in_features), by the name of its variant."""
+        # Plans of their own: what only one of them needs is not kept.
+        plans = TopologyPlans(self.indptr, self.indices, self.in_features)
+        weights = self._in_use.detach()
+        return {name: partial(product, x, weights, self.bias, plans, name) for name in possible(len(x))}
 
     def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
         """How a batch of so many tokens is computed, and why: by a rule, or as `sparselab.tune` measured.
