@@ -45,8 +45,8 @@ class LayerPlans:
             plans.measured = self.measured(plans.density)
         return plans
 
-    def remember(self, measured: Measured) -> None:
-        """Choose forward variants by what was measured, as long as the density stays."""
+    def remember(self, measured: Measured | None) -> None:
+        """Choose forward variants by what was measured, as long as the density stays; None: by the rule."""
         self._measured = measured
         if self.current is not None:
             self.current.measured = measured

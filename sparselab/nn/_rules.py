@@ -112,6 +112,16 @@ def read_rules(rules: Mapping[Pattern, Given], layer: str) -> dict[Pattern, Rule
     return {pattern: _read(pattern, given, layer) for pattern, given in rules.items()}
 
 
+def rule_of_saved(state: Mapping[str, torch.Tensor]) -> Given | None:
+    """What makes a layer into which the tensors that a layer has saved load; None if that one was dense.
+
+    Its sparsity is any: a layer takes that of what it loads.
+    """
+    if "mask" in state:
+        return {"layer": "masked", "sparsity": 0.9}
+    return {"layer": "sparse", "sparsity": 0.9} if "indptr" in state else None
+
+
 def read_kind(name: object) -> Kind:
     """The kind of that name."""
     if not isinstance(name, str) or name not in KINDS:

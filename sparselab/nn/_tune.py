@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -14,10 +13,8 @@ from torch import nn
 
 from sparselab._table import aligned
 from sparselab.nn._checks import check_size
-from sparselab.nn._plans import TopologyPlans
-from sparselab.nn._products import product
 from sparselab.nn.linear import SparseLinear
-from sparselab.nn.variants import FORWARD, Measured, choose_name, possible
+from sparselab.nn.variants import FORWARD, Measured
 
 #: Seconds to spend on each product, and how many rounds that may mean.
 _SECONDS = 0.03
@@ -121,14 +118,15 @@ def tune(model: nn.Module, n_tokens: Iterable[int] = (1, 4, 16, 64, 256, 1024)) 
     found: list[TunedProduct] = []
     for layers in alike.values():
         first = next(iter(layers.values()))
+        first._plans.remember(None)
+        rules = {n: first.variant(n).name for n in counts}
         times = {n: _measure(first, n) for n in counts}
         measured = Measured(first.density, times)
         for layer in layers.values():
             layer._plans.remember(measured)
         for n in counts:
-            rule = choose_name("forward", n, first.density)
             name = min(times[n], key=times[n].__getitem__)
-            found.append(TunedProduct(tuple(layers), first.shape, n, times[n], name, rule))
+            found.append(TunedProduct(tuple(layers), first.shape, n, times[n], name, rules[n]))
     return TuneReport(tuple(found))
 
 
@@ -150,10 +148,7 @@ def _measure(layer: SparseLinear, n_tokens: int) -> dict[str, float]:
     """Median microseconds of each variant, timed in turns."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(n_tokens, layer.in_features, generator=random).to(layer.values.dtype)
-    # Plans of its own: what only a loser needs is not kept.
-    plans = TopologyPlans(layer.indptr, layer.indices, layer.in_features)
-    weights = layer._in_use.detach()
-    runs = {name: partial(product, x, weights, layer.bias, plans, name) for name in possible(n_tokens)}
+    runs = layer._ways(x)
     for run in runs.values():
         run()  # compiles, and makes the plan
     once = sum(_seconds(run) for run in runs.values())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from sparselab.kernels import n_connections
 from sparselab.nn import functional
 from sparselab.nn._checks import check_input, check_width
+from sparselab.nn._plans import TopologyPlans
+from sparselab.nn._products import product
 from sparselab.nn._rows import CompressedRows
 from sparselab.nn.functional import GradientWatcher
-from sparselab.nn.variants import Variant, choose
+from sparselab.nn.variants import Variant, choose, possible
 
 
 class SparseLinear(CompressedRows):
@@ -124,6 +129,13 @@ class SparseLinear(CompressedRows):
     def _product_seen_by(self, watcher: GradientWatcher, tokens: Tensor) -> Tensor:
         with functional.watching(watcher):
             return self._product(tokens)
+
+    def _ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """Every way to compute the output for x (tokens, in_features), by the name of its variant."""
+        # Plans of their own: what only one of them needs is not kept.
+        plans = TopologyPlans(self.indptr, self.indices, self.in_features)
+        weights = self._in_use.detach()
+        return {name: partial(product, x, weights, self.bias, plans, name) for name in possible(len(x))}
 
     def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
         """How a batch of so many tokens is computed, and why: by a rule, or as `sparselab.tune` measured.

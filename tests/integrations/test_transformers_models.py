@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from sparselab import RigL, SparseLinear, densify, sparsify
+from sparselab import MaskedLinear, RigL, SparseLinear, densify, sparsify
 from sparselab.nn.topology import find_sparse
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -102,12 +102,14 @@ def test_conv1d_keeps_its_function():
     torch.testing.assert_close(logits(model), expected)
 
 
-def test_a_sparse_gpt2_is_saved_and_read_sparse_and_dense(tmp_path):
-    model = sparsify(gpt2(), GPT2)
+@pytest.mark.parametrize("layer", ["sparse", "masked"])
+def test_a_sparse_gpt2_is_saved_and_read_sparse_and_dense(tmp_path, layer):
+    model = sparsify(gpt2(), GPT2, layer=layer)
     expected = logits(model)
     model.save_pretrained(tmp_path / "sparse")
     again = from_pretrained(transformers.GPT2LMHeadModel, tmp_path / "sparse")
-    assert len(list(find_sparse(again))) == 8
+    kind = {"sparse": SparseLinear, "masked": MaskedLinear}[layer]
+    assert [type(each) for _, each in find_sparse(again)] == [kind] * 8
     assert torch.equal(logits(again), expected)
     densify(model).save_pretrained(tmp_path / "dense")
     dense = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab import MaskedLinear, SparseLinear, tune
-from sparselab.nn import _products, _tune
+from sparselab.nn import _products, _tune, linear
 from sparselab.nn._plans import TopologyPlans
 from sparselab.nn.variants import FORWARD, Measured, possible
 from tests.nn.test_linear import check_gradients, dense_weight
@@ -29,7 +29,7 @@ class Clock:
         self.microseconds: Mapping[str, float] = {}
         self.runs: list[tuple[int, str]] = []
         patch.setattr(_tune, "perf_counter", lambda: self.now)
-        patch.setattr(_tune, "product", self.product)
+        patch.setattr(linear, "product", self.product)
 
     def product(self, x: Tensor, values: Tensor, bias: Tensor | None, plans: Any, variant: str) -> Tensor:
         self.now += 1e-6 * self.microseconds[variant]
@@ -86,6 +86,7 @@ def test_a_layer_computes_as_measured_and_says_so(fastest: str, clock: Clock, ta
     assert layer.variant(9)[:2] == ("forward", fastest)
     assert layer.variant(9).reason.startswith("measured: 41 us against 63 us (")
     assert layer.variant(9, "input_grad").name == TILES
+    assert tune(layer, n_tokens=[9]).products[0].rule == FEW
     taken.clear()
     x, dy = torch.randn(9, 37, requires_grad=True), torch.randn(9, 21)
     with torch.inference_mode():
