@@ -1,13 +1,13 @@
 """Strips: how the block kernels see a matrix of dense blocks.
 
 A *strip* is four rows of a block row, which share their columns: a loaded row of tokens serves four
-multiply-adds. Strips are cut along the longer side of the blocks, so for blocks that are wider than tall (as
-1 x 8) they lie in the transpose, and the products swap roles.
+multiply-adds. A product can gather along the strips of its own matrix, or scatter along those of the
+transpose, so that blocks that are high or wide have strips without gaps either way.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,17 +15,18 @@ from sparselab.kernels._block_vectors import HEIGHT
 from sparselab.kernels._intrinsics import get, put
 from sparselab.kernels._jit import jit, launch, worker_count
 from sparselab.kernels._team import spread
+from sparselab.kernels.blocks import BlockCSR
 from sparselab.kernels.layout import Array, index_dtype
 
 _MIN_SHARE = 1 << 15
 
 
 class Strips(NamedTuple):
-    """Order in which kernels walk the blocks of a matrix W, or of W^T if `transposed`.
+    """Order in which kernels walk the blocks of W, or of W^T if `transposed`.
 
-    The matrix walked has blocks of `height` rows and `width` columns, of which those within `shape` exist.
-    Block row r is ``indptr[r] : indptr[r + 1]``: block k is ``slots[k]`` of W, and its columns, each named,
-    are ``columns[k * width : (k + 1) * width]``. `edges` are the blocks that reach beyond the shape.
+    The matrix walked, M, has the shape `shape` and blocks of `height` rows and `width` columns. Its block row
+    r is ``indptr[r] : indptr[r + 1]``; block k is slot ``slots[k]`` of W, and its columns, each of them named,
+    are ``columns[k * width : (k + 1) * width]``.
     """
 
     transposed: bool
@@ -35,7 +36,6 @@ class Strips(NamedTuple):
     indptr: Array
     slots: Array
     columns: Array
-    edges: Array
 
     @property
     def strips_per_row(self) -> int:
@@ -47,28 +47,37 @@ class Strips(NamedTuple):
         """Weights as packed: `HEIGHT` for each column of each strip."""
         return len(self.columns) * self.strips_per_row * HEIGHT
 
+    @property
+    def n_columns(self) -> int:
+        """Columns of M with those that its last blocks have beyond it."""
+        return -(-self.shape[1] // self.width) * self.width
 
-def plan_blocks(
-    shape: tuple[int, int], block_shape: tuple[int, int], indptr: Array, indices: Array
-) -> Strips:
-    """Strips of a matrix of that shape; its blocks lie in compressed rows of the grid."""
-    height, width = block_shape
-    slots, blocks = np.arange(len(indices)), indices.astype(np.int64)
-    transposed = height < HEIGHT and width > height
+    @property
+    def fits(self) -> bool:
+        """Whether strips have few gaps, or fewer than those of the transpose."""
+        return self.height >= HEIGHT or self.height >= self.width
+
+
+def plan_strips(W: BlockCSR, transposed: bool) -> Strips:
+    """Strips of W, or of W^T (values are not read)."""
+    shape, (height, width) = W.shape, W.block_shape
+    slots, blocks, indptr = np.arange(W.nnz), W.indices.astype(np.int64), W.indptr
     if transposed:
         shape, (height, width) = (shape[1], shape[0]), (width, height)
-        slots = np.argsort(blocks, kind="stable")
-        counts = np.bincount(blocks, minlength=-(-shape[0] // height))
-        blocks = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))[slots]
+        slots = np.argsort(W.indices, kind="stable")
+        counts = np.bincount(blocks, minlength=W.grid[1])
+        blocks = np.repeat(np.arange(W.grid[0]), np.diff(indptr))[slots]
         indptr = np.concatenate([[0], np.cumsum(counts)])
     columns = (blocks[:, None] * width + np.arange(width)).reshape(-1)
-    grid = -(-shape[0] // height), -(-shape[1] // width)
-    rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    over = (rows == shape[0] // height) | (blocks == shape[1] // width)
-    return Strips(
-        transposed, shape, height, width, indptr.astype(np.int64), slots,
-        columns.astype(index_dtype(grid[1] * width)), np.flatnonzero(over),
-    )  # fmt: skip
+    narrow = index_dtype(-(-shape[1] // width) * width)
+    return Strips(transposed, shape, height, width, indptr.astype(np.int64), slots, columns.astype(narrow))
+
+
+def plan_product(W: BlockCSR, transposed: bool) -> Strips:
+    """Strips for products with W, or with W^T: its own to gather along, or the transpose's to scatter."""
+    height, width = W.block_shape[::-1] if transposed else W.block_shape
+    own = height >= HEIGHT or height >= width
+    return plan_strips(W, transposed == own)
 
 
 @jit
@@ -82,7 +91,7 @@ def _pack_share(share, n_shares, values, indptr, slots, height, width, row_step,
         count = (indptr[r + 1] - indptr[r]) * width * HEIGHT
         for k in range(indptr[r], indptr[r + 1]):
             block = slots[k] * height * width
-            at = indptr[r] * width * HEIGHT * strips + (k - indptr[r]) * width * HEIGHT
+            at = (indptr[r] * (strips - 1) + k) * width * HEIGHT
             for row in range(0, height, HEIGHT):
                 rows = min(HEIGHT, height - row)
                 for j in range(width):
@@ -107,18 +116,14 @@ def _unpack_share(share, n_shares, packed, indptr, slots, height, width, row_ste
         count = (indptr[r + 1] - indptr[r]) * width * HEIGHT
         for k in range(indptr[r], indptr[r + 1]):
             block = slots[k] * height * width
-            at = indptr[r] * width * HEIGHT * strips + (k - indptr[r]) * width * HEIGHT
+            at = (indptr[r] * (strips - 1) + k) * width * HEIGHT
             for row in range(0, height, HEIGHT):
                 rows = min(HEIGHT, height - row)
                 for j in range(width):
                     target = block + row * row_step + j * column_step
                     place = at + j * HEIGHT
-                    if rows == HEIGHT:
-                        for i in range(HEIGHT):
-                            put(values, target + i * row_step, get(packed, place + i))
-                    else:
-                        for i in range(rows):
-                            put(values, target + i * row_step, get(packed, place + i))
+                    for i in range(rows):
+                        put(values, target + i * row_step, get(packed, place + i))
                 at += count
 
 
@@ -132,7 +137,7 @@ def unpack_weights(packed: Array, plan: Strips, values: Array) -> None:
     _move(_unpack_share, packed, plan, values)
 
 
-def _move(kernel, source: Array, plan: Strips, target: Array) -> None:  # type: ignore[no-untyped-def]
+def _move(kernel: Any, source: Array, plan: Strips, target: Array) -> None:
     n_shares = max(1, min(worker_count(), len(source) // _MIN_SHARE))
     steps = (1, plan.height) if plan.transposed else (plan.width, 1)
     launch(kernel, n_shares, source, plan.indptr, plan.slots, plan.height, plan.width, *steps, target)

@@ -1,10 +1,18 @@
-"""Products of a matrix of strips with tokens: ``Y = M X + b`` by gathering, ``DX = M^T DY`` by scattering."""
+"""Products of a matrix of blocks with tokens: by gathering along its strips, or scattering along those of W^T.
+
+Loop order, from outside: shares of (block rows, tile of tokens) on threads; groups of block rows; strips; the
+strip's columns. To gather, the four rows of sums stay in registers for the whole strip, and each column's row of
+tokens is loaded from the packed tile of X, once for four multiply-adds. To scatter, the four rows of operands
+stay in registers, and each column's row of sums is loaded, added to four times, and stored. The tile lies in
+the second-level cache, the group's rows in the first. The weights come from the third level, 16 + 2 bytes for
+four multiply-adds of a row, in the order in which they are needed: they were packed so, once a call.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels._block_plan import Strips
+from sparselab.kernels._block_plan import Strips, pack_weights
 from sparselab.kernels._block_vectors import (
     HEIGHT,
     PARTS,
@@ -17,7 +25,7 @@ from sparselab.kernels._block_vectors import (
     wide_row,
 )
 from sparselab.kernels._intrinsics import get, view_at
-from sparselab.kernels._jit import jit, launch, scratch, worker_count
+from sparselab.kernels._jit import aligned_empty, jit, launch, scratch, worker_count
 from sparselab.kernels._shares import cut_rows
 from sparselab.kernels._target import VECTOR_BYTES
 from sparselab.kernels._team import spread
@@ -50,21 +58,21 @@ def _gather_strip(weights, at, columns, first, count, tile, bias, row, sums, sum
 
 
 @jit
-def _scatter_strip(weights, at, columns, first, count, dy, row, dx, like):  # type: ignore[no-untyped-def]
-    """Add four rows of dy, times the strip's weights, to the rows of dx that its columns name."""
+def _scatter_strip(weights, at, columns, first, count, rows, row, tile, like):  # type: ignore[no-untyped-def]
+    """Add four rows of tokens, times the strip's weights, to the rows of the tile that its columns name."""
     width = row_width(like)
-    d0 = load_parts(dy, row * width, like)
-    d1 = load_parts(dy, (row + 1) * width, like)
-    d2 = load_parts(dy, (row + 2) * width, like)
-    d3 = load_parts(dy, (row + 3) * width, like)
+    x0 = load_parts(rows, row * width, like)
+    x1 = load_parts(rows, (row + 1) * width, like)
+    x2 = load_parts(rows, (row + 2) * width, like)
+    x3 = load_parts(rows, (row + 3) * width, like)
     for k in range(first, first + count):
         place = np.int64(get(columns, k)) * width
-        total = load_parts(dx, place, like)
-        total = fma_parts(get(weights, at), d0, total)
-        total = fma_parts(get(weights, at + 1), d1, total)
-        total = fma_parts(get(weights, at + 2), d2, total)
-        total = fma_parts(get(weights, at + 3), d3, total)
-        store_parts(dx, place, total)
+        total = load_parts(tile, place, like)
+        total = fma_parts(get(weights, at), x0, total)
+        total = fma_parts(get(weights, at + 1), x1, total)
+        total = fma_parts(get(weights, at + 2), x2, total)
+        total = fma_parts(get(weights, at + 3), x3, total)
+        store_parts(tile, place, total)
         at += HEIGHT
 
 
@@ -100,33 +108,32 @@ def _gather_tile(  # type: ignore[no-untyped-def]
 @jit
 def _scatter_tile(  # type: ignore[no-untyped-def]
     group, weights, columns, indptr, height, block_width, n_rows, n_columns, padded,
-    y, y_strides, token0, n_tokens, bias, x, x_strides, memory, like,
+    x, x_strides, token0, n_tokens, bias, y, y_strides, memory, like,
 ):  # fmt: skip
     width = row_width(like)
-    tile, sums = memory[: padded * width], memory[padded * width :]
+    tile, rows = memory[: padded * width], memory[padded * width :]
     tokens = min(width, n_tokens - token0)
     for j in range(n_columns):
         store_parts(tile, j * width, splat_parts(get(bias, j), like))
-    tile[n_columns * width : padded * width] = 0
+    tile[n_columns * width :] = 0
     strips = (height + HEIGHT - 1) // HEIGHT
     n = len(indptr) - 1
     for r0 in range(0, n, group):
         r1 = min(r0 + group, n)
         first_row = r0 * height
-        rows = min(r1 * height, n_rows) - first_row
-        start = first_row * y_strides[0] + token0 * y_strides[1]
-        pack(y, start, y_strides[0], y_strides[1], rows, tokens, sums, width)
-        sums[rows * width : (r1 - r0) * strips * HEIGHT * width] = 0
+        present = min(r1 * height, n_rows) - first_row
+        start = first_row * x_strides[0] + token0 * x_strides[1]
+        pack(x, start, x_strides[0], x_strides[1], present, tokens, rows, width)
+        rows[present * width : (r1 - r0) * strips * HEIGHT * width] = 0
         at = 0
         for r in range(r0, r1):
             first = indptr[r] * block_width
             count = (indptr[r + 1] - indptr[r]) * block_width
             for s in range(strips):
-                _scatter_strip(
-                    weights, (first * strips + s * count) * HEIGHT, columns, first, count, sums, at, tile, like
-                )
+                place = (first * strips + s * count) * HEIGHT
+                _scatter_strip(weights, place, columns, first, count, rows, at, tile, like)
                 at += HEIGHT
-    unpack(tile, width, n_columns, tokens, x, token0 * x_strides[1], x_strides[0], x_strides[1])
+    unpack(tile, width, n_columns, tokens, y, token0 * y_strides[1], y_strides[0], y_strides[1])
 
 
 @jit
@@ -160,7 +167,7 @@ def _gather_share(  # type: ignore[no-untyped-def]
 @jit
 def _scatter_share(  # type: ignore[no-untyped-def]
     share, n_shares, group, weights, columns, indptr, height, block_width, n_rows, n_columns,
-    padded, y_at, y_strides, n_tokens, bias, x_at, x_strides, work,
+    padded, x_at, x_strides, n_tokens, bias, y_at, y_strides, work,
 ):  # fmt: skip
     if spread(share, n_shares):
         return
@@ -172,46 +179,56 @@ def _scatter_share(  # type: ignore[no-untyped-def]
     for tile in range(share * n_tiles // n_shares, (share + 1) * n_tiles // n_shares):
         _scatter_tile(
             group, weights, columns, indptr, height, block_width, n_rows, n_columns, padded,
-            y, y_strides, tile * width, n_tokens, bias, x, x_strides, memory, like,
+            x, x_strides, tile * width, n_tokens, bias, y, y_strides, memory, like,
         )  # fmt: skip
 
 
-def gather(weights: Array, plan: Strips, X: Array, Y: Array, bias: Array | None) -> None:
-    """``Y = M X + b`` for packed weights of M."""
-    n_rows, n_columns = plan.shape
-    n_tokens = X.shape[1]
+def multiply(
+    values: Array, plan: Strips, transposed: bool, X: Array, Y: Array, bias: Array | None = None
+) -> None:
+    """``Y = S X + b`` where S is W, or W^T if `transposed`, with the blocks `values` (flat).
+
+    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides and are not checked; Y is overwritten.
+    """
+    if Y.size == 0:
+        return
+    offsets = np.zeros(Y.shape[0], Y.dtype) if bias is None else bias
+    packed = aligned_empty(plan.packed_items, Y.dtype)
+    pack_weights(values, plan, packed)
+    if plan.transposed == transposed:
+        _gather(packed, plan, X, Y, offsets)
+    else:
+        _scatter(packed, plan, X, Y, offsets)
+
+
+def _gather(weights: Array, plan: Strips, X: Array, Y: Array, bias: Array) -> None:
+    n_tokens, workers = X.shape[1], worker_count()
     lanes = VECTOR_BYTES // Y.itemsize
     narrow = n_tokens <= lanes
-    width = lanes * (1 if narrow else PARTS)
+    width = lanes if narrow else lanes * PARTS
     n_tiles = -(-n_tokens // width)
-    group, strip_rows = _group(plan)
-    workers = worker_count()
+    # Each part of the rows packs the tokens again.
     edges = cut_rows(plan.indptr, 1 if n_tiles >= 4 * workers else 2 * workers)
     n_shares = min(workers, n_tiles * (len(edges) - 1))
-    padded = -(-n_columns // plan.width) * plan.width
-    work = scratch(n_shares, (padded + strip_rows) * width, Y.dtype)
+    group, strip_rows = _group(plan)
+    work = scratch(n_shares, (plan.n_columns + strip_rows) * width, Y.dtype)
     launch(
         _gather_share, n_shares, edges, int(narrow), group, weights, plan.columns, plan.indptr, plan.height,
-        plan.width, n_rows, n_columns, padded, X.__array_interface__["data"][0], strides(X), n_tokens,
-        _offsets(plan, bias, Y.dtype), Y.__array_interface__["data"][0], strides(Y), work,
+        plan.width, *plan.shape, plan.n_columns, X.__array_interface__["data"][0], strides(X), n_tokens,
+        _by_strip(bias, plan), Y.__array_interface__["data"][0], strides(Y), work,
     )  # fmt: skip
 
 
-def scatter(weights: Array, plan: Strips, DY: Array, DX: Array, bias: Array | None) -> None:
-    """``DX = M^T DY + b`` for packed weights of M."""
-    n_rows, n_columns = plan.shape
-    n_tokens = DY.shape[1]
-    width = VECTOR_BYTES // DX.itemsize * PARTS
-    n_tiles = -(-n_tokens // width)
+def _scatter(weights: Array, plan: Strips, X: Array, Y: Array, bias: Array) -> None:
+    width = VECTOR_BYTES // Y.itemsize * PARTS
+    n_tokens = X.shape[1]
+    n_shares = min(worker_count(), -(-n_tokens // width))
     group, strip_rows = _group(plan)
-    n_shares = min(worker_count(), n_tiles)
-    padded = -(-n_columns // plan.width) * plan.width
-    work = scratch(n_shares, (padded + strip_rows) * width, DX.dtype)
-    offsets = np.zeros(n_columns, DX.dtype) if bias is None else bias
+    work = scratch(n_shares, (plan.n_columns + strip_rows) * width, Y.dtype)
     launch(
-        _scatter_share, n_shares, group, weights, plan.columns, plan.indptr, plan.height,
-        plan.width, n_rows, n_columns, padded, DY.__array_interface__["data"][0], strides(DY), n_tokens,
-        offsets, DX.__array_interface__["data"][0], strides(DX), work,
+        _scatter_share, n_shares, group, weights, plan.columns, plan.indptr, plan.height, plan.width,
+        *plan.shape, plan.n_columns, X.__array_interface__["data"][0], strides(X), n_tokens,
+        bias, Y.__array_interface__["data"][0], strides(Y), work,
     )  # fmt: skip
 
 
@@ -221,11 +238,11 @@ def _group(plan: Strips) -> tuple[int, int]:
     return group, group * plan.strips_per_row * HEIGHT
 
 
-def _offsets(plan: Strips, bias: Array | None, dtype: np.dtype) -> Array:
-    """The bias of every row of every strip."""
-    padded = np.zeros((len(plan.indptr) - 1, plan.strips_per_row * HEIGHT), dtype)
-    if bias is not None:
-        full = np.zeros(len(padded) * plan.height, dtype)
-        full[: len(bias)] = bias
-        padded[:, : plan.height] = full.reshape(-1, plan.height)
-    return padded.reshape(-1)
+def _by_strip(bias: Array, plan: Strips) -> Array:
+    """The bias of each row of the strips, 0 for those that do not exist."""
+    n = len(plan.indptr) - 1
+    rows = np.zeros((n, plan.strips_per_row * HEIGHT), bias.dtype)
+    whole = np.zeros(n * plan.height, bias.dtype)
+    whole[: len(bias)] = bias
+    rows[:, : plan.height] = whole.reshape(n, plan.height)
+    return rows.reshape(-1)

@@ -20,6 +20,9 @@ from sparselab.kernels._target import VECTOR_BYTES
 #: Registers of one row of tokens.
 PARTS = 3 if VECTOR_BYTES == 32 else 4
 
+#: Columns of a strip whose dots are made together.
+TOGETHER = 3
+
 #: Rows of a strip, which share their columns: a loaded row of tokens serves as many multiply-adds.
 HEIGHT = 4
 
@@ -142,7 +145,7 @@ def load_three(_: Any, tile: Any, a: Any, b: Any, c: Any) -> Any:
         places = [emit.at(emit.data(0), emit.index(k)) for k in (1, 2, 3)]
         return cgutils.pack_array(builder, [emit.load(place, vector.llvm, VECTOR_BYTES) for place in places])
 
-    return types.UniTuple(vector, 3)(tile, a, b, c), codegen
+    return types.UniTuple(vector, TOGETHER)(tile, a, b, c), codegen
 
 
 @intrinsic
@@ -151,9 +154,9 @@ def three_zeros(_: Any, array: Any) -> Any:
     vector = Vector(array.dtype, register_lanes(array.dtype))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return cgutils.pack_array(builder, [ir.Constant(vector.llvm, [0] * vector.lanes)] * 3)
+        return cgutils.pack_array(builder, [ir.Constant(vector.llvm, [0] * vector.lanes)] * TOGETHER)
 
-    return types.UniTuple(vector, 3)(array), codegen
+    return types.UniTuple(vector, TOGETHER)(array), codegen
 
 
 @intrinsic
@@ -163,9 +166,9 @@ def add_sums(_: Any, s0: Any, s1: Any, s2: Any, s3: Any, out: Any, at: Any) -> A
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        sums = [cgutils.unpack_tuple(builder, args[k], 3) for k in range(HEIGHT)]
+        sums = [cgutils.unpack_tuple(builder, args[k], TOGETHER) for k in range(HEIGHT)]
         group = min(HEIGHT, vector.lanes)
-        for k in range(3):
+        for k in range(TOGETHER):
             for r in range(0, HEIGHT, group):
                 total = sum_lanes(emit, [sums[i][k] for i in range(r, r + group)])
                 offset = builder.add(emit.index(5), ir.Constant(I64, HEIGHT * k + r))
