@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import (
+        BlockSparseLinear,
         MaskedLinear,
         SparseLinear,
         SparseMultiheadAttention,
@@ -54,6 +55,7 @@ __all__ = [
     "MEST",
     "SET",
     "SNFS",
+    "BlockSparseLinear",
     "CHTs",
     "CHTss",
     "Constant",
@@ -85,6 +87,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BlockSparseLinear": "nn",
     "CHTs": "dst",
     "CHTss": "dst",
     "Constant": "dst",

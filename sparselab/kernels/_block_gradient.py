@@ -46,8 +46,8 @@ _REST = 16
 def _strip_dots(rows, at, panel, columns, k, last, column0, length, step, rest, out, place):  # type: ignore[no-untyped-def]
     """Add the dots of a strip's rows with the columns k : last of `columns` to `out`, from `place` on.
 
-    The step from token to token is an argument, because LLVM would unroll a loop whose length it can tell, and
-    then reload an address for every operand.
+    The step from token to token is an argument, because LLVM would unroll a loop whose length it can tell,
+    and then reload an address for every operand.
     """
     stride = _STRIDE_BYTES // panel.itemsize
     while k < last:
@@ -76,7 +76,7 @@ def _strip_dots(rows, at, panel, columns, k, last, column0, length, step, rest, 
 
 @jit
 def _pack_rows(x, x_strides, token0, tokens, row0, row1, height, n_rows, target):  # type: ignore[no-untyped-def]
-    """Pack a run of the rows of strips; a block row whose height is no multiple has some that do not exist."""
+    """Pack a run of the rows of strips, some of which do not exist if blocks are not of whole strips."""
     stride = _STRIDE_BYTES // target.itemsize
     padded = (height + HEIGHT - 1) // HEIGHT * HEIGHT
     together = row1 - row0 if padded == height else 1
@@ -130,9 +130,7 @@ def _sample_share(  # type: ignore[no-untyped-def]
                     for s in range(strips):
                         place = (first * strips + s * (end - first) + k0 - first) * HEIGHT
                         at = ((r - row0) * strips + s) * HEIGHT * stride
-                        _strip_dots(
-                            rows, at, panel, columns, k0, k1, column0, length, step, rest, out, place
-                        )
+                        _strip_dots(rows, at, panel, columns, k0, k1, column0, length, step, rest, out, place)
         if wants_sums:
             for row in range(row0 * height, min(row1 * height, n_rows)):
                 at = (row // height - row0) * strips * HEIGHT + row % height
@@ -162,8 +160,8 @@ def _rectangles(plan: Strips, n_panels: int, n_workers: int) -> Array:
 def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = None) -> None:
     """The dots of rows of `R` with rows of `C` for every entry of every block, written to `out` (flat).
 
-    R ``(rows, tokens)`` and C ``(columns, tokens)``, of the matrix M that the strips walk, may have any strides
-    and are not checked. If `sums` (rows,) is given, it becomes ``sum_t R[:, t]``. Entries of `out` beyond the
+    R ``(rows, tokens)`` and C ``(columns, tokens)``, of the matrix M that the strips walk, may have any
+    strides and are not checked. If `sums` (rows,) is given, it becomes ``sum_t R[:, t]``. Entries of `out` beyond the
     matrix are 0 times a number, which a NaN or infinity makes NaN.
     """
     sums = np.empty(0, out.dtype) if sums is None else sums

@@ -24,9 +24,9 @@ _MIN_SHARE = 1 << 15
 class Strips(NamedTuple):
     """Order in which kernels walk the blocks of W, or of W^T if `transposed`.
 
-    The matrix walked, M, has the shape `shape` and blocks of `height` rows and `width` columns. Its block row
-    r is ``indptr[r] : indptr[r + 1]``; block k is slot ``slots[k]`` of W, and its columns, each of them named,
-    are ``columns[k * width : (k + 1) * width]``.
+    The matrix walked, M, has the shape `shape` and blocks of `height` rows and `width` columns. Its block
+    row r is ``indptr[r] : indptr[r + 1]``; block k is slot ``slots[k]`` of W, and its columns, each of them
+    named, are ``columns[k * width : (k + 1) * width]``.
     """
 
     transposed: bool
@@ -52,11 +52,6 @@ class Strips(NamedTuple):
         """Columns of M with those that its last blocks have beyond it."""
         return -(-self.shape[1] // self.width) * self.width
 
-    @property
-    def fits(self) -> bool:
-        """Whether strips have few gaps, or fewer than those of the transpose."""
-        return self.height >= HEIGHT or self.height >= self.width
-
 
 def plan_strips(W: BlockCSR, transposed: bool) -> Strips:
     """Strips of W, or of W^T (values are not read)."""
@@ -74,10 +69,19 @@ def plan_strips(W: BlockCSR, transposed: bool) -> Strips:
 
 
 def plan_product(W: BlockCSR, transposed: bool) -> Strips:
-    """Strips for products with W, or with W^T: its own to gather along, or the transpose's to scatter."""
-    height, width = W.block_shape[::-1] if transposed else W.block_shape
-    own = height >= HEIGHT or height >= width
-    return plan_strips(W, transposed == own)
+    """Strips for products with W, or with W^T."""
+    return plan_strips(W, wants_transpose(W.block_shape, transposed))
+
+
+def wants_transpose(block_shape: tuple[int, int], transposed: bool) -> bool:
+    """Whether products with W, or with W^T if `transposed`, go along strips of W^T.
+
+    To gather along strips of its own matrix is faster for a product; but where its blocks are too low for a
+    strip, and higher in the transpose, it scatters along those.
+    """
+    height, width = block_shape[::-1] if transposed else block_shape
+    gathers = height >= HEIGHT or height >= width
+    return transposed == gathers
 
 
 @jit

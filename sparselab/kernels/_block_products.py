@@ -1,11 +1,12 @@
-"""Products of a matrix of blocks with tokens: by gathering along its strips, or scattering along those of W^T.
+"""Products of a matrix of blocks with tokens: by gathering along its strips, or scattering along W^T's.
 
-Loop order, from outside: shares of (block rows, tile of tokens) on threads; groups of block rows; strips; the
-strip's columns. To gather, the four rows of sums stay in registers for the whole strip, and each column's row of
-tokens is loaded from the packed tile of X, once for four multiply-adds. To scatter, the four rows of operands
-stay in registers, and each column's row of sums is loaded, added to four times, and stored. The tile lies in
-the second-level cache, the group's rows in the first. The weights come from the third level, 16 + 2 bytes for
-four multiply-adds of a row, in the order in which they are needed: they were packed so, once a call.
+Loop order, from outside: shares of (block rows, tile of tokens) on threads; groups of block rows; strips;
+the strip's columns. To gather, the four rows of sums stay in registers for the whole strip, and each
+column's row of tokens is loaded from the packed tile of X, once for four multiply-adds. To scatter, the four
+rows of operands stay in registers, and each column's row of sums is loaded, added to four times, and stored.
+The tile lies in the second-level cache, the group's rows in the first. The weights come from the third
+level, 16 + 2 bytes for four multiply-adds of a row, in the order in which they are needed: they are packed
+so once a call.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ def multiply(
 ) -> None:
     """``Y = S X + b`` where S is W, or W^T if `transposed`, with the blocks `values` (flat).
 
-    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides and are not checked; Y is overwritten.
+    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides and are not checked; Y is
+    overwritten.
     """
     if Y.size == 0:
         return

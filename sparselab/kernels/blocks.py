@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -57,7 +57,12 @@ class BlockCSR:
 
     @classmethod
     def unchecked(
-        cls, shape: tuple[int, int], block_shape: tuple[int, int], indptr: Array, indices: Array, values: Array
+        cls,
+        shape: tuple[int, int],
+        block_shape: tuple[int, int],
+        indptr: Array,
+        indices: Array,
+        values: Array,
     ) -> BlockCSR:
         """As the constructor, for what was checked before. A wrong topology reads out of bounds."""
         self = object.__new__(cls)
@@ -81,7 +86,11 @@ class BlockCSR:
 
     @classmethod
     def from_positions(
-        cls, shape: tuple[int, int], block_shape: tuple[int, int], positions: Array, blocks: Array | None = None
+        cls,
+        shape: tuple[int, int],
+        block_shape: tuple[int, int],
+        positions: Array,
+        blocks: Array | None = None,
     ) -> BlockCSR:
         """Blocks at ascending positions of the grid: those of all `blocks`, or else float32 zeros."""
         grid = grid_of(shape, block_shape)
@@ -215,9 +224,14 @@ class BlockCSR:
             raise ValueError(f"values must have shape {expected}, got {self.values.shape}")
 
     def __repr__(self) -> str:
-        return (
-            f"BlockCSR(shape={self.shape}, block_shape={self.block_shape}, nnz={self.nnz}, dtype={self.dtype})"
-        )
+        return f"BlockCSR(shape={self.shape}, block_shape={self.block_shape}, nnz={self.nnz}, dtype={self.dtype})"
+
+
+class BlockRewrite(NamedTuple):
+    """What `rewrite` returns for blocks: as `Rewrite`, but slots are blocks."""
+
+    topology: BlockCSR
+    source: Array
 
 
 def check_block_shape(block_shape: object) -> tuple[int, int]:

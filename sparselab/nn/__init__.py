@@ -1,6 +1,7 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
 from sparselab.nn.attention import SparseMultiheadAttention
+from sparselab.nn.block import BlockSparseLinear
 from sparselab.nn.brf import brf_
 from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.files import load_model, save_model
@@ -13,6 +14,7 @@ from sparselab.nn.report import MemoryReport, memory_report
 from sparselab.nn.topology import SparseTopology, find_sparse
 
 __all__ = [
+    "BlockSparseLinear",
     "GradientWatcher",
     "MaskedLinear",
     "MemoryReport",

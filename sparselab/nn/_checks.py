@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab.kernels import PaddedCSR
+from sparselab.kernels import BlockCSR, PaddedCSR
+from sparselab.kernels.blocks import grid_of
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -58,16 +59,8 @@ def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: t
     TypeError, ValueError
         If a part is missing or is not what a kernel may be given.
     """
-    missing = [name for name, tensor in state.items() if tensor is None]
-    if len(missing) == len(state):
+    if not _is_complete(state):
         return None
-    if missing:
-        raise ValueError(f"{', '.join(state)} must be loaded together, got no {missing[0]}")
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.is_meta:
-            raise ValueError(f"{name} must hold data, got a tensor on the meta device")
     values, indptr, indices = (state[name].detach().cpu() for name in ("values", "indptr", "indices"))
     if not values.is_floating_point() or values.ndim != 1:
         raise TypeError(f"values must be a 1-D floating point tensor, got {_kind(values)}")
@@ -82,6 +75,41 @@ def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: t
     PaddedCSR(shape, begin, np.diff(begin), indices.numpy(), no_values)
     columns: Tensor = indices.to(index_dtype)
     return columns
+
+
+def check_blocks(
+    state: dict[str, Any], shape: tuple[int, int], block_shape: tuple[int, int], index_dtype: torch.dtype
+) -> Tensor | None:
+    """As `check_topology`, for a layer of dense blocks of that shape."""
+    if not _is_complete(state):
+        return None
+    values, indptr, indices = (state[name].detach().cpu() for name in ("values", "indptr", "indices"))
+    if not values.is_floating_point() or values.ndim != 3:
+        raise TypeError(f"values must be a 3-D floating point tensor, got {_kind(values)}")
+    rows, _ = grid_of(shape, block_shape)
+    if indptr.dtype != torch.int64 or indptr.shape != (rows + 1,):
+        raise ValueError(f"indptr must be int64 of shape ({rows + 1},), got {_kind(indptr)}")
+    if indices.dtype not in (torch.uint16, torch.int32, torch.int64):
+        raise TypeError(f"indices must be uint16, int32 or int64, got {_kind(indices)}")
+    known = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    BlockCSR(shape, block_shape, indptr.numpy(), indices.numpy(), known.numpy())
+    narrow: Tensor = indices.to(index_dtype)
+    return narrow
+
+
+def _is_complete(state: dict[str, Any]) -> bool:
+    """False if a state has none of its tensors; an error if it lacks some, or they hold no data."""
+    missing = [name for name, tensor in state.items() if tensor is None]
+    if len(missing) == len(state):
+        return False
+    if missing:
+        raise ValueError(f"{', '.join(state)} must be loaded together, got no {missing[0]}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_meta:
+            raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+    return True
 
 
 def check_size(name: str, value: int) -> int:

@@ -87,13 +87,15 @@ class SparseLayer(nn.Module):
         linear: nn.Linear | MaskedLinear,
         sparsity: float,
         device: torch.device | str | None = None,
+        **settings: Any,
     ) -> Layer:
         """A new layer with the sizes, dtype, mode and trainability of a dense one, and random weights."""
         weight = linear.weight
         place = weight.device if device is None else device
         new = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, sparsity, place, weight.dtype
-        )  # type: ignore[call-arg]
+            linear.in_features, linear.out_features, linear.bias is not None,
+            sparsity=sparsity, device=place, dtype=weight.dtype, **settings,
+        )  # type: ignore[call-arg]  # fmt: skip
         new._train_as(linear, weight)
         return new
 
@@ -219,6 +221,11 @@ class SparseLayer(nn.Module):
     def shape(self) -> tuple[int, int]:
         """``(out_features, in_features)``, the shape of W."""
         return self.out_features, self.in_features
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of what `positions` count: `shape`, unless connections are whole blocks."""
+        return self.shape
 
     @property
     def density(self) -> float:

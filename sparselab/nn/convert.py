@@ -338,8 +338,9 @@ def measure_sparsity(model: nn.Module) -> float:
     dense: dict[int, int] = {}
     for module in model.modules():
         if is_sparse(module):
-            live += module.nnz
-            positions += module.shape[0] * module.shape[1]
+            size = module.shape[0] * module.shape[1]
+            live += size - round(size * module.sparsity)
+            positions += size
         else:
             dense.update(
                 (id(p), p.numel()) for p in module._parameters.values() if p is not None and p.ndim >= 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from sparselab.kernels import PaddedCSR, index_dtype, n_connections
 from sparselab.nn import functional
 from sparselab.nn._checks import check_dtype, check_input, check_topology
 from sparselab.nn._layer import SparseLayer
-from sparselab.nn._plans import LayerPlans
+from sparselab.nn._plans import LayerPlans, TopologyPlans
 from sparselab.nn.functional import GradientWatcher
 from sparselab.nn.init import fan_in_uniform_
 from sparselab.nn.topology import largest_positions, move_slots
@@ -81,6 +81,7 @@ class SparseLinear(SparseLayer):
     values: nn.Parameter
     indptr: Tensor
     indices: Tensor
+    _plans_kind: ClassVar[type[Any]] = TopologyPlans
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class SparseLinear(SparseLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        self._plans = LayerPlans()
+        self._plans = LayerPlans(self._plans_kind)
         nnz = n_connections(self.shape, sparsity)
         place = torch.empty(0, device=device).device
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -142,11 +143,18 @@ class SparseLinear(SparseLayer):
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
         seed = int(torch.randint(2**62, (), device="cpu").item())
-        size = self.out_features * self.in_features
+        size = self.grid[0] * self.grid[1]
         self.forward_mask = None
         self._set_topology(kernels.sample_distinct(np.random.default_rng(seed), size, self.nnz))
+        self._draw_weights()
+        self._draw_bias(self._fan_in_pointers())
+
+    def _draw_weights(self) -> None:
         fan_in_uniform_(self.values, self.indptr)
-        self._draw_bias(self.indptr)
+
+    def _fan_in_pointers(self) -> Tensor:
+        """Row pointers (out_features + 1,) whose differences are the inputs that each output has."""
+        return self.indptr
 
     @torch.no_grad()
     def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
@@ -154,15 +162,16 @@ class SparseLinear(SparseLayer):
         self._resize(len(positions))
         self._set_topology(positions.numpy())
         if weights is None:
-            fan_in_uniform_(self.values, self.indptr)
+            self._draw_weights()
         else:
             self.values.copy_(weights)
 
     def _set_topology(self, positions: np.ndarray[Any, Any]) -> None:
-        row = positions // max(self.in_features, 1)
-        begin = np.zeros(self.out_features + 1, np.int64)
-        np.cumsum(np.bincount(row, minlength=self.out_features), out=begin[1:])
-        columns = (positions - row * self.in_features).astype(index_dtype(self.in_features))
+        rows, n_columns = self.grid
+        row = positions // max(n_columns, 1)
+        begin = np.zeros(rows + 1, np.int64)
+        np.cumsum(np.bincount(row, minlength=rows), out=begin[1:])
+        columns = (positions - row * n_columns).astype(index_dtype(n_columns))
         self.indptr.copy_(torch.from_numpy(begin))
         self.indices.copy_(torch.from_numpy(columns))
 
@@ -192,9 +201,9 @@ class SparseLinear(SparseLayer):
     def positions(self) -> Tensor:
         """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
         row = torch.repeat_interleave(
-            torch.arange(self.out_features, device=self.indptr.device), torch.diff(self.indptr)
+            torch.arange(self.grid[0], device=self.indptr.device), torch.diff(self.indptr)
         )
-        return row * self.in_features + self.indices.long()
+        return row * self.grid[1] + self.indices.long()
 
     def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
         """Drop and grow connections in place.
@@ -247,7 +256,7 @@ class SparseLinear(SparseLayer):
         if nnz == self.nnz:
             return
         with torch.inference_mode(False):
-            values = self.values.data.new_empty(nnz)
+            values = self.values.data.new_empty(nnz, *self.values.shape[1:])
             other = torch.float64 if values.dtype == torch.float32 else torch.float32
             self.values.grad = None
             # A graph that is still alive (the user holds a loss) holds the node that accumulates this
@@ -335,7 +344,7 @@ class SparseLinear(SparseLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._plans = LayerPlans()
+        self._plans = LayerPlans(self._plans_kind)
         if self.indices.dtype == torch.int16:
             self.indices = self.indices.view(torch.uint16)
 
@@ -345,9 +354,7 @@ class SparseLinear(SparseLayer):
     ) -> None:  # fmt: skip
         """Load into whatever topology this layer has now: the saved one is checked and replaces it."""
         try:
-            loaded = check_topology(
-                {name: state_dict.get(prefix + name) for name in _TOPOLOGY}, self.shape, self.indices.dtype
-            )
+            loaded = self._check_state({name: state_dict.get(prefix + name) for name in _TOPOLOGY})
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return
@@ -358,3 +365,7 @@ class SparseLinear(SparseLayer):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _check_state(self, state: dict[str, Any]) -> Tensor | None:
+        """The saved `indices`, or None if nothing of the topology was saved; errors if it is not valid."""
+        return check_topology(state, self.shape, self.indices.dtype)

@@ -88,7 +88,7 @@ class MaskedLinear(SparseLayer):
     @classmethod
     def from_sparse(cls, layer: SparseLinear) -> MaskedLinear:
         """The twin of a sparse layer: the same topology, weights, biases, mode and trainability."""
-        if not isinstance(layer, SparseLinear):
+        if not isinstance(layer, SparseLinear) or layer.grid != layer.shape:
             raise TypeError(f"layer must be a SparseLinear, got {type(layer).__name__}")
         new = cls.__new__(cls)
         SparseLayer.__init__(new, layer.in_features, layer.out_features)

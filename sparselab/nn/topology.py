@@ -34,18 +34,25 @@ class SparseTopology(Protocol):
         """``(out_features, in_features)``."""
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of positions: `shape`, or that of the grid if each connection is a block."""
+
+    @property
     def nnz(self) -> int:
-        """Live connections."""
+        """Live connections; live blocks, where each connection is one."""
 
     @property
     def sparsity(self) -> float:
         """Fraction of positions that are structurally zero."""
 
     def positions(self) -> Tensor:
-        """int64 (nnz,): ``row * in_features + column`` of each slot, ascending."""
+        """int64 (nnz,): ``row * grid[1] + column`` of each slot, ascending."""
 
     def per_connection(self, entries: Tensor) -> Tensor:
-        """(nnz,) entries in slot order of a tensor laid out as `stored`: weights, a gradient, a moment."""
+        """(nnz,) entries in slot order of a tensor laid out as `stored`: weights, a gradient, a moment.
+
+        Of blocks (nnz, rows, columns of a block).
+        """
 
     def put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
         """Set the entries of some slots, int64 (n,), in a tensor laid out as `stored`."""
@@ -65,8 +72,8 @@ class SparseTopology(Protocol):
 
 
 _MEMBERS = (
-    "forward_mask", "gradient_watcher", "stored", "shape", "nnz", "sparsity", "positions", "per_connection",
-    "put", "rewrite", "moved",
+    "forward_mask", "gradient_watcher", "stored", "shape", "grid", "nnz", "sparsity", "positions",
+    "per_connection", "put", "rewrite", "moved",
 )  # fmt: skip
 
 #: Moving a number needs its width only.
@@ -90,7 +97,7 @@ def find_sparse(module: nn.Module) -> Iterator[tuple[str, SparseTopology]]:
 
 
 def as_matrix(layer: SparseTopology) -> PaddedCSR:
-    """The connections of a layer, for the compiled functions of `sparselab.kernels`.
+    """The connections of a layer in its grid, for the compiled functions of `sparselab.kernels`.
 
     Nothing is copied where the layer keeps compressed rows as `sparselab.SparseLinear` does; else they are
     made from its positions. Kernels launched by this Python thread use as many threads as torch from now on.
@@ -105,12 +112,12 @@ def as_matrix(layer: SparseTopology) -> PaddedCSR:
     if isinstance(begin, Tensor) and isinstance(indices, Tensor):
         indptr, columns = begin.cpu().numpy(), indices.cpu().numpy()
     else:
-        rows, n_columns = layer.shape
+        rows, n_columns = layer.grid
         row, column = np.divmod(layer.positions().cpu().numpy(), max(n_columns, 1))
         indptr = np.searchsorted(row, np.arange(rows + 1))
         columns = column.astype(index_dtype(n_columns))
     no_values = np.broadcast_to(np.float32(0), columns.shape)
-    return PaddedCSR.unchecked(layer.shape, indptr, np.diff(indptr), columns, no_values)
+    return PaddedCSR.unchecked(layer.grid, indptr, np.diff(indptr), columns, no_values)
 
 
 @torch.no_grad()
@@ -140,6 +147,15 @@ def move_slots(entries: Tensor, source: Tensor) -> Tensor:
     if entries.shape == moved.shape:
         return entries.copy_(moved)
     return moved.to(entries.device)
+
+
+@torch.no_grad()
+def move_blocks(entries: Tensor, source: Tensor) -> Tensor:
+    """As `move_slots`, for entries (n, ...): in place if there are as many after it."""
+    moved = entries.new_zeros((len(source), *entries.shape[1:]))
+    kept = (source >= 0).to(entries.device)
+    moved[kept] = entries[source.to(entries.device)[kept]]
+    return entries.copy_(moved) if entries.shape == moved.shape else moved
 
 
 def as_scores(entries: Tensor) -> npt.NDArray[np.float32 | np.float64]:
