@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparselab import SparseLinear
+from sparselab import BlockSparseLinear, SparseLinear
 from sparselab.bench.gate import Gate, WrongResultError
 from sparselab.bench.timing import Timing, interleave
 from sparselab.kernels import n_connections
@@ -51,10 +51,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Contender:
-    """How to make a module that computes the same as a layer, to a share of the largest result."""
+    """How to make a module that computes the same as a layer, to a share of the largest result.
+
+    Or, with a `reference`, another layer of the same sizes and sparsity, which is compared with itself.
+    """
 
     make: Callable[[SparseLinear], nn.Module]
     tolerance: float
+    reference: Callable[[nn.Module], SparseLinear] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,23 @@ def _torch_csr(layer: SparseLinear) -> nn.Module:
     return _TorchCSR(layer)
 
 
+def add_blocks(block_shape: tuple[int, int]) -> str:
+    """Register layers of blocks of that shape as a contender, and return its name."""
+
+    def make(layer: SparseLinear) -> BlockSparseLinear:
+        return BlockSparseLinear(
+            layer.in_features, layer.out_features, sparsity=layer.sparsity, block_shape=block_shape
+        )
+
+    def reference(module: nn.Module) -> SparseLinear:
+        assert isinstance(module, BlockSparseLinear)
+        return module
+
+    name = f"blocks {block_shape[0]}x{block_shape[1]}"
+    CONTENDERS[name] = Contender(make, 1e-5, reference)
+    return name
+
+
 def run_case(
     case: Case, operations: Iterable[str], contenders: Iterable[str], rounds: int, threads: Sequence[int]
 ) -> list[Result]:
@@ -224,8 +245,10 @@ def run_case(
         reasons: dict[str, str] = {}
         for which in contenders:
             try:
-                module = CONTENDERS[which].make(layer)
-                gate.check(module, CONTENDERS[which].tolerance, gradients=len(products) > 1)
+                made = CONTENDERS[which]
+                module = made.make(layer)
+                judge = gate if made.reference is None else Gate(made.reference(module), x, dy)
+                judge.check(module, made.tolerance, gradients=len(products) > 1)
                 call = OPERATIONS[name].prepare(module, x, dy)
                 call()
             except WrongResultError as error:

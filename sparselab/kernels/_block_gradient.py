@@ -161,8 +161,8 @@ def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = No
     """The dots of rows of `R` with rows of `C` for every entry of every block, written to `out` (flat).
 
     R ``(rows, tokens)`` and C ``(columns, tokens)``, of the matrix M that the strips walk, may have any
-    strides and are not checked. If `sums` (rows,) is given, it becomes ``sum_t R[:, t]``. Entries of `out` beyond the
-    matrix are 0 times a number, which a NaN or infinity makes NaN.
+    strides and are not checked. If `sums` (rows,) is given, it becomes ``sum_t R[:, t]``. Entries of `out`
+    beyond the matrix are 0 times a number, which a NaN or infinity makes NaN.
     """
     sums = np.empty(0, out.dtype) if sums is None else sums
     n_rows, n_columns = plan.shape

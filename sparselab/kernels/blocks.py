@@ -224,7 +224,10 @@ class BlockCSR:
             raise ValueError(f"values must have shape {expected}, got {self.values.shape}")
 
     def __repr__(self) -> str:
-        return f"BlockCSR(shape={self.shape}, block_shape={self.block_shape}, nnz={self.nnz}, dtype={self.dtype})"
+        return (
+            f"BlockCSR(shape={self.shape}, block_shape={self.block_shape}, nnz={self.nnz}, "
+            f"dtype={self.dtype})"
+        )
 
 
 class BlockRewrite(NamedTuple):

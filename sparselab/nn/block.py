@@ -123,7 +123,7 @@ class BlockSparseLinear(SparseLinear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         new = cls._like(linear, sparsity, device="meta", block_shape=block_shape)
         new = new.to_empty(device=linear.weight.device)
-        blocks = new._cut(linear.weight.detach())
+        blocks = new.cut(linear.weight.detach())
         positions = largest_positions(blocks.double().square().sum((1, 2)), new.nnz)
         new._connect(positions.cpu(), blocks[positions])
         new._copy_bias(linear)
@@ -202,8 +202,8 @@ class BlockSparseLinear(SparseLinear):
             return positions, None
         if shape != self.shape:
             raise ValueError(
-                f"pattern must have the shape of the layer, {self.shape}, or if it is boolean that of its grid, "
-                f"{self.grid}; got {shape}"
+                f"pattern must have the shape of the layer, {self.shape}, or if it is boolean that of its "
+                f"grid, {self.grid}; got {shape}"
             )
         (row, i), (column, j) = (
             (at // size, at % size)
@@ -226,8 +226,11 @@ class BlockSparseLinear(SparseLinear):
         values[slot, i, j] = weights
         return kept, values
 
-    def _cut(self, dense: Tensor) -> Tensor:
-        """All blocks of a matrix (out_features, in_features), with zeros outside."""
+    def cut(self, dense: Tensor) -> Tensor:
+        """All blocks of the grid, in the order of positions, of a matrix (out_features, in_features).
+
+        What lies outside the matrix is 0.
+        """
         rows, columns = (n * size for n, size in zip(self.grid, self.block_shape, strict=True))
         whole = dense.new_zeros((rows, columns))
         whole[: self.out_features, : self.in_features] = dense
