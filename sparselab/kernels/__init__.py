@@ -368,9 +368,9 @@ def _checked_strips(plan: Plan, W: BlockCSR) -> Strips:
     """Refuse strips of another matrix, as far as sizes tell: they would read out of bounds."""
     if not isinstance(plan, Strips):
         raise TypeError(f"plan must be a Strips, got {type(plan).__name__}")
-    turn = slice(None, None, -1 if plan.transposed else 1)
-    expected = W.shape[turn], W.block_shape[turn], W.nnz
-    came = plan.shape, (plan.height, plan.width), len(plan.slots)
+    turn = -1 if plan.transposed else 1
+    expected = W.shape, W.block_shape, W.nnz
+    came = plan.shape[::turn], (plan.height, plan.width)[::turn], len(plan.slots)
     if came != expected:
         raise ValueError(
             "plan must be made for this topology (shape {}, blocks {}, {} of them), got one for shape {}, "

@@ -180,7 +180,7 @@ def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = No
     panel_columns = panel_blocks * plan.width
     items = _REST + (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8
     work = scratch(len(rectangles), items, out.dtype)
-    packed = aligned_empty(plan.packed_items, out.dtype)
+    packed = out if plan.is_packed else aligned_empty(plan.packed_items, out.dtype)
     packed.fill(0)
     launch(
         _sample_share, len(rectangles), rectangles, panel_columns, plan.columns, plan.indptr, plan.height,
@@ -188,4 +188,5 @@ def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = No
         C.__array_interface__["data"][0], strides(C), n_tokens, VECTOR_BYTES // out.itemsize, most_rows, work,
         packed, sums,
     )  # fmt: skip
-    unpack_weights(packed, plan, out)
+    if not plan.is_packed:
+        unpack_weights(packed, plan, out)

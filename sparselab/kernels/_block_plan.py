@@ -48,6 +48,11 @@ class Strips(NamedTuple):
         return len(self.columns) * self.strips_per_row * HEIGHT
 
     @property
+    def is_packed(self) -> bool:
+        """Whether blocks have the order of packed weights already."""
+        return not self.transposed and (self.height, self.width) == (HEIGHT, 1)
+
+    @property
     def n_columns(self) -> int:
         """Columns of M with those that its last blocks have beyond it."""
         return -(-self.shape[1] // self.width) * self.width

@@ -195,8 +195,10 @@ def multiply(
     if Y.size == 0:
         return
     offsets = np.zeros(Y.shape[0], Y.dtype) if bias is None else bias
-    packed = aligned_empty(plan.packed_items, Y.dtype)
-    pack_weights(values, plan, packed)
+    packed = values
+    if not plan.is_packed:
+        packed = aligned_empty(plan.packed_items, Y.dtype)
+        pack_weights(values, plan, packed)
     if plan.transposed == transposed:
         _gather(packed, plan, X, Y, offsets)
     else:

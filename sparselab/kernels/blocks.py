@@ -259,4 +259,5 @@ def cut_blocks(dense: Array, block_shape: tuple[int, int]) -> Array:
     rows, columns = grid_of((dense.shape[0], dense.shape[1]), block_shape)
     whole = np.zeros((rows * height, columns * width), dense.dtype)
     whole[: dense.shape[0], : dense.shape[1]] = dense
-    return whole.reshape(rows, height, columns, width).transpose(0, 2, 1, 3).reshape(-1, height, width)
+    blocks: Array = whole.reshape(rows, height, columns, width).transpose(0, 2, 1, 3)
+    return blocks.reshape(-1, height, width)

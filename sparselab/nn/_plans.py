@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab import kernels
-from sparselab.kernels import BlockCSR, PaddedCSR, Segments, Strips, TransposePlan
+from sparselab.kernels import BlockCSR, PaddedCSR, Segments, Strips, TransposePlan, _plan
 from sparselab.kernels._block_plan import plan_strips, wants_transpose
 
 _numbers = itertools.count(1)
@@ -101,17 +100,17 @@ class TopologyPlans:
     @cached_property
     def forward(self) -> Segments:
         """Plan of the product."""
-        return kernels.plan_spmm(self._W)
+        return _plan.plan_spmm(self._W)
 
     @cached_property
     def input_grad(self) -> TransposePlan:
         """Plan of the gradient by the input."""
-        return kernels.plan_spmm_t(self._W)
+        return _plan.plan_spmm_t(self._W)
 
     @cached_property
     def values_grad(self) -> Segments:
         """Plan of the gradient by the values."""
-        return kernels.plan_sddmm_dw(self._W)
+        return _plan.plan_sddmm_dw(self._W)
 
     def keep_forward(self) -> None:
         """Let go of the other plans; they are made anew if they are needed."""

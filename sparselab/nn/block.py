@@ -211,7 +211,9 @@ class BlockSparseLinear(SparseLinear):
                 (positions // self.in_features, positions % self.in_features), self.block_shape, strict=True
             )
         )
-        kept, slot, counts = (row * self.grid[1] + column).unique(return_inverse=True, return_counts=True)
+        kept, slot, counts = torch.unique(
+            row * self.grid[1] + column, return_inverse=True, return_counts=True
+        )
         rows, columns = (
             (n - at * size).clamp(max=size)
             for at, n, size in zip(
