@@ -194,21 +194,27 @@ def _torch_csr(layer: SparseLinear) -> nn.Module:
     return _TorchCSR(layer)
 
 
-def add_blocks(block_shape: tuple[int, int]) -> str:
-    """Register layers of blocks of that shape as a contender, and return its name."""
+def blocks(block_shape: tuple[int, int]) -> str:
+    """Name of the contender that is a layer of blocks of this shape, as large and as sparse as the layer."""
+    return "blocks {}x{}".format(*block_shape)
+
+
+def find_contender(name: str) -> Contender:
+    """The contender of a name that is registered, or of `blocks`."""
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    height, width = map(int, name.removeprefix("blocks ").split("x"))
 
     def make(layer: SparseLinear) -> BlockSparseLinear:
         return BlockSparseLinear(
-            layer.in_features, layer.out_features, sparsity=layer.sparsity, block_shape=block_shape
+            layer.in_features, layer.out_features, sparsity=layer.sparsity, block_shape=(height, width)
         )
 
     def reference(module: nn.Module) -> SparseLinear:
         assert isinstance(module, BlockSparseLinear)
         return module
 
-    name = f"blocks {block_shape[0]}x{block_shape[1]}"
-    CONTENDERS[name] = Contender(make, 1e-5, reference)
-    return name
+    return Contender(make, 1e-5, reference)
 
 
 def run_case(
@@ -220,7 +226,7 @@ def run_case(
     ----------
     case : Case
     operations, contenders : iterable of str
-        Names in `OPERATIONS` and `CONTENDERS`.
+        Names in `OPERATIONS` and `CONTENDERS`, or those of `blocks`.
     rounds : int
         Timed calls of each contender.
     threads : sequence of int
@@ -245,7 +251,7 @@ def run_case(
         reasons: dict[str, str] = {}
         for which in contenders:
             try:
-                made = CONTENDERS[which]
+                made = find_contender(which)
                 module = made.make(layer)
                 judge = gate if made.reference is None else Gate(made.reference(module), x, dy)
                 judge.check(module, made.tolerance, gradients=len(products) > 1)

@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             parser.error(f"argument --{name}: there is no directory '{path.parent}'")
-    options.contenders = [*options.contenders, *(linear.add_blocks(shape) for shape in options.blocks)]
+    options.contenders = [*options.contenders, *(linear.blocks(shape) for shape in options.blocks)]
     shapes = options.shapes or list(linear.SHAPES)
     options.layers = [
         (shape, tokens)

@@ -47,14 +47,35 @@ def main(directory: str, *targets: str) -> None:
     keep_optimized_code()
     import numba
 
-    from sparselab.kernels import PaddedCSR, _sddmm_dw, _spmm, sddmm_dw, spmm
+    from sparselab.kernels import (
+        BlockCSR,
+        PaddedCSR,
+        _block_gradient,
+        _block_products,
+        _sddmm_dw,
+        _spmm,
+        sddmm_dw,
+        spmm,
+        spmm_t,
+    )
 
     numba.set_num_threads(1)
     for dtype in ("float32", "float64"):
         W = PaddedCSR.random((16, 300), 0.8, 0, dtype=dtype)
         X = np.ones((300, 70), dtype)
         sddmm_dw(W, spmm(W, X), X)
-    for name, dispatcher in (("spmm", _spmm._multiply_share), ("sddmm_dw", _sddmm_dw._sample_share)):
+        blocks = BlockCSR.random((16, 300), 0.5, (4, 1), 0, dtype=dtype)
+        Y = spmm(blocks, X)
+        spmm_t(blocks, Y)
+        sddmm_dw(blocks, Y, X)
+    kernels = {
+        "spmm": _spmm._multiply_share,
+        "sddmm_dw": _sddmm_dw._sample_share,
+        "block gather": _block_products._gather_share,
+        "block scatter": _block_products._scatter_share,
+        "block gradient": _block_gradient._sample_share,
+    }
+    for name, dispatcher in kernels.items():
         for signature, compiled in dispatcher.overloads.items():
             dtype = "float64" if "float64" in str(signature) else "float32"
             for target in targets:

@@ -46,12 +46,13 @@ def listings(tmp_path_factory: pytest.TempPathFactory) -> Listings:
     return Listings(tmp_path_factory.mktemp("listings"))
 
 
-#: Loops with multiply-adds: two rows, the rest of the longer, one row; whole groups of dots, the others.
-N_LOOPS = {"spmm": 3, "sddmm_dw": 2}
+#: Loops with multiply-adds: two rows, the rest of the longer, one row; whole groups of dots, the others; a
+#: wide and a narrow row of tokens; a wide one; three columns of a strip.
+N_LOOPS = {"spmm": 3, "sddmm_dw": 2, "block gather": 2, "block scatter": 1, "block gradient": 1}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kernel", ["spmm", "sddmm_dw"])
+@pytest.mark.parametrize("kernel", N_LOOPS)
 @pytest.mark.parametrize(
     ("width", "target"),
     [(16, NEOVERSE), (16, APPLE), (32, HASWELL), (64, AVX512)],
@@ -70,7 +71,7 @@ def test_innermost_loops_work_on_vector_registers(
 
 @pytest.mark.parametrize("target", [NEOVERSE, APPLE, HASWELL], ids=["neoverse-n1", "apple-m1", "haswell"])
 def test_a_tile_row_too_wide_for_the_cpu_is_seen_to_spill(listings: Listings, target: str) -> None:
-    for kernel in N_LOOPS:
+    for kernel in ("spmm", "sddmm_dw"):
         assert any(loop.spills for loop in listings.loops(64, kernel, "float32", target))
 
 
