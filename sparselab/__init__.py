@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import (
+        BlockSparseLinear,
         FanInLinear,
         MaskedConv2d,
         MaskedLinear,
@@ -59,6 +60,7 @@ __all__ = [
     "MEST",
     "SET",
     "SNFS",
+    "BlockSparseLinear",
     "CHTs",
     "CHTss",
     "Constant",
@@ -95,6 +97,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BlockSparseLinear": "nn",
     "CHTs": "dst",
     "CHTss": "dst",
     "Constant": "dst",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparselab import SparseLinear
+from sparselab import BlockSparseLinear, SparseLinear
 
 
 class WrongResultError(Exception):
@@ -25,7 +25,7 @@ class Gate:
 
     def __init__(self, layer: SparseLinear, x: Tensor, dy: Tensor) -> None:
         self._x, self._dy = x, dy
-        self._positions = layer.positions()
+        self._layer = layer
         exact = layer.to_dense().double()
         x = x.double().requires_grad_()
         y = exact(x)
@@ -74,14 +74,17 @@ class Gate:
         return found
 
     def _live(self, name: str, gradient: Tensor | None) -> Tensor | None:
-        """The gradient of the connections in row-major order."""
-        if gradient is None:
+        """The gradient of the connections in row-major order, or in blocks."""
+        if gradient is None or gradient.shape == self._layer.values.shape:
             return gradient
         if name.rpartition(".")[2] == "values":
             return gradient.reshape(-1)
         if gradient.layout == torch.sparse_csr:
             return gradient.values()
-        return gradient.reshape(-1)[self._positions]
+        positions = self._layer.positions()
+        if isinstance(self._layer, BlockSparseLinear):
+            return self._layer.cut(gradient)[positions]
+        return gradient.reshape(-1)[positions]
 
 
 def _compare(

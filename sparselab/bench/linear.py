@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparselab import FanInLinear, SparseLinear
+from sparselab import BlockSparseLinear, FanInLinear, SparseLinear
 from sparselab.bench.gate import Gate, WrongResultError
 from sparselab.bench.timing import Timing, interleave
 from sparselab.kernels import n_connections
@@ -55,10 +55,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Contender:
-    """How to make a module that computes the same as a layer, to a share of the largest result."""
+    """How to make a module that computes the same as a layer, to a share of the largest result.
+
+    Or, with a `reference`, another layer of the same sizes and sparsity, which is compared with itself.
+    """
 
     make: Callable[[SparseLinear], nn.Module]
     tolerance: float
+    reference: Callable[[nn.Module], SparseLinear] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,29 @@ def _torch_csr(layer: SparseLinear) -> nn.Module:
     return _TorchCSR(layer)
 
 
+def blocks(block_shape: tuple[int, int]) -> str:
+    """Name of the contender that is a layer of blocks of this shape, as large and as sparse as the layer."""
+    return "blocks {}x{}".format(*block_shape)
+
+
+def find_contender(name: str) -> Contender:
+    """The contender of a name that is registered, or of `blocks`."""
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    height, width = map(int, name.removeprefix("blocks ").split("x"))
+
+    def make(layer: SparseLinear) -> BlockSparseLinear:
+        return BlockSparseLinear(
+            layer.in_features, layer.out_features, sparsity=layer.sparsity, block_shape=(height, width)
+        )
+
+    def reference(module: nn.Module) -> SparseLinear:
+        assert isinstance(module, BlockSparseLinear)
+        return module
+
+    return Contender(make, 1e-5, reference)
+
+
 def run_case(
     case: Case, operations: Iterable[str], contenders: Iterable[str], rounds: int, threads: Sequence[int]
 ) -> list[Result]:
@@ -211,7 +238,7 @@ def run_case(
     ----------
     case : Case
     operations, contenders : iterable of str
-        Names in `OPERATIONS` and `CONTENDERS`.
+        Names in `OPERATIONS` and `CONTENDERS`, or those of `blocks`.
     rounds : int
         Timed calls of each contender.
     threads : sequence of int
@@ -238,8 +265,10 @@ def run_case(
         reasons: dict[str, str] = {}
         for which in contenders:
             try:
-                module = CONTENDERS[which].make(layer)
-                gate.check(module, CONTENDERS[which].tolerance, gradients=len(products) > 1)
+                made = find_contender(which)
+                module = made.make(layer)
+                judge = gate if made.reference is None else Gate(made.reference(module), x, dy)
+                judge.check(module, made.tolerance, gradients=len(products) > 1)
                 call = OPERATIONS[name].prepare(module, x, dy)
                 call()
             except WrongResultError as error:

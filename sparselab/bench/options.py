@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             parser.error(f"argument --{name}: there is no directory '{path.parent}'")
+    options.contenders = [*options.contenders, *(linear.blocks(shape) for shape in options.blocks)]
     shapes = options.shapes or list(linear.SHAPES)
     options.layers = [
         (shape, tokens)
@@ -81,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
         left_out = f" (default: all but '{linear.FAN_IN}')" if len(usual) < len(known) else ""
         text = f"of {quoted}{left_out}"
         add(f"--{name}", nargs="+", choices=known, default=usual, metavar="NAME", help=text)
+    add(
+        "--blocks",
+        type=_block,
+        nargs="+",
+        default=[],
+        metavar="OUTxIN",
+        help="also layers of dense blocks, such as 4x4, of the same sizes and sparsities",
+    )
     add("--rounds", type=_integer, default=21, metavar="N", help="timed calls of each (default 21)")
     add(
         "--break-even",
@@ -99,14 +108,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shape(text: str) -> tuple[int, int]:
-    try:
-        in_features, out_features = (int(part) for part in text.split("x"))
-    except ValueError:
-        in_features = out_features = 0
-    if in_features < 1 or out_features < 1:
-        raise argparse.ArgumentTypeError(f"expected INxOUT such as 768x3072, got {text!r}")
-    return in_features, out_features
+def _pair(expected: str) -> Callable[[str], tuple[int, int]]:
+    def read(text: str) -> tuple[int, int]:
+        try:
+            first, second = (int(part) for part in text.split("x"))
+        except ValueError:
+            first = second = 0
+        if first < 1 or second < 1:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return first, second
+
+    return read
+
+
+_shape = _pair("INxOUT such as 768x3072")
+_block = _pair("OUTxIN such as 4x4")
 
 
 def _checked(

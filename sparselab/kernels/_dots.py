@@ -17,7 +17,7 @@ def register_lanes(dtype: types.Type) -> int:
     return VECTOR_BYTES // item_bytes(dtype)
 
 
-def _sum_lanes(emit: Emit, partials: list[Any]) -> Any:
+def sum_lanes(emit: Emit, partials: list[Any]) -> Any:
     """Sum the lanes of each of 2^n vectors: lane k of the result is the sum of ``partials[k]``.
 
     A tree of pairwise shuffles and additions: about three operations per vector, where a horizontal sum of
@@ -86,7 +86,7 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
                 for a, b in zip(left[1:], right[1:], strict=True):
                     partial = emit.fmuladd(a, b, partial)
                 partials.append(partial)
-            sums = _sum_lanes(emit, partials)
+            sums = sum_lanes(emit, partials)
             target = emit.at(emit.data(7), constant(0) if clamped else slot0)
             if partly:
                 wanted = [
@@ -132,7 +132,7 @@ def add_sums(
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
         group = min(8, register_lanes(out.dtype))
-        parts = [_sum_lanes(emit, list(args[k : k + group])) for k in range(3, 11, group)]
+        parts = [sum_lanes(emit, list(args[k : k + group])) for k in range(3, 11, group)]
         while len(parts) > 1:
             both = list(range(2 * parts[0].type.count))
             parts = [emit.shuffle(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]

@@ -388,3 +388,20 @@ def transpose8(
         types.void(source, first, stride, target, target_first, target_stride),
         codegen,
     )
+
+
+@intrinsic
+def prefetch(_: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of ``array[index]``, which need not exist."""
+    if not (_is_array(array) and isinstance(index, types.Integer)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        pointer = builder.bitcast(emit.at(emit.data(0), emit.index(1)), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+        return emit.nothing()
+
+    return types.void(array, index), codegen

@@ -14,12 +14,12 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels._dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
-from sparselab.kernels._intrinsics import add_rows, get, load_like, store_row, tile_width, view_at, zeros8
+from sparselab.kernels._intrinsics import get, tile_width, view_at
 from sparselab.kernels._jit import jit, launch, scratch, worker_count
 from sparselab.kernels._plan import Segments, gradient_shares
 from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels._team import spread
-from sparselab.kernels._tiles import pack
+from sparselab.kernels._tiles import add_tokens, pack
 from sparselab.kernels.layout import Array, strides
 
 #: Items of scratch, on a cache line of their own, for the dots of an incomplete group.
@@ -51,18 +51,6 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
 
 
 @jit
-def _add_tokens(tile, n_rows, partial):  # type: ignore[no-untyped-def]
-    """Add the tokens of each tile row to the 8 lanes that `partial` has for it."""
-    width = tile_width(tile)
-    like = zeros8(tile)
-    for r in range(n_rows):
-        total = load_like(partial, r * 8, like)
-        for t in range(r * width, (r + 1) * width, 8):
-            total = add_rows(total, load_like(tile, t, like))
-        store_row(partial, r * 8, total)
-
-
-@jit
 def _sample_share(  # type: ignore[no-untyped-def]
     share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
     x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
@@ -88,7 +76,7 @@ def _sample_share(  # type: ignore[no-untyped-def]
             first = row0 * dy_strides[0] + token0 * dy_strides[1]
             pack(dy, first, dy_strides[0], dy_strides[1], row1 - row0, tokens, dy_tile, width)
             if wants_sums:
-                _add_tokens(dy_tile, row1 - row0, partial)
+                add_tokens(dy_tile, row1 - row0, width, partial)
             for b in range(rectangles[r, 2], rectangles[r, 3]):
                 column0 = b * plan.block_columns
                 columns = min(plan.block_columns, n_columns - column0)

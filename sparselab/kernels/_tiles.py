@@ -7,7 +7,16 @@ t, so that one row of a tile is one vector (`TILE_BYTES`). The matrices themselv
 
 from __future__ import annotations
 
-from sparselab.kernels._intrinsics import get, put, transpose8
+from sparselab.kernels._intrinsics import (
+    add_rows,
+    get,
+    load_like,
+    prefetch,
+    put,
+    store_row,
+    transpose8,
+    zeros8,
+)
 from sparselab.kernels._jit import jit
 
 
@@ -20,6 +29,8 @@ def pack(x, start, row_stride, token_stride, n_rows, n_tokens, tile, width):  # 
         together = 64 // tile.itemsize
         for r0 in range(0, blocked_rows, together):
             for t in range(0, blocked_tokens, 8):
+                for i in range(t, t + 8):
+                    prefetch(x, start + i * token_stride + r0 + together)
                 for r in range(r0, min(r0 + together, blocked_rows), 8):
                     transpose8(x, start + t * token_stride + r, token_stride, tile, r * width + t, width)
         for r in range(blocked_rows):
@@ -56,3 +67,14 @@ def unpack(tile, width, n_rows, n_tokens, y, start, row_stride, token_stride):  
     for r in range(n_rows):
         for t in range(blocked_tokens, n_tokens):
             put(y, start + r * row_stride + t * token_stride, get(tile, r * width + t))
+
+
+@jit
+def add_tokens(tile, n_rows, width, partial):  # type: ignore[no-untyped-def]
+    """Add the tokens of each tile row to the 8 lanes that `partial` has for it."""
+    like = zeros8(tile)
+    for r in range(n_rows):
+        total = load_like(partial, r * 8, like)
+        for t in range(r * width, (r + 1) * width, 8):
+            total = add_rows(total, load_like(tile, t, like))
+        store_row(partial, r * 8, total)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-_VALUE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+VALUE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 _INDEX_DTYPES = (np.dtype(np.uint16), np.dtype(np.int32), np.dtype(np.int64))
 
 
@@ -213,7 +213,7 @@ class PaddedCSR:
 
     def with_values(self, values: Array) -> PaddedCSR:
         """The same topology (shared, not copied) with other values, ``(capacity,)``."""
-        _check_array("values", values, _VALUE_DTYPES, self.capacity)
+        _check_array("values", values, VALUE_DTYPES, self.capacity)
         return self.unchecked(self.shape, self.indptr, self.row_nnz, self.indices, values)
 
     def astype(self, dtype: DTypeLike) -> PaddedCSR:
@@ -268,7 +268,7 @@ class PaddedCSR:
             raise ValueError("indptr must start at 0 or above and never decrease")
         capacity = int(self.indptr[-1])
         _check_array("indices", self.indices, _INDEX_DTYPES, capacity)
-        _check_array("values", self.values, _VALUE_DTYPES, capacity)
+        _check_array("values", self.values, VALUE_DTYPES, capacity)
         over = (self.row_nnz < 0) | (self.row_nnz > np.diff(self.indptr))
         if np.any(over):
             row = int(np.argmax(over))

@@ -3,6 +3,7 @@
 from sparselab.nn._condense import CondensedLayer, condense
 from sparselab.nn._tune import TuneReport, tune
 from sparselab.nn.attention import SparseMultiheadAttention
+from sparselab.nn.block import BlockSparseLinear
 from sparselab.nn.brf import brf_
 from sparselab.nn.conv import SparseConv2d
 from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
@@ -18,6 +19,7 @@ from sparselab.nn.report import MemoryReport, memory_report
 from sparselab.nn.topology import SparseTopology, find_sparse
 
 __all__ = [
+    "BlockSparseLinear",
     "CondensedLayer",
     "FanInLinear",
     "GradientFactors",

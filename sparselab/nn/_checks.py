@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab.kernels import PaddedCSR
+from sparselab.kernels import BlockCSR, PaddedCSR
+from sparselab.kernels.blocks import grid_of
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -119,6 +120,26 @@ def fan_in_pointers(rows: Tensor | None, out_features: int, fan_in: int) -> Tens
     row_nnz = torch.zeros(out_features + 1, dtype=torch.int64)
     row_nnz[slice(1, None) if rows is None else rows.cpu() + 1] = fan_in
     return row_nnz.cumsum(0)
+
+
+def check_blocks(
+    state: dict[str, Any], shape: tuple[int, int], block_shape: tuple[int, int], index_dtype: torch.dtype
+) -> Tensor | None:
+    """As `check_topology`, for a layer of dense blocks of that shape."""
+    if not _is_complete(state):
+        return None
+    values, indptr, indices = (state[name].detach().cpu() for name in ("values", "indptr", "indices"))
+    if not values.is_floating_point() or values.ndim != 3:
+        raise TypeError(f"values must be a 3-D floating point tensor, got {_kind(values)}")
+    rows, _ = grid_of(shape, block_shape)
+    if indptr.dtype != torch.int64 or indptr.shape != (rows + 1,):
+        raise ValueError(f"indptr must be int64 of shape ({rows + 1},), got {_kind(indptr)}")
+    if indices.dtype not in (torch.uint16, torch.int32, torch.int64):
+        raise TypeError(f"indices must be uint16, int32 or int64, got {_kind(indices)}")
+    known = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    BlockCSR(shape, block_shape, indptr.numpy(), indices.numpy(), known.numpy())
+    narrow: Tensor = indices.to(index_dtype)
+    return narrow
 
 
 def _is_complete(state: dict[str, Any]) -> bool:

@@ -11,37 +11,38 @@ from __future__ import annotations
 import itertools
 import weakref
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab import kernels
-from sparselab.kernels import PaddedCSR, Segments, TransposePlan
-from sparselab.nn.variants import Measured, choose_name
+from sparselab.kernels import BlockCSR, PaddedCSR, Segments, Strips, TransposePlan, _plan
+from sparselab.kernels._block_plan import plan_strips, wants_transpose
+from sparselab.nn.variants import BLOCK_DENSE_FROM, Measured, choose_name
 
 _numbers = itertools.count(1)
 _layers: weakref.WeakValueDictionary[int, LayerPlans] = weakref.WeakValueDictionary()
 
 
 class LayerPlans:
-    """The plans of the topology that a layer has now."""
+    """The plans, of one kind, of the topology that a layer has now."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Any]) -> None:
         self.number = next(_numbers)
+        self._kind = kind
         #: Those that were needed last.
-        self.current: TopologyPlans | None = None
+        self.current: Any = None
         self._measured: Measured | None = None
         _layers[self.number] = self
 
-    def of(self, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
+    def of(self, indptr: Tensor, indices: Tensor, sizes: Any) -> Any:
         """The plans of this topology; those of the one before are let go."""
         plans = self.current
-        if plans is not None and plans.is_of(indptr, indices, in_features):
+        if plans is not None and plans.is_of(indptr, indices, sizes):
             return plans
-        if plans is None or plans.key != _key(indptr, indices, in_features):
-            plans = self.current = TopologyPlans(indptr, indices, in_features)
+        if plans is None or plans.key != _key(indptr, indices, sizes):
+            plans = self.current = self._kind(indptr, indices, sizes)
             plans.measured = self.measured(plans.density)
         return plans
 
@@ -134,17 +135,17 @@ class TopologyPlans:
     @cached_property
     def forward(self) -> Segments:
         """Plan of the product."""
-        return kernels.plan_spmm(self._W)
+        return _plan.plan_spmm(self._W)
 
     @cached_property
     def input_grad(self) -> TransposePlan:
         """Plan of the gradient by the input."""
-        return kernels.plan_spmm_t(self._W)
+        return _plan.plan_spmm_t(self._W)
 
     @cached_property
     def values_grad(self) -> Segments:
         """Plan of the gradient by the values."""
-        return kernels.plan_sddmm_dw(self._W)
+        return _plan.plan_sddmm_dw(self._W)
 
     @property
     def nbytes(self) -> int:
@@ -160,16 +161,91 @@ class TopologyPlans:
             each.keep_forward()
 
 
+class BlockSizes(NamedTuple):
+    """``(out_features, in_features)`` of a layer, and the shape of its blocks."""
+
+    shape: tuple[int, int]
+    block_shape: tuple[int, int]
+
+
+class BlockPlans:
+    """Plans of one topology of blocks, each made when it is first needed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        From `BlockCSR.check`, as of `TopologyPlans`.
+    """
+
+    def __init__(self, indptr: Tensor, indices: Tensor, sizes: BlockSizes) -> None:
+        self.key = _key(indptr, indices, sizes)
+        self._seen = indptr, indices, _stamp(indptr), _stamp(indices)
+        self._held = indptr.detach(), indices.detach()
+        self.sizes = sizes
+        self.shape, self.block_shape = sizes
+        columns = indices.contiguous().numpy()
+        no_values = np.broadcast_to(np.float32(0), (len(columns), *self.block_shape))
+        self.matrix = BlockCSR(self.shape, self.block_shape, indptr.contiguous().numpy(), columns, no_values)
+        size = self.shape[0] * self.shape[1]
+        self.outside = self.matrix.outside()
+        live = no_values.size - int(self.outside[1].sum())
+        self.density = live / size if size else 1.0
+        self._strips: dict[bool, Strips] = {}
+        self.measured: Measured | None = None
+
+    def is_of(self, indptr: Tensor, indices: Tensor, sizes: BlockSizes) -> bool:
+        """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
+        mine, columns, stamp, columns_stamp = self._seen
+        return (
+            sizes == self.sizes
+            and mine is indptr
+            and columns is indices
+            and stamp == _stamp(indptr)
+            and columns_stamp == _stamp(indices)
+        )
+
+    def forward_variant(self, n_tokens: int) -> str:
+        """Name of the variant for the forward pass."""
+        name = None if self.measured is None else self.measured.name(n_tokens)
+        return choose_name("forward", n_tokens, self.density, BLOCK_DENSE_FROM) if name is None else name
+
+    def product(self, transposed: bool) -> Strips:
+        """Plan of products with W, also of the gradient by its values, or with W^T."""
+        along = wants_transpose(self.block_shape, transposed)
+        if along not in self._strips:
+            self._strips[along] = plan_strips(self.matrix, along)
+        return self._strips[along]
+
+    def keep_forward(self) -> None:
+        """Let go of the plan of products with W^T, unless it is the same; it is made anew if needed."""
+        along = wants_transpose(self.block_shape, False)
+        self._strips = {key: plan for key, plan in self._strips.items() if key == along}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plans made so far."""
+        return sum(nbytes(plan) for plan in self._strips.values())
+
+
 def find_plans(number: int, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:
     """Plans of this topology, from the layer of that number if it still exists."""
+    plans: TopologyPlans = _layer(number, TopologyPlans).of(indptr, indices, in_features)
+    return plans
+
+
+def find_block_plans(number: int, indptr: Tensor, indices: Tensor, sizes: BlockSizes) -> BlockPlans:
+    """As `find_plans`, for blocks."""
+    plans: BlockPlans = _layer(number, BlockPlans).of(indptr, indices, sizes)
+    return plans
+
+
+def _layer(number: int, kind: type[Any]) -> LayerPlans:
     layer = _layers.get(number)
-    if layer is None:
-        return TopologyPlans(indptr, indices, in_features)
-    return layer.of(indptr, indices, in_features)
+    return LayerPlans(kind) if layer is None else layer
 
 
-def _key(indptr: Tensor, indices: Tensor, in_features: int) -> tuple[Any, ...]:
-    return _identity(indptr), _identity(indices), in_features
+def _key(indptr: Tensor, indices: Tensor, sizes: int | BlockSizes) -> tuple[Any, ...]:
+    return _identity(indptr), _identity(indices), sizes
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from sparselab.kernels import PaddedCSR, index_dtype, n_connections
 from sparselab.kernels.layout import Array
 from sparselab.nn._checks import check_dtype, check_topology
 from sparselab.nn._layer import SparseLayer
-from sparselab.nn._plans import LayerPlans
+from sparselab.nn._plans import LayerPlans, TopologyPlans
 from sparselab.nn.init import fan_in_uniform_
 from sparselab.nn.topology import largest_positions, move_slots
 
@@ -29,6 +29,7 @@ class CompressedRows(SparseLayer):
     indices: Tensor
     #: What a saved state says of weights and topology.
     _saved: ClassVar[tuple[str, ...]] = "values", "indptr", "indices"
+    _plans_kind: ClassVar[type[Any]] = TopologyPlans
 
     def _allocate(
         self,
@@ -38,15 +39,16 @@ class CompressedRows(SparseLayer):
         dtype: torch.dtype | None,
     ) -> None:
         """Make the tensors, with values laid out so, and draw what they hold."""
-        self._plans = LayerPlans()
+        self._plans = LayerPlans(self._plans_kind)
         place = torch.empty(0, device=device).device
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_dtype("dtype", dtype)
-        column = torch.from_numpy(np.empty(0, index_dtype(self.in_features))).dtype
+        rows, columns = self.grid
+        column = torch.from_numpy(np.empty(0, index_dtype(columns))).dtype
         self.values = nn.Parameter(torch.empty(layout, device=place, dtype=dtype))
-        indptr = torch.empty(self.out_features + 1, dtype=torch.int64, device=place)
+        indptr = torch.empty(rows + 1, dtype=torch.int64, device=place)
         self.register_buffer("indptr", indptr, persistent="indptr" in self._saved)
-        self.register_buffer("indices", torch.empty(layout, dtype=column, device=place))
+        self.register_buffer("indices", torch.empty(self._index_layout(layout), dtype=column, device=place))
         self.bias = nn.Parameter(torch.empty(self.out_features, device=place, dtype=dtype)) if bias else None
         if place.type != "meta":
             self.reset_parameters()
@@ -100,27 +102,35 @@ class CompressedRows(SparseLayer):
         seed = int(torch.randint(2**62, (), device="cpu").item())
         self._set_topology(self._draw_positions(np.random.default_rng(seed)))
         self.forward_mask = None
+        self._draw_weights()
+        self._draw_bias(self._fan_in_pointers())
+
+    def _draw_weights(self) -> None:
         fan_in_uniform_(self.values, self.indptr)
-        self._draw_bias(self.indptr)
+
+    def _fan_in_pointers(self) -> Tensor:
+        """Row pointers (out_features + 1,) whose differences are the inputs that each output has."""
+        return self.indptr
 
     def _draw_positions(self, rng: np.random.Generator) -> Array:
         """As many random positions as there are connections, ascending."""
-        return kernels.sample_distinct(rng, self.out_features * self.in_features, self.nnz)
+        return kernels.sample_distinct(rng, math.prod(self.grid), self.nnz)
 
     @torch.no_grad()
     def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
         self._set_topology(positions.cpu().numpy())
         self.forward_mask = self.values.grad = None
         if weights is None:
-            fan_in_uniform_(self.values, self.indptr)
+            self._draw_weights()
         else:
             self.values.copy_(weights.view(self.values.shape))
 
     def _set_topology(self, positions: Array) -> None:
-        row = positions // max(self.in_features, 1)
-        begin = np.zeros(self.out_features + 1, np.int64)
-        np.cumsum(np.bincount(row, minlength=self.out_features), out=begin[1:])
-        columns = (positions - row * self.in_features).astype(index_dtype(self.in_features))
+        rows, n_columns = self.grid
+        row = positions // max(n_columns, 1)
+        begin = np.zeros(rows + 1, np.int64)
+        np.cumsum(np.bincount(row, minlength=rows), out=begin[1:])
+        columns = (positions - row * n_columns).astype(index_dtype(n_columns))
         self._store(begin, columns)
 
     @torch.no_grad()
@@ -133,6 +143,10 @@ class CompressedRows(SparseLayer):
     def _layout(self, row_nnz: Array) -> tuple[int, ...]:
         """Shape of `values` for rows of these lengths."""
         return (int(row_nnz.sum()),)
+
+    def _index_layout(self, layout: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of `indices` beside values of that shape."""
+        return layout
 
     @property
     def stored(self) -> nn.Parameter:
@@ -160,9 +174,9 @@ class CompressedRows(SparseLayer):
     def positions(self) -> Tensor:
         """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
         row = torch.repeat_interleave(
-            torch.arange(self.out_features, device=self.indptr.device), torch.diff(self.indptr)
+            torch.arange(self.grid[0], device=self.indptr.device), torch.diff(self.indptr)
         )
-        return row * self.in_features + self.indices.reshape(-1).long()
+        return row * self.grid[1] + self.indices.reshape(-1).long()
 
     def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
         """Drop and grow connections in place.
@@ -222,7 +236,7 @@ class CompressedRows(SparseLayer):
             # parameter's gradient, and the node remembers the shape. Torch replaces it for another dtype.
             self.values.data = values.new_empty(0, dtype=other)
             self.values.data = values
-            self.indices = self.indices.new_empty(layout)
+            self.indices = self.indices.new_empty(self._index_layout(layout))
 
     def freeze(self: Layer) -> Layer:
         """Let go of what only training needs, in place, and return the layer itself.
@@ -257,7 +271,7 @@ class CompressedRows(SparseLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._plans = LayerPlans()
+        self._plans = LayerPlans(self._plans_kind)
         if self.indices.dtype == torch.int16:
             self.indices = self.indices.view(torch.uint16)
 

@@ -13,6 +13,7 @@ from sparselab._names import Pattern
 from sparselab.kernels.layout import check_fraction, n_connections
 from sparselab.nn._checks import check_size
 from sparselab.nn._layer import SparseLayer
+from sparselab.nn.block import BlockSparseLinear
 from sparselab.nn.conv import SparseConv2d
 from sparselab.nn.fan_in import FanInLinear
 from sparselab.nn.linear import SparseLinear
@@ -35,6 +36,7 @@ KINDS = {
     "sparse": Kind(SparseLinear, (), SparseConv2d),
     "masked": Kind(MaskedLinear, (), MaskedConv2d),
     "fan_in": Kind(FanInLinear, ("fan_in",), SparseConv2d),
+    "block": Kind(BlockSparseLinear, ("block_shape",)),
 }
 
 #: What says how sparse a layer is.
@@ -119,7 +121,12 @@ def rule_of_saved(state: Mapping[str, torch.Tensor]) -> Given | None:
     """
     if "mask" in state:
         return {"layer": "masked", "sparsity": 0.9}
-    return {"layer": "sparse", "sparsity": 0.9} if "indptr" in state else None
+    if "indices" not in state:
+        return None
+    values = state["values"]
+    if values.ndim == 3:
+        return {"layer": "block", "sparsity": 0.9, "block_shape": tuple(values.shape[1:])}
+    return {"layer": "fan_in" if values.ndim == 2 else "sparse", "sparsity": 0.9}
 
 
 def read_kind(name: object) -> Kind:

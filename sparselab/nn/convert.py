@@ -44,14 +44,17 @@ def sparsify(
         dots included, ``?`` one character, ``[...]`` a set; upper and lower case differ. A compiled regular
         expression must match the whole name. Of the patterns that match a layer, the first one counts.
         A number is a sparsity in [0, 1]. A mapping says ``"layer"``, the kind, which may be left out; exactly
-        one of ``"sparsity"`` and ``"density"``, 1 minus the sparsity; and settings of the kind.
+        one of ``"sparsity"``, ``"density"`` (1 minus the sparsity) and, of the kind "fan_in", ``"fan_in"``;
+        and of the kind "block" the ``"block_shape"``, (32, 32) by default.
     init : {"random", "magnitude"}
         "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
         weights of the dense layer stay.
-    layer : {"sparse", "masked"}
+    layer : {"sparse", "masked", "fan_in", "block"}
         The kind of layer where a rule does not say one. "sparse": `SparseLinear` and `SparseConv2d`.
         "masked": `MaskedLinear` and `MaskedConv2d`, which simulate the same model at the cost of the dense
-        one; with the same seed of torch's generator both get the same topology and weights.
+        one; with the same seed of torch's generator both get the same topology and weights. "fan_in":
+        `FanInLinear`, and `SparseConv2d` with a constant fan-in. "block": `BlockSparseLinear`, of linear
+        layers only.
 
     Returns
     -------
@@ -349,8 +352,9 @@ def measure_sparsity(model: nn.Module) -> float:
     dense: dict[int, int] = {}
     for module in model.modules():
         if is_sparse(module):
-            live += module.nnz
-            positions += module.shape[0] * module.shape[1]
+            size = module.shape[0] * module.shape[1]
+            live += size - round(size * module.sparsity)
+            positions += size
         else:
             dense.update(
                 (id(p), p.numel()) for p in module._parameters.values() if p is not None and p.ndim >= 2

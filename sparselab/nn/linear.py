@@ -115,11 +115,14 @@ class SparseLinear(CompressedRows):
         NotImplementedError
             If the layer or x is not on the CPU, or forward-mode derivatives are asked for.
         """
-        y = functional.infer(x, self._parameters, self._buffers, self._plans)
+        y = self._shortcut(x)
         if y is not None:
             return y
         check_width(x, self.in_features)
         return self._forward(check_input(x, self.values))
+
+    def _shortcut(self, x: Tensor) -> Tensor | None:
+        return functional.infer(x, self._parameters, self._buffers, self._plans)
 
     def _product(self, tokens: Tensor) -> Tensor:
         return functional.sparse_linear(

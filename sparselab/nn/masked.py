@@ -36,7 +36,7 @@ class MaskedLayer(SparseLayer):
     @classmethod
     def from_sparse(cls: type[Layer], layer: Any) -> Layer:
         """The twin of a sparse layer: the same topology, weights, biases, mode and trainability."""
-        if not isinstance(layer, cls._twin):
+        if not isinstance(layer, cls._twin) or layer.grid != layer.shape:
             raise TypeError(f"layer must be a {cls._twin.__name__}, got {type(layer).__name__}")
         new = cls.__new__(cls)
         SparseLayer.__init__(new, layer.in_features, layer.out_features)

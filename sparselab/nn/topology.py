@@ -43,7 +43,7 @@ class SparseTopology(Protocol):
 
     @property
     def nnz(self) -> int:
-        """Live connections."""
+        """Live connections; live blocks, where each connection is one."""
 
     @property
     def sparsity(self) -> float:
@@ -157,6 +157,15 @@ def move_slots(entries: Tensor, source: Tensor, shape: tuple[int, ...] | None = 
     if entries.shape == moved.shape:
         return entries.copy_(moved)
     return moved.to(entries.device)
+
+
+@torch.no_grad()
+def move_blocks(entries: Tensor, source: Tensor) -> Tensor:
+    """As `move_slots`, for entries (n, ...): in place if there are as many after it."""
+    moved = entries.new_zeros((len(source), *entries.shape[1:]))
+    kept = (source >= 0).to(entries.device)
+    moved[kept] = entries[source.to(entries.device)[kept]]
+    return entries.copy_(moved) if entries.shape == moved.shape else moved
 
 
 def as_scores(entries: Tensor) -> npt.NDArray[np.float32 | np.float64]:

@@ -19,6 +19,9 @@ DENSE_FROM = {
 #: The same for convolutions, whose dense library is the faster one; as timed on a Zen 3.
 DENSE_CONVOLUTION_FROM = {"forward": 0.42, "input_grad": 0.36, "values_grad": 0.55}
 
+#: The same for layers of dense blocks.
+BLOCK_DENSE_FROM = {"forward": 0.75, "input_grad": 0.75, "values_grad": 0.65}
+
 #: Fewer tokens do not repay the expansion of the weights.
 _DENSE_TOKENS = 128
 
@@ -82,7 +85,13 @@ def _time(microseconds: float) -> str:
     return f"{microseconds:.0f} us" if microseconds >= 9.95 else f"{microseconds:.1f} us"
 
 
-def choose(operation: str, n_tokens: int, density: float, measured: Measured | None = None) -> Variant:
+def choose(
+    operation: str,
+    n_tokens: int,
+    density: float,
+    measured: Measured | None = None,
+    dense_from: Mapping[str, float] = DENSE_FROM,
+) -> Variant:
     """The variant for one product.
 
     Parameters
@@ -94,33 +103,37 @@ def choose(operation: str, n_tokens: int, density: float, measured: Measured | N
         Live fraction of the weights.
     measured : Measured, optional
         Of the forward pass; the rule is for what it does not cover.
+    dense_from : mapping of str to float
+        Density from which dense blocks win, by operation.
 
     Raises
     ------
     ValueError
         If the operation is unknown.
     """
-    if operation not in DENSE_FROM:
-        raise ValueError(f"operation must be one of {', '.join(DENSE_FROM)}, got {operation!r}")
+    if operation not in dense_from:
+        raise ValueError(f"operation must be one of {', '.join(dense_from)}, got {operation!r}")
     if operation == "forward" and measured is not None and (name := measured.name(n_tokens)) is not None:
         return Variant(operation, name, measured.reason(n_tokens))
-    name = choose_name(operation, n_tokens, density)
+    name = choose_name(operation, n_tokens, density, dense_from)
     if name == "few tokens":
         reason = f"{n_tokens} tokens (at most {MOST_TOKENS}) do not fill a tile"
     elif name == "dense blocks":
-        reason = f"density {density:.2f} is at least {DENSE_FROM[operation]:.2f}, where a dense product wins"
-    elif density >= DENSE_FROM[operation]:
+        reason = f"density {density:.2f} is at least {dense_from[operation]:.2f}, where a dense product wins"
+    elif density >= dense_from[operation]:
         reason = f"{n_tokens} tokens (fewer than {_DENSE_TOKENS}) do not repay dense blocks"
     else:
-        reason = f"density {density:.2f} is below {DENSE_FROM[operation]:.2f}"
+        reason = f"density {density:.2f} is below {dense_from[operation]:.2f}"
     return Variant(operation, name, reason)
 
 
-def choose_name(operation: str, n_tokens: int, density: float) -> str:
+def choose_name(
+    operation: str, n_tokens: int, density: float, dense_from: Mapping[str, float] = DENSE_FROM
+) -> str:
     """The name alone of what `choose` returns by the rule; costs a fraction of a microsecond."""
-    if operation == "forward" and n_tokens <= MOST_TOKENS:
+    if operation == "forward" and n_tokens <= MOST_TOKENS and dense_from is DENSE_FROM:
         return "few tokens"
-    if density >= DENSE_FROM[operation] and n_tokens >= _DENSE_TOKENS:
+    if density >= dense_from[operation] and n_tokens >= _DENSE_TOKENS:
         return "dense blocks"
     return "tiles"
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import sparselab
+from sparselab import BlockSparseLinear
 from sparselab.__main__ import main
 from sparselab.bench import info, limits, linear, options, run
+from sparselab.bench.gate import Gate, WrongResultError
 from sparselab.kernels import cache_directory
 from tests.bench.test_gate import Altered
 from tests.kernels.process import run_python
@@ -87,6 +89,30 @@ def test_chosen_operations_and_contenders(tmp_path: Path) -> None:
     assert list(row["timings_ms"]) == ["dense"]
     assert row["gflops"] is None
     assert row["share_of_limit"] is None
+
+
+def test_layers_of_blocks_are_timed_where_they_are_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    arguments = ["--contenders", "sparselab", "--blocks", "4x1", "3x5", "--json", str(file)]
+    assert main([*TINY, *arguments]) == 0
+    for row in json.loads(file.read_text())["results"]:
+        assert list(row["timings_ms"]) == ["sparselab", "blocks 4x1", "blocks 3x5"]
+        assert row["timings_ms"]["blocks 3x5"]["median"] > 0
+    assert main([*TINY, "--contenders", "dense", "--json", str(file)]) == 0
+    assert list(json.loads(file.read_text())["results"][0]["timings_ms"]) == ["dense"]
+
+
+def test_a_layer_of_blocks_that_computes_something_else_is_refused() -> None:
+    layer = BlockSparseLinear(8, 6, block_shape=(3, 5), sparsity=0.5)
+    x, dy = torch.randn(4, 8), torch.randn(4, 6)
+    judge = Gate(layer, x, dy)
+    judge.check(layer, 1e-5, gradients=True)
+    other = BlockSparseLinear(8, 6, block_shape=(3, 5), sparsity=0.5)
+    with pytest.raises(WrongResultError, match="output of BlockSparseLinear is off"):
+        judge.check(other, 1e-5, gradients=False)
+    layer.values.register_hook(lambda gradient: gradient * 2)
+    with pytest.raises(WrongResultError, match="gradient of the live weights of BlockSparseLinear is off"):
+        judge.check(layer, 1e-5, gradients=True)
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")
@@ -172,6 +198,7 @@ def test_without_the_optional_packages(
         (["--contenders", "nobody"], "--contenders: invalid choice: 'nobody'"),
         (["--picture", "x.txt"], "--picture: must end in .pdf, .png, .svg, got 'x.txt'"),
         (["--json", "nowhere/at/all/x.json"], "--json: there is no directory 'nowhere/at/all'"),
+        (["--blocks", "4"], "--blocks: expected OUTxIN such as 4x4, got '4'"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sparselab.kernels import (
+    BlockCSR,
     PaddedCSR,
     Segments,
     TransposePlan,
@@ -30,6 +31,7 @@ Array = np.ndarray[Any, Any]
 
 PAGE = mmap.PAGESIZE
 SIZES = ((1, 1), (3, 7), (9, 33), (40, 513), (130, 65))
+BLOCKS = ((4, 1), (1, 8), (4, 4), (3, 5))
 TOKENS = (1, 3, 8, 15, 16, 17, 33, 65)
 
 _held = []
@@ -75,6 +77,20 @@ def run(shape: tuple[int, int], tokens: int, dtype: type, order: str, sparsity: 
     sddmm_dw(W, Y, X, out, plan=guard_plan(plan_sddmm_dw(W)))
 
 
+def run_blocks(shape: tuple[int, int], tokens: int, dtype: type, order: str, block: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    drawn = BlockCSR.random(shape, 0.5, block, rng, dtype=dtype)
+    W = BlockCSR(shape, block, *(guarded(part) for part in (drawn.indptr, drawn.indices, drawn.values)))
+    X, Y = (
+        guarded(np.asarray(rng.standard_normal((n, tokens)), dtype, order=order))  # type: ignore[call-overload]
+        for n in (shape[1], shape[0])
+    )
+    out, bias = guarded(np.zeros(W.values.shape, dtype)), guarded(np.zeros(shape[0], dtype))
+    spmm(W, X, Y, bias=bias, plan=guard_plan(plan_spmm(W)))
+    spmm_t(W, Y, X, plan=guard_plan(plan_spmm_t(W)))
+    sddmm_dw(W, Y, X, out, plan=guard_plan(plan_sddmm_dw(W)))
+
+
 def main() -> None:
     if sys.argv[1:] == ["overrun"]:
         array = guarded(np.zeros(3))
@@ -83,6 +99,10 @@ def main() -> None:
         SIZES, TOKENS, (np.float32, np.float64), "CF", (0.0, 0.8)
     ):
         run(shape, tokens, dtype, order, sparsity)
+    for shape, tokens, dtype, order, block in itertools.product(
+        SIZES, (1, 9, 25, 193), (np.float32, np.float64), "CF", BLOCKS
+    ):
+        run_blocks(shape, tokens, dtype, order, block)
     print("no read past an end")
 
 

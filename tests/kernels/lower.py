@@ -47,7 +47,18 @@ def main(directory: str, *targets: str) -> None:
     keep_optimized_code()
     import numba
 
-    from sparselab.kernels import PaddedCSR, _sddmm_dw, _shifted, _spmm, sddmm_dw, spmm
+    from sparselab.kernels import (
+        BlockCSR,
+        PaddedCSR,
+        _block_gradient,
+        _block_products,
+        _sddmm_dw,
+        _shifted,
+        _spmm,
+        sddmm_dw,
+        spmm,
+        spmm_t,
+    )
     from sparselab.kernels._plan import plan_shifted
     from sparselab.kernels._planes import whole_tiles
 
@@ -64,12 +75,20 @@ def main(directory: str, *targets: str) -> None:
         _shifted.sample_shifted(
             W.indices, begin, W.indptr[1:], starts, sums, planes, n_tokens, np.zeros(W.nnz, dtype)
         )
-    for name, dispatcher in (
-        ("spmm", _spmm._multiply_share),
-        ("sddmm_dw", _sddmm_dw._sample_share),
-        ("multiply_shifted", _shifted._multiply_share),
-        ("sample_shifted", _shifted._sample_share),
-    ):
+        blocks = BlockCSR.random((16, 300), 0.5, (4, 1), 0, dtype=dtype)
+        Y = spmm(blocks, X)
+        spmm_t(blocks, Y)
+        sddmm_dw(blocks, Y, X)
+    kernels = {
+        "spmm": _spmm._multiply_share,
+        "sddmm_dw": _sddmm_dw._sample_share,
+        "multiply_shifted": _shifted._multiply_share,
+        "sample_shifted": _shifted._sample_share,
+        "block gather": _block_products._gather_share,
+        "block scatter": _block_products._scatter_share,
+        "block gradient": _block_gradient._sample_share,
+    }
+    for name, dispatcher in kernels.items():
         for signature, compiled in dispatcher.overloads.items():
             dtype = "float64" if "float64" in str(signature) else "float32"
             for target in targets:

@@ -12,7 +12,7 @@ from torch import nn
 from sparselab import MaskedLinear, SparseLinear, densify, memory_report, plan_sparsify, sparsify
 from sparselab.dst import allocate
 from sparselab.nn import _rules
-from sparselab.nn._rules import KINDS, Kind
+from sparselab.nn._rules import KINDS, Kind, rule_of_saved
 
 
 class Striped(SparseLinear):
@@ -144,3 +144,21 @@ def test_what_a_rule_cannot_say_changes_nothing(
     with pytest.raises(error, match=message):
         act(model, {"fc1": 0.5, "head": rule})
     assert kinds(model) == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_layer_tells_its_kind(kind: str) -> None:
+    settings = {"block_shape": (2, 3)} if kind == "block" else {}
+    model = sparsify(nn.Sequential(nn.Linear(12, 8)), {"0": {"layer": kind, "sparsity": 0.5, **settings}})
+    saved = model[0].state_dict()
+    rule = rule_of_saved(saved)
+    assert rule is not None
+    again = sparsify(nn.Sequential(nn.Linear(12, 8)), {"0": rule})
+    assert type(again[0]) is type(model[0])
+    again[0].load_state_dict(saved)
+    x = torch.randn(4, 12)
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_dense_layer_needs_no_rule() -> None:
+    assert rule_of_saved(nn.Linear(3, 2).state_dict()) is None

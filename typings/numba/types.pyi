@@ -14,6 +14,11 @@ class Array(Type):
     layout: str
     def __init__(self, dtype: Type, ndim: int, layout: str) -> None: ...
 
+class UniTuple(Type):
+    dtype: Type
+    count: int
+    def __init__(self, dtype: Type, count: int) -> None: ...
+
 boolean: Type
 int64: Type
 float32: Type

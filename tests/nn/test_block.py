@@ -1,0 +1,457 @@
+"""BlockSparseLinear: outputs and gradients beside a dense oracle, its topology, its way through torch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+
+import sparselab
+from sparselab import BlockSparseLinear, MaskedLinear, SparseLinear, densify, measure_sparsity, memory_report
+from sparselab.kernels import BlockCSR, n_connections
+from sparselab.nn import _block_functional, variants
+from sparselab.nn.topology import as_matrix, is_sparse
+from tests.oracle import Exact, assert_close, product
+
+#: High, wide, square and odd blocks.
+BLOCKS = [(4, 1), (1, 8), (4, 4), (3, 5), (8, 32), (16, 16), (64, 64)]
+every_block = pytest.mark.parametrize("block_shape", BLOCKS, ids=str)
+
+#: No multiples of any block.
+SIZES = 70, 50
+
+
+def outside(layer: BlockSparseLinear) -> Tensor:
+    """Where the values of a layer lie outside W."""
+    return layer.cut(torch.ones(layer.shape))[layer.positions()] == 0
+
+
+def array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    result: np.ndarray[Any, Any] = tensor.detach().numpy()
+    return result
+
+
+@every_block
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("tokens", [0, 1, 20, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_output_and_gradients_are_those_of_dense(
+    block_shape: tuple[int, int], sparsity: float, tokens: int, dtype: torch.dtype
+) -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=sparsity, block_shape=block_shape, dtype=dtype)
+    x = torch.randn(tokens, SIZES[0], dtype=dtype, requires_grad=True)
+    dy = torch.randn(tokens, SIZES[1], dtype=dtype)
+    y = layer(x)
+    y.backward(dy)
+    assert layer.bias is not None
+    W = array(layer.to_dense().weight)
+    kind = np.dtype(str(dtype).removeprefix("torch."))
+    assert_close(array(y).T, product(W, array(x).T, bias=array(layer.bias)), kind)
+    assert_close(array(x.grad).T, product(W.T, array(dy).T), kind)  # type: ignore[arg-type]
+    full = product(array(dy).T, array(x))
+    value, magnitude = (
+        array(layer.cut(torch.from_numpy(part))[layer.positions()]) for part in (full.value, full.magnitude)
+    )
+    assert_close(array(layer.values.grad), Exact(value, magnitude, np.array(tokens)), kind)  # type: ignore[arg-type]
+    wide = array(dy).astype(np.float64)
+    sums = Exact(wide.sum(0), np.abs(wide).sum(0), np.array(tokens))
+    assert_close(array(layer.bias.grad), sums, kind)  # type: ignore[arg-type]
+    assert not layer.values.grad[outside(layer)].any()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("block_shape", [(4, 1), (1, 8), (4, 4), (3, 5)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_true(block_shape: tuple[int, int], bias: bool) -> None:
+    layer = BlockSparseLinear(7, 9, bias, sparsity=0.5, block_shape=block_shape, dtype=torch.float64)
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    inside = (~outside(layer)).double()
+
+    def run(x: Tensor, values: Tensor, *rest: Tensor) -> Any:
+        parameters = {"values": values * inside, **dict(zip(("bias",), rest, strict=False))}
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
+
+
+def test_the_operators_satisfy_torch() -> None:
+    layer = BlockSparseLinear(7, 9, sparsity=0.5, block_shape=(4, 4))
+    x = torch.randn(3, 7, requires_grad=True)
+    torch.library.opcheck(
+        _block_functional.block_linear, (x, layer.values, layer.bias, layer.indptr, layer.indices, 9, 0)
+    )
+    dy = torch.randn(3, 9)
+    torch.library.opcheck(
+        _block_functional.block_linear_input_grad,
+        (dy, layer.values.detach(), layer.indptr, layer.indices, 7, 0),
+    )
+    torch.library.opcheck(
+        _block_functional.block_linear_values_grad,
+        (dy, x.detach(), layer.indptr, layer.indices, [4, 4], 0, True),
+    )
+
+
+def test_compiled_layers_follow_a_rewrite() -> None:
+    layer = BlockSparseLinear(16, 12, sparsity=0.5, block_shape=(4, 4))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 16)
+    for _ in range(2):
+        y = compiled(x)
+        torch.testing.assert_close(y, layer.to_dense()(x))
+        y.sum().backward()
+        free = next(p for p in range(12) if p not in layer.positions())
+        layer.rewrite(torch.tensor([0]), torch.tensor([free]))
+
+
+@every_block
+def test_training_leaves_alone_what_lies_outside(block_shape: tuple[int, int]) -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=0.5, block_shape=block_shape)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    x = torch.randn(30, SIZES[0])
+    x[3] = torch.inf
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x).nan_to_num().square().mean().backward()
+        optimizer.step()
+    edge = outside(layer)
+    state = optimizer.state[layer.values]
+    for entries in (layer.values, layer.values.grad, state["exp_avg"], state["exp_avg_sq"]):
+        assert not entries[edge].any()
+
+
+@every_block
+def test_counts_are_those_of_blocks_and_densities_those_of_weights(block_shape: tuple[int, int]) -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=0.6, block_shape=block_shape)
+    assert layer.grid == (-(-50 // block_shape[0]), -(-70 // block_shape[1]))
+    assert layer.nnz == len(layer.positions()) == n_connections(layer.grid, 0.6)
+    live = int(layer.cut(torch.ones(layer.shape))[layer.positions()].sum())
+    assert layer.n_weights == live
+    assert layer.density == pytest.approx(live / 3500)
+    assert measure_sparsity(layer) == pytest.approx(1 - live / 3500, abs=1e-3)
+    assert len(layer.to_sparse_csr().values()) == live
+    assert as_matrix(layer).shape == layer.grid
+    assert f"block_shape={block_shape}" in repr(layer)
+
+
+def test_density_and_sparsity_are_two_ways_to_say_it() -> None:
+    counts = [
+        BlockSparseLinear(64, 64, **how, block_shape=(8, 8)).nnz
+        for how in ({}, {"sparsity": 0.9}, {"density": 0.1}, {"density": 1}, {"sparsity": 1.0})
+    ]
+    assert counts == [6, 6, 6, 64, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"density": 0.1, "sparsity": 0.9},
+            ValueError,
+            "give density or sparsity, not both, got 0.1 and 0.9",
+        ),
+        ({"density": 1.5}, ValueError, "density must be a finite number"),
+        ({"density": "half"}, TypeError, "density must be a number"),
+        ({"sparsity": float("nan")}, ValueError, "sparsity must be a finite number"),
+        ({"block_shape": (0, 4)}, ValueError, "block_shape must be two integers of at least 1"),
+        ({"block_shape": 4}, TypeError, "block_shape must be two integers, got 4"),
+        ({"dtype": torch.float16}, TypeError, "dtype must be torch.float32"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        BlockSparseLinear(8, 8, **settings)
+
+
+@every_block
+def test_weights_are_drawn_by_the_inputs_that_an_output_has(block_shape: tuple[int, int]) -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=0.5, block_shape=block_shape)
+    live = layer.cut(torch.arange(3500.0).view(50, 70) + 1)[layer.positions()]
+    fan_in = torch.bincount(((live[live > 0] - 1) // 70).long(), minlength=50)
+    rows = ((live - 1).clamp(min=0) // 70).long()
+    bound = fan_in.clamp(min=1)[rows].rsqrt()
+    assert (layer.values.abs() <= bound).all()
+    assert not layer.values[live == 0].any()
+    assert layer.values.detach().abs().div(bound)[live > 0].mean() == pytest.approx(0.5, abs=0.06)
+    assert layer.bias is not None
+    assert (layer.bias.abs() <= fan_in.clamp(min=1).rsqrt()).all()
+
+
+def test_from_dense_keeps_the_blocks_of_largest_norm() -> None:
+    dense = nn.Linear(8, 6).eval().requires_grad_(False)
+    with torch.no_grad():
+        dense.weight.fill_(1.0)
+        dense.weight[0, 7] = -9.0
+        dense.weight[4:, 4:] = 2.0
+        dense.weight[:4, :4] = 1.5
+    layer = BlockSparseLinear.from_dense(dense, 0.5, (4, 4))
+    assert layer.positions().tolist() == [0, 1]
+    expected = torch.zeros(6, 8)
+    expected[:4] = dense.weight[:4]
+    assert torch.equal(layer.to_dense().weight, expected)
+    assert torch.equal(layer.bias, dense.bias)  # type: ignore[arg-type]
+    assert (layer.training, layer.values.requires_grad) == (False, False)
+    assert BlockSparseLinear.from_dense(dense, 0.0, (4, 4)).to_dense().weight.equal(dense.weight)
+    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv2d"):
+        BlockSparseLinear.from_dense(nn.Conv2d(1, 1, 1), 0.5)  # type: ignore[arg-type]
+
+
+@every_block
+def test_patterns_of_every_form_give_their_blocks(block_shape: tuple[int, int]) -> None:
+    old = BlockSparseLinear(*SIZES, sparsity=0.6, block_shape=block_shape)
+    weight = old.to_dense().weight.detach()
+    live = old.to_sparse_csr()
+    live = torch.sparse_csr_tensor(
+        live.crow_indices(), live.col_indices(), torch.ones(len(live.values()), dtype=torch.bool), live.shape,
+        check_invariants=True,
+    )  # fmt: skip
+    for pattern in (old.to_scipy(), old.to_sparse_csr()):
+        new = BlockSparseLinear.from_pattern(pattern, block_shape=block_shape)
+        assert torch.equal(new.positions(), old.positions())
+        assert torch.equal(new.values, old.values)
+    grid = np.zeros(old.grid, np.bool_)
+    grid.reshape(-1)[old.positions()] = True
+    patterns = [live, array(live.to_dense()), live.to_dense()]
+    for pattern, shape in [*((each, None) for each in patterns), (grid, old.shape)]:
+        new = BlockSparseLinear.from_pattern(pattern, block_shape=block_shape, shape=shape)
+        assert torch.equal(new.positions(), old.positions())
+        other = BlockSparseLinear(*SIZES, sparsity=0.9, block_shape=block_shape)
+        other.set_topology(pattern)
+        assert torch.equal(other.positions(), old.positions())
+    old.set_topology(old.to_scipy())
+    assert torch.equal(old.to_dense().weight, weight)
+
+
+def test_a_bsr_matrix_brings_its_blocks_along() -> None:
+    data = np.arange(1.0, 17).reshape(2, 2, 4)
+    matrix = scipy.sparse.bsr_array((data, [1, 0], [0, 1, 2, 2]), shape=(6, 8))
+    layer = BlockSparseLinear.from_pattern(matrix, dtype=torch.float64)
+    assert (layer.block_shape, layer.indptr.tolist(), layer.indices.tolist()) == (
+        (2, 4),
+        [0, 1, 2, 2],
+        [1, 0],
+    )
+    np.testing.assert_array_equal(array(layer.values), data)
+    back = layer.to_scipy()
+    assert back.format == "bsr"
+    np.testing.assert_array_equal(back.toarray(), matrix.toarray())
+    assert layer.set_topology(np.ones((3, 2), np.bool_)) is None
+    assert layer.nnz == 6
+
+
+def test_patterns_that_do_not_fit_change_nothing() -> None:
+    layer = BlockSparseLinear(8, 8, sparsity=0.5, block_shape=(4, 4))
+    before = copy.deepcopy(layer.state_dict())
+    ragged = np.zeros((8, 8), np.bool_)
+    ragged[:4, :3] = True
+    for pattern, error in (
+        (ragged, r"pattern must consist of whole blocks of shape \(4, 4\)"),
+        (np.ones((3, 3), np.bool_), r"shape of the layer, \(8, 8\), .* its grid, \(2, 2\); got \(3, 3\)"),
+        (scipy.sparse.csr_array(np.eye(2)), r"got \(2, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            layer.set_topology(pattern)
+    for name, entries in layer.state_dict().items():
+        assert torch.equal(entries, before[name])
+    with pytest.raises(ValueError, match="got one on the device meta"):
+        BlockSparseLinear(8, 8, device="meta").set_topology(ragged)
+
+
+@every_block
+def test_rewriting_moves_values_gradient_and_mask(block_shape: tuple[int, int]) -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=0.4, block_shape=block_shape)
+    layer(torch.randn(4, 70)).sum().backward()
+    layer.forward_mask = torch.rand_like(layer.values) < 0.5
+    assert layer.values.grad is not None
+    before = [each.detach().clone() for each in (layer.values, layer.values.grad, layer.forward_mask)]
+    old, parameter = layer.positions(), layer.values
+    free = torch.tensor([p for p in range(layer.grid[0] * layer.grid[1]) if p not in old][:1])
+    for grow in (free, free[:0]):
+        source = layer.rewrite(torch.tensor([0]), grow)
+        now = [layer.values, layer.values.grad, layer.forward_mask]
+        for new, earlier in zip(now, before, strict=True):
+            assert new is not None
+            assert torch.equal(new[source >= 0], earlier[source[source >= 0]])
+            assert not new[source < 0].any()
+        before = [each.detach().clone() for each in now if each is not None]
+        assert layer.values is parameter
+        layer.zero_grad(set_to_none=False)
+        before[1].zero_()
+    layer(torch.randn(4, 70)).sum().backward()
+    with pytest.raises(TypeError, match="got bfloat16"):
+        layer.bfloat16().rewrite(torch.tensor([0]), free[:0])
+
+
+def test_entries_move_in_place_if_there_are_as_many() -> None:
+    layer = BlockSparseLinear(16, 16, sparsity=0.5, block_shape=(4, 4))
+    entries = torch.randn_like(layer.values)
+    layer.put(entries, torch.tensor([2]), torch.full((1, 4, 4), 7.0))
+    assert (layer.per_connection(entries)[2] == 7).all()
+    old = entries.clone()
+    source = torch.tensor([1, 0, -1, 3, 4, 5, 6, 7])
+    assert layer.moved(entries, source) is entries
+    assert torch.equal(entries[0], old[1])
+    assert not entries[2].any()
+    assert layer.moved(entries, source[:3]).shape == (3, 4, 4)
+
+
+@every_block
+def test_a_state_loads_into_any_topology(block_shape: tuple[int, int], tmp_path: Path) -> None:
+    saved = BlockSparseLinear(*SIZES, sparsity=0.3, block_shape=block_shape)
+    x = torch.randn(5, 70)
+    torch.save(saved.state_dict(), tmp_path / "state.pt")
+    sparselab.save_model(saved, tmp_path / "state.safetensors")
+    for load in (
+        lambda layer: layer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True)),
+        lambda layer: sparselab.load_model(layer, tmp_path / "state.safetensors"),
+    ):
+        layer = BlockSparseLinear(*SIZES, sparsity=0.8, block_shape=block_shape)
+        layer(x)
+        load(layer)
+        assert torch.equal(layer(x), saved(x))
+    for copied in (copy.deepcopy(saved), pickle.loads(pickle.dumps(saved))):
+        assert torch.equal(copied(x), saved(x))
+        copied(x).sum().backward()
+
+
+def test_a_wrong_state_is_refused_and_named() -> None:
+    good = BlockSparseLinear(10, 8, sparsity=0.5, block_shape=(4, 4)).state_dict()
+    edge = good["values"].clone()
+    edge[:, :, 3] = 1
+    for changed, message in (
+        ({"values": good["values"][:, :2]}, r"values must have shape \(3, 4, 4\), got \(3, 2, 4\)"),
+        ({"values": good["values"][0]}, "values must be a 3-D floating point tensor"),
+        ({"values": edge, "indices": torch.tensor([0, 1, 2])[:3]}, "0 outside the matrix|ascending"),
+        ({"indptr": good["indptr"] + 1}, r"indices must have shape \(4,\)|must start at 0"),
+        ({"indptr": good["indptr"][:-1]}, r"indptr must be int64 of shape \(3,\)"),
+        ({"indices": torch.full((3,), 3)}, r"columns of 0\.\.2, got 3"),
+        ({"indices": torch.zeros(3)}, "indices must be uint16, int32 or int64"),
+        ({"values": None}, "must be loaded together, got no values"),
+    ):
+        state = {name: entry for name, entry in {**good, **changed}.items() if entry is not None}
+        layer = BlockSparseLinear(10, 8, sparsity=0.5, block_shape=(4, 4))
+        before = layer.values.clone()
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state)
+        assert torch.equal(layer.values, before)
+
+
+def test_the_meta_device() -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=0.5, block_shape=(8, 8), device="meta")
+    assert layer(torch.empty(3, 70, device="meta")).shape == (3, 50)
+    assert layer.sparsity == pytest.approx(0.5, abs=0.1)
+    sparselab.materialize(layer)
+    assert layer(torch.randn(3, 70)).isfinite().all()
+
+
+def test_precisions_and_modes() -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=0.5, block_shape=(4, 4))
+    x = torch.randn(2, 9, 70)
+    y = layer(x)
+    assert y.shape == (2, 9, 50)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.float32
+    with torch.inference_mode():
+        assert torch.equal(layer(x), y)
+    half = copy.deepcopy(layer).bfloat16()
+    z = half(x.bfloat16().requires_grad_())
+    z.float().square().mean().backward()
+    assert z.dtype == half.values.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    torch.testing.assert_close(z.float(), y, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half.to_scipy().toarray(), array(half.to_dense().weight.float()))
+    doubled = torch.func.functional_call(layer, {"values": 2 * layer.values, "bias": 2 * layer.bias}, (x,))
+    torch.testing.assert_close(doubled, 2 * y)
+    for wrong in (x[..., :-1], x.double()):
+        with pytest.raises(RuntimeError, match="input must have"):
+            layer(wrong)
+
+
+@pytest.mark.parametrize("block_shape", [(4, 4), (1, 8), (3, 5)], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.2])
+def test_dense_products_of_chunks_give_the_same(
+    block_shape: tuple[int, int], sparsity: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparselab.nn import _block_products
+
+    monkeypatch.setattr(_block_products, "_CHUNK_BYTES", 4 * 70 * 10)
+    layer = BlockSparseLinear(*SIZES, sparsity=sparsity, block_shape=block_shape)
+    x, dy = torch.randn(130, 70), torch.randn(130, 50)
+    results = []
+    for bound in (2.0, 0.5):
+        for operation in variants.BLOCK_DENSE_FROM:
+            monkeypatch.setitem(variants.BLOCK_DENSE_FROM, operation, bound)
+            assert (layer.variant(130, operation).name == "dense blocks") is (bound < 1)
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        y.backward(dy)
+        assert layer.bias is not None
+        results.append([y, inputs.grad, layer.values.grad, layer.bias.grad])
+    torch.testing.assert_close(*results)
+
+
+def test_a_watcher_sees_the_factors_of_the_gradient() -> None:
+    seen: list[Any] = []
+
+    class Watcher:
+        def forward_seen(self) -> None:
+            seen.append("forward")
+
+        def backward_seen(self, factors: Any) -> None:
+            seen.append((factors.x.shape, factors.dy.shape))
+
+    layer = BlockSparseLinear(*SIZES, block_shape=(4, 4))
+    layer.gradient_watcher = Watcher()
+    layer(torch.randn(3, 70)).sum().backward()
+    assert seen == ["forward", ((3, 70), (3, 50))]
+    assert is_sparse(layer)
+
+
+def test_what_is_masked_out_is_zero_in_the_output_and_gets_gradients() -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=0.5, block_shape=(4, 4))
+    x = torch.randn(3, 70)
+    layer(x).sum().backward()
+    full = layer.values.grad
+    layer.zero_grad()
+    layer.forward_mask = torch.zeros_like(layer.values, dtype=torch.bool)
+    assert layer.bias is not None
+    assert torch.equal(layer(x), layer.bias.expand(3, 50))
+    layer(x).sum().backward()
+    assert torch.equal(layer.values.grad, full)  # type: ignore[arg-type]
+
+
+def test_plans_are_counted_frozen_and_let_go() -> None:
+    layer = BlockSparseLinear(64, 64, sparsity=0.5, block_shape=(4, 4))
+    assert layer.plan_bytes() == 0
+    layer(torch.randn(20, 64, requires_grad=True)).sum().backward()
+    trained = layer.plan_bytes()
+    assert memory_report(layer).plan_bytes == trained > 0
+    assert 0 < layer.freeze().plan_bytes() < trained
+    assert not layer.values.requires_grad
+
+
+def test_a_model_becomes_dense_again() -> None:
+    model = nn.Sequential(BlockSparseLinear(16, 8, sparsity=0.5, block_shape=(4, 4)), nn.ReLU())
+    x = torch.randn(3, 16)
+    expected = model(x)
+    assert type(densify(model)[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_the_masked_twin_knows_no_blocks() -> None:
+    with pytest.raises(TypeError, match="layer must be a SparseLinear, got BlockSparseLinear"):
+        MaskedLinear.from_sparse(BlockSparseLinear(8, 8, block_shape=(4, 4)))
+    assert isinstance(MaskedLinear.from_sparse(SparseLinear(8, 8)), MaskedLinear)
+
+
+def test_the_layout_of_the_kernels_is_that_of_the_layer() -> None:
+    layer = BlockSparseLinear(*SIZES, sparsity=0.5, block_shape=(3, 5))
+    W = BlockCSR(
+        layer.shape, layer.block_shape, array(layer.indptr), array(layer.indices), array(layer.values)
+    )
+    np.testing.assert_array_equal(W.to_dense(), array(layer.to_dense().weight))
