@@ -95,12 +95,9 @@ class SparseLinear(SparseLayer):
         self._allocate((n_connections(self.shape, sparsity),), bias, device, dtype)
 
     def _allocate(
-        self,
-        layout: tuple[int, ...],
-        bias: bool,
-        device: torch.device | str | int | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+        self, layout: tuple[int, ...], bias: bool,
+        device: torch.device | str | int | None, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
         """Make the tensors, with values laid out so, and draw what they hold."""
         self._plans = LayerPlans()
         place = torch.empty(0, device=device).device
@@ -219,7 +216,7 @@ class SparseLinear(SparseLayer):
     @torch.no_grad()
     def put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
         """Set some of the entries."""
-        entries.put_(slots, numbers)
+        entries.put_(slots.long(), numbers)
 
     def moved(self, entries: Tensor, source: Tensor) -> Tensor:
         """What lives per slot, after a `rewrite` that returned `source`; see `SparseTopology`."""
