@@ -33,8 +33,8 @@ def warmup(dtype: torch.dtype = torch.float32, *, training: bool = True) -> floa
 
     Notes
     -----
-    Linear layers of up to 65,536 inputs are covered; wider ones have 32-bit columns and compile at their first
-    use, and so do convolutions.
+    Linear layers of up to 65,536 inputs are covered; wider ones have 32-bit columns and compile at their
+    first use, and so do convolutions.
     Random generators are left as they were found.
 
     Examples
