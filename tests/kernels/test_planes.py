@@ -34,7 +34,7 @@ def axes(draw):
     return least + draw(st.integers(0, 6)), kernel, draw(st.integers(1, 3)), padding, dilation
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(axes(), axes(), st.integers(1, 3))
 def test_every_window_is_found_at_a_shift(down, right, n):
     (size, kernel, stride, padding, dilation) = zip(down, right, strict=True)

@@ -107,7 +107,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, ...], torch.dtype
     return options, shape, draw(st.sampled_from((torch.float32, torch.float64)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases(), st.booleans())
 def test_output_and_every_gradient(case: Any, one_chunk: bool) -> None:
     options, shape, dtype = case
