@@ -41,9 +41,9 @@ class BlockCSR:
 
     Examples
     --------
-    >>> W = BlockCSR.from_dense(np.tri(4, 6, 1), (2, 2))
+    >>> W = BlockCSR.from_dense(np.eye(4, 6), (2, 2))
     >>> W.grid, W.nnz, W.indices
-    ((2, 3), 3, array([0, 0, 1], dtype=uint16))
+    ((2, 3), 2, array([0, 1], dtype=uint16))
     """
 
     shape: tuple[int, int]
