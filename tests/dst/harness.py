@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
+import numpy as np
 import torch
 from torch import nn
 
-from sparselab.nn import FanInLinear, MaskedConv2d, MaskedLinear, SparseConv2d, SparseLinear
+from sparselab.nn import (
+    BlockSparseLinear,
+    FanInLinear,
+    MaskedConv2d,
+    MaskedLinear,
+    SparseConv2d,
+    SparseLinear,
+)
 from sparselab.nn.topology import find_sparse
 from tests.dst.fake import FakeSparse
 
@@ -15,6 +26,7 @@ LAYERS = ["fake", "real", "masked"]
 KINDS = {
     "real": SparseLinear,
     "masked": MaskedLinear,
+    "block": partial(BlockSparseLinear, block_shape=(3, 4)),
     "fan-in": FanInLinear,
     "masked fan-in": lambda *sizes, **settings: MaskedLinear.from_sparse(FanInLinear(*sizes, **settings)),
 }
@@ -88,22 +100,24 @@ def assert_followed(before, after, grown_with_weight=False):
     assert before.keys() == after.keys()
     for name in before:
         for position, number in after[name].items():
-            expected = before[name].get(position, 0.0)
-            if name == "value" and grown_with_weight and position not in before[name]:
-                assert number != 0
-                continue
-            assert number == expected, f"{name} at position {position}: {number}, not {expected}"
+            if position in before[name]:
+                expected = before[name][position]
+                assert number == expected, f"{name} at position {position}: {number}, not {expected}"
+            elif name == "value" and grown_with_weight:
+                assert np.all(number)
+            else:
+                assert not np.any(number), f"{name} at position {position}: {number}, not 0"
 
 
 def assert_topology(layer, nnz):
     """Exactly `nnz` connections, at distinct positions inside the matrix, in order."""
     positions = layer.positions()
-    assert positions.shape == layer.per_connection(layer.stored).shape == (nnz,)
-    assert layer.stored.count_nonzero() <= nnz
+    assert positions.shape == layer.per_connection(layer.stored).shape[:1] == (nnz,)
+    assert layer.stored.count_nonzero() <= nnz * math.prod(layer.block_shape)
     assert layer.nnz == nnz
     assert bool((positions[1:] > positions[:-1]).all())
     assert positions[0] >= 0
-    assert positions[-1] < layer.shape[0] * layer.shape[1]
+    assert positions[-1] < math.prod(layer.grid)
 
 
 def assert_same_state(model, optimizer, other_model, other_optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from sparselab.nn import constant_fan_in_
 
 
 def _sizes(layers):
-    return [layer.shape[0] * layer.shape[1] for layer in layers]
+    return [math.prod(layer.grid) for layer in layers]
 
 
 def _counts(layers):
@@ -88,6 +89,7 @@ class Row:
     brings_weights : its new connections need not start at 0.
     walks : its updates change the weights of connections that stay.
     keeps_fan_in : rows of equal length stay so; it then runs on `FanInLinear` too.
+    of_blocks : it also rewires `BlockSparseLinear`.
     """
 
     make: Callable[[], SparsityAlgorithm]
@@ -97,6 +99,7 @@ class Row:
     brings_weights: bool = False
     walks: bool = False
     keeps_fan_in: bool = False
+    of_blocks: bool = False
 
 
 COMMON = {"update": 7, "seed": 3}
@@ -106,11 +109,11 @@ HALFWAY = Polynomial(0.5, 0.9, 50)
 BOUND = Linear(0.1, 0.02, 50)
 
 ROWS = {
-    "static": Row(lambda: Static(0.8), keeps_fan_in=True),
-    "set": Row(lambda: SET(0.8, **USUAL)),
-    "set by row": Row(lambda: SET(0.8, **USUAL, scope="row"), keeps_fan_in=True),
-    "rigl": Row(lambda: RigL(0.8, **USUAL)),
-    "rigl by row": Row(lambda: RigL(0.8, **USUAL, scope="row"), keeps_fan_in=True),
+    "static": Row(lambda: Static(0.8), keeps_fan_in=True, of_blocks=True),
+    "set": Row(lambda: SET(0.8, **USUAL), of_blocks=True),
+    "set by row": Row(lambda: SET(0.8, **USUAL, scope="row"), keeps_fan_in=True, of_blocks=True),
+    "rigl": Row(lambda: RigL(0.8, **USUAL), of_blocks=True),
+    "rigl by row": Row(lambda: RigL(0.8, **USUAL, scope="row"), keeps_fan_in=True, of_blocks=True),
     "srigl": Row(
         lambda: SRigL(**USUAL, gamma_sal=0.95, exempt_last=False),
         prepare=constant_fan_in_,
@@ -124,16 +127,22 @@ ROWS = {
     "deepr of the network": Row(
         lambda: DeepR(0.8, temperature=0.01, scope="network", seed=3), counts=together_keep, walks=True
     ),
-    "gmp": Row(lambda: GMP(CUBIC, update=7), 0.0, counts=each_follows(CUBIC)),
+    "gmp": Row(lambda: GMP(CUBIC, update=7), 0.0, counts=each_follows(CUBIC), of_blocks=True),
     "gmp of the network": Row(
-        lambda: GMP(CUBIC, update=7, scope="network"), 0.0, counts=together_follow(CUBIC)
+        lambda: GMP(CUBIC, update=7, scope="network"), 0.0, counts=together_follow(CUBIC), of_blocks=True
     ),
     "granet": Row(
-        lambda: GraNet(HALFWAY, Cosine(0.5, 250, 0.005), update=7), 0.5, counts=together_follow(HALFWAY)
+        lambda: GraNet(HALFWAY, Cosine(0.5, 250, 0.005), update=7),
+        0.5,
+        counts=together_follow(HALFWAY),
+        of_blocks=True,
     ),
-    "mest em": Row(lambda: MEST(0.8, 0.05, **COMMON, soft_bound=False, lam=0.5)),
+    "mest em": Row(lambda: MEST(0.8, 0.05, **COMMON, soft_bound=False, lam=0.5), of_blocks=True),
     "mest em&s": Row(
-        lambda: MEST(0.8, BOUND, **COMMON), 0.7, counts=each_follows(lambda step: 0.8 - BOUND(step))
+        lambda: MEST(0.8, BOUND, **COMMON),
+        0.7,
+        counts=each_follows(lambda step: 0.8 - BOUND(step)),
+        of_blocks=True,
     ),
     "topkast": Row(lambda: TopKAST(0.9, 0.8, **COMMON), brings_weights=True),
     "topkast sampled": Row(lambda: TopKAST(0.9, 0.8, **COMMON, master_bytes=0), brings_weights=True),

@@ -24,6 +24,7 @@ REAL = [("real", dtype, name) for dtype in (torch.float32, torch.float64) for na
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
 OTHERS = [("fake", torch.float32, "sgd"), ("masked", torch.float64, "adamw")]
 FAN_IN = ("fan-in", torch.float32, "adamw")
+BLOCKS = [("block", torch.float32, "adamw"), ("block", torch.float64, "sgd")]
 #: One algorithm for each way to look at a gradient: none, whole, by row, averaged, and at a sample.
 CONVOLUTIONS = {
     ("conv", torch.float32, "sgd"): ["set by row", "rigl", "srigl", "gse graest of the network"],
@@ -32,6 +33,7 @@ CONVOLUTIONS = {
 COMBINATIONS = [
     *((*each, name) for each in REAL + OTHERS for name in ROWS),
     *((*FAN_IN, name) for name, row in ROWS.items() if row.keeps_fan_in),
+    *((*each, name) for each in BLOCKS for name, row in ROWS.items() if row.of_blocks),
     *((*each, name) for each, names in CONVOLUTIONS.items() for name in names),
 ]
 
