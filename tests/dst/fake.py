@@ -31,7 +31,7 @@ class FakeSparse(nn.Module):
 
     def __init__(self, in_features, out_features, sparsity=0.9, seed=0, dtype=torch.float32):
         super().__init__()
-        self.shape = (out_features, in_features)
+        self.shape = self.grid = (out_features, in_features)
         n = in_features * out_features
         rng = np.random.default_rng(seed)
         nnz = round((1 - sparsity) * n)
