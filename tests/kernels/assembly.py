@@ -20,7 +20,7 @@ class Loop(NamedTuple):
 
     def count(self, pattern: str) -> int:
         """Lines whose instruction matches, comments left out."""
-        return sum(bool(re.search(pattern, re.split(r"\s[#;]|//", line)[0])) for line in self.lines)
+        return sum(bool(re.search(pattern, re.split(r"\s+[#;]|//", line)[0])) for line in self.lines)
 
     @property
     def spills(self) -> list[str]:

@@ -136,3 +136,8 @@ def test_comments_and_scalars_are_not_counted_as_vector_work() -> None:
     )
     assert loop.count(ANY_FMA) == 2
     assert not any(loop.count(pattern) for pattern in VECTOR_FMA.values())
+
+
+def test_a_comment_after_a_vector_instruction_hides_nothing() -> None:
+    loop = Loop(["\tvfmadd231ps\t%ymm1, %ymm2, %ymm3   # ymm3 = (ymm2 * ymm1) + ymm3"])
+    assert loop.count(ANY_FMA) == loop.count(VECTOR_FMA[32]) == 1
