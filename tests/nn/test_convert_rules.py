@@ -34,7 +34,7 @@ class Striped(SparseLinear):
 
 @pytest.fixture(autouse=True)
 def _striped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rules, "KINDS", {**KINDS, "striped": Kind(Striped, ("fan_in", "width"))})
+    monkeypatch.setattr(_rules, "KINDS", {**KINDS, "striped": Kind(Striped, settings=("fan_in", "width"))})
 
 
 class Net(nn.Module):
