@@ -32,3 +32,13 @@ def require_several(name: str, value: object) -> tuple[Any, ...]:
     if not (several := tuple(value)):
         raise ValueError(f"{name} must hold at least one number; got none")
     return several
+
+
+def require_of_blocks(name: str, block_shape: tuple[int, int], able: bool, parts: Iterable[Any]) -> None:
+    """Raise TypeError unless an algorithm and its parts can rewire connections that are blocks of weights."""
+    unable = [part.describe() for part in parts if part is not None and not part.of_blocks]
+    if unable or not able:
+        raise TypeError(
+            f"{name} cannot rewire a layer of blocks of {block_shape} weights: {', '.join(unable) or 'it'} "
+            f"looks at single weights. SET, RigL, GMP, GraNet and MEST can"
+        )

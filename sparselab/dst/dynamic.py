@@ -12,7 +12,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparselab.dst._checks import require_count
+from sparselab.dst._checks import require_count, require_of_blocks
 from sparselab.dst.allocation import apportion
 from sparselab.dst.base import SparsityAlgorithm
 from sparselab.dst.drop import DropScore, Magnitude, lowest, lowest_of_network, lowest_of_rows
@@ -67,8 +67,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         round up) and grows as many, so all rows keep their number; where a schedule changes the layer's, the
         rows share the new one in proportion.
     redistribute : Redistribution, optional
-        How what is grown is shared among layers. By default each layer regrows what it dropped; each row
-        always does.
+        How growth is shared among layers. By default each layer regrows what it dropped; each row always does.
     grown_value : float or callable
         Weight of a new connection: a number, or a function of ``(Vacancy, positions)`` that returns one for
         each; see `sparselab.dst.grown`.
@@ -83,19 +82,17 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong type or outside its range, or the growth or the redistribution does not
-        go with ``scope="row"``.
+        If an argument is of the wrong type or out of range, or a part does not go with ``scope="row"``.
 
     Notes
     -----
     Connections are kept in the order ``(score descending, position ascending)``, so ties, which are common
     among grown weights that are still zero, never change a count. NaN counts as the lowest score. A
-    connection that was just dropped may grow back, and then keeps its weight and its optimizer state. Frozen
-    layers (whose weights do not require a gradient) are left alone.
+    connection that was just dropped may grow back, and then keeps its weight and its optimizer state. Layers
+    whose weights do not require a gradient are left alone.
 
-    Optimizers are found by themselves, through a hook that torch calls after every ``optimizer.step()``; see
-    `track` for those that are not. Every state tensor with one entry per connection is moved. State of
-    another shape is an error, raised before anything is changed.
+    Optimizers are found by a hook that torch calls after every ``optimizer.step()``; see `track` for others.
+    Every state tensor with one entry per connection is moved; another shape is an error, before any change.
     """
 
     def __init__(
@@ -143,17 +140,12 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     _SCOPES: tuple[str, ...] = ("layer", "network", "row")
     _FOLLOWS_SCHEDULE = True
-    #: Whether the algorithm itself, beside its parts, can rewire connections that are blocks of weights.
-    _OF_BLOCKS = True
+    _OF_BLOCKS = True  # the algorithm itself; its parts say it for themselves
 
     def _check_kind(self, layer: SparseTopology) -> None:
-        parts = (self.drop, self.grow, self.redistribute)
-        unable = [part.describe() for part in parts if part is not None and not part.of_blocks]
-        if layer.block_shape != (1, 1) and (unable or not self._OF_BLOCKS):
-            raise TypeError(
-                f"{type(self).__name__} cannot rewire a layer of blocks of {layer.block_shape} weights: "
-                f"{', '.join(unable) or 'it'} looks at single weights. SET, RigL, GMP, GraNet and MEST can"
-            )
+        if layer.block_shape != (1, 1):
+            parts = (self.drop, self.grow, self.redistribute)
+            require_of_blocks(type(self).__name__, layer.block_shape, self._OF_BLOCKS, parts)
 
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer whose state must follow the connections.
@@ -224,7 +216,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         return kept - self._exchanged(step, kept), total
 
     def _exchanged(self, step: int, n: int) -> int:
-        """How many of `n` connections an update replaces."""
         return int(self._fraction(step) * n)
 
     def _n_drop(self, step: int, nnz: int, size: int, room: int) -> int:
@@ -356,8 +347,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     def _rewire(self, vacancy: Vacancy, move: StateMove) -> UpdateReport:
         """Change the topology of a layer and all that follows it."""
         layer, drop, n_kept = vacancy.view.layer, vacancy.drop, vacancy.n_kept
-        nothing = np.empty(0, np.int64)
-        grow = self._grow(vacancy) if vacancy.n_grow else nothing
+        grow = self._grow(vacancy) if vacancy.n_grow else np.empty(0, np.int64)
         if grow.size != vacancy.n_grow:
             raise RuntimeError(f"{type(self).__name__} grew {grow.size} connections, not {vacancy.n_grow}")
         if not drop.size and not grow.size:

@@ -59,7 +59,7 @@ def tile_row(dtype: types.Type) -> Vector:
     return Vector(dtype, TILE_BYTES // item_bytes(dtype))
 
 
-def _is_array(value: types.Type) -> bool:
+def is_array(value: types.Type) -> bool:
     return isinstance(value, types.Array) and value.ndim == 1 and value.layout == "C"
 
 
@@ -107,7 +107,7 @@ class Emit:
 @intrinsic
 def get(_: Any, array: Any, index: Any) -> Any:
     """``array[index]`` without the wrap-around of negative indices, which costs four operations a load."""
-    if not (_is_array(array) and isinstance(index, types.Integer)):
+    if not (is_array(array) and isinstance(index, types.Integer)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -120,7 +120,7 @@ def get(_: Any, array: Any, index: Any) -> Any:
 @intrinsic
 def weight(_: Any, values: Any, index: Any) -> Any:
     """``values[index]`` as a number to multiply by; a uint16 array holds the bits of bfloat16 values."""
-    if not (_is_array(values) and isinstance(index, types.Integer)):
+    if not (is_array(values) and isinstance(index, types.Integer)):
         return None
     bits = values.dtype == types.uint16
     result = types.float32 if bits else values.dtype
@@ -139,7 +139,7 @@ def weight(_: Any, values: Any, index: Any) -> Any:
 @intrinsic
 def put(_: Any, array: Any, index: Any, value: Any) -> Any:
     """``array[index] = value`` without the wrap-around of negative indices."""
-    if not (_is_array(array) and isinstance(index, types.Integer) and value == array.dtype):
+    if not (is_array(array) and isinstance(index, types.Integer) and value == array.dtype):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -157,7 +157,7 @@ def view_at(_: Any, address: Any, like: Any) -> Any:
     Kernels take matrices of any strides, read-only or not, this way: as array arguments each combination
     would be a Numba type of its own and compile the kernel again.
     """
-    if not (isinstance(address, types.Integer) and _is_array(like)):
+    if not (isinstance(address, types.Integer) and is_array(like)):
         return None
     array_type = types.Array(like.dtype, 1, "C")
 
@@ -197,7 +197,7 @@ def tile_width(_: Any, array: Any) -> Any:
 @intrinsic
 def load_row(_: Any, tile: Any, index: Any) -> Any:
     """The tile row that starts at ``tile[index]``; the place must lie on a cache line."""
-    if not (_is_array(tile) and isinstance(index, types.Integer)):
+    if not (is_array(tile) and isinstance(index, types.Integer)):
         return None
     vector = tile_row(tile.dtype)
 
@@ -211,7 +211,7 @@ def load_row(_: Any, tile: Any, index: Any) -> Any:
 @intrinsic
 def store_row(_: Any, tile: Any, index: Any, row: Any) -> Any:
     """Store a vector at ``tile[index]``, aligned to its size or a cache line."""
-    if not (_is_array(tile) and isinstance(index, types.Integer) and isinstance(row, Vector)):
+    if not (is_array(tile) and isinstance(index, types.Integer) and isinstance(row, Vector)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -351,49 +351,9 @@ def fma_row(_: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def transpose8(
-    _: Any, source: Any, first: Any, stride: Any, target: Any, target_first: Any, target_stride: Any
-) -> Any:
-    """Transpose an 8 x 8 block in registers.
-
-    ``target[target_first + i * target_stride + j] = source[first + j * stride + i]`` for i, j < 8. Three
-    rounds of two-input shuffles, each exchanging the lanes whose index differs in one bit.
-    """
-    if not (_is_array(source) and _is_array(target) and source.dtype == target.dtype):
-        return None
-    vector = Vector(source.dtype, 8)
-    itemsize = item_bytes(source.dtype)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-
-        def lines(array: int) -> list[Any]:
-            start, step = emit.index(array + 1), emit.index(array + 2)
-            offsets = [builder.add(start, builder.mul(step, ir.Constant(I64, k))) for k in range(8)]
-            return [emit.at(emit.data(array), offset) for offset in offsets]
-
-        rows = [emit.load(pointer, vector.llvm, itemsize) for pointer in lines(0)]
-        for bit in (1, 2, 4):
-            low = [8 + lane - bit if lane & bit else lane for lane in range(8)]
-            high = [8 + lane if lane & bit else lane + bit for lane in range(8)]
-            for i in range(8):
-                if not i & bit:
-                    a, b = rows[i], rows[i + bit]
-                    rows[i], rows[i + bit] = emit.shuffle(a, b, low), emit.shuffle(a, b, high)
-        for row, pointer in zip(rows, lines(3), strict=True):
-            emit.store(row, pointer, itemsize)
-        return emit.nothing()
-
-    return (
-        types.void(source, first, stride, target, target_first, target_stride),
-        codegen,
-    )
-
-
-@intrinsic
 def prefetch(_: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of ``array[index]``, which need not exist."""
-    if not (_is_array(array) and isinstance(index, types.Integer)):
+    if not (is_array(array) and isinstance(index, types.Integer)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -14,10 +14,10 @@ from sparselab.kernels._intrinsics import (
     prefetch,
     put,
     store_row,
-    transpose8,
     zeros8,
 )
 from sparselab.kernels._jit import jit
+from sparselab.kernels._transpose import transpose8
 
 
 @jit

@@ -7,7 +7,7 @@ from typing import overload
 
 import numpy as np
 
-from sparselab.kernels import Plan
+from sparselab.kernels._checks import Plan
 from sparselab.kernels._rewrite import Rewrite
 from sparselab.kernels.blocks import BlockCSR, BlockRewrite
 from sparselab.kernels.layout import Array, PaddedCSR

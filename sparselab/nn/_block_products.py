@@ -16,6 +16,7 @@ from sparselab.kernels._block_gradient import sample
 from sparselab.kernels._block_products import multiply
 from sparselab.kernels.blocks import grid_of
 from sparselab.kernels.layout import Array
+from sparselab.nn._blocks import cut, join
 from sparselab.nn._plans import BlockPlans
 from sparselab.nn._products import _array
 from sparselab.nn._threads import use_torch_threads
@@ -101,18 +102,11 @@ class _Chunk(NamedTuple):
         """Their weights as a dense matrix (rows, in_features)."""
         blocks = values.new_zeros((self.grid[0] * self.grid[1], *plans.block_shape))
         blocks[self.positions] = values[self.slots]
-        height, width = plans.block_shape
-        whole = blocks.view(*self.grid, height, width).transpose(1, 2)
-        whole = whole.reshape(self.grid[0] * height, self.grid[1] * width)
-        return whole[: self.rows.stop - self.rows.start, : plans.shape[1]]
+        return join(blocks, (self.rows.stop - self.rows.start, plans.shape[1]))
 
     def collect(self, dense: Tensor, out: Tensor, plans: BlockPlans) -> None:
         """Copy their blocks from a dense matrix (rows, in_features)."""
-        height, width = plans.block_shape
-        whole = dense.new_zeros((self.grid[0] * height, self.grid[1] * width))
-        whole[: dense.shape[0], : dense.shape[1]] = dense
-        blocks = whole.view(self.grid[0], height, self.grid[1], width).transpose(1, 2)
-        out[self.slots] = blocks.reshape(-1, height, width)[self.positions]
+        out[self.slots] = cut(dense, plans.block_shape)[self.positions]
 
 
 def _chunks(plans: BlockPlans) -> Iterator[_Chunk]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,7 @@ from sparselab.kernels.blocks import check_block_shape, grid_of
 from sparselab.kernels.layout import Array, check_fraction
 from sparselab.nn import _block_functional
 from sparselab.nn._block_products import product
+from sparselab.nn._blocks import cut, join, read_blocks
 from sparselab.nn._checks import check_blocks
 from sparselab.nn._layer import SparseLayer
 from sparselab.nn._patterns import read_pattern
@@ -120,14 +122,10 @@ class BlockSparseLinear(SparseLinear):
         blocks = new.cut(linear.weight.detach())
         positions = largest_positions(blocks.double().square().sum((1, 2)), new.nnz)
         new._connect(positions.cpu(), blocks[positions])
-        new._copy_bias(linear)
-        return new
-
-    def _copy_bias(self, linear: nn.Linear) -> None:
-        if self.bias is not None:
-            assert linear.bias is not None
+        if new.bias is not None:
             with torch.no_grad():
-                self.bias.copy_(linear.bias)
+                new.bias.copy_(linear.bias)
+        return new
 
     @classmethod
     def from_pattern(
@@ -167,7 +165,7 @@ class BlockSparseLinear(SparseLinear):
             block_shape = getattr(pattern, "blocksize", _BLOCK)
         rows, columns = read_pattern(pattern).shape if shape is None else shape
         new = cls(columns, rows, bias, sparsity=1.0, block_shape=block_shape, dtype=dtype)
-        new._connect(*new._read_blocks(pattern))
+        new._connect(*read_blocks(pattern, new.shape, new.block_shape))
         new._draw_bias(new._fan_in_pointers())
         return new
 
@@ -187,64 +185,24 @@ class BlockSparseLinear(SparseLinear):
         """
         if self.stored.is_meta:
             raise ValueError("set_topology needs a layer that holds data, got one on the device meta")
-        self._connect(*self._read_blocks(pattern))
-
-    def _read_blocks(self, pattern: Any) -> tuple[Tensor, Tensor | None]:
-        """Positions of blocks, and their weights if the pattern has some."""
-        shape, positions, weights = read_pattern(pattern)
-        if shape == self.grid and weights is None:
-            return positions, None
-        if shape != self.shape:
-            raise ValueError(
-                f"pattern must have the shape of the layer, {self.shape}, or if it is boolean that of its "
-                f"grid, {self.grid}; got {shape}"
-            )
-        (row, i), (column, j) = (
-            (at // size, at % size)
-            for at, size in zip(
-                (positions // self.in_features, positions % self.in_features), self.block_shape, strict=True
-            )
-        )
-        kept, slot, counts = torch.unique(
-            row * self.grid[1] + column, return_inverse=True, return_counts=True
-        )
-        rows, columns = (
-            (n - at * size).clamp(max=size)
-            for at, n, size in zip(
-                (kept // self.grid[1], kept % self.grid[1]), shape, self.block_shape, strict=True
-            )
-        )
-        if bool((counts != rows * columns).any()):
-            raise ValueError(f"pattern must consist of whole blocks of shape {self.block_shape}")
-        if weights is None:
-            return kept, None
-        values = weights.new_zeros((len(kept), *self.block_shape))
-        values[slot, i, j] = weights
-        return kept, values
+        self._connect(*read_blocks(pattern, self.shape, self.block_shape))
 
     def cut(self, dense: Tensor) -> Tensor:
         """All blocks of the grid, in the order of positions, of a matrix (out_features, in_features).
 
         What lies outside the matrix is 0.
         """
-        rows, columns = (n * size for n, size in zip(self.grid, self.block_shape, strict=True))
-        whole = dense.new_zeros((rows, columns))
-        whole[: self.out_features, : self.in_features] = dense
-        height, width = self.block_shape
-        return whole.view(-1, height, self.grid[1], width).transpose(1, 2).reshape(-1, height, width)
+        return cut(dense, self.block_shape)
 
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` with the same outputs, mode and trainability."""
         new = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, self.values.device, self.values.dtype
         ).train(self.training)
-        rows, columns = self.grid
-        blocks = self.values.detach().new_zeros((rows * columns, *self.block_shape))
+        blocks = self.values.detach().new_zeros((math.prod(self.grid), *self.block_shape))
         with torch.no_grad():
             blocks[self.positions()] = self._in_use
-            whole = blocks.view(rows, columns, *self.block_shape).transpose(1, 2)
-            whole = whole.reshape(rows * self.block_shape[0], -1)
-            new.weight.copy_(whole[: self.out_features, : self.in_features])
+            new.weight.copy_(join(blocks, self.shape))
             if self.bias is not None:
                 new.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         new.weight.requires_grad_(self.values.requires_grad)
@@ -311,10 +269,8 @@ class BlockSparseLinear(SparseLinear):
 
     def _outside(self) -> tuple[Tensor, Tensor]:
         """Blocks that reach beyond W, int64 (n,), and where, bool (n, block_out, block_in)."""
-        slots, outside = self._blocks().outside()
-        return torch.from_numpy(slots).to(self.values.device), torch.from_numpy(outside).to(
-            self.values.device
-        )
+        slots, outside = (torch.from_numpy(part) for part in self._blocks().outside())
+        return slots.to(self.values.device), outside.to(self.values.device)
 
     @property
     def grid(self) -> tuple[int, int]:
