@@ -48,12 +48,13 @@ class Config:
     drop_fraction: float = 0.3
     update_every: int = 100
     last_update: float = 0.75  # as a fraction of the steps; the last quarter trains a settled topology
+    gamma_sal: float = 0.95  # of SRigL: share of its connections that an output must have salient to stay
     # training
-    epochs: int = 20
+    epochs: int = 10
     batch: int = 100
-    lr: float = 0.1
+    lr: float = 0.2
     momentum: float = 0.9
-    weight_decay: float = 1e-4
+    weight_decay: float = 5e-4
     # pixels
     mean: float = 0.1307
     std: float = 0.3081
@@ -74,7 +75,7 @@ class Network:
 
 NETWORKS = {
     "lenet": Network((300, 100), True, "erk", (0.9, 0.95, 0.98, 0.99)),
-    "wide": Network((512,), False, "uniform", (0.9,)),
+    "wide": Network((512,), False, "uniform", (0.9, 0.99)),
 }
 
 
@@ -85,16 +86,17 @@ NETWORKS = {
 class Arm:
     """One way to train.
 
-    ``build(cfg, steps)`` makes the algorithm; without it the network is dense. ``start`` gives the sparsity
-    to begin with from that to end with, for algorithms that get there on the way; ``prepare`` is done to the
-    model first; ``layer`` is the kind of layers, as `sparselab.sparsify` takes it; ``changes`` are settings
-    of this arm alone.
+    ``build(cfg, steps)`` makes the algorithm; without it the network is dense, and stays so unless it
+    ``prunes``, half-way. ``start`` gives the sparsity to begin with from that to end with, for algorithms
+    that get there on the way; ``prepare`` is done to the model first; ``layer`` is the kind of layers, as
+    `sparselab.sparsify` takes it; ``changes`` are settings of this arm alone.
     """
 
     build: Callable[[Config, int], sparselab.dst.SparsityAlgorithm] | None
     start: Callable[[float], float] = lambda sparsity: sparsity
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
     layer: str = "sparse"
+    prunes: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,11 +149,15 @@ def rising(steps: int) -> sparselab.dst.Linear:
 
 def srigl(cfg: Config, steps: int, ablate: bool) -> sparselab.SRigL:
     # The output is dense (or exempt itself): the last layer attached is a hidden one.
-    return sparselab.SRigL(ablate=ablate, exempt_last=cfg.output != "dense", **rewiring(cfg, steps))
+    exempt = cfg.output != "dense"
+    return sparselab.SRigL(
+        gamma_sal=cfg.gamma_sal, ablate=ablate, exempt_last=exempt, **rewiring(cfg, steps)
+    )
 
 
 ARMS = {
     "dense": Arm(None),
+    "train, prune, fine-tune": Arm(None, prunes=True),
     "static": Arm(lambda cfg, steps: sparselab.Static()),
     "set": Arm(lambda cfg, steps: sparselab.SET(**rewiring(cfg, steps))),
     "rigl": Arm(lambda cfg, steps: sparselab.RigL(**rewiring(cfg, steps))),
@@ -260,6 +266,20 @@ def train(
     return done, time.perf_counter() - start
 
 
+def train_and_prune(cfg: Config, digits: Digits, model: nn.Sequential, name: str) -> tuple[int, float]:
+    """Train dense for the first half of the epochs, prune, train on; return steps and seconds."""
+    halves = iter((cfg.epochs - cfg.epochs // 2, cfg.epochs // 2))
+    spent: list[tuple[int, float]] = []
+
+    def half(model: nn.Module) -> None:
+        spent.append(train(dataclasses.replace(cfg, epochs=next(halves)), digits, model, None, name))
+
+    sparsity = sparse_layers_sparsity(cfg, cfg.sparsity)
+    exempt = str(len(model) - 1) if cfg.output == "dense" else ()
+    sparselab.dst.train_prune_finetune(model, half, sparsity, "network", exempt=exempt)
+    return sum(steps for steps, _ in spent), sum(seconds for _, seconds in spent)
+
+
 def total_steps(cfg: Config, digits: Digits) -> int:
     return cfg.epochs * math.ceil(len(digits.train_x) / cfg.batch)
 
@@ -277,7 +297,11 @@ def run(cfg: Config, arm: str, digits: Digits) -> dict[str, Any]:
     model = row.prepare(make_model(cfg, None if algo is None else row.start(cfg.sparsity), row.layer))
     if algo is not None:
         model.apply(algo)
-    steps, seconds = train(cfg, digits, model, algo, f"{cfg.network} {arm} {cfg.sparsity:g} seed {cfg.seed}")
+    name = f"{cfg.network} {arm} {cfg.sparsity:g} seed {cfg.seed}"
+    if row.prunes:
+        steps, seconds = train_and_prune(cfg, digits, model, name)
+    else:
+        steps, seconds = train(cfg, digits, model, algo, name)
     if isinstance(algo, sparselab.TopKAST):
         algo.finish()
     return {
@@ -296,7 +320,7 @@ def prepare(cfg: Config, arm: str, digits: Digits) -> tuple[Config, sparselab.ds
     row = ARMS[arm]
     cfg = dataclasses.replace(cfg, **row.changes)
     if row.build is None:
-        return dataclasses.replace(cfg, sparsity=0.0), None
+        return cfg if row.prunes else dataclasses.replace(cfg, sparsity=0.0), None
     return cfg, row.build(cfg, total_steps(cfg, digits))
 
 
@@ -305,7 +329,7 @@ def identity(cfg: Config, arm: str, digits: Digits) -> dict[str, Any]:
     cfg, algo = prepare(cfg, arm, digits)
     state = {} if algo is None else algo.state_dict()
     algorithm = [state.get("algorithm"), state.get("config")]
-    row = [ARMS[arm].start(cfg.sparsity), ARMS[arm].layer]
+    row = [ARMS[arm].start(cfg.sparsity), ARMS[arm].layer, ARMS[arm].prunes]
     settings = [
         dataclasses.asdict(cfg),
         dataclasses.asdict(NETWORKS[cfg.network]),
