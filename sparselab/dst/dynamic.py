@@ -67,7 +67,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         round up) and grows as many, so all rows keep their number; where a schedule changes the layer's, the
         rows share the new one in proportion.
     redistribute : Redistribution, optional
-        How growth is shared among layers. By default each layer regrows what it dropped; each row always does.
+        How growth is shared among layers. By default each layer, and always each row, regrows what it lost.
     grown_value : float or callable
         Weight of a new connection: a number, or a function of ``(Vacancy, positions)`` that returns one for
         each; see `sparselab.dst.grown`.
