@@ -89,13 +89,15 @@ class Arm:
     ``build(cfg, steps)`` makes the algorithm; without it the network is dense, and stays so unless it
     ``prunes``, half-way. ``start`` gives the sparsity to begin with from that to end with, for algorithms
     that get there on the way; ``prepare`` is done to the model first; ``layer`` is the kind of layers, as
-    `sparselab.sparsify` takes it; ``changes`` are settings of this arm alone.
+    `sparselab.sparsify` takes it, ``settings`` what its rules say of them beside the sparsity; ``changes``
+    are settings of this arm alone.
     """
 
     build: Callable[[Config, int], sparselab.dst.SparsityAlgorithm] | None
     start: Callable[[float], float] = lambda sparsity: sparsity
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
     layer: str = "sparse"
+    settings: dict[str, Any] = field(default_factory=dict)
     prunes: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
 
@@ -150,9 +152,7 @@ def rising(steps: int) -> sparselab.dst.Linear:
 def srigl(cfg: Config, steps: int, ablate: bool) -> sparselab.SRigL:
     # The output is dense (or exempt itself): the last layer attached is a hidden one.
     exempt = cfg.output != "dense"
-    return sparselab.SRigL(
-        gamma_sal=cfg.gamma_sal, ablate=ablate, exempt_last=exempt, **rewiring(cfg, steps)
-    )
+    return sparselab.SRigL(gamma_sal=cfg.gamma_sal, ablate=ablate, exempt_last=exempt, **rewiring(cfg, steps))
 
 
 ARMS = {
@@ -191,13 +191,22 @@ ARMS = {
     "chts": Arm(lambda cfg, steps: sparselab.CHTs(temperature=rising(steps), **rewiring(cfg, steps))),
     "chtss": Arm(chtss, start=lambda sparsity: 0.5),
 }
+ARMS |= {
+    f"{name}, {rows} x {columns} blocks": dataclasses.replace(
+        ARMS[name], layer="block", settings={"block_shape": (rows, columns)}
+    )
+    for rows, columns in ((4, 1), (4, 4))
+    for name in ("static", "rigl")
+}
 QUICK = {"epochs": 4, "arms": ("dense", "static", "set", "rigl"), "sparsity": (0.9, 0.98)}
 
 
 # Models
 
 
-def make_model(cfg: Config, sparsity: float | None, layer: str = "sparse") -> nn.Sequential:
+def make_model(
+    cfg: Config, sparsity: float | None, layer: str = "sparse", settings: dict[str, Any] | None = None
+) -> nn.Sequential:
     """The network, sparse unless `sparsity` is None; equal seeds give equal weights and connections."""
     network = NETWORKS[cfg.network]
     torch.manual_seed(cfg.seed)
@@ -209,7 +218,9 @@ def make_model(cfg: Config, sparsity: float | None, layer: str = "sparse") -> nn
         return model
     sparsity = sparse_layers_sparsity(cfg, sparsity)
     rules = sparselab.dst.allocate(model, sparsity, cfg.allocation or network.allocation, last=cfg.output)
-    return sparselab.sparsify(model, rules, layer=layer)
+    return sparselab.sparsify(
+        model, {name: {"sparsity": each, **(settings or {})} for name, each in rules.items()}, layer=layer
+    )
 
 
 def sparse_layers_sparsity(cfg: Config, sparsity: float) -> float:
@@ -294,7 +305,9 @@ def run(cfg: Config, arm: str, digits: Digits) -> dict[str, Any]:
     """Train one network of one arm and test it once, at the end."""
     cfg, algo = prepare(cfg, arm, digits)
     row = ARMS[arm]
-    model = row.prepare(make_model(cfg, None if algo is None else row.start(cfg.sparsity), row.layer))
+    model = row.prepare(
+        make_model(cfg, None if algo is None else row.start(cfg.sparsity), row.layer, row.settings)
+    )
     if algo is not None:
         model.apply(algo)
     name = f"{cfg.network} {arm} {cfg.sparsity:g} seed {cfg.seed}"
@@ -329,7 +342,7 @@ def identity(cfg: Config, arm: str, digits: Digits) -> dict[str, Any]:
     cfg, algo = prepare(cfg, arm, digits)
     state = {} if algo is None else algo.state_dict()
     algorithm = [state.get("algorithm"), state.get("config")]
-    row = [ARMS[arm].start(cfg.sparsity), ARMS[arm].layer, ARMS[arm].prunes]
+    row = [ARMS[arm].start(cfg.sparsity), ARMS[arm].layer, ARMS[arm].prunes, *ARMS[arm].settings.values()]
     settings = [
         dataclasses.asdict(cfg),
         dataclasses.asdict(NETWORKS[cfg.network]),

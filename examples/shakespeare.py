@@ -47,6 +47,7 @@ class Config:
     # what is sparse; embeddings, norms and the output head stay dense
     attention_sparsity: float = 0.7
     mlp_sparsity: float = 0.9
+    block: str = ""  # such as 4x4: connections are dense blocks of so many outputs and inputs
     drop_fraction: float = 0.3
     update_every: int = 100
     last_update: float = 0.75  # as a fraction of the steps; the last quarter trains a settled topology
@@ -81,9 +82,15 @@ def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, spars
     model = GPT(vocabulary, cfg.context, cfg.n_layer, cfg.d_model, cfg.d_ff, cfg.n_head)
     if arm == "dense":
         return model, None
-    model = sparselab.sparsify(model, {"*.attn.*": cfg.attention_sparsity, "*.mlp.*": cfg.mlp_sparsity})
+    kind = {"layer": "block", "block_shape": block_shape(cfg.block)} if cfg.block else {}
+    sparsities = {"*.attn.*": cfg.attention_sparsity, "*.mlp.*": cfg.mlp_sparsity}
+    model = sparselab.sparsify(
+        model, {pattern: {"sparsity": sparsity, **kind} for pattern, sparsity in sparsities.items()}
+    )
     for name, layer in sparselab.nn.find_sparse(model):  # outputs of the same variance as the dense arm's
-        nn.init.normal_(layer.values, std=initial_std(name, cfg.n_layer) / math.sqrt(1 - layer.sparsity))
+        std = initial_std(name, cfg.n_layer) / math.sqrt(1 - layer.sparsity)
+        weights = torch.empty_like(layer.per_connection(layer.stored)).normal_(std=std)
+        layer.put(layer.stored.detach(), torch.arange(layer.nnz), weights)
         nn.init.zeros_(layer.bias)
     last = max(1, round(cfg.last_update * cfg.steps))
     algo = sparselab.RigL(
@@ -93,6 +100,14 @@ def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, spars
     )
     model.apply(algo)
     return model, algo
+
+
+def block_shape(text: str) -> tuple[int, int]:
+    try:
+        rows, columns = map(int, text.split("x"))
+    except ValueError:
+        raise SystemExit(f"--set block={text}: expected rows and columns of a block, such as 4x4") from None
+    return rows, columns
 
 
 def make_optimizer(cfg: Config, model: nn.Module, arm: str) -> torch.optim.AdamW:
