@@ -165,7 +165,7 @@ class CompressedRows(SparseLayer):
     @torch.no_grad()
     def put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
         """Set some of the entries."""
-        entries.view(-1)[slots] = numbers
+        entries.put_(slots.long(), numbers)
 
     def moved(self, entries: Tensor, source: Tensor) -> Tensor:
         """What lives per slot, after a `rewrite` that returned `source`; see `SparseTopology`."""
