@@ -25,9 +25,10 @@ REAL = [("real", dtype, name) for dtype in (torch.float32, torch.float64) for na
 OTHERS = [("fake", torch.float32, "sgd"), ("masked", torch.float64, "adamw")]
 FAN_IN = ("fan-in", torch.float32, "adamw")
 BLOCKS = [("block", torch.float32, "adamw"), ("block", torch.float64, "sgd")]
-#: One algorithm for each way to look at a gradient: none, whole, by row, averaged, and at a sample.
+#: Convolutions in a row have no neurons in common, so they make no chain. Of masked ones, one algorithm for
+#: each way to look at a gradient: averaged, at a sample, and whole.
 CONVOLUTIONS = {
-    ("conv", torch.float32, "sgd"): ["set by row", "rigl", "srigl", "gse graest of the network"],
+    ("conv", torch.float32, "sgd"): [name for name in ROWS if name != "chts chained"],
     ("masked conv", torch.float64, "adamw"): ["snfs", "gse grabo", "topkast"],
 }
 COMBINATIONS = [
