@@ -45,10 +45,13 @@ def test_a_layer_tells_its_variant() -> None:
 def test_output_and_gradients_whatever_the_variant(
     dense_from: float, bias: bool, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants, "DENSE_FROM", dict.fromkeys(DENSE_FROM, dense_from))
+    monkeypatch.setattr(variants, "_DENSE_TOKENS", 1)
     monkeypatch.setattr(_products, "_BLOCK_BYTES", block_bytes)
     torch.manual_seed(0)
     layer = SparseLinear(37, 21, bias, sparsity=0.3)
+    for operation in DENSE_FROM:
+        monkeypatch.setitem(DENSE_FROM, operation, dense_from)
+        assert layer.variant(70, operation).name == ("tiles" if dense_from else "dense blocks")
     x = torch.randn(70, 37).T.contiguous().T.requires_grad_()
     y, dy = layer(x), torch.randn(70, 21)
     y.backward(dy)
