@@ -20,7 +20,6 @@ from sparselab.nn._blocks import cut, join
 from sparselab.nn._plans import BlockPlans
 from sparselab.nn._products import _array
 from sparselab.nn._threads import use_torch_threads
-from sparselab.nn.variants import BLOCK_DENSE_FROM, choose_name
 
 _CHUNK_BYTES = 8 << 20
 
@@ -34,7 +33,7 @@ def product(
         return product(x.float(), values.float(), wide, plans, variant).to(torch.bfloat16)
     use_torch_threads()
     x, y = x.detach(), x.new_empty((x.shape[0], plans.shape[0]))
-    if (variant or plans.forward_variant(len(x))) == "dense blocks":
+    if (variant or plans.variant("forward", len(x))) == "dense blocks":
         for part in _chunks(plans):
             out, weight = y[:, part.rows], part.expand(values.detach(), plans)
             torch.mm(x, weight.T, out=out)
@@ -52,7 +51,7 @@ def input_grad(grad: Tensor, values: Tensor, plans: BlockPlans) -> Tensor:
         return input_grad(grad.float(), values.float(), plans).to(torch.bfloat16)
     use_torch_threads()
     grad, dx = grad.detach(), grad.new_empty((grad.shape[0], plans.shape[1]))
-    if _is_dense("input_grad", grad, plans):
+    if plans.variant("input_grad", len(grad)) == "dense blocks":
         for part in _chunks(plans):
             weight = part.expand(values.detach(), plans)
             torch.addmm(dx, grad[:, part.rows], weight, beta=min(part.rows.start, 1), out=dx)
@@ -72,7 +71,7 @@ def values_grad(grad: Tensor, x: Tensor, plans: BlockPlans, with_bias: bool = Fa
     strips: Strips = plans.product(False)
     fused = with_bias and not strips.transposed
     sums = grad.new_empty(plans.shape[0] if fused else 0)
-    if _is_dense("values_grad", grad, plans):
+    if plans.variant("values_grad", len(grad)) == "dense blocks":
         fused = False
         for part in _chunks(plans):
             part.collect(grad[:, part.rows].T @ x, result, plans)
@@ -84,10 +83,6 @@ def values_grad(grad: Tensor, x: Tensor, plans: BlockPlans, with_bias: bool = Fa
     if len(slots):
         result[slots] = result[slots].masked_fill(outside, 0)
     return result, grad.sum(0) if with_bias and not fused else sums
-
-
-def _is_dense(operation: str, tokens: Tensor, plans: BlockPlans) -> bool:
-    return choose_name(operation, tokens.shape[0], plans.density, BLOCK_DENSE_FROM) == "dense blocks"
 
 
 class _Chunk(NamedTuple):

@@ -36,7 +36,7 @@ from sparselab.kernels.layout import Array
 from sparselab.nn._plans import TopologyPlans, nbytes
 from sparselab.nn._products import _array, _vector, dense_blocks, row_blocks
 from sparselab.nn._threads import use_torch_threads
-from sparselab.nn.variants import is_dense_convolution
+from sparselab.nn.variants import CONVOLUTIONS, choose_name
 
 #: Planes of one chunk, unless one image takes more.
 _CHUNK_BYTES = 8 << 20
@@ -109,8 +109,9 @@ class ConvolutionPlans:
         """Whether a dense product is quicker, for outputs y or their gradient."""
         size = self.shape[0] * self.geometry.columns
         n_tokens = y.numel() // max(self.shape[0], 1)
-        few = self.geometry.groups > 1 or not size
-        return not few and is_dense_convolution(operation, n_tokens, len(self.indices) / size)
+        if self.geometry.groups > 1 or not size:
+            return False
+        return choose_name(operation, n_tokens, len(self.indices) / size, CONVOLUTIONS) == "dense blocks"
 
     @cached_property
     def forward(self) -> Segments:

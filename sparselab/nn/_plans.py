@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparselab.kernels import BlockCSR, PaddedCSR, Segments, Strips, TransposePlan, _plan
 from sparselab.kernels._block_plan import plan_strips, wants_transpose
-from sparselab.nn.variants import BLOCK_DENSE_FROM, Measured, choose_name
+from sparselab.nn.variants import BLOCKS, SINGLE, Measured, Rules, Variant, choose, choose_name
 
 _numbers = itertools.count(1)
 _layers: weakref.WeakValueDictionary[int, LayerPlans] = weakref.WeakValueDictionary()
@@ -28,7 +28,7 @@ _layers: weakref.WeakValueDictionary[int, LayerPlans] = weakref.WeakValueDiction
 class LayerPlans:
     """The plans, of one kind, of the topology that a layer has now."""
 
-    def __init__(self, kind: type[Any]) -> None:
+    def __init__(self, kind: type[Plans]) -> None:
         self.number = next(_numbers)
         self._kind = kind
         #: Those that were needed last.
@@ -51,6 +51,10 @@ class LayerPlans:
         self._measured = measured
         if self.current is not None:
             self.current.measured = measured
+
+    def variant(self, operation: str, n_tokens: int, density: float) -> Variant:
+        """The variant for a product of a layer of that density, and why."""
+        return choose(operation, n_tokens, density, self.measured(density), self._kind.rules)
 
     def measured(self, density: float) -> Measured | None:
         """What was measured at this density; of another one it is forgotten."""
@@ -78,7 +82,47 @@ class OtherPlans(Protocol):
     def keep_forward(self) -> None: ...
 
 
-class TopologyPlans:
+class Plans:
+    """What the plans of a topology are known by, and the rules that choose among them.
+
+    Parameters
+    ----------
+    indptr, indices : Tensor
+        Of the topology.
+    sizes : hashable
+        What else it depends on.
+    """
+
+    rules: ClassVar[Rules]
+    density: float
+
+    def __init__(self, indptr: Tensor, indices: Tensor, sizes: Any) -> None:
+        self.key = _key(indptr, indices, sizes)
+        self._seen = indptr, indices, _stamp(indptr), _stamp(indices)
+        # These hold the memory, so that no other tensor can come to have the addresses in the key.
+        self._held = indptr.detach(), indices.detach()
+        self._sizes = sizes
+        self.measured: Measured | None = None
+
+    def is_of(self, indptr: Tensor, indices: Tensor, sizes: Any) -> bool:
+        """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
+        mine, columns, stamp, columns_stamp = self._seen
+        return (
+            sizes == self._sizes
+            and mine is indptr
+            and columns is indices
+            and stamp == _stamp(indptr)
+            and columns_stamp == _stamp(indices)
+        )
+
+    def variant(self, operation: str, n_tokens: int) -> str:
+        """Name of the variant for a product, as it was measured or by the rule."""
+        measured = self.measured if operation == "forward" else None
+        name = None if measured is None else measured.name(n_tokens)
+        return choose_name(operation, n_tokens, self.density, self.rules) if name is None else name
+
+
+class TopologyPlans(Plans):
     """Plans of one topology, each made when it is first needed.
 
     Raises
@@ -87,11 +131,10 @@ class TopologyPlans:
         From `PaddedCSR.check`: this is the last place before the kernels, which check no bounds.
     """
 
+    rules = SINGLE
+
     def __init__(self, indptr: Tensor, indices: Tensor, in_features: int) -> None:
-        self.key = _key(indptr, indices, in_features)
-        self._seen = indptr, indices, _stamp(indptr), _stamp(indices)
-        # These hold the memory, so that no other tensor can come to have the addresses in the key.
-        self._held = indptr.detach(), indices.detach()
+        super().__init__(indptr, indices, in_features)
         begin, columns = indptr.contiguous().numpy(), indices.contiguous().numpy().reshape(-1)
         self.shape = shape = (len(begin) - 1, in_features)
         no_values = np.broadcast_to(np.float32(0), columns.shape)
@@ -106,25 +149,8 @@ class TopologyPlans:
         size = shape[0] * shape[1]
         self.density = len(columns) / size if size else 1.0
         self._zeros = torch.zeros(self.shape[0])
-        self.measured: Measured | None = None
         #: Plans for other kernels, by what they depend on beside the topology.
         self.others: dict[Any, OtherPlans] = {}
-
-    def is_of(self, indptr: Tensor, indices: Tensor, in_features: int) -> bool:
-        """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
-        mine, columns, stamp, columns_stamp = self._seen
-        return (
-            in_features == self.shape[1]
-            and mine is indptr
-            and columns is indices
-            and stamp == _stamp(indptr)
-            and columns_stamp == _stamp(indices)
-        )
-
-    def forward_variant(self, n_tokens: int) -> str:
-        """Name of the variant for the forward pass."""
-        name = None if self.measured is None else self.measured.name(n_tokens)
-        return choose_name("forward", n_tokens, self.density) if name is None else name
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
         """A zero for each row, to be read only."""
@@ -168,7 +194,7 @@ class BlockSizes(NamedTuple):
     block_shape: tuple[int, int]
 
 
-class BlockPlans:
+class BlockPlans(Plans):
     """Plans of one topology of blocks, each made when it is first needed.
 
     Raises
@@ -177,11 +203,10 @@ class BlockPlans:
         From `BlockCSR.check`, as of `TopologyPlans`.
     """
 
+    rules = BLOCKS
+
     def __init__(self, indptr: Tensor, indices: Tensor, sizes: BlockSizes) -> None:
-        self.key = _key(indptr, indices, sizes)
-        self._seen = indptr, indices, _stamp(indptr), _stamp(indices)
-        self._held = indptr.detach(), indices.detach()
-        self.sizes = sizes
+        super().__init__(indptr, indices, sizes)
         self.shape, self.block_shape = sizes
         columns = indices.contiguous().numpy()
         no_values = np.broadcast_to(np.float32(0), (len(columns), *self.block_shape))
@@ -191,23 +216,6 @@ class BlockPlans:
         live = no_values.size - int(self.outside[1].sum())
         self.density = live / size if size else 1.0
         self._strips: dict[bool, Strips] = {}
-        self.measured: Measured | None = None
-
-    def is_of(self, indptr: Tensor, indices: Tensor, sizes: BlockSizes) -> bool:
-        """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
-        mine, columns, stamp, columns_stamp = self._seen
-        return (
-            sizes == self.sizes
-            and mine is indptr
-            and columns is indices
-            and stamp == _stamp(indptr)
-            and columns_stamp == _stamp(indices)
-        )
-
-    def forward_variant(self, n_tokens: int) -> str:
-        """Name of the variant for the forward pass."""
-        name = None if self.measured is None else self.measured.name(n_tokens)
-        return choose_name("forward", n_tokens, self.density, BLOCK_DENSE_FROM) if name is None else name
 
     def product(self, transposed: bool) -> Strips:
         """Plan of products with W, also of the gradient by its values, or with W^T."""
@@ -239,7 +247,7 @@ def find_block_plans(number: int, indptr: Tensor, indices: Tensor, sizes: BlockS
     return plans
 
 
-def _layer(number: int, kind: type[Any]) -> LayerPlans:
+def _layer(number: int, kind: type[Plans]) -> LayerPlans:
     layer = _layers.get(number)
     return LayerPlans(kind) if layer is None else layer
 

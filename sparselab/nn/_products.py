@@ -19,7 +19,6 @@ from sparselab.kernels._spmm_t import multiply_t
 from sparselab.kernels.layout import Array
 from sparselab.nn._plans import TopologyPlans
 from sparselab.nn._threads import use_torch_threads
-from sparselab.nn.variants import choose_name
 
 _BLOCK_BYTES = 8 << 20
 
@@ -51,7 +50,7 @@ def product(
     rows, n_tokens = plans.shape[0], x.shape[0]
     y = torch.empty((n_tokens, rows), dtype=x.dtype)
     if variant is None:
-        variant = plans.forward_variant(n_tokens)
+        variant = plans.variant("forward", n_tokens)
     if variant == "few tokens":
         few_tokens(x, values, bias, plans, y, n_threads)
         return y
@@ -95,7 +94,7 @@ def input_grad(grad: Tensor, values: Tensor, plans: TopologyPlans) -> Tensor:
     dx = grad.new_empty((grad.shape[0], plans.shape[1]))
     if plans.shape[0] == 0:
         return dx.zero_()
-    if choose_name("input_grad", grad.shape[0], plans.density) == "dense blocks":
+    if plans.variant("input_grad", grad.shape[0]) == "dense blocks":
         for row0, row1, block in dense_blocks(values, plans, grad):
             torch.addmm(dx, grad[:, row0:row1], block, beta=min(row0, 1), out=dx)
     else:
@@ -115,7 +114,7 @@ def values_grad(
         return values.to(torch.bfloat16), bias.to(torch.bfloat16)
     use_torch_threads()
     result = grad.new_empty(plans.indices.shape[0])
-    if choose_name("values_grad", grad.shape[0], plans.density) == "dense blocks":
+    if plans.variant("values_grad", grad.shape[0]) == "dense blocks":
         for row0, row1, block in row_blocks(plans, grad):
             torch.mm(grad[:, row0:row1].T, x, out=block)
             flat = block.view(-1).numpy()

@@ -24,7 +24,7 @@ from sparselab.nn._patterns import read_pattern
 from sparselab.nn._plans import BlockPlans, BlockSizes
 from sparselab.nn.linear import SparseLinear
 from sparselab.nn.topology import as_matrix, largest_positions, move_blocks
-from sparselab.nn.variants import BLOCK_DENSE_FROM, FORWARD, Variant, choose
+from sparselab.nn.variants import BLOCKS, possible
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -366,20 +366,12 @@ class BlockSparseLinear(SparseLinear):
             tokens, self._in_use, self.bias, self.indptr, self.indices, self.out_features, self._plans
         )
 
-    def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
-        """How a batch of so many tokens is computed, and why; see `SparseLinear.variant`.
-
-        Examples
-        --------
-        >>> BlockSparseLinear(3072, 768, sparsity=0.9).variant(1).name
-        'tiles'
-        """
-        return choose(operation, n_tokens, self.density, self._plans.measured(self.density), BLOCK_DENSE_FROM)
-
     def _ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         plans = BlockPlans(self.indptr, self.indices, BlockSizes(self.shape, self.block_shape))
         weights = self._in_use.detach()
-        return {name: partial(product, x, weights, self.bias, plans, name) for name in FORWARD[1:]}
+        return {
+            name: partial(product, x, weights, self.bias, plans, name) for name in possible(len(x), BLOCKS)
+        }
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_shape={self.block_shape}"

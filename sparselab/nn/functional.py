@@ -162,7 +162,7 @@ def infer(
     if (
         x.numel() == 0
         or x.shape[-1] != columns
-        or plans.forward_variant(x.numel() // columns) != "few tokens"
+        or plans.variant("forward", x.numel() // columns) != "few tokens"
         or not _is_plain(tensors)
         or _wants_gradient(tensors)
         or not (dtype is torch.float32 or dtype is torch.float64)

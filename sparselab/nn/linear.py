@@ -15,7 +15,7 @@ from sparselab.nn._plans import TopologyPlans
 from sparselab.nn._products import product
 from sparselab.nn._rows import CompressedRows
 from sparselab.nn.functional import GradientWatcher
-from sparselab.nn.variants import Variant, choose, possible
+from sparselab.nn.variants import Variant, possible
 
 
 class SparseLinear(CompressedRows):
@@ -154,4 +154,4 @@ class SparseLinear(CompressedRows):
         >>> SparseLinear(3072, 768, sparsity=0.9).variant(1)
         Variant(operation='forward', name='few tokens', reason='1 tokens (at most 16) do not fill a tile')
         """
-        return choose(operation, n_tokens, self.density, self._plans.measured(self.density))
+        return self._plans.variant(operation, n_tokens, self.density)

@@ -25,6 +25,22 @@ BLOCK_DENSE_FROM = {"forward": 0.75, "input_grad": 0.75, "values_grad": 0.65}
 #: Fewer tokens do not repay the expansion of the weights.
 _DENSE_TOKENS = 128
 
+
+class Rules(NamedTuple):
+    """When a layer computes a product in another way than by tiles.
+
+    From a density on (`dense_from`, by operation) it expands blocks of rows for the dense library; if it
+    `knows_few`, the forward pass of up to `MOST_TOKENS` tokens has a kernel of its own.
+    """
+
+    dense_from: Mapping[str, float]
+    knows_few: bool = False
+
+
+SINGLE = Rules(DENSE_FROM, knows_few=True)
+BLOCKS = Rules(BLOCK_DENSE_FROM)
+CONVOLUTIONS = Rules(DENSE_CONVOLUTION_FROM)
+
 #: The ways to compute the forward pass.
 FORWARD = ("few tokens", "tiles", "dense blocks")
 
@@ -76,9 +92,9 @@ class Measured:
         return nearest if nearest <= 2 * n_tokens and n_tokens <= 2 * nearest else None
 
 
-def possible(n_tokens: int) -> tuple[str, ...]:
+def possible(n_tokens: int, rules: Rules = SINGLE) -> tuple[str, ...]:
     """The forward variants that can compute so many tokens."""
-    return FORWARD if n_tokens <= MOST_TOKENS else FORWARD[1:]
+    return FORWARD if rules.knows_few and n_tokens <= MOST_TOKENS else FORWARD[1:]
 
 
 def _time(microseconds: float) -> str:
@@ -90,7 +106,7 @@ def choose(
     n_tokens: int,
     density: float,
     measured: Measured | None = None,
-    dense_from: Mapping[str, float] = DENSE_FROM,
+    rules: Rules = SINGLE,
 ) -> Variant:
     """The variant for one product.
 
@@ -103,19 +119,20 @@ def choose(
         Live fraction of the weights.
     measured : Measured, optional
         Of the forward pass; the rule is for what it does not cover.
-    dense_from : mapping of str to float
-        Density from which dense blocks win, by operation.
+    rules : Rules
+        Of the kind of layer.
 
     Raises
     ------
     ValueError
         If the operation is unknown.
     """
+    dense_from = rules.dense_from
     if operation not in dense_from:
         raise ValueError(f"operation must be one of {', '.join(dense_from)}, got {operation!r}")
     if operation == "forward" and measured is not None and (name := measured.name(n_tokens)) is not None:
         return Variant(operation, name, measured.reason(n_tokens))
-    name = choose_name(operation, n_tokens, density, dense_from)
+    name = choose_name(operation, n_tokens, density, rules)
     if name == "few tokens":
         reason = f"{n_tokens} tokens (at most {MOST_TOKENS}) do not fill a tile"
     elif name == "dense blocks":
@@ -127,17 +144,10 @@ def choose(
     return Variant(operation, name, reason)
 
 
-def choose_name(
-    operation: str, n_tokens: int, density: float, dense_from: Mapping[str, float] = DENSE_FROM
-) -> str:
+def choose_name(operation: str, n_tokens: int, density: float, rules: Rules = SINGLE) -> str:
     """The name alone of what `choose` returns by the rule; costs a fraction of a microsecond."""
-    if operation == "forward" and n_tokens <= MOST_TOKENS and dense_from is DENSE_FROM:
+    if operation == "forward" and rules.knows_few and n_tokens <= MOST_TOKENS:
         return "few tokens"
-    if density >= dense_from[operation] and n_tokens >= _DENSE_TOKENS:
+    if density >= rules.dense_from[operation] and n_tokens >= _DENSE_TOKENS:
         return "dense blocks"
     return "tiles"
-
-
-def is_dense_convolution(operation: str, n_tokens: int, density: float) -> bool:
-    """Whether a convolution, of images with so many outputs together, expands rows for the dense library."""
-    return density >= DENSE_CONVOLUTION_FROM[operation] and n_tokens >= _DENSE_TOKENS
