@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sparselab.nn._block_products import input_grad, product, values_grad
 from sparselab.nn._plans import BlockPlans, BlockSizes, LayerPlans, find_block_plans
-from sparselab.nn.factors import LinearFactors
-from sparselab.nn.functional import calls_directly, check_fit, plain_gradient, refuse_forward_mode, watcher_of
+from sparselab.nn.functional import call, check_fit, keep_operands, linear_gradients
 
 
 def _block_linear(
@@ -128,45 +127,23 @@ def sparse_block_linear(
     out_features: int,
     plans: LayerPlans,
 ) -> Tensor:
-    """As `block_linear`; without torch's dispatcher where nobody would see it."""
-    tensors = (x, values) if bias is None else (x, values, bias)
-    arguments = x, values, bias, indptr, indices, out_features, plans.number
-    y: Tensor
-    if not torch.compiler.is_compiling():
-        refuse_forward_mode(*tensors)
-        run = calls_directly(tensors, _BlockLinear.apply, _block_linear)
-        if run is not None:
-            y = run(*arguments)
-            return y
-    y = block_linear(*arguments)
-    return y
+    """As `block_linear`, by the shortest way; see `functional.call`."""
+    return call(
+        block_linear, _BlockLinear.apply, _block_linear, x, values, bias, indptr, indices, out_features,
+        plans.number,
+    )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, _, indptr, indices, _, ctx.plans = inputs
-    needs_x, needs_values = ctx.needs_input_grad[:2]
     ctx.in_features, ctx.block_shape = x.shape[1], list(values.shape[1:])
-    ctx.watcher = watcher_of(needs_values)
-    ctx.save_for_backward(x if needs_values else None, values if needs_x else None, indptr, indices)
+    keep_operands(ctx, x, values, indptr, indices)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, indptr, indices = ctx.saved_tensors
-    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-    dx = dvalues = dbias = None
-    if ctx.watcher is not None:
-        ctx.watcher.backward_seen(LinearFactors(x.detach(), grad.detach()))
-    direct = plain_gradient(grad, x, values)
-    if needs_x:
-        by_input = _input_grad if direct else block_linear_input_grad
-        dx = by_input(grad, values, indptr, indices, ctx.in_features, ctx.plans)
-    if needs_values:
-        by_values = _values_grad if direct else block_linear_values_grad
-        dvalues, sums = by_values(grad, x, indptr, indices, ctx.block_shape, ctx.plans, needs_bias)
-        dbias = sums if needs_bias else None
-    elif needs_bias:
-        dbias = grad.sum(0)
-    return dx, dvalues, dbias, None, None, None, None
+    by_input = block_linear_input_grad, _input_grad
+    by_values = block_linear_values_grad, _values_grad
+    return *linear_gradients(ctx, grad, by_input, by_values, ctx.block_shape), None, None, None, None
 
 
 class _BlockLinear(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparselab.nn._conv_factors import ConvolutionFactors
 from sparselab.nn._convolution import ConvolutionPlans, Geometry, input_grad, product, values_grad
 from sparselab.nn._plans import LayerPlans, find_plans
-from sparselab.nn.functional import calls_directly, check_fit, plain_gradient, refuse_forward_mode, watcher_of
+from sparselab.nn.functional import call, check_fit, keep_operands, plain_gradient
 
 
 def _conv2d(
@@ -96,26 +96,16 @@ def sparse_conv2d(
     x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: LayerPlans,
     geometry: Geometry,
 ) -> Tensor:  # fmt: skip
-    """As `conv2d`; without torch's dispatcher where nobody would see it."""
-    tensors = (x, values) if bias is None else (x, values, bias)
-    numbers = geometry.numbers
-    y: Tensor
-    if not torch.compiler.is_compiling():
-        refuse_forward_mode(*tensors)
-        run = calls_directly(tensors, _Conv2d.apply, _conv2d)
-        if run is not None:
-            y = run(x, values, bias, indptr, indices, plans.number, numbers)
-            return y
-    y = conv2d(x, values, bias, indptr, indices, plans.number, numbers)
-    return y
+    """As `conv2d`, by the shortest way; see `functional.call`."""
+    return call(
+        conv2d, _Conv2d.apply, _conv2d, x, values, bias, indptr, indices, plans.number, geometry.numbers
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, _, indptr, indices, ctx.plans, ctx.geometry = inputs
-    needs_x, needs_values = ctx.needs_input_grad[:2]
     ctx.size = x.shape[2], x.shape[3]
-    ctx.watcher = watcher_of(needs_values)
-    ctx.save_for_backward(x if needs_values else None, values if needs_x else None, indptr, indices)
+    keep_operands(ctx, x, values, indptr, indices)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

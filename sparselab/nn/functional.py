@@ -119,17 +119,34 @@ def check_fit(x: Tensor, values: Tensor, bias: Tensor | None, layout: tuple[int,
 def sparse_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: LayerPlans
 ) -> Tensor:
-    """As `linear`; without torch's dispatcher (some 20 us, 100 with gradients) where nobody would see it."""
-    tensors = (x, values) if bias is None else (x, values, bias)
-    y: Tensor
+    """As `linear`, by the shortest way; see `call`."""
+    return call(linear, _Linear.apply, _linear, x, values, bias, indptr, indices, plans.number)
+
+
+def call(
+    operator: Callable[..., Tensor],
+    with_gradient: Callable[..., Tensor],
+    without: Callable[..., Tensor],
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    *others: Any,
+) -> Tensor:
+    """Call an operator; without torch's dispatcher (20 us, 100 with gradients) where nobody would see it.
+
+    Parameters
+    ----------
+    operator, with_gradient, without : callable
+        The operator itself, the same for autograd alone, and for nobody.
+    x, values, bias, others
+        The arguments.
+    """
     if not torch.compiler.is_compiling():
+        tensors = (x, values) if bias is None else (x, values, bias)
         refuse_forward_mode(*tensors)
-        run = calls_directly(tensors, _Linear.apply, _linear)
-        if run is not None:
-            y = run(x, values, bias, indptr, indices, plans.number)
-            return y
-    y = linear(x, values, bias, indptr, indices, plans.number)
-    return y
+        if _is_plain(tensors):
+            operator = with_gradient if _wants_gradient(tensors) else without
+    return operator(x, values, bias, *others)
 
 
 def infer(
@@ -176,15 +193,6 @@ def infer(
     y = x.new_empty((*x.shape[:-1], rows))
     few_tokens(x, values, bias, plans, y, use_torch_threads())
     return y
-
-
-def calls_directly(
-    tensors: tuple[Tensor, ...], with_gradient: Callable[..., Tensor], without: Callable[..., Tensor]
-) -> Callable[..., Tensor] | None:
-    """What to call in place of an operator that nobody but autograd, if it is wanted, would see; or None."""
-    if not _is_plain(tensors):
-        return None
-    return with_gradient if _wants_gradient(tensors) else without
 
 
 def plain_gradient(*tensors: Tensor | None) -> bool:
@@ -243,20 +251,32 @@ def watching(watcher: GradientWatcher) -> Iterator[None]:
         _watching.watcher = None
 
 
-def watcher_of(needs_values: bool) -> GradientWatcher | None:
-    """Who watches the operator that is being called, if the gradient of its values is wanted."""
-    return _watching.watcher if needs_values else None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, indptr, indices, ctx.plans = inputs
+def keep_operands(ctx: Any, x: Tensor, values: Tensor, indptr: Tensor, indices: Tensor) -> None:
+    """Keep what the gradients need of an operator's arguments, and who watches them."""
     needs_x, needs_values = ctx.needs_input_grad[:2]
-    ctx.in_features = x.shape[1]
-    ctx.watcher = watcher_of(needs_values)
+    ctx.watcher = _watching.watcher if needs_values else None
     ctx.save_for_backward(x if needs_values else None, values if needs_x else None, indptr, indices)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def linear_gradients(
+    ctx: Any,
+    grad: Tensor,
+    by_input: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    by_values: tuple[Callable[..., Any], Callable[..., Any]],
+    *layout: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of a linear layer by its input, values and bias, as far as they are wanted.
+
+    Parameters
+    ----------
+    ctx
+        With what `keep_operands` kept, ``in_features`` and ``plans``.
+    grad : (tokens, out_features)
+    by_input, by_values : (callable, callable)
+        The operator of each gradient, and the function behind it, which does where nobody would see it.
+    layout
+        What the gradient by values must be told of their layout.
+    """
     x, values, indptr, indices = ctx.saved_tensors
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
     dx = dvalues = dbias = None
@@ -264,15 +284,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         ctx.watcher.backward_seen(LinearFactors(x.detach(), grad.detach()))
     direct = plain_gradient(grad, x, values)
     if needs_x:
-        by_input = _input_grad if direct else linear_input_grad
-        dx = by_input(grad, values, indptr, indices, ctx.in_features, ctx.plans)
+        dx = by_input[direct](grad, values, indptr, indices, ctx.in_features, ctx.plans)
     if needs_values:
-        by_values = _values_grad if direct else linear_values_grad
-        dvalues, sums = by_values(grad, x, indptr, indices, ctx.plans, needs_bias)
+        dvalues, sums = by_values[direct](grad, x, indptr, indices, *layout, ctx.plans, needs_bias)
         dbias = sums if needs_bias else None
     elif needs_bias:
         dbias = grad.sum(0)
-    return dx, dvalues, dbias, None, None, None
+    return dx, dvalues, dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, indptr, indices, ctx.plans = inputs
+    ctx.in_features = x.shape[1]
+    keep_operands(ctx, x, values, indptr, indices)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    by_input, by_values = (linear_input_grad, _input_grad), (linear_values_grad, _values_grad)
+    return *linear_gradients(ctx, grad, by_input, by_values), None, None, None
 
 
 class _Linear(torch.autograd.Function):
