@@ -186,12 +186,16 @@ class SparseLayer(nn.Module):
         >>> layer.positions()
         tensor([ 0,  7, 14, 21])
         """
+        if self.stored.is_meta:
+            raise ValueError("set_topology needs a layer that holds data, got one on the device meta")
+        self._connect(*self._read(pattern))
+
+    def _read(self, pattern: Any) -> tuple[Tensor, Tensor | None]:
+        """Positions of a pattern of the layer's shape, and its weights if it has some."""
         shape, positions, weights = read_pattern(pattern)
         if shape != self.shape:
             raise ValueError(f"pattern must have the shape of the layer, {self.shape}, got {shape}")
-        if self.stored.is_meta:
-            raise ValueError("set_topology needs a layer that holds data, got one on the device meta")
-        self._connect(positions, weights)
+        return positions, weights
 
     def _draw_bias(self, indptr: Tensor) -> None:
         if self.bias is not None:

@@ -73,10 +73,10 @@ class CompressedRows(SparseLayer):
         return new
 
     @classmethod
-    def _holding(cls: type[Layer], like: Any, positions: Tensor, weights: Tensor) -> Layer:
+    def _holding(cls: type[Layer], like: Any, positions: Tensor, weights: Tensor, **settings: Any) -> Layer:
         """A layer like a dense or sparse one, with its biases, and with these connections."""
         size = math.prod(like.shape) if isinstance(like, SparseLayer) else like.weight.numel()
-        new = cls._like(like, 1 - len(positions) / max(size, 1), device="meta")
+        new = cls._like(like, 1 - len(positions) / max(size, 1), device="meta", **settings)
         new = new.to_empty(device=weights.device)
         new._connect(positions, weights)
         if new.bias is not None:
@@ -91,11 +91,15 @@ class CompressedRows(SparseLayer):
             **settings, bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype
         )
         with torch.no_grad():
-            new.weight.zero_().view(-1)[self.positions()] = self.per_connection(self._in_use)
+            self._spread(new.weight)
             if self.bias is not None:
                 new.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         new.weight.requires_grad_(self.values.requires_grad)
         return new.train(self.training)
+
+    def _spread(self, weight: Tensor) -> None:
+        """Fill the weight of a dense twin."""
+        weight.zero_().view(-1)[self.positions()] = self.per_connection(self._in_use)
 
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
@@ -186,8 +190,8 @@ class CompressedRows(SparseLayer):
         drop : int64 (n,)
             Slots to remove.
         grow : int64 (m,)
-            Positions ``row * in_features + column`` to add with weight 0. A dropped position may be grown
-            again; it then keeps its weight.
+            Positions ``row * columns + column`` of the `grid` to add with weight 0. A dropped position may
+            be grown again; it then keeps its weight.
 
         Returns
         -------
@@ -204,25 +208,29 @@ class CompressedRows(SparseLayer):
         """
         if self.values.dtype == torch.bfloat16:
             raise TypeError("values must be float32 or float64 for a change of topology, got bfloat16")
-        begin = self.indptr.numpy()
-        W = PaddedCSR.unchecked(
-            self.shape, begin, np.diff(begin), self.indices.reshape(-1).numpy(),
-            self.values.detach().reshape(-1).numpy(),
-        )  # fmt: skip
-        new, source = kernels.rewrite(W, drop.numpy(), grow.numpy(), compact=True)
+        new, values, moved = self._rewritten(drop.numpy(), grow.numpy())
         self._layout(new.row_nnz)  # may refuse, before anything is changed
         # Set aside meanwhile: a Parameter and its gradient have the same shape.
         gradient, self.values.grad = self.values.grad, None
         self._store(new.indptr, new.indices)
         with torch.no_grad():
-            self.values.copy_(torch.from_numpy(new.values).view(self.values.shape))
-        del new
-        moved = torch.from_numpy(source)
+            self.values.copy_(values.view(self.values.shape))
+        del new, values
         if gradient is not None:
             self.values.grad = self.moved(gradient, moved)
         if self.forward_mask is not None:
             self.forward_mask = self.moved(self.forward_mask, moved)
         return moved
+
+    def _rewritten(self, drop: Array, grow: Array) -> tuple[PaddedCSR, Tensor, Tensor]:
+        """The topology after a rewrite, its weights, and the old slot of each new one; nothing is changed."""
+        begin = self.indptr.numpy()
+        W = PaddedCSR.unchecked(
+            self.shape, begin, np.diff(begin), self.indices.reshape(-1).numpy(),
+            self.values.detach().reshape(-1).numpy(),
+        )  # fmt: skip
+        new, source = kernels.rewrite(W, drop, grow, compact=True)
+        return new, torch.from_numpy(new.values), torch.from_numpy(source)
 
     def _resize(self, layout: tuple[int, ...]) -> None:
         """Make room for another layout; what `values`, its gradient and `indices` held is lost."""

@@ -76,7 +76,8 @@ class BlockSparseLinear(SparseLinear):
 
     Notes
     -----
-    To an algorithm a connection is a block: `nnz` and `positions` count blocks of the `grid`.
+    To an algorithm a connection is a block: `nnz` and `positions` count blocks of the `grid`. `set_topology`
+    takes a matrix of whole blocks, or a boolean one of the shape of the grid.
 
     References
     ----------
@@ -117,15 +118,10 @@ class BlockSparseLinear(SparseLinear):
         """The blocks of a dense layer with the largest L2 norms; of equal ones the first in their order."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        new = cls._like(linear, sparsity, device="meta", block_shape=block_shape)
-        new = new.to_empty(device=linear.weight.device)
-        blocks = new.cut(linear.weight.detach())
-        positions = largest_positions(blocks.double().square().sum((1, 2)), new.nnz)
-        new._connect(positions.cpu(), blocks[positions])
-        if new.bias is not None:
-            with torch.no_grad():
-                new.bias.copy_(linear.bias)
-        return new
+        blocks = cut(linear.weight.detach(), check_block_shape(block_shape))
+        nnz = n_connections((1, len(blocks)), sparsity)
+        positions = largest_positions(blocks.double().square().sum((1, 2)), nnz)
+        return cls._holding(linear, positions.cpu(), blocks[positions], block_shape=block_shape)
 
     @classmethod
     def from_pattern(
@@ -165,27 +161,11 @@ class BlockSparseLinear(SparseLinear):
             block_shape = getattr(pattern, "blocksize", _BLOCK)
         rows, columns = read_pattern(pattern).shape if shape is None else shape
         new = cls(columns, rows, bias, sparsity=1.0, block_shape=block_shape, dtype=dtype)
-        new._connect(*read_blocks(pattern, new.shape, new.block_shape))
-        new._draw_bias(new._fan_in_pointers())
+        new._begin_with(*new._read(pattern))
         return new
 
-    def set_topology(self, pattern: Any) -> None:
-        """Replace the blocks, in place; see `SparseLinear.set_topology`.
-
-        Parameters
-        ----------
-        pattern : SciPy sparse matrix or array, bool array or tensor, or torch.sparse_csr tensor
-            Of the layer's shape, in whole blocks; or boolean, of the shape of its grid.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `from_pattern`; and if the pattern has another shape, or the layer is on the device "meta".
-            Nothing has been changed then.
-        """
-        if self.stored.is_meta:
-            raise ValueError("set_topology needs a layer that holds data, got one on the device meta")
-        self._connect(*read_blocks(pattern, self.shape, self.block_shape))
+    def _read(self, pattern: Any) -> tuple[Tensor, Tensor | None]:
+        return read_blocks(pattern, self.shape, self.block_shape)
 
     def cut(self, dense: Tensor) -> Tensor:
         """All blocks of the grid, in the order of positions, of a matrix (out_features, in_features).
@@ -194,19 +174,10 @@ class BlockSparseLinear(SparseLinear):
         """
         return cut(dense, self.block_shape)
 
-    def to_dense(self) -> nn.Linear:
-        """A `torch.nn.Linear` with the same outputs, mode and trainability."""
-        new = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, self.values.device, self.values.dtype
-        ).train(self.training)
-        blocks = self.values.detach().new_zeros((math.prod(self.grid), *self.block_shape))
-        with torch.no_grad():
-            blocks[self.positions()] = self._in_use
-            new.weight.copy_(join(blocks, self.shape))
-            if self.bias is not None:
-                new.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
-        new.weight.requires_grad_(self.values.requires_grad)
-        return new
+    def _spread(self, weight: Tensor) -> None:
+        blocks = weight.new_zeros((math.prod(self.grid), *self.block_shape))
+        blocks[self.positions()] = self._in_use
+        weight.copy_(join(blocks, self.shape))
 
     def to_scipy(self) -> scipy.sparse.bsr_array | scipy.sparse.csr_array:
         """W as a SciPy BSR array (out_features, in_features); CSR if blocks reach beyond it. A copy.
@@ -320,43 +291,10 @@ class BlockSparseLinear(SparseLinear):
         """What lives per block, after a `rewrite` that returned `source`; see `SparseTopology`."""
         return move_blocks(entries, source)
 
-    def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
-        """Drop and grow blocks in place.
-
-        Parameters
-        ----------
-        drop : int64 (n,)
-            Slots of blocks to remove.
-        grow : int64 (m,)
-            Positions ``block_row * grid[1] + block_column`` to add with weights 0. A dropped block may be
-            grown again; it then keeps its weights.
-
-        Returns
-        -------
-        int64 (new nnz,)
-            The old slot of each new slot, or -1 where it was grown; `values` and its gradient have followed.
-
-        Raises
-        ------
-        TypeError
-            If the values are bfloat16, which is for inference.
-        ValueError
-            As `sparselab.kernels.rewrite`.
-        """
-        if self.values.dtype == torch.bfloat16:
-            raise TypeError("values must be float32 or float64 for a change of topology, got bfloat16")
-        new, source = kernels.rewrite(as_matrix(self), drop.numpy(), grow.numpy(), compact=True)
+    def _rewritten(self, drop: Array, grow: Array) -> tuple[PaddedCSR, Tensor, Tensor]:
+        new, source = kernels.rewrite(as_matrix(self), drop, grow, compact=True)
         moved = torch.from_numpy(source)
-        values, gradient = self.values.detach().clone(), self.values.grad
-        self.values.grad = None
-        self._store(new.indptr, new.indices)
-        with torch.no_grad():
-            self.values.copy_(move_blocks(values, moved))
-        if gradient is not None:
-            self.values.grad = self.moved(gradient, moved)
-        if self.forward_mask is not None:
-            self.forward_mask = self.moved(self.forward_mask, moved)
-        return moved
+        return new, move_blocks(self.values.detach().clone(), moved), moved
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
         return None
