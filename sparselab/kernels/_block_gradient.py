@@ -90,6 +90,18 @@ def _pack_rows(x, x_strides, token0, tokens, row0, row1, height, n_rows, target)
 
 
 @jit
+def _cut_columns(columns, indptr, block_width, panel_columns, rectangle):  # type: ignore[no-untyped-def]
+    """Where in `columns` the panels of the rectangle begin and end, (block rows, panels + 1)."""
+    row0, row1, panel0, panel1 = rectangle
+    cuts = np.empty((row1 - row0, panel1 - panel0 + 1), np.int64)
+    for r in range(row0, row1):
+        first, end = indptr[r] * block_width, indptr[r + 1] * block_width
+        for p in range(panel0, panel1 + 1):
+            cuts[r - row0, p - panel0] = first + first_not_below(columns[first:end], p * panel_columns)
+    return cuts
+
+
+@jit
 def _sample_share(  # type: ignore[no-untyped-def]
     share, n_shares, rectangles, panel_columns, columns, indptr, height, block_width, n_rows, n_columns,
     r_at, r_strides, c_at, c_strides, n_tokens, step, most_rows, work, out, sums,
@@ -111,6 +123,7 @@ def _sample_share(  # type: ignore[no-untyped-def]
         wants_sums = len(sums) > 0 and panel0 == 0
         strip_rows = (row1 - row0) * strips * HEIGHT
         partial[: strip_rows * 8] = 0
+        cuts = _cut_columns(columns, indptr, block_width, panel_columns, rectangles[i])
         for token0 in range(0, n_tokens, run):
             tokens = min(run, n_tokens - token0)
             length = (tokens + step - 1) // step * step
@@ -125,8 +138,7 @@ def _sample_share(  # type: ignore[no-untyped-def]
                 panel[width * stride :] = 0
                 for r in range(row0, row1):
                     first, end = indptr[r] * block_width, indptr[r + 1] * block_width
-                    k0 = first + first_not_below(columns[first:end], column0)
-                    k1 = first + first_not_below(columns[first:end], column0 + panel_columns)
+                    k0, k1 = cuts[r - row0, p - panel0], cuts[r - row0, p + 1 - panel0]
                     for s in range(strips):
                         place = (first * strips + s * (end - first) + k0 - first) * HEIGHT
                         at = ((r - row0) * strips + s) * HEIGHT * stride
@@ -137,24 +149,29 @@ def _sample_share(  # type: ignore[no-untyped-def]
                 sums[row] = partial[at * 8 : at * 8 + 8].sum()
 
 
-def _rectangles(plan: Strips, n_panels: int, n_workers: int) -> Array:
-    """One row ``(block row 0, block row 1, panel 0, panel 1)`` each; the longer side is cut first."""
-    n = len(plan.indptr) - 1
+def _cut(plan: Strips, n_workers: int) -> tuple[Array, int]:
+    """Rectangles ``(block row 0, block row 1, panel 0, panel 1)``, one row each, and blocks across a panel.
+
+    The longer side of the matrix is cut first.
+    """
+    rows, blocks = len(plan.indptr) - 1, max(plan.n_columns // plan.width, 1)
     if plan.shape[0] >= plan.shape[1]:
-        row_parts = min(n_workers, n)
-        column_parts = min(-(-n_workers // row_parts), n_panels)
+        row_parts = min(n_workers, rows)
+        column_parts = min(-(-n_workers // row_parts), blocks)
     else:
-        column_parts = min(n_workers, n_panels)
-        row_parts = min(-(-n_workers // column_parts), n)
-    rows, panels = split_evenly(n, row_parts), split_evenly(n_panels, column_parts)
-    return np.array(
-        [
-            (rows[i], rows[i + 1], panels[j], panels[j + 1])
-            for i in range(row_parts)
-            for j in range(column_parts)
-        ],
-        np.int64,
-    )
+        column_parts = min(n_workers, blocks)
+        row_parts = min(-(-n_workers // column_parts), rows)
+    wanted = max(-(-plan.n_columns // (column_parts * _PANEL_COLUMNS)), 1) * column_parts
+    panel_blocks = -(-blocks // wanted)
+    panels = -(-blocks // panel_blocks)
+    column_parts = min(column_parts, panels)
+    row_edges, panel_edges = split_evenly(rows, row_parts), split_evenly(panels, column_parts)
+    rectangles = [
+        (row_edges[i], row_edges[i + 1], panel_edges[j], panel_edges[j + 1])
+        for i in range(row_parts)
+        for j in range(column_parts)
+    ]
+    return np.array(rectangles, np.int64), panel_blocks
 
 
 def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = None) -> None:
@@ -171,11 +188,7 @@ def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = No
         out.fill(0)
         sums.fill(0)
         return
-    blocks = max(plan.n_columns // plan.width, 1)
-    # An even number, so that two workers may share them; it says nothing of how many there are.
-    wanted = min(2 * -(-plan.n_columns // (2 * _PANEL_COLUMNS)), blocks)
-    panel_blocks = -(-blocks // max(wanted, 1))
-    rectangles = _rectangles(plan, -(-blocks // panel_blocks), worker_count())
+    rectangles, panel_blocks = _cut(plan, worker_count())
     most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.strips_per_row * HEIGHT
     panel_columns = panel_blocks * plan.width
     items = _REST + (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8

@@ -16,7 +16,7 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 from numba.np.arrayobj import populate_array
 
-from sparselab.kernels._jit import FASTMATH
+from sparselab.kernels._jit import CACHE_LINE, FASTMATH
 from sparselab.kernels._target import TILE_BYTES, VECTOR_BYTES
 
 I32 = ir.IntType(32)
@@ -178,20 +178,24 @@ def view_at(_: Any, address: Any, like: Any) -> Any:
     return array_type(address, like), codegen
 
 
-@intrinsic
-def tile_width(_: Any, array: Any) -> Any:
-    """Values in one row of a tile of the array's dtype, as a constant of the compiled code.
+def _items_in(n_bytes: int) -> Any:
+    @intrinsic
+    def items(_: Any, array: Any) -> Any:
+        if not isinstance(array, types.Array):
+            return None
 
-    ``TILE_BYTES // array.itemsize`` would be read from the array: a multiplication for each row of a tile.
-    """
-    if not isinstance(array, types.Array):
-        return None
-    width = TILE_BYTES // item_bytes(array.dtype)
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return context.get_constant(types.intp, n_bytes // item_bytes(array.dtype))
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.get_constant(types.intp, width)
+        return types.intp(array), codegen
 
-    return types.intp(array), codegen
+    return items
+
+
+#: ``tile_width(array)`` and ``line_width(array)``: values of the array's dtype in one row of a tile and in one
+#: cache line, as constants of the compiled code. ``TILE_BYTES // array.itemsize`` would be read from the
+#: array: a multiplication for each row of a tile, and loops that are not unrolled.
+tile_width, line_width = _items_in(TILE_BYTES), _items_in(CACHE_LINE)
 
 
 @intrinsic
@@ -350,18 +354,25 @@ def fma_row(_: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c), codegen
 
 
-@intrinsic
-def prefetch(_: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of ``array[index]``, which need not exist."""
-    if not (is_array(array) and isinstance(index, types.Integer)):
-        return None
+def _prefetch(to_write: bool) -> Any:
+    @intrinsic
+    def prefetch(_: Any, array: Any, index: Any) -> Any:
+        if not (is_array(array) and isinstance(index, types.Integer)):
+            return None
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-        pointer = builder.bitcast(emit.at(emit.data(0), emit.index(1)), ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
-        return emit.nothing()
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emit = Emit(context, builder, signature, args)
+            pointer = builder.bitcast(emit.at(emit.data(0), emit.index(1)), ir.IntType(8).as_pointer())
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [pointer, *(ir.Constant(I32, k) for k in (int(to_write), 3, 1))])
+            return emit.nothing()
 
-    return types.void(array, index), codegen
+        return types.void(array, index), codegen
+
+    return prefetch
+
+
+#: ``prefetch(array, index)`` and ``prefetch_to_write(array, index)``: ask for the cache line of
+#: ``array[index]``, which need not exist.
+prefetch, prefetch_to_write = _prefetch(to_write=False), _prefetch(to_write=True)

@@ -28,7 +28,7 @@ from sparselab.kernels._team import team
 #: Reassociation and contraction, but neither nnan nor ninf: a NaN that goes in must come out.
 FASTMATH = frozenset({"reassoc", "contract", "arcp", "nsz"})
 
-_CACHE_LINE = 64
+CACHE_LINE = 64
 _SMALLEST_MAPPING = 1 << 16
 
 
@@ -176,11 +176,11 @@ def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> np.ndarray[Any
     outlive the kernel it was taken for. Rows start on cache lines because vector loads that straddle two
     lines run at half speed, and NumPy aligns to 16 bytes only.
     """
-    stride = -(-row_items * dtype.itemsize // _CACHE_LINE) * _CACHE_LINE
-    needed = n_rows * stride + _CACHE_LINE
+    stride = -(-row_items * dtype.itemsize // CACHE_LINE) * CACHE_LINE
+    needed = n_rows * stride + CACHE_LINE
     if _scratch.buffer.nbytes < needed:
         _scratch.buffer = mapped_empty(needed, np.dtype(np.uint8))
-    start = -_address(_scratch.buffer) % _CACHE_LINE
+    start = -_address(_scratch.buffer) % CACHE_LINE
     block = _scratch.buffer[start : start + n_rows * stride]
     return block.view(dtype).reshape(n_rows, stride // dtype.itemsize)
 
@@ -204,6 +204,6 @@ def mapped_empty(n_items: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 
 def aligned_empty(n_items: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Uninitialised 1-D array that starts on a cache line."""
-    raw = np.empty(n_items * dtype.itemsize + _CACHE_LINE, np.uint8)
-    start = -_address(raw) % _CACHE_LINE
+    raw = np.empty(n_items * dtype.itemsize + CACHE_LINE, np.uint8)
+    start = -_address(raw) % CACHE_LINE
     return raw[start : start + n_items * dtype.itemsize].view(dtype)

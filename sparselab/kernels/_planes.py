@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 
 from sparselab.kernels._intrinsics import get, put, view_at
-from sparselab.kernels._jit import jit, launch, worker_count
+from sparselab.kernels._jit import CACHE_LINE, jit, launch, worker_count
 from sparselab.kernels._target import TILE_BYTES
 from sparselab.kernels._team import spread
 from sparselab.kernels.layout import Array
 
 Pair = tuple[int, int]
-
-_CACHE_LINE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +115,7 @@ class _Axis:
 
 def plane_stride(n_tokens: int, itemsize: int) -> int:
     """Items from plane to plane, an odd number of cache lines, so that planes do not share cache sets."""
-    line = _CACHE_LINE // itemsize
+    line = CACHE_LINE // itemsize
     return (-(-n_tokens // line) | 1) * line
 
 
