@@ -192,7 +192,7 @@ def _items_in(n_bytes: int) -> Any:
     return items
 
 
-#: ``tile_width(array)`` and ``line_width(array)``: values of the array's dtype in one row of a tile and in one
+#: ``tile_width(array)`` and ``line_width(array)``: values of the array's dtype in a row of a tile and in a
 #: cache line, as constants of the compiled code. ``TILE_BYTES // array.itemsize`` would be read from the
 #: array: a multiplication for each row of a tile, and loops that are not unrolled.
 tile_width, line_width = _items_in(TILE_BYTES), _items_in(CACHE_LINE)
