@@ -15,24 +15,8 @@ from sparselab import BlockSparseLinear, MaskedLinear, SparseLinear, densify, me
 from sparselab.kernels import BlockCSR, n_connections
 from sparselab.nn import _block_functional, variants
 from sparselab.nn.topology import as_matrix, is_sparse
+from tests.nn.blocks import SIZES, array, every_block, outside
 from tests.oracle import Exact, assert_close, product
-
-#: High, wide, square and odd blocks.
-BLOCKS = [(4, 1), (1, 8), (4, 4), (3, 5), (8, 32), (16, 16), (64, 64)]
-every_block = pytest.mark.parametrize("block_shape", BLOCKS, ids=str)
-
-#: No multiples of any block.
-SIZES = 70, 50
-
-
-def outside(layer: BlockSparseLinear) -> Tensor:
-    """Where the values of a layer lie outside W."""
-    return layer.cut(torch.ones(layer.shape))[layer.positions()] == 0
-
-
-def array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    result: np.ndarray[Any, Any] = tensor.detach().numpy()
-    return result
 
 
 @every_block

@@ -5,33 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sparselab
 from sparselab import BlockSparseLinear
-
-#: High, wide, square and odd blocks.
-BLOCKS = [(4, 1), (1, 8), (4, 4), (3, 5), (8, 32), (16, 16), (64, 64)]
-every_block = pytest.mark.parametrize("block_shape", BLOCKS, ids=str)
-
-#: No multiples of any block.
-SIZES = 70, 50
-
-
-def outside(layer: BlockSparseLinear) -> Tensor:
-    """Where the values of a layer lie outside W."""
-    return layer.cut(torch.ones(layer.shape))[layer.positions()] == 0
-
-
-def array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    result: np.ndarray[Any, Any] = tensor.detach().numpy()
-    return result
+from tests.nn.blocks import SIZES, array, every_block
 
 
 def test_from_dense_keeps_the_blocks_of_largest_norm() -> None:
