@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from sparselab.kernels.layout import VALUE_DTYPES, Array, PaddedCSR, n_connections
+from sparselab.kernels.layout import VALUE_DTYPES, Array, PaddedCSR, n_connections, scipy_sparse
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -190,16 +190,10 @@ class BlockCSR:
         ModuleNotFoundError
             If SciPy is not installed.
         """
-        try:
-            import scipy.sparse
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "to_scipy needs scipy, which is not installed: pip install scipy", name=error.name
-            ) from error
-
+        sparse = scipy_sparse()
         shape = tuple(n * b for n, b in zip(self.grid, self.block_shape, strict=True))
         indices = self.indices.astype(np.int64)
-        return scipy.sparse.bsr_array((self.values.copy(), indices, self.indptr.copy()), shape=shape)
+        return sparse.bsr_array((self.values.copy(), indices, self.indptr.copy()), shape=shape)
 
     def check(self) -> None:
         """Raise TypeError or ValueError, naming the field, unless every invariant holds."""

@@ -244,17 +244,11 @@ class PaddedCSR:
         ModuleNotFoundError
             If SciPy is not installed.
         """
-        try:
-            import scipy.sparse
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "to_scipy needs scipy, which is not installed: pip install scipy", name=error.name
-            ) from error
-
+        sparse = scipy_sparse()
         slots = self.live_slots()
         indptr = np.concatenate([[0], np.cumsum(self.row_nnz)])
         columns = self.indices[slots].astype(slot_dtype(max(self.shape)))
-        return scipy.sparse.csr_array((self.values[slots], columns, indptr), shape=self.shape)
+        return sparse.csr_array((self.values[slots], columns, indptr), shape=self.shape)
 
     def check(self) -> None:
         """Raise TypeError or ValueError, naming the field, unless every invariant holds."""
@@ -342,3 +336,14 @@ def _check_array(name: str, array: object, dtypes: tuple[np.dtype[Any], ...], le
         raise TypeError(f"{name} must have dtype {expected}, got {array.dtype}")
     if array.ndim != 1 or len(array) != length:
         raise ValueError(f"{name} must have shape ({length},), got {array.shape}")
+
+
+def scipy_sparse() -> Any:
+    """The module `scipy.sparse`, which is no dependency of this package."""
+    try:
+        import scipy.sparse
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "to_scipy needs scipy, which is not installed: pip install scipy", name=error.name
+        ) from error
+    return scipy.sparse
