@@ -7,7 +7,7 @@ transpose, so that blocks that are high or wide have strips without gaps either 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -90,7 +90,10 @@ def wants_transpose(block_shape: tuple[int, int], transposed: bool) -> bool:
 
 
 @jit
-def _pack_share(share, n_shares, values, indptr, slots, height, width, row_step, column_step, packed):  # type: ignore[no-untyped-def]
+def _move_share(  # type: ignore[no-untyped-def]
+    share, n_shares, pack, values, indptr, slots, height, width, row_step, column_step, packed
+):
+    """Copy the blocks of some block rows into the order of the strips, or back."""
     if spread(share, n_shares):
         return
     strips = (height + HEIGHT - 1) // HEIGHT
@@ -104,49 +107,33 @@ def _pack_share(share, n_shares, values, indptr, slots, height, width, row_step,
             for row in range(0, height, HEIGHT):
                 rows = min(HEIGHT, height - row)
                 for j in range(width):
-                    source = block + row * row_step + j * column_step
+                    inside = block + row * row_step + j * column_step
                     place = at + j * HEIGHT
-                    if rows == HEIGHT:
+                    if not pack:
+                        for i in range(rows):
+                            put(values, inside + i * row_step, get(packed, place + i))
+                    elif rows == HEIGHT:
                         for i in range(HEIGHT):
-                            put(packed, place + i, get(values, source + i * row_step))
+                            put(packed, place + i, get(values, inside + i * row_step))
                     else:
                         for i in range(HEIGHT):
-                            put(packed, place + i, get(values, source + i * row_step) if i < rows else zero)
-                at += count
-
-
-@jit
-def _unpack_share(share, n_shares, packed, indptr, slots, height, width, row_step, column_step, values):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
-        return
-    strips = (height + HEIGHT - 1) // HEIGHT
-    n = len(indptr) - 1
-    for r in range(share * n // n_shares, (share + 1) * n // n_shares):
-        count = (indptr[r + 1] - indptr[r]) * width * HEIGHT
-        for k in range(indptr[r], indptr[r + 1]):
-            block = slots[k] * height * width
-            at = (indptr[r] * (strips - 1) + k) * width * HEIGHT
-            for row in range(0, height, HEIGHT):
-                rows = min(HEIGHT, height - row)
-                for j in range(width):
-                    target = block + row * row_step + j * column_step
-                    place = at + j * HEIGHT
-                    for i in range(rows):
-                        put(values, target + i * row_step, get(packed, place + i))
+                            put(packed, place + i, get(values, inside + i * row_step) if i < rows else zero)
                 at += count
 
 
 def pack_weights(values: Array, plan: Strips, packed: Array) -> None:
     """Bring the blocks (flat) into the order of the strips, with zeros in rows that blocks do not have."""
-    _move(_pack_share, values, plan, packed)
+    _move(True, values, plan, packed)
 
 
 def unpack_weights(packed: Array, plan: Strips, values: Array) -> None:
     """Bring entries in the order of the strips back into blocks (flat)."""
-    _move(_unpack_share, packed, plan, values)
+    _move(False, values, plan, packed)
 
 
-def _move(kernel: Any, source: Array, plan: Strips, target: Array) -> None:
-    n_shares = max(1, min(worker_count(), len(source) // _MIN_SHARE))
+def _move(pack: bool, values: Array, plan: Strips, packed: Array) -> None:
+    n_shares = max(1, min(worker_count(), len(values) // _MIN_SHARE))
     steps = (1, plan.height) if plan.transposed else (plan.width, 1)
-    launch(kernel, n_shares, source, plan.indptr, plan.slots, plan.height, plan.width, *steps, target)
+    launch(
+        _move_share, n_shares, pack, values, plan.indptr, plan.slots, plan.height, plan.width, *steps, packed
+    )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -126,35 +125,20 @@ def whole_tiles(n_tokens: int, itemsize: int) -> int:
 
 
 @jit
-def _fill_share(  # type: ignore[no-untyped-def]
-    share, n_shares, x_at, strides, n_images, phases, step, rows, pitch, planes, stride, margin
-):
-    if spread(share, n_shares):
-        return
-    x = view_at(x_at, planes)
-    per_channel = len(phases)
-    n_planes = len(planes) // stride
-    for plane in range(share * n_planes // n_shares, (share + 1) * n_planes // n_shares):
-        channel, phase = plane // per_channel, phases[plane % per_channel]
-        planes[plane * stride : (plane + 1) * stride] = 0
-        across = step[1] * strides[3]
-        for n in range(n_images):
-            for a in range(phase[1]):
-                to = plane * stride + margin + (n * rows + phase[0] + a) * pitch + phase[3]
-                at = n * strides[0] + channel * strides[1]
-                at += (phase[2] + a * step[0]) * strides[2] + phase[5] * strides[3]
-                if across == 1:
-                    for b in range(phase[4]):
-                        put(planes, to + b, get(x, at + b))
-                else:
-                    for b in range(phase[4]):
-                        put(planes, to + b, get(x, at + b * across))
+def _copy(source, at, step, target, to, target_step, count):  # type: ignore[no-untyped-def]
+    if step == 1 and target_step == 1:
+        for k in range(count):
+            put(target, to + k, get(source, at + k))
+    else:
+        for k in range(count):
+            put(target, to + k * target_step, get(source, at + k * step))
 
 
 @jit
-def _read_share(  # type: ignore[no-untyped-def]
-    share, n_shares, x_at, strides, n_images, phases, step, rows, pitch, planes, stride, margin
+def _move_share(  # type: ignore[no-untyped-def]
+    share, n_shares, fill, x_at, strides, n_images, phases, step, rows, pitch, planes, stride, margin
 ):
+    """Copy the pixels of some planes from the images, with zeros around them, or back to the images."""
     if spread(share, n_shares):
         return
     x = view_at(x_at, planes)
@@ -162,18 +146,18 @@ def _read_share(  # type: ignore[no-untyped-def]
     n_planes = len(planes) // stride
     for plane in range(share * n_planes // n_shares, (share + 1) * n_planes // n_shares):
         channel, phase = plane // per_channel, phases[plane % per_channel]
+        if fill:
+            planes[plane * stride : (plane + 1) * stride] = 0
         across = step[1] * strides[3]
         for n in range(n_images):
             for a in range(phase[1]):
-                at = plane * stride + margin + (n * rows + phase[0] + a) * pitch + phase[3]
-                to = n * strides[0] + channel * strides[1]
-                to += (phase[2] + a * step[0]) * strides[2] + phase[5] * strides[3]
-                if across == 1:
-                    for b in range(phase[4]):
-                        put(x, to + b, get(planes, at + b))
+                inside = plane * stride + margin + (n * rows + phase[0] + a) * pitch + phase[3]
+                outside = n * strides[0] + channel * strides[1]
+                outside += (phase[2] + a * step[0]) * strides[2] + phase[5] * strides[3]
+                if fill:
+                    _copy(x, outside, across, planes, inside, 1, phase[4])
                 else:
-                    for b in range(phase[4]):
-                        put(x, to + b * across, get(planes, at + b))
+                    _copy(planes, inside, 1, x, outside, across, phase[4])
 
 
 def fill_planes(images: Array, grid: Grid, planes: Array, margin: int = 0) -> None:
@@ -181,18 +165,18 @@ def fill_planes(images: Array, grid: Grid, planes: Array, margin: int = 0) -> No
 
     They begin `margin` from the beginning of a plane. Every other number of the planes becomes 0.
     """
-    _move(_fill_share, images, grid, planes, margin)
+    _move(True, images, grid, planes, margin)
 
 
 def read_planes(images: Array, grid: Grid, planes: Array) -> None:
     """Write the pixels that planes (channels * phases, numbers) hold to images of any strides."""
-    _move(_read_share, images, grid, planes, 0)
+    _move(False, images, grid, planes, 0)
 
 
-def _move(kernel: Any, images: Array, grid: Grid, planes: Array, margin: int) -> None:
+def _move(fill: bool, images: Array, grid: Grid, planes: Array, margin: int) -> None:
     strides = tuple(step // images.itemsize for step in images.strides)
     launch(
-        kernel, min(worker_count(), len(planes)), images.__array_interface__["data"][0], strides,
+        _move_share, min(worker_count(), len(planes)), fill, images.__array_interface__["data"][0], strides,
         len(images), grid.phases, grid.step, grid.rows, grid.pitch, planes.reshape(-1), planes.shape[1],
         margin,
     )  # fmt: skip
