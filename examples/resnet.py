@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,6 +21,7 @@ from options import at_least_one
 from torch import Tensor, nn
 
 import sparselab
+from sparselab.bench.timing import interleave
 from sparselab.dst import allocate
 
 SIZE = 32
@@ -131,18 +130,6 @@ def train(model: nn.Module, steps: int, batch: int) -> list[float]:
     return losses
 
 
-def times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
-
-
 def report_equality(dense: nn.Module, args: argparse.Namespace) -> None:
     batch = draw(min(args.batch, 8), 1)
     for dtype in (torch.float64, torch.float32):
@@ -177,9 +164,9 @@ def report_time(dense: nn.Module, sparse: nn.Module, args: argparse.Namespace) -
     for name, model in models.items():
         runs[f"{name} forward"] = lambda model=model: forward(model)
         runs[f"{name} forward + backward"] = lambda model=model: backward(model, batch)
-    taken = times(runs, args.rounds)
+    taken = interleave(runs, args.rounds, "speed")
     for what in ("forward", "forward + backward"):
-        ours, theirs = taken[f"sparse {what}"], taken[f"dense {what}"]
+        ours, theirs = taken[f"sparse {what}"].median, taken[f"dense {what}"].median
         print(f"{what}: dense {theirs:.0f} ms, sparse {ours:.0f} ms, {theirs / ours:.2f} times as fast")
 
 
