@@ -25,8 +25,8 @@ from sparselab.kernels._block_vectors import (
     store_parts,
     wide_row,
 )
-from sparselab.kernels._intrinsics import get, view_at
-from sparselab.kernels._jit import aligned_empty, jit, launch, scratch, worker_count
+from sparselab.kernels._intrinsics import get, take_turn, view_at
+from sparselab.kernels._jit import aligned_empty, jit, launch, no_turns, scratch, worker_count
 from sparselab.kernels._shares import cut_rows
 from sparselab.kernels._target import VECTOR_BYTES
 from sparselab.kernels._team import spread
@@ -139,8 +139,8 @@ def _scatter_tile(  # type: ignore[no-untyped-def]
 
 @jit
 def _gather_share(  # type: ignore[no-untyped-def]
-    share, n_shares, edges, narrow, group, weights, columns, indptr, height, block_width, n_rows, n_columns,
-    padded, x_at, x_strides, n_tokens, bias, y_at, y_strides, work,
+    share, n_shares, turns, edges, narrow, group, weights, columns, indptr, height, block_width, n_rows,
+    n_columns, padded, x_at, x_strides, n_tokens, bias, y_at, y_strides, work,
 ):  # fmt: skip
     if spread(share, n_shares):
         return
@@ -150,7 +150,8 @@ def _gather_share(  # type: ignore[no-untyped-def]
     width = row_width(thin) if narrow else row_width(wide)
     n_tiles = (n_tokens + width - 1) // width
     n_pairs = (len(edges) - 1) * n_tiles
-    for pair in range(share * n_pairs // n_shares, (share + 1) * n_pairs // n_shares):
+    pair = take_turn(turns)
+    while pair < n_pairs:
         row0, row1 = edges[pair // n_tiles], edges[pair // n_tiles + 1]
         token0 = pair % n_tiles * width
         if narrow:
@@ -163,11 +164,12 @@ def _gather_share(  # type: ignore[no-untyped-def]
                 row0, row1, group, weights, columns, indptr, height, block_width, n_rows, n_columns, padded,
                 x, x_strides, token0, n_tokens, bias, y, y_strides, memory, wide,
             )  # fmt: skip
+        pair = take_turn(turns)
 
 
 @jit
 def _scatter_share(  # type: ignore[no-untyped-def]
-    share, n_shares, group, weights, columns, indptr, height, block_width, n_rows, n_columns,
+    share, n_shares, turns, group, weights, columns, indptr, height, block_width, n_rows, n_columns,
     padded, x_at, x_strides, n_tokens, bias, y_at, y_strides, work,
 ):  # fmt: skip
     if spread(share, n_shares):
@@ -177,11 +179,13 @@ def _scatter_share(  # type: ignore[no-untyped-def]
     like = wide_row(memory)
     width = row_width(like)
     n_tiles = (n_tokens + width - 1) // width
-    for tile in range(share * n_tiles // n_shares, (share + 1) * n_tiles // n_shares):
+    tile = take_turn(turns)
+    while tile < n_tiles:
         _scatter_tile(
             group, weights, columns, indptr, height, block_width, n_rows, n_columns, padded,
             x, x_strides, tile * width, n_tokens, bias, y, y_strides, memory, like,
         )  # fmt: skip
+        tile = take_turn(turns)
 
 
 def multiply(
@@ -217,9 +221,9 @@ def _gather(weights: Array, plan: Strips, X: Array, Y: Array, bias: Array) -> No
     group, strip_rows = _group(plan)
     work = scratch(n_shares, (plan.n_columns + strip_rows) * width, Y.dtype)
     launch(
-        _gather_share, n_shares, edges, int(narrow), group, weights, plan.columns, plan.indptr, plan.height,
-        plan.width, *plan.shape, plan.n_columns, X.__array_interface__["data"][0], strides(X), n_tokens,
-        _by_strip(bias, plan), Y.__array_interface__["data"][0], strides(Y), work,
+        _gather_share, n_shares, no_turns(), edges, int(narrow), group, weights, plan.columns, plan.indptr,
+        plan.height, plan.width, *plan.shape, plan.n_columns, X.__array_interface__["data"][0], strides(X),
+        n_tokens, _by_strip(bias, plan), Y.__array_interface__["data"][0], strides(Y), work,
     )  # fmt: skip
 
 
@@ -230,8 +234,8 @@ def _scatter(weights: Array, plan: Strips, X: Array, Y: Array, bias: Array) -> N
     group, strip_rows = _group(plan)
     work = scratch(n_shares, (plan.n_columns + strip_rows) * width, Y.dtype)
     launch(
-        _scatter_share, n_shares, group, weights, plan.columns, plan.indptr, plan.height, plan.width,
-        *plan.shape, plan.n_columns, X.__array_interface__["data"][0], strides(X), n_tokens,
+        _scatter_share, n_shares, no_turns(), group, weights, plan.columns, plan.indptr, plan.height,
+        plan.width, *plan.shape, plan.n_columns, X.__array_interface__["data"][0], strides(X), n_tokens,
         bias, Y.__array_interface__["data"][0], strides(Y), work,
     )  # fmt: skip
 

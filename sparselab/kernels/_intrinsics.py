@@ -354,6 +354,22 @@ def fma_row(_: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c), codegen
 
 
+@intrinsic
+def take_turn(_: Any, turns: Any) -> Any:
+    """The number of turns taken before by all workers that share `turns`, from `no_turns`.
+
+    Workers that take turns share out work as they get done with it: they are seldom equally fast, where other
+    processes run or cores are of two kinds.
+    """
+    if not (is_array(turns) and turns.dtype == types.int64):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", Emit(context, builder, signature, args).data(0), I64(1), "monotonic")
+
+    return types.int64(turns), codegen
+
+
 def _prefetch(to_write: bool) -> Any:
     @intrinsic
     def prefetch(_: Any, array: Any, index: Any) -> Any:

@@ -24,11 +24,12 @@ from sparselab.kernels._intrinsics import (
     load_any,
     splat_row,
     store_any,
+    take_turn,
     tile_width,
     weight,
     zeros_register,
 )
-from sparselab.kernels._jit import jit, launch, worker_count
+from sparselab.kernels._jit import jit, launch, no_turns, worker_count
 from sparselab.kernels._plan import Segments, product_groups
 from sparselab.kernels._shares import cut_rows
 from sparselab.kernels._target import TILE_BYTES
@@ -44,14 +45,15 @@ _LONG_TILE_BYTES = 4096
 
 @jit
 def _multiply_share(  # type: ignore[no-untyped-def]
-    share, n_shares, values, indices, bias, plan, groups, offsets, x, y, y_stride, n_tokens
+    share, n_shares, turns, values, indices, bias, plan, groups, offsets, x, y, y_stride, n_tokens
 ):
     if spread(share, n_shares):
         return
     width = tile_width(y)
     n_tiles = n_tokens // (2 * width)
     n_pairs = (len(groups) - 1) * n_tiles
-    for pair in range(share * n_pairs // n_shares, (share + 1) * n_pairs // n_shares):
+    pair = take_turn(turns)
+    while pair < n_pairs:
         chunk0, chunk1 = groups[pair // n_tiles], groups[pair // n_tiles + 1]
         token = pair % n_tiles * 2 * width
         for b in range(plan.ptr.shape[1] - 1):
@@ -71,6 +73,7 @@ def _multiply_share(  # type: ignore[no-untyped-def]
                         right = fma_row(w, load_any(x, place + width, left), right)
                     store_any(y, at, left)
                     store_any(y, at + width, right)
+        pair = take_turn(turns)
 
 
 def multiply_shifted(
@@ -99,8 +102,8 @@ def multiply_shifted(
     groups = product_groups(plan, n_tiles, worker_count(), Y.itemsize + indices.itemsize)
     n_shares = min(worker_count(), (len(groups) - 1) * n_tiles)
     launch(
-        _multiply_share, n_shares, values, indices, bias, plan, groups, offsets, X.reshape(-1), Y.reshape(-1),
-        Y.shape[1], n_tokens,
+        _multiply_share, n_shares, no_turns(), values, indices, bias, plan, groups, offsets, X.reshape(-1),
+        Y.reshape(-1), Y.shape[1], n_tokens,
     )  # fmt: skip
 
 

@@ -18,11 +18,12 @@ from sparselab.kernels._intrinsics import (
     load_row,
     splat_row,
     store_row,
+    take_turn,
     tile_width,
     view_at,
     weight,
 )
-from sparselab.kernels._jit import jit, launch, scratch, worker_count
+from sparselab.kernels._jit import jit, launch, no_turns, scratch, worker_count
 from sparselab.kernels._plan import Segments, product_groups
 from sparselab.kernels._target import TILE_BYTES
 from sparselab.kernels._team import spread
@@ -73,10 +74,10 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
 
 @jit
 def _multiply_share(  # type: ignore[no-untyped-def]
-    share, n_shares, values, indices, bias, plan, groups,
+    share, n_shares, turns, values, indices, bias, plan, groups,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
-    """Compute one share of the (row group, tile) pairs; pairs of a share follow each other group by group."""
+    """Compute (row group, tile) pairs, group by group, in turns with the other workers."""
     if spread(share, n_shares):
         return
     memory = work[share]
@@ -86,7 +87,8 @@ def _multiply_share(  # type: ignore[no-untyped-def]
     x, y = view_at(x_at, memory), view_at(y_at, memory)
     n_tiles = (n_tokens + width - 1) // width
     n_pairs = (len(groups) - 1) * n_tiles
-    for pair in range(share * n_pairs // n_shares, (share + 1) * n_pairs // n_shares):
+    pair = take_turn(turns)
+    while pair < n_pairs:
         chunk0, chunk1 = groups[pair // n_tiles], groups[pair // n_tiles + 1]
         row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
         token0 = pair % n_tiles * width
@@ -104,6 +106,7 @@ def _multiply_share(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
         first = row0 * y_strides[0] + token0 * y_strides[1]
         unpack(sums, width, row1 - row0, tokens, y, first, y_strides[0], y_strides[1])
+        pair = take_turn(turns)
 
 
 def multiply(
@@ -125,7 +128,7 @@ def multiply(
     group_rows = int(np.diff(plan.chunk_rows[groups]).max())
     work = scratch(n_shares, (plan.block_columns + group_rows) * width, dtype)
     launch(
-        _multiply_share, n_shares, values, indices,
+        _multiply_share, n_shares, no_turns(), values, indices,
         np.zeros(Y.shape[0], dtype) if bias is None else bias, plan, groups,
         X.__array_interface__["data"][0], strides(X), n_columns,
         Y.__array_interface__["data"][0], strides(Y), n_tokens, work,

@@ -25,7 +25,7 @@ class Launches(list[tuple[int, int]]):
         if kernel is _few_tokens._multiply_share:
             parts = 0
         else:
-            work = args[4] if kernel is _spmm._multiply_share else args[2]
+            work = args[5] if kernel is _spmm._multiply_share else args[2]
             parts = len(work) - (kernel is _spmm._multiply_share)
         self.append((n_shares, parts))
         self.launch(kernel, n_shares, *args)

@@ -6,7 +6,8 @@ import numba
 import numpy as np
 import pytest
 
-from sparselab.kernels._jit import jit, launch
+from sparselab.kernels._intrinsics import take_turn
+from sparselab.kernels._jit import jit, launch, no_turns
 from sparselab.kernels._team import spread, team
 from tests.kernels.process import run_python
 
@@ -30,6 +31,27 @@ def test_every_share_runs_once_whatever_the_number_of_threads(threads: int, n_sh
     out = np.zeros(8, np.int64)
     launch(fill, n_shares, 10, out, -1)
     assert out.tolist() == [10 + n_shares] * n_shares + [0] * (8 - n_shares)
+
+
+@jit
+def tick(share, n_shares, turns, taken):  # type: ignore[no-untyped-def]
+    """Count who takes which turn."""
+    if spread(share, n_shares):
+        return
+    turn = take_turn(turns)
+    while turn < taken.shape[1]:
+        taken[share, turn] += 1
+        turn = take_turn(turns)
+
+
+@pytest.mark.parametrize("n_shares", [1, pytest.param(2, marks=needs_two_threads)])
+def test_every_turn_is_taken_once_whoever_takes_it(n_shares: int) -> None:
+    numba.set_num_threads(n_shares)
+    taken = np.zeros((n_shares, 200_000), np.int64)
+    turns = no_turns()
+    launch(tick, n_shares, turns, taken)
+    assert np.all(taken.sum(0) == 1)
+    assert turns[0] == taken.shape[1] + n_shares
 
 
 def test_a_share_alone_is_computed_alone() -> None:
