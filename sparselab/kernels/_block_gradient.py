@@ -188,7 +188,7 @@ def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = No
         out.fill(0)
         sums.fill(0)
         return
-    rectangles, panel_blocks = _cut(plan, worker_count())
+    rectangles, panel_blocks = _cut(plan, worker_count(plan.work(n_tokens)))
     most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.strips_per_row * HEIGHT
     panel_columns = panel_blocks * plan.width
     items = _REST + (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8

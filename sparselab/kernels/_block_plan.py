@@ -18,7 +18,7 @@ from sparselab.kernels._team import spread
 from sparselab.kernels.blocks import BlockCSR
 from sparselab.kernels.layout import Array, index_dtype
 
-_MIN_SHARE = 1 << 15
+_MIN_SHARE = 1 << 14
 
 
 class Strips(NamedTuple):
@@ -56,6 +56,10 @@ class Strips(NamedTuple):
     def n_columns(self) -> int:
         """Columns of M with those that its last blocks have beyond it."""
         return -(-self.shape[1] // self.width) * self.width
+
+    def work(self, n_tokens: int) -> int:
+        """Multiply-adds of a product with so many tokens, and the items that it moves."""
+        return (len(self.slots) * self.height * self.width + sum(self.shape)) * n_tokens
 
 
 def plan_strips(W: BlockCSR, transposed: bool) -> Strips:

@@ -210,7 +210,8 @@ def multiply(
 
 
 def _gather(weights: Array, plan: Strips, X: Array, Y: Array, bias: Array) -> None:
-    n_tokens, workers = X.shape[1], worker_count()
+    n_tokens = X.shape[1]
+    workers = worker_count(plan.work(n_tokens))
     lanes = VECTOR_BYTES // Y.itemsize
     narrow = n_tokens <= lanes
     width = lanes if narrow else lanes * PARTS
@@ -230,7 +231,7 @@ def _gather(weights: Array, plan: Strips, X: Array, Y: Array, bias: Array) -> No
 def _scatter(weights: Array, plan: Strips, X: Array, Y: Array, bias: Array) -> None:
     width = VECTOR_BYTES // Y.itemsize * PARTS
     n_tokens = X.shape[1]
-    n_shares = min(worker_count(), -(-n_tokens // width))
+    n_shares = min(worker_count(plan.work(n_tokens)), -(-n_tokens // width))
     group, strip_rows = _group(plan)
     work = scratch(n_shares, (plan.n_columns + strip_rows) * width, Y.dtype)
     launch(

@@ -109,8 +109,9 @@ def sample(
         return
     width = TILE_BYTES // out.itemsize
     n_tiles = -(-n_tokens // width)
-    rectangles = gradient_shares(plan, n_tiles, worker_count(), out.itemsize + indices.itemsize)
-    n_shares = min(worker_count(), len(rectangles))
+    workers = worker_count((plan.n_connections + n_columns + len(DY)) * n_tokens)
+    rectangles = gradient_shares(plan, n_tiles, workers, out.itemsize + indices.itemsize)
+    n_shares = min(workers, len(rectangles))
     most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
     items = _REST + plan.block_columns * width + most_rows * (width + 8)
     work = scratch(n_shares, items, out.dtype)

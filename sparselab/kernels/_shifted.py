@@ -99,8 +99,9 @@ def multiply_shifted(
     n_tiles = n_tokens * Y.itemsize // (2 * TILE_BYTES)
     if n_tiles * len(Y) == 0:
         return
-    groups = product_groups(plan, n_tiles, worker_count(), Y.itemsize + indices.itemsize)
-    n_shares = min(worker_count(), (len(groups) - 1) * n_tiles)
+    workers = worker_count(plan.n_connections * n_tokens)
+    groups = product_groups(plan, n_tiles, workers, Y.itemsize + indices.itemsize)
+    n_shares = min(workers, (len(groups) - 1) * n_tiles)
     launch(
         _multiply_share, n_shares, no_turns(), values, indices, bias, plan, groups, offsets, X.reshape(-1),
         Y.reshape(-1), Y.shape[1], n_tokens,
@@ -153,7 +154,7 @@ def sample_shifted(
     Row i is the connections ``begin[i] : end[i]``; DY (rows, tokens) and X are in C order.
     The sum over the tokens has the same order for any number of threads.
     """
-    n_shares = max(1, min(worker_count(), len(DY)))
+    n_shares = max(1, min(worker_count(len(indices) * n_tokens), len(DY)))
     edges = cut_rows(np.append(begin, end[-1:]), n_shares)
     launch(
         _sample_share, n_shares, edges, indices, begin, end, offsets, DY.reshape(-1), DY.shape[1],

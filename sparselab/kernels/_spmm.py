@@ -123,8 +123,9 @@ def multiply(
         return
     width = TILE_BYTES // dtype.itemsize
     n_tiles = -(-n_tokens // width)
-    groups = product_groups(plan, n_tiles, worker_count(), dtype.itemsize + indices.itemsize)
-    n_shares = min(worker_count(), (len(groups) - 1) * n_tiles)
+    workers = worker_count((plan.n_connections + n_columns + len(Y)) * n_tokens)
+    groups = product_groups(plan, n_tiles, workers, dtype.itemsize + indices.itemsize)
+    n_shares = min(workers, (len(groups) - 1) * n_tiles)
     group_rows = int(np.diff(plan.chunk_rows[groups]).max())
     work = scratch(n_shares, (plan.block_columns + group_rows) * width, dtype)
     launch(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparselab.nn._block_products import input_grad, product, values_grad
 from sparselab.nn._plans import BlockPlans, BlockSizes, LayerPlans, find_block_plans
-from sparselab.nn.functional import call, check_fit, keep_operands, linear_gradients
+from sparselab.nn.functional import call, check_fit, keep_operands, linear_gradients, plain_function
 
 
 def _block_linear(
@@ -129,7 +129,7 @@ def sparse_block_linear(
 ) -> Tensor:
     """As `block_linear`, by the shortest way; see `functional.call`."""
     return call(
-        block_linear, _BlockLinear.apply, _block_linear, x, values, bias, indptr, indices, out_features,
+        block_linear, _with_gradient, _block_linear, x, values, bias, indptr, indices, out_features,
         plans.number,
     )  # fmt: skip
 
@@ -146,12 +146,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *linear_gradients(ctx, grad, by_input, by_values, ctx.block_shape), None, None, None, None
 
 
-class _BlockLinear(torch.autograd.Function):
-    """`block_linear` with its gradients, known to autograd alone."""
-
-    forward = staticmethod(_block_linear)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-
-
+_with_gradient = plain_function(_block_linear, _setup_context, _backward)
 block_linear.register_autograd(_backward, setup_context=_setup_context)

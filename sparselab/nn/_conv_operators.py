@@ -10,7 +10,7 @@ from torch import Tensor
 from sparselab.nn._conv_factors import ConvolutionFactors
 from sparselab.nn._convolution import ConvolutionPlans, Geometry, input_grad, product, values_grad
 from sparselab.nn._plans import LayerPlans, find_plans
-from sparselab.nn.functional import call, check_fit, keep_operands, plain_gradient
+from sparselab.nn.functional import call, check_fit, keep_operands, plain_function, plain_gradient
 
 
 def _conv2d(
@@ -98,7 +98,7 @@ def sparse_conv2d(
 ) -> Tensor:  # fmt: skip
     """As `conv2d`, by the shortest way; see `functional.call`."""
     return call(
-        conv2d, _Conv2d.apply, _conv2d, x, values, bias, indptr, indices, plans.number, geometry.numbers
+        conv2d, _with_gradient, _conv2d, x, values, bias, indptr, indices, plans.number, geometry.numbers
     )
 
 
@@ -126,12 +126,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, dvalues, dbias, None, None, None, None
 
 
-class _Conv2d(torch.autograd.Function):
-    """`conv2d` with its gradients, known to autograd alone."""
-
-    forward = staticmethod(_conv2d)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-
-
+_with_gradient = plain_function(_conv2d, _setup_context, _backward)
 conv2d.register_autograd(_backward, setup_context=_setup_context)

@@ -120,7 +120,7 @@ def sparse_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: LayerPlans
 ) -> Tensor:
     """As `linear`, by the shortest way; see `call`."""
-    return call(linear, _Linear.apply, _linear, x, values, bias, indptr, indices, plans.number)
+    return call(linear, _with_gradient, _linear, x, values, bias, indptr, indices, plans.number)
 
 
 def call(
@@ -193,6 +193,26 @@ def infer(
     y = x.new_empty((*x.shape[:-1], rows))
     few_tokens(x, values, bias, plans, y, use_torch_threads())
     return y
+
+
+def plain_function(
+    operator: Callable[..., Tensor], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Tensor]:
+    """An operator with its gradients, known to autograd alone.
+
+    Its context is set up in `forward`: for a `setup_context`, which only `torch.func` needs, torch would look
+    at the operator's signature in every call.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = operator(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type("PlainFunction", (torch.autograd.Function,), members)
+    apply: Callable[..., Tensor] = function.apply
+    return apply
 
 
 def plain_gradient(*tensors: Tensor | None) -> bool:
@@ -304,12 +324,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *linear_gradients(ctx, grad, by_input, by_values), None, None, None
 
 
-class _Linear(torch.autograd.Function):
-    """`linear` with its gradients, known to autograd alone."""
-
-    forward = staticmethod(_linear)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-
-
+_with_gradient = plain_function(_linear, _setup_context, _backward)
 linear.register_autograd(_backward, setup_context=_setup_context)
