@@ -2,7 +2,7 @@
 
 Loop order, from outside: shares of block rows on threads; block rows; four rows of them; blocks; their
 columns. The sums of the four rows stay in registers, and a loaded vector of X serves all of them. Its lanes
-are tokens. For one token, or two or three in turns, they are columns, if blocks are wide enough: then a
+are tokens. For one token, or two in turns, they are columns if blocks are wide enough: then a
 vector of weights is one load. No plan is needed, and nothing is packed but the tokens, which stay in the
 first two caches. The weights are read where they are, once: 4 bytes each, and 2 for the column of a block.
 The bandwidth at which they arrive is the limit for one token, the multiply-adds are for many.
@@ -35,7 +35,7 @@ from sparselab.kernels._tiles import pack
 from sparselab.kernels.layout import Array
 
 #: So many tokens in turns are faster than together, if lanes can be columns.
-_IN_TURNS = 3
+_IN_TURNS = 2
 
 #: Weights that are worth a thread of their own.
 _MIN_SHARE = 32_768
