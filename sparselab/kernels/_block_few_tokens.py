@@ -54,34 +54,53 @@ def _tokens(values, place, tile, at, total):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _dots_of_four(values, start, indices, first, end, size, width, tile, sums, like):  # type: ignore[no-untyped-def]
+def _dots_of_four(values, start, indices, first, end, size, width, x, like):  # type: ignore[no-untyped-def]
     """Four rows, the first at `start`, of the blocks first : end of `size` weights each; one token."""
     a = b = c = d = like
     for k in range(first, end):
         place, column = start + k * size, np.int64(get(indices, k)) * width
         stop = place + width
         while place < stop:
-            a = _columns(values, place, tile, column, a)
-            b = _columns(values, place + width, tile, column, b)
-            c = _columns(values, place + 2 * width, tile, column, c)
-            d = _columns(values, place + 3 * width, tile, column, d)
+            a = _columns(values, place, x, column, a)
+            b = _columns(values, place + width, x, column, b)
+            c = _columns(values, place + 2 * width, x, column, c)
+            d = _columns(values, place + 3 * width, x, column, d)
             place += lanes_of(like)
             column += lanes_of(like)
-    put(sums, 0, sum_of(a))
-    put(sums, 1, sum_of(b))
-    put(sums, 2, sum_of(c))
-    put(sums, 3, sum_of(d))
+    return sum_of(a), sum_of(b), sum_of(c), sum_of(d)
 
 
 @jit
-def _dot(values, start, indices, first, end, size, width, tile, sums, like):  # type: ignore[no-untyped-def]
+def _dot(values, start, indices, first, end, size, width, x, like):  # type: ignore[no-untyped-def]
     """As `_dots_of_four`, of one row."""
     total = like
     for k in range(first, end):
         place, column = start + k * size, np.int64(get(indices, k)) * width
         for j in range(0, width, lanes_of(like)):
-            total = _columns(values, place + j, tile, column + j, total)
-    put(sums, 0, sum_of(total))
+            total = _columns(values, place + j, x, column + j, total)
+    return sum_of(total)
+
+
+@jit
+def _one_token(  # type: ignore[no-untyped-def]
+    first, last, values, indices, indptr, height, width, bias, x, y, start, step, n_rows
+):
+    """Block rows first : last for one token x; its outputs are ``y[start + row * step]``."""
+    size, like = height * width, quarter_line(x)
+    for r in range(first, last):
+        k0, k1 = indptr[r], indptr[r + 1]
+        row, bottom = r * height, min((r + 1) * height, n_rows)
+        for at in range(0, (bottom - row) // 4 * 4 * width, 4 * width):
+            a, b, c, d = _dots_of_four(values, at, indices, k0, k1, size, width, x, like)
+            put(y, start + row * step, a + get(bias, row))
+            put(y, start + (row + 1) * step, b + get(bias, row + 1))
+            put(y, start + (row + 2) * step, c + get(bias, row + 2))
+            put(y, start + (row + 3) * step, d + get(bias, row + 3))
+            row += 4
+        while row < bottom:
+            total = _dot(values, (row - r * height) * width, indices, k0, k1, size, width, x, like)
+            put(y, start + row * step, total + get(bias, row))
+            row += 1
 
 
 @jit
@@ -139,41 +158,32 @@ def _sum(values, start, indices, first, end, size, width, tile, sums, like):  # 
 
 
 @jit
-def _block_rows(  # type: ignore[no-untyped-def]
-    first, last, values, indices, indptr, height, width, bias, tile, n_tokens, in_turns,
-    y, start, y_strides, n_rows, sums, like,
+def _some_tokens(  # type: ignore[no-untyped-def]
+    first, last, values, indices, indptr, height, width, bias, tile, n_tokens, sums,
+    y, start, y_strides, n_rows, like,
 ):  # fmt: skip
-    """Block rows first : last for the tokens of the tile; lanes are columns if tokens come `in_turns`."""
-    size, step = height * width, 1 if in_turns else lanes_of(like)
+    """Block rows first : last for the tokens of a tile."""
+    size, lanes = height * width, lanes_of(like)
     for r in range(first, last):
         k0, k1 = indptr[r], indptr[r + 1]
         row, bottom = r * height, min((r + 1) * height, n_rows)
-        at = 0
         while row < bottom:
-            if row + 4 <= bottom:
-                together = 4
-                if in_turns:
-                    _dots_of_four(values, at, indices, k0, k1, size, width, tile, sums, like)
-                else:
-                    _sums_of_four(values, at, indices, k0, k1, size, width, tile, sums, like)
+            at, together = (row - r * height) * width, 4 if row + 4 <= bottom else 1
+            if together == 4:
+                _sums_of_four(values, at, indices, k0, k1, size, width, tile, sums, like)
             else:
-                together = 1
-                if in_turns:
-                    _dot(values, at, indices, k0, k1, size, width, tile, sums, like)
-                else:
-                    _sum(values, at, indices, k0, k1, size, width, tile, sums, like)
+                _sum(values, at, indices, k0, k1, size, width, tile, sums, like)
             for i in range(together):
                 for t in range(n_tokens):
-                    total = get(sums, i * step + t) + get(bias, row + i)
+                    total = get(sums, i * lanes + t) + get(bias, row + i)
                     put(y, start + (row + i) * y_strides[0] + t * y_strides[1], total)
-            at += together * width
             row += together
 
 
 @jit
 def _multiply_share(  # type: ignore[no-untyped-def]
     share, n_shares, values_at, indices, indptr, height, width, bias_at, like,
-    x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, in_turns, work,
+    x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
 ):  # fmt: skip
     if spread(share, n_shares):
         return
@@ -182,25 +192,35 @@ def _multiply_share(  # type: ignore[no-untyped-def]
     first, last = rows_of_share(share, n_shares, indptr[:-1], indptr[1:])
     items = 4 * lanes_of(whole_line(like))
     sums, tile = work[share, :items], work[share, items:]
-    row_items = 1 if in_turns else lanes
-    for token0 in range(0, n_tokens, row_items):
-        tokens, start = min(row_items, n_tokens - token0), token0 * y_strides[1]
-        pack(x, token0 * x_strides[1], x_strides[0], x_strides[1], n_columns, tokens, tile, row_items)
-        tile[n_columns * row_items : (n_columns + width) * row_items] = 0
-        if lanes == lanes_of(quarter_line(like)):
-            _block_rows(
-                first, last, values, indices, indptr, height, width, bias, tile, tokens, in_turns,
-                y, start, y_strides, n_rows, sums, quarter_line(like),
-            )  # fmt: skip
+    for token0 in range(0, n_tokens, lanes):
+        tokens, start = min(lanes, n_tokens - token0), token0 * y_strides[1]
+        pack(x, token0 * x_strides[1], x_strides[0], x_strides[1], n_columns, tokens, tile, lanes)
+        tile[n_columns * lanes : (n_columns + width) * lanes] = 0
+        if lanes == 1:
+            _one_token(
+                first,
+                last,
+                values,
+                indices,
+                indptr,
+                height,
+                width,
+                bias,
+                tile,
+                y,
+                start,
+                y_strides[0],
+                n_rows,
+            )
         elif lanes == lanes_of(half_line(like)):
-            _block_rows(
-                first, last, values, indices, indptr, height, width, bias, tile, tokens, in_turns,
-                y, start, y_strides, n_rows, sums, half_line(like),
+            _some_tokens(
+                first, last, values, indices, indptr, height, width, bias, tile, tokens, sums,
+                y, start, y_strides, n_rows, half_line(like),
             )  # fmt: skip
         else:
-            _block_rows(
-                first, last, values, indices, indptr, height, width, bias, tile, tokens, in_turns,
-                y, start, y_strides, n_rows, sums, whole_line(like),
+            _some_tokens(
+                first, last, values, indices, indptr, height, width, bias, tile, tokens, sums,
+                y, start, y_strides, n_rows, whole_line(like),
             )  # fmt: skip
 
 
@@ -217,20 +237,14 @@ def multiply_few_blocks(
     if n_rows * n_tokens == 0:
         return
     height, width = block_shape
-    lanes, in_turns = _lanes(width, n_tokens, CACHE_LINE // like.itemsize)
-    n_shares = min(n_threads, 1 + len(indices) * height * width // _MIN_SHARE)
     line = CACHE_LINE // like.itemsize
-    work = scratch(n_shares, 4 * line + (n_columns + width) * (1 if in_turns else lanes), like.dtype)
+    if n_tokens <= _IN_TURNS and width % (line // 4) == 0:
+        lanes = 1
+    else:
+        lanes = line // 2 if n_tokens <= line // 2 else line
+    n_shares = min(n_threads, 1 + len(indices) * height * width // _MIN_SHARE)
+    work = scratch(n_shares, 4 * line + (n_columns + width) * lanes, like.dtype)
     launch(
         _multiply_share, n_shares, values_at, indices, indptr, height, width, bias_at, like,
-        x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, in_turns, work,
+        x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
     )  # fmt: skip
-
-
-def _lanes(width: int, n_tokens: int, line: int) -> tuple[int, bool]:
-    """Lanes of the vectors, where a cache line has `line`, and whether they are columns, tokens in turns."""
-    if n_tokens <= _IN_TURNS:
-        for lanes in (line // 2, line // 4):
-            if width % lanes == 0:
-                return lanes, True
-    return next((lanes for lanes in (line // 4, line // 2) if n_tokens <= lanes), line), False
