@@ -2,8 +2,8 @@
 
 Loop order, from outside: shares of block rows on threads; block rows; four rows of them; blocks; their
 columns. The sums of the four rows stay in registers, and a loaded vector of X serves all of them. Its lanes
-are tokens. For one token, or two in turns, they are columns if blocks are wide enough: then a
-vector of weights is one load. No plan is needed, and nothing is packed but the tokens, which stay in the
+are tokens; for one token, or two in turns, they are columns if a block has whole vectors of them, so that the
+weights are loaded as vectors too. No plan is needed, and nothing is packed but the tokens, which stay in the
 first two caches. The weights are read where they are, once: 4 bytes each, and 2 for the column of a block.
 The bandwidth at which they arrive is the limit for one token, the multiply-adds are for many.
 """
