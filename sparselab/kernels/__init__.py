@@ -17,6 +17,7 @@ from typing import Any, overload
 import numpy as np
 
 from sparselab.kernels import _block_gradient, _block_products, _plan, _rewrite, _sddmm_dw, _spmm, _spmm_t
+from sparselab.kernels._block_few_tokens import multiply_few_blocks
 from sparselab.kernels._block_plan import Strips, plan_product
 from sparselab.kernels._checks import (
     Plan,
@@ -132,15 +133,22 @@ def spmm(
     if bias is not None:
         bias = contiguous(check_entries("bias", bias, W.shape[:1], W.dtype))
     Y, result = output(out, (W.shape[0], X.shape[1]), W, X, bias)
+    values, indices = contiguous(W.values), contiguous(W.indices)
+    few = X.shape[1] <= MOST_TOKENS
+    offsets = np.zeros(W.shape[0] if few else 0, W.dtype) if bias is None else bias
     if isinstance(W, BlockCSR):
-        strips = plan_spmm(W) if plan is None else checked_strips(plan, W)
-        _block_products.multiply(contiguous(W.values).reshape(-1), strips, False, X, Y, bias)
+        strips = None if plan is None else checked_strips(plan, W)
+        if few:
+            multiply_few_blocks(
+                address(values), indices, contiguous(W.indptr), W.block_shape, address(offsets), offsets,
+                matrix(X), matrix(Y), worker_count(),
+            )  # fmt: skip
+        else:
+            _block_products.multiply(values.reshape(-1), strips or plan_spmm(W), False, X, Y, bias)
         return finish(Y, result)
     segments = None if plan is None else checked(plan, W.nnz, W.capacity, W.shape)
-    values, indices = contiguous(W.values), contiguous(W.indices)
-    if X.shape[1] <= MOST_TOKENS:
+    if few:
         begin = W.indptr[:-1]
-        offsets = np.zeros(W.shape[0], W.dtype) if bias is None else bias
         multiply_few(
             address(values), values, indices, begin, begin + W.row_nnz, address(offsets), offsets,
             matrix(X), matrix(Y), worker_count(),
@@ -172,7 +180,7 @@ def spmm_t(
     -------
     array, (columns, tokens)
         `out`, or a new array that is token-major (Fortran order) if DY is. Equal to
-        ``spmm(W.transpose(), DY)`` bit for bit.
+        ``spmm(W.transpose(), DY)`` bit for bit; of blocks only from 17 tokens on.
 
     Raises
     ------

@@ -49,6 +49,17 @@ def sum_lanes(emit: Emit, partials: list[Any]) -> Any:
     return total
 
 
+@intrinsic
+def sum_of(_: Any, vector: Any) -> Any:
+    """The sum of the lanes of one vector."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        total = sum_lanes(Emit(context, builder, signature, args), [args[0]])
+        return builder.extract_element(total, ir.Constant(I32, 0))
+
+    return vector.dtype(vector), codegen
+
+
 def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
     @intrinsic
     def dots(

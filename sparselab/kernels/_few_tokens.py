@@ -37,7 +37,7 @@ _MIN_SHARE = 16_384
 
 
 @jit
-def _rows_of_share(share, n_shares, begin, end):  # type: ignore[no-untyped-def]
+def rows_of_share(share, n_shares, begin, end):  # type: ignore[no-untyped-def]
     """Rows of one share; the shares are cut where the connections are halved, not the rows."""
     n_rows = len(begin)
     if n_rows == 0:
@@ -115,7 +115,7 @@ def _multiply_share(  # type: ignore[no-untyped-def]
         return
     values, bias = view_at(values_at, bits), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
-    first, last = _rows_of_share(share, n_shares, begin, end)
+    first, last = rows_of_share(share, n_shares, begin, end)
     if n_tokens == 1:
         _one_token(values, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0])
     elif n_tokens <= 8:

@@ -230,13 +230,13 @@ def _pointer_alignment(vector: Vector) -> int:
     return min(64, vector.lanes * item_bytes(vector.dtype))
 
 
-def _zeros(lanes: int) -> Any:
+def _zeros(lanes: int = 0, n_bytes: int = 0) -> Any:
     @intrinsic
     def zeros(_: Any, array: Any) -> Any:
-        vector = Vector(array.dtype, lanes)
+        vector = Vector(array.dtype, lanes or n_bytes // item_bytes(array.dtype))
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return ir.Constant(vector.llvm, [0] * lanes)
+            return ir.Constant(vector.llvm, [0] * vector.lanes)
 
         return vector(array), codegen
 
@@ -247,16 +247,10 @@ def _zeros(lanes: int) -> Any:
 #: tell the functions below how many lanes to work on.
 zeros8, zeros16 = _zeros(8), _zeros(16)
 
-
-@intrinsic
-def zeros_register(_: Any, array: Any) -> Any:
-    """A vector register of zeros of the array's dtype."""
-    vector = Vector(array.dtype, VECTOR_BYTES // item_bytes(array.dtype))
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(vector.llvm, [0] * vector.lanes)
-
-    return vector(array), codegen
+#: The same, of so many bytes: a vector register, and parts of a cache line.
+zeros_register = _zeros(n_bytes=VECTOR_BYTES)
+quarter_line, half_line = _zeros(n_bytes=CACHE_LINE // 4), _zeros(n_bytes=CACHE_LINE // 2)
+whole_line = _zeros(n_bytes=CACHE_LINE)
 
 
 @intrinsic

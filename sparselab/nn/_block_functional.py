@@ -42,7 +42,7 @@ def _block_linear(
         If the topology is not valid.
     """
     found = _find(plans, indptr, indices, out_features, x.shape[1], values.shape[1:])
-    check_fit(x, values, bias, (found.matrix.nnz, *found.block_shape), out_features)
+    check_fit(x, values, bias, found.layout, out_features)
     return product(x, values, bias, found)
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels import Strips
+from sparselab.kernels._block_few_tokens import multiply_few_blocks
 from sparselab.kernels._block_gradient import sample
 from sparselab.kernels._block_products import multiply
 from sparselab.kernels.blocks import grid_of
 from sparselab.kernels.layout import Array
 from sparselab.nn._blocks import cut, join
 from sparselab.nn._plans import BlockPlans
-from sparselab.nn._products import _array
+from sparselab.nn._products import LIKE, _array, few_operands
 from sparselab.nn._threads import use_torch_threads
 
 _CHUNK_BYTES = 8 << 20
@@ -31,9 +32,13 @@ def product(
     if x.dtype == torch.bfloat16:
         wide = None if bias is None else bias.detach().float()
         return product(x.float(), values.float(), wide, plans, variant).to(torch.bfloat16)
-    use_torch_threads()
+    n_threads = use_torch_threads()
     x, y = x.detach(), x.new_empty((x.shape[0], plans.shape[0]))
-    if (variant or plans.variant("forward", len(x))) == "dense blocks":
+    variant = variant or plans.variant("forward", len(x))
+    if variant == "few tokens":
+        few_tokens(x, values, bias, plans, y, n_threads)
+        return y
+    if variant == "dense blocks":
         for part in _chunks(plans):
             out, weight = y[:, part.rows], part.expand(values.detach(), plans)
             torch.mm(x, weight.T, out=out)
@@ -43,6 +48,18 @@ def product(
     offset = None if bias is None else _array(bias.contiguous())
     multiply(_flat(values), plans.product(False), False, _array(x).T, _array(y).T, offset)
     return y
+
+
+def few_tokens(
+    x: Tensor, values: Tensor, bias: Tensor | None, plans: BlockPlans, y: Tensor, n_threads: int
+) -> None:
+    """As `_products.few_tokens`."""
+    weights, offsets, X, Y = few_operands(x, values, bias, plans, y)
+    matrix = plans.matrix
+    multiply_few_blocks(
+        weights.data_ptr(), matrix.indices, matrix.indptr, plans.block_shape,
+        offsets.data_ptr(), LIKE[x.dtype], X, Y, n_threads,
+    )  # fmt: skip
 
 
 def input_grad(grad: Tensor, values: Tensor, plans: BlockPlans) -> Tensor:

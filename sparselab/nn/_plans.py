@@ -94,21 +94,25 @@ class Plans:
     """
 
     rules: ClassVar[Rules]
+    shape: tuple[int, int]
     density: float
+    #: How values and gradient are laid out.
+    layout: tuple[int, ...]
 
     def __init__(self, indptr: Tensor, indices: Tensor, sizes: Any) -> None:
         self.key = _key(indptr, indices, sizes)
         self._seen = indptr, indices, _stamp(indptr), _stamp(indices)
         # These hold the memory, so that no other tensor can come to have the addresses in the key.
         self._held = indptr.detach(), indices.detach()
-        self._sizes = sizes
+        self.sizes = sizes
+        self._zeros = torch.empty(0)
         self.measured: Measured | None = None
 
     def is_of(self, indptr: Tensor, indices: Tensor, sizes: Any) -> bool:
         """Whether these are the very tensors that the plans were made for, unchanged: a quick yes."""
         mine, columns, stamp, columns_stamp = self._seen
         return (
-            sizes == self._sizes
+            sizes == self.sizes
             and mine is indptr
             and columns is indices
             and stamp == _stamp(indptr)
@@ -120,6 +124,12 @@ class Plans:
         measured = self.measured if operation == "forward" else None
         name = None if measured is None else measured.name(n_tokens)
         return choose_name(operation, n_tokens, self.density, self.rules) if name is None else name
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """A zero for each row, to be read only."""
+        if self._zeros.dtype != dtype or len(self._zeros) != self.shape[0]:
+            self._zeros = torch.zeros(self.shape[0], dtype=dtype)
+        return self._zeros
 
 
 class TopologyPlans(Plans):
@@ -141,22 +151,14 @@ class TopologyPlans(Plans):
         self._W = PaddedCSR(shape, begin, np.diff(begin), columns, no_values)
         if begin[0] != 0:
             raise ValueError(f"indptr must start at 0, got {begin[0]}")
-        #: How values and gradient are laid out.
         self.layout = indices.shape
         self.indices = columns
         #: Row i is the slots ``begin[i] : end[i]``.
         self.begin, self.end = begin[:-1], begin[1:]
         size = shape[0] * shape[1]
         self.density = len(columns) / size if size else 1.0
-        self._zeros = torch.zeros(self.shape[0])
         #: Plans for other kernels, by what they depend on beside the topology.
         self.others: dict[Any, OtherPlans] = {}
-
-    def zeros(self, dtype: torch.dtype) -> Tensor:
-        """A zero for each row, to be read only."""
-        if self._zeros.dtype != dtype:
-            self._zeros = torch.zeros(self.shape[0], dtype=dtype)
-        return self._zeros
 
     @cached_property
     def forward(self) -> Segments:
@@ -211,6 +213,7 @@ class BlockPlans(Plans):
         columns = indices.contiguous().numpy()
         no_values = np.broadcast_to(np.float32(0), (len(columns), *self.block_shape))
         self.matrix = BlockCSR(self.shape, self.block_shape, indptr.contiguous().numpy(), columns, no_values)
+        self.layout = no_values.shape
         size = self.shape[0] * self.shape[1]
         self.outside = self.matrix.outside()
         live = no_values.size - int(self.outside[1].sum())

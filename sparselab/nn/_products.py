@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels._dense_blocks import collect_rows, expand_rows
-from sparselab.kernels._few_tokens import multiply_few
+from sparselab.kernels._few_tokens import Matrix, multiply_few
 from sparselab.kernels._sddmm_dw import sample
 from sparselab.kernels._spmm import multiply
 from sparselab.kernels._spmm_t import multiply_t
 from sparselab.kernels.layout import Array
-from sparselab.nn._plans import TopologyPlans
+from sparselab.nn._plans import Plans, TopologyPlans
 from sparselab.nn._threads import use_torch_threads
 
 _BLOCK_BYTES = 8 << 20
 
 #: Arrays that only tell a kernel the dtype of an address; bfloat16 as its bits.
-_LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
+LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
     torch.bfloat16: np.empty(0, np.uint16),
@@ -72,18 +72,24 @@ def few_tokens(
     x: Tensor, values: Tensor, bias: Tensor | None, plans: TopologyPlans, y: Tensor, n_threads: int
 ) -> None:
     """Fill y (..., rows), contiguous, with ``x W^T + b`` for x contiguous or (tokens, columns)."""
+    weights, offsets, X, Y = few_operands(x, values, bias, plans, y)
+    multiply_few(
+        weights.data_ptr(), LIKE[values.dtype], plans.indices, plans.begin, plans.end,
+        offsets.data_ptr(), LIKE[x.dtype], X, Y, n_threads,
+    )  # fmt: skip
+
+
+def few_operands(
+    x: Tensor, values: Tensor, bias: Tensor | None, plans: Plans, y: Tensor
+) -> tuple[Tensor, Tensor, Matrix, Matrix]:
+    """Contiguous weights and offsets, and x and y as matrices with a column for each token."""
     rows, columns = plans.shape
     weights = values if values.is_contiguous() else values.contiguous()
     offsets = plans.zeros(x.dtype) if bias is None else bias.contiguous()
     token_stride, stride = (columns, 1) if x.is_contiguous() else x.stride()
     n_tokens = x.numel() // columns if columns else x.shape[0]
-    like = _LIKE[x.dtype]
-    multiply_few(
-        weights.data_ptr(), _LIKE[values.dtype], plans.indices, plans.begin, plans.end,
-        offsets.data_ptr(), like,
-        (x.data_ptr(), (stride, token_stride), (columns, n_tokens)),
-        (y.data_ptr(), (1, rows), (rows, n_tokens)), n_threads,
-    )  # fmt: skip
+    X = x.data_ptr(), (stride, token_stride), (columns, n_tokens)
+    return weights, offsets, X, (y.data_ptr(), (1, rows), (rows, n_tokens))
 
 
 def input_grad(grad: Tensor, values: Tensor, plans: TopologyPlans) -> Tensor:

@@ -15,8 +15,8 @@ from sparselab import kernels
 from sparselab.kernels import BlockCSR, PaddedCSR, n_connections
 from sparselab.kernels.blocks import check_block_shape, grid_of
 from sparselab.kernels.layout import Array, check_fraction
-from sparselab.nn import _block_functional
-from sparselab.nn._block_products import product
+from sparselab.nn import _block_functional, functional
+from sparselab.nn._block_products import few_tokens, product
 from sparselab.nn._blocks import cut, join, read_blocks
 from sparselab.nn._checks import check_blocks
 from sparselab.nn._layer import SparseLayer
@@ -297,7 +297,7 @@ class BlockSparseLinear(SparseLinear):
         return new, move_blocks(self.values.detach().clone(), moved), moved
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
-        return None
+        return functional.infer(x, self._parameters, self._buffers, self._plans, few_tokens)
 
     def _product(self, tokens: Tensor) -> Tensor:
         return _block_functional.sparse_block_linear(

@@ -150,7 +150,11 @@ def call(
 
 
 def infer(
-    x: Tensor, parameters: Mapping[str, Any], buffers: Mapping[str, Any], layer_plans: LayerPlans
+    x: Tensor,
+    parameters: Mapping[str, Any],
+    buffers: Mapping[str, Any],
+    layer_plans: LayerPlans,
+    compute: Callable[..., None] = few_tokens,
 ) -> Tensor | None:
     """The output of a layer for few tokens that nobody differentiates or traces; None for all else.
 
@@ -165,6 +169,8 @@ def infer(
         Of the layer, by name.
     layer_plans : LayerPlans
         Of the layer.
+    compute : callable
+        The product for few tokens, as `few_tokens`.
     """
     plans, values, bias = layer_plans.current, parameters.get("values"), parameters.get("bias")
     if (
@@ -186,12 +192,12 @@ def infer(
         or dtype is not values.dtype
         or not x.is_contiguous()
         or getattr(forward_ad, "_current_level", 0) >= 0
-        or not plans.is_of(buffers["indptr"], buffers["indices"], columns)
+        or not plans.is_of(buffers["indptr"], buffers["indices"], plans.sizes)
     ):
         return None
     check_fit(x, values, bias, plans.layout, rows)
     y = x.new_empty((*x.shape[:-1], rows))
-    few_tokens(x, values, bias, plans, y, use_torch_threads())
+    compute(x, values, bias, plans, y, use_torch_threads())
     return y
 
 

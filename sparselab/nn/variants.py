@@ -38,7 +38,7 @@ class Rules(NamedTuple):
 
 
 SINGLE = Rules(DENSE_FROM, knows_few=True)
-BLOCKS = Rules(BLOCK_DENSE_FROM)
+BLOCKS = Rules(BLOCK_DENSE_FROM, knows_few=True)
 CONVOLUTIONS = Rules(DENSE_CONVOLUTION_FROM)
 
 #: The ways to compute the forward pass.

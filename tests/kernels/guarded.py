@@ -100,7 +100,7 @@ def main() -> None:
     ):
         run(shape, tokens, dtype, order, sparsity)
     for shape, tokens, dtype, order, block in itertools.product(
-        SIZES, (1, 9, 25, 193), (np.float32, np.float64), "CF", BLOCKS
+        SIZES, (1, 2, 3, 9, 25, 193), (np.float32, np.float64), "CF", BLOCKS
     ):
         run_blocks(shape, tokens, dtype, order, block)
     print("no read past an end")

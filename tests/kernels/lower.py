@@ -50,6 +50,7 @@ def main(directory: str, *targets: str) -> None:
     from sparselab.kernels import (
         BlockCSR,
         PaddedCSR,
+        _block_few_tokens,
         _block_gradient,
         _block_products,
         _sddmm_dw,
@@ -77,6 +78,7 @@ def main(directory: str, *targets: str) -> None:
         )
         blocks = BlockCSR.random((16, 300), 0.5, (4, 1), 0, dtype=dtype)
         Y = spmm(blocks, X)
+        spmm(blocks, X[:, :1])
         spmm_t(blocks, Y)
         sddmm_dw(blocks, Y, X)
     kernels = {
@@ -84,6 +86,7 @@ def main(directory: str, *targets: str) -> None:
         "sddmm_dw": _sddmm_dw._sample_share,
         "multiply_shifted": _shifted._multiply_share,
         "sample_shifted": _shifted._sample_share,
+        "block few tokens": _block_few_tokens._multiply_share,
         "block gather": _block_products._gather_share,
         "block scatter": _block_products._scatter_share,
         "block gradient": _block_gradient._sample_share,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sparselab.kernels import (
     BlockCSR,
     PaddedCSR,
+    _block_few_tokens,
     _block_gradient,
     _block_products,
     plan_sddmm_dw,
@@ -25,6 +26,7 @@ from sparselab.kernels import (
     spmm,
     spmm_t,
 )
+from sparselab.kernels._jit import scratch
 from tests import strategies
 from tests.kernels.contract import assert_same_bits
 from tests.oracle import Exact, assert_close, product
@@ -35,7 +37,7 @@ Array = np.ndarray[Any, Any]
 #: High, wide, square and odd ones, around the height of a strip and the width of a vector.
 BLOCKS = ((1, 1), (4, 1), (1, 8), (2, 2), (4, 4), (3, 5), (6, 2), (8, 32), (16, 16), (64, 64))
 SHAPES = ((1, 1), (7, 9), (64, 64), (37, 150), (150, 37), (129, 520))
-TOKENS = (0, 1, 8, 9, 25, 97, 200)
+TOKENS = (0, 1, 2, 4, 8, 9, 16, 17, 25, 97, 200)
 
 #: Which blocks exist, from (rng, grid).
 PATTERNS: dict[str, Callable[[np.random.Generator, tuple[int, int]], Array]] = {
@@ -115,6 +117,25 @@ def test_equals_the_oracle(W: BlockCSR, tokens: int, layout: str, rng: np.random
         assert_same_bits(array, copy)
 
 
+@pytest.mark.any_width
+@pytest.mark.parametrize("block_shape", BLOCKS)
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_few_tokens_need_no_strips(
+    block_shape: tuple[int, int], dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_block_products, "multiply", None)
+    rng = np.random.default_rng(7)
+    W = build((37, 50), block_shape, "some", rng, dtype)
+    matrix, live = dense(W)
+    bias = rng.standard_normal(37).astype(dtype)
+    for tokens in range(1, 17):
+        X, _ = draw_tokens(rng, W, tokens)
+        scratch(1, 4096, W.dtype)[...] = np.nan
+        assert_close(spmm(W, X, bias=bias), product(matrix, X, live=live, bias=bias), dtype)
+    with pytest.raises(TypeError, match="not callable"):
+        spmm(W, np.ones((50, 17), dtype))
+
+
 @given(W=matrices(), rng=strategies.generators())
 def test_equals_the_reference(W: BlockCSR, rng: np.random.Generator) -> None:
     X, DY = draw_tokens(rng, W, 5)
@@ -127,12 +148,13 @@ def test_equals_the_reference(W: BlockCSR, rng: np.random.Generator) -> None:
 @pytest.mark.any_width
 @pytest.mark.parametrize("block_shape", BLOCKS)
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_writes_all_of_out_and_nothing_else(block_shape: tuple[int, int], layout: str) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 9, 33])
+def test_writes_all_of_out_and_nothing_else(block_shape: tuple[int, int], layout: str, tokens: int) -> None:
     rng = np.random.default_rng(0)
     W = build((37, 50), block_shape, "some", rng)
-    X, DY = draw_tokens(rng, W, 33)
+    X, DY = draw_tokens(rng, W, tokens)
     for call, operand, rows in ((spmm, X, 37), (spmm_t, DY, 50)):
-        base = strategies.base_array(layout, (rows, 33), W.dtype)
+        base = strategies.base_array(layout, (rows, tokens), W.dtype)
         out = LAYOUTS[layout].cut(base)
         out[...] = np.nan
         written = LAYOUTS[layout].cut(inside := np.zeros_like(base, np.bool_))
@@ -147,11 +169,14 @@ def test_writes_all_of_out_and_nothing_else(block_shape: tuple[int, int], layout
 
 @pytest.mark.parametrize("block_shape", BLOCKS)
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
-def test_nan_and_infinity_reach_what_their_blocks_reach(block_shape: tuple[int, int], wrong: float) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16, 26])
+def test_nan_and_infinity_reach_what_their_blocks_reach(
+    block_shape: tuple[int, int], wrong: float, tokens: int
+) -> None:
     rng = np.random.default_rng(1)
     W = build((37, 50), block_shape, "some", rng)
-    X, DY = (np.array(operand) for operand in draw_tokens(rng, W, 26))
-    X[49, 3] = DY[36, 20] = X[0, 25] = wrong
+    X, DY = (np.array(operand) for operand in draw_tokens(rng, W, tokens))
+    X[49, tokens // 8] = DY[36, tokens * 3 // 4] = X[0, tokens - 1] = wrong
     matrix, live = dense(W)
     assert_close(spmm(W, X), product(matrix, X, live=live), W.dtype)
     assert_close(spmm_t(W, DY), product(matrix.T, DY, live=live.T), W.dtype)
@@ -189,6 +214,34 @@ def test_threads_change_no_bit(
     assert shares == [1, 1, 1, 2, 2, 2]
     for one, two in zip(*results, strict=True):
         assert_same_bits(one, two)
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
+@pytest.mark.any_width
+@pytest.mark.parametrize("block_shape", BLOCKS)
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16])
+def test_threads_change_no_bit_of_few_tokens(
+    block_shape: tuple[int, int], dtype: type, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+    launch = _block_few_tokens.launch
+
+    def record(kernel: Any, n_shares: int, *args: Any) -> None:
+        shares.append(n_shares)
+        launch(kernel, n_shares, *args)
+
+    monkeypatch.setattr(_block_few_tokens, "launch", record)
+    monkeypatch.setattr(_block_few_tokens, "_MIN_SHARE", 1)
+    rng = np.random.default_rng(8)
+    W = build((200, 90), block_shape, "some", rng, dtype)
+    X, _ = draw_tokens(rng, W, tokens)
+    results = []
+    for threads in (1, 2):
+        numba.set_num_threads(threads)
+        results.append(spmm(W, X))
+    assert shares == [1, 2]
+    assert_same_bits(*results)
 
 
 @pytest.mark.any_width

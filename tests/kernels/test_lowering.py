@@ -23,6 +23,10 @@ VECTOR_FMA = {
 }
 
 
+#: On vectors, of whole registers or not.
+ANY_VECTOR_FMA = rf"{VECTOR_FMA[16]}|\bvfmadd\w+p[sd]\s"
+
+
 class Listings:
     """Assembly of the kernels, compiled once per vector width for every target of that width."""
 
@@ -49,6 +53,12 @@ def listings(tmp_path_factory: pytest.TempPathFactory) -> Listings:
 #: Loops with multiply-adds: two rows, the rest of the longer, one row; whole groups of dots, the others; the
 #: connections of one row; the tokens of eight connections; a wide and a narrow row of tokens of a strip; a
 #: wide one; three columns of a strip.
+every_target = pytest.mark.parametrize(
+    ("width", "target"),
+    [(16, NEOVERSE), (16, APPLE), (32, HASWELL), (64, AVX512)],
+    ids=["neoverse-n1", "apple-m1", "haswell", "avx512"],
+)
+
 N_LOOPS = {
     "spmm": 3, "sddmm_dw": 2, "multiply_shifted": 1, "sample_shifted": 1,
     "block gather": 2, "block scatter": 1, "block gradient": 1,
@@ -57,11 +67,7 @@ N_LOOPS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kernel", N_LOOPS)
-@pytest.mark.parametrize(
-    ("width", "target"),
-    [(16, NEOVERSE), (16, APPLE), (32, HASWELL), (64, AVX512)],
-    ids=["neoverse-n1", "apple-m1", "haswell", "avx512"],
-)
+@every_target
 def test_innermost_loops_work_on_vector_registers(
     listings: Listings, width: int, target: str, kernel: str, dtype: str
 ) -> None:
@@ -69,6 +75,21 @@ def test_innermost_loops_work_on_vector_registers(
     assert len(loops) >= N_LOOPS[kernel]
     for loop in loops:
         assert loop.count(ANY_FMA) == loop.count(VECTOR_FMA[width]) >= 2
+        assert not loop.count(r"^\s+(call|bl)")
+        assert not loop.spills
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_target
+def test_few_tokens_of_blocks_are_multiplied_in_vectors(
+    listings: Listings, width: int, target: str, dtype: str
+) -> None:
+    loops = listings.loops(width, "block few tokens", dtype, target)
+    # Columns: four rows, one. Tokens in two sizes: four rows of one column, of several; four blocks of a row,
+    # the rest of them.
+    assert len(loops) >= 2 + 2 * 4
+    for loop in loops:
+        assert loop.count(ANY_FMA) == loop.count(ANY_VECTOR_FMA) >= 1
         assert not loop.count(r"^\s+(call|bl)")
         assert not loop.spills
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 import sparselab
 from sparselab import BlockSparseLinear, MaskedLinear, SparseLinear, densify, measure_sparsity, memory_report
 from sparselab.kernels import BlockCSR, n_connections
-from sparselab.nn import _block_functional, variants
+from sparselab.nn import _block_functional, _block_products, variants
 from sparselab.nn.topology import as_matrix, is_sparse
+from sparselab.nn.variants import BLOCKS, FORWARD, possible
 from tests.nn.blocks import SIZES, array, every_block, outside
 from tests.oracle import Exact, assert_close, product
 
@@ -215,6 +217,36 @@ def test_dense_products_of_chunks_give_the_same(
         assert layer.bias is not None
         results.append([y, inputs.grad, layer.values.grad, layer.bias.grad])
     torch.testing.assert_close(*results)
+
+
+@every_block
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17])
+def test_every_variant_gives_the_numbers_of_dense(
+    block_shape: tuple[int, int], bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    for name, kernel in (("multiply_few_blocks", "few tokens"), ("multiply", "tiles")):
+        monkeypatch.setattr(_block_products, name, noting(taken, kernel, getattr(_block_products, name)))
+    layer = BlockSparseLinear(*SIZES, bias, sparsity=0.6, block_shape=block_shape)
+    x = torch.randn(SIZES[0], tokens).T
+    exact = product(array(layer.to_dense().weight), array(x).T, bias=array(layer.bias) if bias else None)
+    ways = layer._ways(x)
+    assert tuple(ways) == possible(tokens, BLOCKS) == (FORWARD if tokens <= 16 else FORWARD[1:])
+    for way in ways.values():
+        assert_close(array(way()).T, exact, np.float32)
+    assert (*taken, "dense blocks") == tuple(ways)
+    taken.clear()
+    layer(x)
+    assert taken == [layer.variant(tokens).name] == ["few tokens" if tokens <= 16 else "tiles"]
+
+
+def noting(taken: list[str], name: str, run: Callable[..., None]) -> Callable[..., None]:
+    def noted(*arguments: Any) -> None:
+        taken.append(name)
+        run(*arguments)
+
+    return noted
 
 
 def test_a_watcher_sees_the_factors_of_the_gradient() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,14 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparselab import FanInLinear, SparseLinear
-from sparselab.nn import functional
+from sparselab import BlockSparseLinear, FanInLinear, SparseLinear
+from sparselab.nn import _block_functional, functional
 from tests.nn.test_linear import CountOperators
 
-KINDS = [SparseLinear, FanInLinear]
+Kind = Callable[..., SparseLinear]
+
+BLOCKS = partial(BlockSparseLinear, sparsity=0.5, block_shape=(4, 8))
+KINDS = [SparseLinear, FanInLinear, BLOCKS]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=["single", "fan-in", "blocks"])
 
 
-def ready(kind: type[SparseLinear] = SparseLinear, **settings: Any) -> SparseLinear:
+def ready(kind: Kind = SparseLinear, **settings: Any) -> SparseLinear:
     """A layer that has computed something, so that its plans are there."""
     layer = kind(20, 10, **settings)
     layer(torch.zeros(1, 20, dtype=layer.values.dtype))
@@ -25,21 +30,22 @@ def ready(kind: type[SparseLinear] = SparseLinear, **settings: Any) -> SparseLin
 
 
 def infer(layer: SparseLinear, x: Tensor) -> Tensor | None:
-    return functional.infer(x, layer._parameters, layer._buffers, layer._plans)
+    return layer._shortcut(x)
 
 
 @pytest.mark.parametrize("shape", [(20,), (1, 20), (1, 1, 20), (2, 20), (16, 20), (2, 4, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_the_shortcut_computes_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, kind: type[SparseLinear], bias: bool, dtype: torch.dtype, shape: Any
+    monkeypatch: pytest.MonkeyPatch, kind: Kind, bias: bool, dtype: torch.dtype, shape: Any
 ) -> None:
     layer = ready(kind, bias=bias, dtype=dtype)
     x = torch.randn(shape, dtype=dtype)
     expected = layer(x)
     assert expected.requires_grad
     monkeypatch.setattr(functional, "sparse_linear", None)
+    monkeypatch.setattr(_block_functional, "sparse_block_linear", None)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
     with torch.inference_mode():
@@ -88,9 +94,10 @@ INPUTS = {
 }
 
 
+@every_kind
 @pytest.mark.parametrize("what", INPUTS)
-def test_other_inputs_go_the_general_way(what: str) -> None:
-    layer = ready().requires_grad_(False)
+def test_other_inputs_go_the_general_way(kind: Kind, what: str) -> None:
+    layer = ready(kind).requires_grad_(False)
     assert infer(layer, X) is not None
     assert infer(layer, INPUTS[what]) is None
 
@@ -117,9 +124,10 @@ LAYERS: dict[str, Callable[[SparseLinear], object]] = {
 }
 
 
+@every_kind
 @pytest.mark.parametrize("what", LAYERS)
-def test_other_layers_go_the_general_way(what: str) -> None:
-    layer = ready().requires_grad_(False)
+def test_other_layers_go_the_general_way(kind: Kind, what: str) -> None:
+    layer = ready(kind).requires_grad_(False)
     assert infer(layer, X) is not None
     LAYERS[what](layer)
     assert infer(layer, X) is None
