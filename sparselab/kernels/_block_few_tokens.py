@@ -198,20 +198,9 @@ def _multiply_share(  # type: ignore[no-untyped-def]
         tile[n_columns * lanes : (n_columns + width) * lanes] = 0
         if lanes == 1:
             _one_token(
-                first,
-                last,
-                values,
-                indices,
-                indptr,
-                height,
-                width,
-                bias,
-                tile,
-                y,
-                start,
-                y_strides[0],
-                n_rows,
-            )
+                first, last, values, indices, indptr, height, width, bias, tile,
+                y, start, y_strides[0], n_rows,
+            )  # fmt: skip
         elif lanes == lanes_of(half_line(like)):
             _some_tokens(
                 first, last, values, indices, indptr, height, width, bias, tile, tokens, sums,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
 import pytest
 
-from sparselab.kernels import _jit, _target, cache_directory
+from sparselab.kernels import PaddedCSR, _jit, _spmm, _target, cache_directory, spmm
 from sparselab.kernels._jit import FASTMATH, aligned_empty, jit, scratch
 from tests.kernels.process import ROOT, run_python
 
@@ -128,6 +129,7 @@ FORK = """
 import os, sys
 import numba, numpy as np
 from sparselab.kernels import PaddedCSR, _jit, sddmm_dw, spmm, spmm_t
+_jit._MIN_WORK = 1
 W = PaddedCSR.random((64, 80), 0.5, 0)
 X = np.random.default_rng(1).standard_normal((80, 200)).astype(np.float32)
 def products():
@@ -160,7 +162,8 @@ def test_a_forked_child_computes_the_same_without_threads(layer: str) -> None:
 THREADS = """
 import sys, threading
 import numba, numpy as np
-from sparselab.kernels import PaddedCSR, plan_spmm, spmm
+from sparselab.kernels import PaddedCSR, _jit, plan_spmm, spmm
+_jit._MIN_WORK = 1
 W = PaddedCSR.random((64, 80), 0.5, 0)
 X = np.random.default_rng(1).standard_normal((80, 200)).astype(np.float32)
 plan, expected, wrong = plan_spmm(W), None, []
@@ -207,3 +210,22 @@ def test_scratch_rows_and_new_arrays_start_on_cache_lines() -> None:
             array = aligned_empty(items, dtype)
             assert (array.shape, array.dtype, array.ctypes.data % 64) == ((items,), dtype, 0)
     assert aligned_empty(0, np.dtype(np.float32)).shape == (0,)
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
+def test_little_work_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba.set_num_threads(2)
+    monkeypatch.setattr(_jit, "_MIN_WORK", 1000)
+    assert [_jit.worker_count(work) for work in (None, 0, 999, 1000, 10**9)] == [2, 1, 1, 2, 2]
+    shares = []
+    launch = _spmm.launch
+
+    def record(kernel: Any, n_shares: int, *args: Any) -> None:
+        shares.append(n_shares)
+        launch(kernel, n_shares, *args)
+
+    monkeypatch.setattr(_spmm, "launch", record)
+    W = PaddedCSR.from_dense(np.eye(4, dtype=np.float32))
+    for tokens in (80, 90):  # times 4 connections, 4 rows and 4 columns
+        spmm(W, np.ones((4, tokens), np.float32))
+    assert shares == [1, 2]

@@ -116,6 +116,8 @@ FIRST_USE = """
 import threading, torch
 torch.set_num_threads(1)
 from sparselab import SparseLinear
+from sparselab.kernels import _jit
+_jit._MIN_WORK = 1
 layer = SparseLinear(300, 300)
 def work():
     x = torch.randn(100, 300, requires_grad=True)
