@@ -17,7 +17,7 @@ from typing import Any, overload
 import numpy as np
 
 from sparselab.kernels import _block_gradient, _block_products, _plan, _rewrite, _sddmm_dw, _spmm, _spmm_t
-from sparselab.kernels._block_few_tokens import multiply_few_blocks
+from sparselab.kernels._block_few_tokens import MOST_BLOCK_TOKENS, multiply_few_blocks
 from sparselab.kernels._block_plan import Strips, plan_product
 from sparselab.kernels._checks import (
     Plan,
@@ -103,7 +103,7 @@ def spmm(
         Added to every token.
     plan : Segments or Strips, optional
         ``plan_spmm(W)``, kept from an earlier call for the same topology. Made anew if absent; up to 16
-        tokens are multiplied without one.
+        tokens (32 with blocks) are multiplied without one.
 
     Returns
     -------
@@ -134,7 +134,7 @@ def spmm(
         bias = contiguous(check_entries("bias", bias, W.shape[:1], W.dtype))
     Y, result = output(out, (W.shape[0], X.shape[1]), W, X, bias)
     values, indices = contiguous(W.values), contiguous(W.indices)
-    few = X.shape[1] <= MOST_TOKENS
+    few = X.shape[1] <= (MOST_BLOCK_TOKENS if isinstance(W, BlockCSR) else MOST_TOKENS)
     offsets = np.zeros(W.shape[0] if few else 0, W.dtype) if bias is None else bias
     if isinstance(W, BlockCSR):
         strips = None if plan is None else checked_strips(plan, W)
@@ -180,7 +180,7 @@ def spmm_t(
     -------
     array, (columns, tokens)
         `out`, or a new array that is token-major (Fortran order) if DY is. Equal to
-        ``spmm(W.transpose(), DY)`` bit for bit; of blocks only from 17 tokens on.
+        ``spmm(W.transpose(), DY)`` bit for bit; of blocks only from 33 tokens on.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Dense blocks x dense for few tokens: ``Y = W X + b`` with at most `MOST_TOKENS` columns in X.
+"""Dense blocks x dense for few tokens: ``Y = W X + b`` with at most `MOST_BLOCK_TOKENS` columns in X.
 
 Loop order, from outside: shares of block rows on threads; block rows; four rows of them; blocks; their
 columns. The sums of the four rows stay in registers, and a loaded vector of X serves all of them. Its lanes
@@ -33,6 +33,9 @@ from sparselab.kernels._jit import CACHE_LINE, jit, launch, scratch
 from sparselab.kernels._team import spread
 from sparselab.kernels._tiles import pack
 from sparselab.kernels.layout import Array
+
+#: Up to here weights read where they are beat packed ones.
+MOST_BLOCK_TOKENS = 32
 
 #: So many tokens in turns are faster than together, if lanes can be columns.
 _IN_TURNS = 2
@@ -217,7 +220,7 @@ def multiply_few_blocks(
     values_at: int, indices: Array, indptr: Array, block_shape: tuple[int, int], bias_at: int, like: Array,
     X: Matrix, Y: Matrix, n_threads: int,
 ) -> None:  # fmt: skip
-    """``Y = W X + b`` for 1 to `MOST_TOKENS` tokens, with the compressed rows and the blocks of a `BlockCSR`.
+    """``Y = W X + b`` for 1 to `MOST_BLOCK_TOKENS` tokens, with the rows and the blocks of a `BlockCSR`.
 
     All else is as for `multiply_few`.
     """

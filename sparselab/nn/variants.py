@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from sparselab.kernels._block_few_tokens import MOST_BLOCK_TOKENS
 from sparselab.kernels._few_tokens import MOST_TOKENS
 from sparselab.kernels._target import VECTOR_BYTES
 
@@ -29,16 +30,16 @@ _DENSE_TOKENS = 128
 class Rules(NamedTuple):
     """When a layer computes a product in another way than by tiles.
 
-    From a density on (`dense_from`, by operation) it expands blocks of rows for the dense library; if it
-    `knows_few`, the forward pass of up to `MOST_TOKENS` tokens has a kernel of its own.
+    From a density on (`dense_from`, by operation) it expands blocks of rows for the dense library; the
+    forward pass of up to `few` tokens has a kernel of its own.
     """
 
     dense_from: Mapping[str, float]
-    knows_few: bool = False
+    few: int = -1
 
 
-SINGLE = Rules(DENSE_FROM, knows_few=True)
-BLOCKS = Rules(BLOCK_DENSE_FROM, knows_few=True)
+SINGLE = Rules(DENSE_FROM, MOST_TOKENS)
+BLOCKS = Rules(BLOCK_DENSE_FROM, MOST_BLOCK_TOKENS)
 CONVOLUTIONS = Rules(DENSE_CONVOLUTION_FROM)
 
 #: The ways to compute the forward pass.
@@ -94,7 +95,7 @@ class Measured:
 
 def possible(n_tokens: int, rules: Rules = SINGLE) -> tuple[str, ...]:
     """The forward variants that can compute so many tokens."""
-    return FORWARD if rules.knows_few and n_tokens <= MOST_TOKENS else FORWARD[1:]
+    return FORWARD if n_tokens <= rules.few else FORWARD[1:]
 
 
 def _time(microseconds: float) -> str:
@@ -134,7 +135,7 @@ def choose(
         return Variant(operation, name, measured.reason(n_tokens))
     name = choose_name(operation, n_tokens, density, rules)
     if name == "few tokens":
-        reason = f"{n_tokens} tokens (at most {MOST_TOKENS}) do not fill a tile"
+        reason = f"{n_tokens} tokens (at most {rules.few}) do not fill a tile"
     elif name == "dense blocks":
         reason = f"density {density:.2f} is at least {dense_from[operation]:.2f}, where a dense product wins"
     elif density >= dense_from[operation]:
@@ -146,7 +147,7 @@ def choose(
 
 def choose_name(operation: str, n_tokens: int, density: float, rules: Rules = SINGLE) -> str:
     """The name alone of what `choose` returns by the rule; costs a fraction of a microsecond."""
-    if operation == "forward" and rules.knows_few and n_tokens <= MOST_TOKENS:
+    if operation == "forward" and n_tokens <= rules.few:
         return "few tokens"
     if density >= rules.dense_from[operation] and n_tokens >= _DENSE_TOKENS:
         return "dense blocks"
