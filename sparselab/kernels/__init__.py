@@ -103,7 +103,7 @@ def spmm(
         Added to every token.
     plan : Segments or Strips, optional
         ``plan_spmm(W)``, kept from an earlier call for the same topology. Made anew if absent; up to 16
-        tokens (32 with blocks) are multiplied without one.
+        tokens (64 with blocks) are multiplied without one.
 
     Returns
     -------
@@ -180,7 +180,7 @@ def spmm_t(
     -------
     array, (columns, tokens)
         `out`, or a new array that is token-major (Fortran order) if DY is. Equal to
-        ``spmm(W.transpose(), DY)`` bit for bit; of blocks only from 33 tokens on.
+        ``spmm(W.transpose(), DY)`` bit for bit; of blocks only from 65 tokens on.
 
     Raises
     ------

@@ -35,7 +35,7 @@ from sparselab.kernels._tiles import pack
 from sparselab.kernels.layout import Array
 
 #: Up to here weights read where they are beat packed ones.
-MOST_BLOCK_TOKENS = 32
+MOST_BLOCK_TOKENS = 64
 
 #: So many tokens in turns are faster than together, if lanes can be columns.
 _IN_TURNS = 2

@@ -79,7 +79,7 @@ class Mine(Tensor):
 
 X = torch.ones(2, 20)
 INPUTS = {
-    "too many": torch.ones(33, 20),
+    "too many": torch.ones(65, 20),
     "none": torch.ones(0, 20),
     "strided": torch.ones(20, 2).T,
     "another dtype": X.double(),
