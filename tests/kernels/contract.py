@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from sparselab import kernels
@@ -90,3 +91,17 @@ def assert_same_bits(actual: Array, expected: Array) -> None:
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     assert actual.tobytes() == expected.tobytes(), f"{np.sum(actual != expected)} entries differ"
+
+
+def note_shares(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[int]:
+    """The numbers of shares that these modules launch from now on, filled as they do."""
+    shares = []
+    launch = modules[0].launch
+
+    def record(kernel: Any, n_shares: int, *args: Any) -> None:
+        shares.append(n_shares)
+        launch(kernel, n_shares, *args)
+
+    for module in modules:
+        monkeypatch.setattr(module, "launch", record)
+    return shares

@@ -28,7 +28,7 @@ from sparselab.kernels import (
 )
 from sparselab.kernels._jit import scratch
 from tests import strategies
-from tests.kernels.contract import assert_same_bits
+from tests.kernels.contract import assert_same_bits, note_shares
 from tests.oracle import Exact, assert_close, product
 from tests.strategies import LAYOUTS, VALUE_DTYPES
 
@@ -194,15 +194,7 @@ def test_nan_and_infinity_reach_what_their_blocks_reach(
 def test_threads_change_no_bit(
     block_shape: tuple[int, int], dtype: type, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = []
-    launch = _block_products.launch
-
-    def record(kernel: Any, n_shares: int, *args: Any) -> None:
-        shares.append(n_shares)
-        launch(kernel, n_shares, *args)
-
-    monkeypatch.setattr(_block_products, "launch", record)
-    monkeypatch.setattr(_block_gradient, "launch", record)
+    shares = note_shares(monkeypatch, _block_products, _block_gradient)
     rng = np.random.default_rng(2)
     W = build(shape, block_shape, "some", rng, dtype)
     X, DY = draw_tokens(rng, W, 250)
@@ -224,14 +216,7 @@ def test_threads_change_no_bit(
 def test_threads_change_no_bit_of_few_tokens(
     block_shape: tuple[int, int], dtype: type, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = []
-    launch = _block_few_tokens.launch
-
-    def record(kernel: Any, n_shares: int, *args: Any) -> None:
-        shares.append(n_shares)
-        launch(kernel, n_shares, *args)
-
-    monkeypatch.setattr(_block_few_tokens, "launch", record)
+    shares = note_shares(monkeypatch, _block_few_tokens)
     monkeypatch.setattr(_block_few_tokens, "_MIN_SHARE", 1)
     rng = np.random.default_rng(8)
     W = build((200, 90), block_shape, "some", rng, dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 
 from sparselab.kernels import PaddedCSR, _jit, _spmm, _target, cache_directory, spmm
 from sparselab.kernels._jit import FASTMATH, aligned_empty, jit, scratch
+from tests.kernels.contract import note_shares
 from tests.kernels.process import ROOT, run_python
 
 #: Runs one kernel that compiles fast, or a product too; prints how many came from the cache and how many not.
@@ -217,14 +217,7 @@ def test_little_work_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> N
     numba.set_num_threads(2)
     monkeypatch.setattr(_jit, "_MIN_WORK", 1000)
     assert [_jit.worker_count(work) for work in (None, 0, 999, 1000, 10**9)] == [2, 1, 1, 2, 2]
-    shares = []
-    launch = _spmm.launch
-
-    def record(kernel: Any, n_shares: int, *args: Any) -> None:
-        shares.append(n_shares)
-        launch(kernel, n_shares, *args)
-
-    monkeypatch.setattr(_spmm, "launch", record)
+    shares = note_shares(monkeypatch, _spmm)
     W = PaddedCSR.from_dense(np.eye(4, dtype=np.float32))
     for tokens in (80, 90):  # times 4 connections, 4 rows and 4 columns
         spmm(W, np.ones((4, tokens), np.float32))
