@@ -130,17 +130,18 @@ def spmm(
            [ 3.]])
     """
     X = check_matrix("X", X, (W.shape[1], None), W.dtype)
-    if bias is not None:
+    if bias is None:
+        bias = np.zeros(W.shape[0], W.dtype)
+    else:
         bias = contiguous(check_entries("bias", bias, W.shape[:1], W.dtype))
     Y, result = output(out, (W.shape[0], X.shape[1]), W, X, bias)
     values, indices = contiguous(W.values), contiguous(W.indices)
     few = X.shape[1] <= (MOST_BLOCK_TOKENS if isinstance(W, BlockCSR) else MOST_TOKENS)
-    offsets = np.zeros(W.shape[0] if few else 0, W.dtype) if bias is None else bias
     if isinstance(W, BlockCSR):
         strips = None if plan is None else checked_strips(plan, W)
         if few:
             multiply_few_blocks(
-                address(values), indices, contiguous(W.indptr), W.block_shape, address(offsets), offsets,
+                address(values), indices, contiguous(W.indptr), W.block_shape, address(bias), bias,
                 matrix(X), matrix(Y), worker_count(),
             )  # fmt: skip
         else:
@@ -150,7 +151,7 @@ def spmm(
     if few:
         begin = W.indptr[:-1]
         multiply_few(
-            address(values), values, indices, begin, begin + W.row_nnz, address(offsets), offsets,
+            address(values), values, indices, begin, begin + W.row_nnz, address(bias), bias,
             matrix(X), matrix(Y), worker_count(),
         )  # fmt: skip
     else:

@@ -176,7 +176,7 @@ def read_planes(images: Array, grid: Grid, planes: Array) -> None:
 def _move(fill: bool, images: Array, grid: Grid, planes: Array, margin: int) -> None:
     strides = tuple(step // images.itemsize for step in images.strides)
     launch(
-        _move_share, min(worker_count(), len(planes)), fill, images.__array_interface__["data"][0], strides,
-        len(images), grid.phases, grid.step, grid.rows, grid.pitch, planes.reshape(-1), planes.shape[1],
-        margin,
+        _move_share, min(worker_count(planes.size), len(planes)), fill,
+        images.__array_interface__["data"][0], strides, len(images), grid.phases, grid.step, grid.rows,
+        grid.pitch, planes.reshape(-1), planes.shape[1], margin,
     )  # fmt: skip
