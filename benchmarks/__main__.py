@@ -12,8 +12,9 @@ from rich.console import Console
 
 from benchmarks import memory, models, peers, revisions, startup
 from benchmarks.turns import TurnError
-from sparselab.bench import machine, tables
-from sparselab.bench.linear import SHAPES
+from sparselab.bench.contenders.linear import SHAPES
+from sparselab.bench.measure import machine
+from sparselab.bench.output import tables
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import sparselab
 from examples.gpt import GPT
-from sparselab.bench.timing import Timing, interleave
+from sparselab.bench.measure.timing import Timing, interleave
 
 VOCABULARY = 65
 N_BATCHES = 8

@@ -22,7 +22,7 @@ from rich.table import Table
 import sparselab
 from benchmarks import turns
 from benchmarks.turns import Timings, TurnError
-from sparselab.bench.linear import Case
+from sparselab.bench.contenders.linear import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = Path(".venv-peers")

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sparselab.bench.linear import Case
-from sparselab.bench.timing import Timing, plain_timings
+from sparselab.bench.contenders.linear import Case
+from sparselab.bench.measure.timing import Timing, plain_timings
 
 OPERATIONS = ("forward", "forward + backward")
 #: Largest difference from float64, relative to the largest entry. float32 sums of a few thousand terms stay

@@ -21,7 +21,7 @@ from options import at_least_one
 from torch import Tensor, nn
 
 import sparselab
-from sparselab.bench.timing import interleave
+from sparselab.bench.measure.timing import interleave
 from sparselab.dst import allocate
 
 SIZE = 32

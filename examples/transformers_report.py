@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparselab.bench.machine import cpu_name, versions
+from sparselab.bench.measure.machine import cpu_name, versions
 
 Result = dict[str, Any]
 

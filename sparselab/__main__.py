@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "bench":
         from sparselab.bench.run import main as run
     else:
-        from sparselab.bench.info import main as run
+        from sparselab.bench.output.info import main as run
     return run(options.options)
 
 

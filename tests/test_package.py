@@ -31,9 +31,9 @@ FORBIDDEN = {
 #: Exceptions: the doors through which algorithms reach layers and their gradients, the one by which pruning
 #: makes them, and the list of dense layers that budgets are shared out to.
 ALLOWED = {
-    "sparselab/dst": {"sparselab.nn.topology", "sparselab.nn.factors"},
-    "sparselab/dst/one_shot.py": {"sparselab.nn.convert"},
-    "sparselab/dst/allocation.py": {"sparselab.nn._dense"},
+    "sparselab/dst": {"sparselab.nn.storage.contract", "sparselab.nn.ops.operands"},
+    "sparselab/dst/budget/prune.py": {"sparselab.nn.models.convert"},
+    "sparselab/dst/budget/allocate.py": {"sparselab.nn.models.dense"},
     "sparselab/integrations": {"sparselab.integrations"},
 }
 #: Packages that only these modules need, and that may be absent.
@@ -92,9 +92,9 @@ def test_imports_point_one_way(path: str) -> None:
         ("sparselab/kernels/x.py", "def f():\n    from torch.nn import Linear"),
         ("sparselab/kernels/x.py", "from sparselab import nn"),
         ("sparselab/kernels/x.py", "import importlib\nimportlib.import_module('torch')"),
-        ("sparselab/nn/deep/x.py", "import numpy, sparselab.dst.rigl"),
-        ("sparselab/dst/x.py", "from sparselab.nn.linear import SparseLinear"),
-        ("sparselab/dst/x.py", "from sparselab.nn.convert import keep_positions"),
+        ("sparselab/nn/deep/x.py", "import numpy, sparselab.dst.algorithms.rigl"),
+        ("sparselab/dst/x.py", "from sparselab.nn.layers.linear import SparseLinear"),
+        ("sparselab/dst/x.py", "from sparselab.nn.models.convert import keep_positions"),
         ("sparselab/nn/x.py", "from sparselab import bench"),
         ("sparselab/x.py", "if True:\n    import tests.oracle"),
         ("sparselab/dst/x.py", "from sparselab.integrations import lightning"),
@@ -111,8 +111,8 @@ def test_imports_that_point_the_other_way_are_seen(path: str, source: str) -> No
     [
         ("sparselab/kernels/x.py", "import torchlike\nfrom sparselab.kernels import spmm"),
         ("sparselab/nn/x.py", "import torch\nfrom sparselab import kernels"),
-        ("sparselab/dst/x.py", "from sparselab.nn.topology import find_sparse"),
-        ("sparselab/dst/one_shot.py", "from sparselab.nn.convert import keep_positions"),
+        ("sparselab/dst/x.py", "from sparselab.nn.storage.contract import find_sparse"),
+        ("sparselab/dst/budget/prune.py", "from sparselab.nn.models.convert import keep_positions"),
         ("sparselab/integrations/x.py", "from sparselab.integrations._driver import Driver"),
         ("sparselab/integrations/x.py", "from sparselab.dst import Monitor"),
     ],
@@ -265,7 +265,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 def test_there_are_examples_to_run() -> None:
     from sparselab import kernels
-    from sparselab.kernels import layout
+    from sparselab.kernels.layouts import padded_csr as layout
 
     assert sum(doctest.testmod(module).attempted for module in (kernels, layout)) >= 4
 

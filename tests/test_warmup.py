@@ -11,7 +11,7 @@ import sys
 import numpy as np, torch
 import sparselab
 from sparselab import RigL, SET, SparseLinear
-from sparselab.kernels import _jit
+from sparselab.kernels.cpu.runtime import jit as _jit
 
 wanted = []
 load = _jit._KernelCache.load_overload

@@ -10,7 +10,8 @@ from pathlib import Path
 import numba
 import torch
 
-from sparselab.bench import linear, picture
+from sparselab.bench.contenders import linear
+from sparselab.bench.output import picture
 
 _DEFAULT_TOKENS = 2048
 

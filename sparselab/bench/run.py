@@ -10,10 +10,12 @@ from itertools import product
 
 import torch
 
-from sparselab.bench import break_even, linear, machine, report
 from sparselab.bench import options as command_line
-from sparselab.bench.limits import Limits, Meter
-from sparselab.bench.linear import OURS, Case, Result
+from sparselab.bench.contenders import linear
+from sparselab.bench.contenders.linear import OURS, Case, Result
+from sparselab.bench.measure import break_even, machine
+from sparselab.bench.measure.limits import Limits, Meter
+from sparselab.bench.output import report
 
 #: Densities and sizes of ``--scaling``; sizes are factors of both sides of the layer.
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -70,7 +72,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         }
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     if options.picture:
-        from sparselab.bench import picture
+        from sparselab.bench.output import picture
 
         title = f"{found['cpu']}, threads: {found['threads']}"
         picture.draw(options.picture, title, results, density, size)

@@ -4,11 +4,26 @@ Attach one with ``algorithm.attach(model, optimizer)``, which steps along with t
 ``model.apply(algorithm)``, and call ``algorithm.step()`` after every ``optimizer.step()``.
 """
 
-from sparselab.dst.allocation import allocate, apportion, er, erk, uniform
-from sparselab.dst.base import SparsityAlgorithm
-from sparselab.dst.chts import CHTs, CHTss
-from sparselab.dst.deepr import DeepR
-from sparselab.dst.drop import (
+from sparselab.dst.algorithms.chts import CHTs, CHTss
+from sparselab.dst.algorithms.deepr import DeepR
+from sparselab.dst.algorithms.dsr import DSR
+from sparselab.dst.algorithms.gmp import GMP
+from sparselab.dst.algorithms.granet import GraNet
+from sparselab.dst.algorithms.gse import GSE
+from sparselab.dst.algorithms.mest import MEST
+from sparselab.dst.algorithms.rigl import RigL
+from sparselab.dst.algorithms.set import SET
+from sparselab.dst.algorithms.snfs import SNFS
+from sparselab.dst.algorithms.srigl import SRigL
+from sparselab.dst.algorithms.static import Static
+from sparselab.dst.algorithms.topkast import TopKAST
+from sparselab.dst.budget.allocate import allocate, apportion, er, erk, uniform
+from sparselab.dst.budget.prune import prune, train_prune_finetune
+from sparselab.dst.engine.base import SparsityAlgorithm
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
+from sparselab.dst.engine.group import Group
+from sparselab.dst.monitor.monitor import Monitor
+from sparselab.dst.parts.drop import (
     DropScore,
     Magnitude,
     MagnitudeAndGradient,
@@ -16,23 +31,14 @@ from sparselab.dst.drop import (
     SignedMagnitude,
     Soft,
 )
-from sparselab.dst.dsr import DSR
-from sparselab.dst.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.gmp import GMP
-from sparselab.dst.granet import GraNet
-from sparselab.dst.group import Group
-from sparselab.dst.grow import GradientGrowth, Growth, RandomGrowth
-from sparselab.dst.grown import FanInUniform, Normal
-from sparselab.dst.gse import GSE
-from sparselab.dst.mest import MEST
-from sparselab.dst.momentum import MomentumGrowth
-from sparselab.dst.monitor import Monitor
-from sparselab.dst.one_shot import prune, train_prune_finetune
-from sparselab.dst.paths import PathGrowth
-from sparselab.dst.redistribute import ByMagnitude, ByMomentum, ByRemaining, Redistribution
-from sparselab.dst.rigl import RigL
-from sparselab.dst.sampled import SampledGradientGrowth
-from sparselab.dst.schedule import (
+from sparselab.dst.parts.grow import GradientGrowth, Growth, RandomGrowth
+from sparselab.dst.parts.grow_momentum import MomentumGrowth
+from sparselab.dst.parts.grow_paths import PathGrowth
+from sparselab.dst.parts.grow_sampled import SampledGradientGrowth
+from sparselab.dst.parts.grown import FanInUniform, Normal
+from sparselab.dst.parts.redistribute import ByMagnitude, ByMomentum, ByRemaining, Redistribution
+from sparselab.dst.parts.view import LayerView, UpdateReport, Vacancy
+from sparselab.dst.schedules.schedule import (
     Constant,
     Cosine,
     Cycling,
@@ -43,13 +49,7 @@ from sparselab.dst.schedule import (
     Sigmoid,
     as_schedule,
 )
-from sparselab.dst.set import SET
-from sparselab.dst.snfs import SNFS
-from sparselab.dst.srigl import SRigL
-from sparselab.dst.static import Static
-from sparselab.dst.topkast import TopKAST
-from sparselab.dst.update import LayerView, UpdateReport, Vacancy
-from sparselab.dst.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
+from sparselab.dst.schedules.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
 
 __all__ = [
     "DSR",

@@ -12,11 +12,11 @@ import torch
 
 from sparselab._names import Pattern
 from sparselab.dst import Group, Monitor, SparsityAlgorithm
-from sparselab.dst.monitor import ScalarWriter
+from sparselab.dst.monitor.monitor import ScalarWriter
 from sparselab.integrations._driver import Driver
 from sparselab.nn import sparsify
-from sparselab.nn._rules import Given, rule_of_saved
-from sparselab.nn.topology import find_sparse
+from sparselab.nn.models.kinds import Given, rule_of_saved
+from sparselab.nn.storage.contract import find_sparse
 
 try:
     from safetensors.torch import load_file

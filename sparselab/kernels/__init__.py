@@ -16,10 +16,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from sparselab.kernels import _block_gradient, _block_products, _plan, _rewrite, _sddmm_dw, _spmm, _spmm_t
-from sparselab.kernels._block_few_tokens import MOST_BLOCK_TOKENS, multiply_few_blocks
-from sparselab.kernels._block_plan import Strips, plan_product
-from sparselab.kernels._checks import (
+from sparselab.kernels.checks import (
     Plan,
     ascending,
     check_entries,
@@ -35,13 +32,22 @@ from sparselab.kernels._checks import (
     output,
     overlaps,
 )
-from sparselab.kernels._few_tokens import MOST_TOKENS, address, matrix, multiply_few
-from sparselab.kernels._jit import aligned_empty, cache_directory, worker_count
-from sparselab.kernels._plan import Segments, TransposePlan
-from sparselab.kernels._rewrite import Rewrite
-from sparselab.kernels._sampling import sample_distinct
-from sparselab.kernels.blocks import BlockCSR, BlockRewrite
-from sparselab.kernels.layout import Array, PaddedCSR, index_dtype, n_connections
+from sparselab.kernels.cpu.bsr import products as _block_products
+from sparselab.kernels.cpu.bsr import sddmm_dw as _block_gradient
+from sparselab.kernels.cpu.bsr.plan import Strips, plan_product
+from sparselab.kernels.cpu.bsr.skinny import MOST_BLOCK_TOKENS, multiply_few_blocks
+from sparselab.kernels.cpu.csr import plan as _plan
+from sparselab.kernels.cpu.csr import sddmm_dw as _sddmm_dw
+from sparselab.kernels.cpu.csr import spmm as _spmm
+from sparselab.kernels.cpu.csr import spmm_t as _spmm_t
+from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan
+from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS, address, matrix, multiply_few
+from sparselab.kernels.cpu.runtime.jit import aligned_empty, cache_directory, worker_count
+from sparselab.kernels.layouts.block_csr import BlockCSR, BlockRewrite
+from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR, index_dtype, n_connections
+from sparselab.kernels.layouts.sampling import sample_distinct
+from sparselab.kernels.rewiring import rewrite as _rewrite
+from sparselab.kernels.rewiring.rewrite import Rewrite
 
 __all__ = [
     "BlockCSR",

@@ -7,10 +7,10 @@ from typing import overload
 
 import numpy as np
 
-from sparselab.kernels._checks import Plan
-from sparselab.kernels._rewrite import Rewrite
-from sparselab.kernels.blocks import BlockCSR, BlockRewrite
-from sparselab.kernels.layout import Array, PaddedCSR
+from sparselab.kernels.checks import Plan
+from sparselab.kernels.layouts.block_csr import BlockCSR, BlockRewrite
+from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR
+from sparselab.kernels.rewiring.rewrite import Rewrite
 
 
 def spmm(

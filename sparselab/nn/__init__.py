@@ -1,22 +1,22 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
-from sparselab.nn._condense import CondensedLayer, condense
-from sparselab.nn._tune import TuneReport, tune
-from sparselab.nn.attention import SparseMultiheadAttention
-from sparselab.nn.block import BlockSparseLinear
-from sparselab.nn.brf import brf_
-from sparselab.nn.conv import SparseConv2d
-from sparselab.nn.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
-from sparselab.nn.factors import GradientFactors
-from sparselab.nn.fan_in import FanInLinear
-from sparselab.nn.files import load_model, save_model
-from sparselab.nn.functional import GradientWatcher
-from sparselab.nn.init import constant_fan_in_, fan_in_uniform_
-from sparselab.nn.linear import SparseLinear
-from sparselab.nn.masked import MaskedConv2d, MaskedLinear
-from sparselab.nn.meta import materialize
-from sparselab.nn.report import MemoryReport, memory_report
-from sparselab.nn.topology import SparseTopology, find_sparse
+from sparselab.nn.layers.attention import SparseMultiheadAttention
+from sparselab.nn.layers.block import BlockSparseLinear
+from sparselab.nn.layers.conv import SparseConv2d
+from sparselab.nn.layers.fan_in import FanInLinear
+from sparselab.nn.layers.linear import SparseLinear
+from sparselab.nn.layers.masked import MaskedConv2d, MaskedLinear
+from sparselab.nn.models.condense import CondensedLayer, condense
+from sparselab.nn.models.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
+from sparselab.nn.models.files import load_model, save_model
+from sparselab.nn.models.materialize import materialize
+from sparselab.nn.models.memory import MemoryReport, memory_report
+from sparselab.nn.models.tune import TuneReport, tune
+from sparselab.nn.ops.linear import GradientWatcher
+from sparselab.nn.ops.operands import GradientFactors
+from sparselab.nn.storage.brf import brf_
+from sparselab.nn.storage.contract import SparseTopology, find_sparse
+from sparselab.nn.storage.init import constant_fan_in_, fan_in_uniform_
 
 __all__ = [
     "BlockSparseLinear",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sparselab.bench.limits import Limits
-from sparselab.bench.linear import Case, Result
-from sparselab.bench.timing import Timing
+from sparselab.bench.contenders.linear import Case, Result
+from sparselab.bench.measure.limits import Limits
+from sparselab.bench.measure.timing import Timing
 
 #: nnz is 100, so that forward is 2e4 operations and forward + backward 6e4.
 CASE = Case(50, 20, 100, 0.9)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from sparselab.bench import break_even
-from sparselab.bench.linear import Case
+from sparselab.bench.contenders.linear import Case
+from sparselab.bench.measure import break_even
 from tests.bench import fake
 
 

@@ -16,8 +16,11 @@ import torch
 import sparselab
 from sparselab import BlockSparseLinear
 from sparselab.__main__ import main
-from sparselab.bench import info, limits, linear, options, run
-from sparselab.bench.gate import Gate, WrongResultError
+from sparselab.bench import options, run
+from sparselab.bench.contenders import linear
+from sparselab.bench.contenders.gate import Gate, WrongResultError
+from sparselab.bench.measure import limits
+from sparselab.bench.output import info
 from sparselab.kernels import cache_directory
 from tests.bench.test_gate import Altered
 from tests.kernels.process import run_python

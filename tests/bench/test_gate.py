@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparselab import FanInLinear, SparseLinear
-from sparselab.bench import linear
-from sparselab.bench.gate import Gate, WrongResultError
-from sparselab.bench.linear import CONTENDERS, Case, run_case
+from sparselab.bench.contenders import linear
+from sparselab.bench.contenders.gate import Gate, WrongResultError
+from sparselab.bench.contenders.linear import CONTENDERS, Case, run_case
 
 
 def batch(layer: SparseLinear, tokens: int = 8) -> tuple[Tensor, Tensor]:

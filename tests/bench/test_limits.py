@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.bench import limits
-from sparselab.kernels._jit import aligned_empty
-from sparselab.kernels._target import TILE_BYTES
+from sparselab.bench.measure import limits
+from sparselab.kernels.cpu.runtime.jit import aligned_empty
+from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 
 WIDTH = TILE_BYTES // 4
 

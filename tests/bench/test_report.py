@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from sparselab.bench import report, tables
-from sparselab.bench.break_even import BreakEven
-from sparselab.bench.timing import Timing, interleave
+from sparselab.bench.measure.break_even import BreakEven
+from sparselab.bench.measure.timing import Timing, interleave
+from sparselab.bench.output import report, tables
 from tests.bench import fake
 
 

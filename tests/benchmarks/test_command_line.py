@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import models, peers
-from sparselab.bench.linear import Case
-from sparselab.bench.timing import Timing
+from sparselab.bench.contenders.linear import Case
+from sparselab.bench.measure.timing import Timing
 
 
 @pytest.fixture(autouse=True)

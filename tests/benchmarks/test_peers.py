@@ -13,8 +13,8 @@ from rich.console import Console
 import sparselab
 from benchmarks import peers
 from benchmarks.turns import TurnError
-from sparselab.bench.linear import Case
-from sparselab.bench.timing import Timing
+from sparselab.bench.contenders.linear import Case
+from sparselab.bench.measure.timing import Timing
 
 QUIET = Console(quiet=True)
 

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import revisions
 from benchmarks.turns import TurnError
-from sparselab.bench.linear import Case
-from sparselab.bench.timing import Timing
+from sparselab.bench.contenders.linear import Case
+from sparselab.bench.measure.timing import Timing
 
 CASE = Case(12, 8, 3, 0.5)
 PACKAGE = """

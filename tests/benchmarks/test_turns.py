@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks import driver, turns
 from benchmarks.turns import Driver, TurnError
-from sparselab.bench.linear import Case
-from sparselab.bench.timing import Timing
+from sparselab.bench.contenders.linear import Case
+from sparselab.bench.measure.timing import Timing
 
 CASE = Case(24, 16, 5, 0.75)
 FAKE = str(Path(__file__).with_name("fake_driver.py"))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparselab.nn.factors import LinearFactors
+from sparselab.nn.ops.operands import LinearFactors
 
 
 class _Function(torch.autograd.Function):

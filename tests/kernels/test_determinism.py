@@ -8,8 +8,12 @@ import numba
 import numpy as np
 import pytest
 
-from sparselab.kernels import PaddedCSR, _few_tokens, _plan, _sddmm_dw, _spmm, sddmm_dw, spmm, spmm_t
-from sparselab.kernels._target import TILE_BYTES
+from sparselab.kernels import PaddedCSR, sddmm_dw, spmm, spmm_t
+from sparselab.kernels.cpu.csr import plan as _plan
+from sparselab.kernels.cpu.csr import sddmm_dw as _sddmm_dw
+from sparselab.kernels.cpu.csr import skinny as _few_tokens
+from sparselab.kernels.cpu.csr import spmm as _spmm
+from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 from tests.kernels.contract import OPERATIONS, Operation, assert_same_bits
 from tests.oracle import Exact, assert_close
 from tests.strategies import PATTERNS, VALUE_DTYPES, build

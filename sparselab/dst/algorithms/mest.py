@@ -1,0 +1,133 @@
+"""MEST: elastic mutation, with a soft bound on memory or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
+from sparselab.dst.parts.drop import MagnitudeAndGradient
+from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
+from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.kernels import n_connections
+from sparselab.nn.storage.contract import SparseTopology
+
+
+class MEST(DynamicSparsityAlgorithm):
+    """Drop the smallest ``|w| + lam * |g|`` of the connections, grow uniformly at random.
+
+    With a soft bound (the paper's EM&S) layers are denser than `sparsity` s while they train: an update at
+    step t prunes them to s and grows back to ``s - delta(t)``. Without (EM) they have s, and an update prunes
+    to ``s + delta(t)`` and grows back to s.
+
+    Parameters
+    ----------
+    sparsity : float or None
+        s, of each layer, or of all together if the scope is the network. With a soft bound it is where
+        training ends if `delta` reaches 0, and layers may start as they like; build them with sparsity
+        ``s - delta(0)``. Without, every attached layer must have it; None leaves each layer its own.
+    delta : float, Schedule or callable
+        How far below or above s, as a fraction of all positions. It must come down to 0 for a soft bound to
+        end at s. In the released scripts for s = 0.9 it is 0.05, 0.025, 0 (EM&S) or 0.02, 0.01, 0 (EM), with
+        steps at 9/16 and 3/4 of the training.
+    update : int, mapping, list of int, or UpdateSchedule
+        The steps that end with an update; every five epochs in the paper.
+    seed : int
+        All random draws depend on ``(seed, layer, step)`` and nothing else.
+    soft_bound : bool
+        EM&S if true, EM if not.
+    lam : float
+        Weight of the gradient in the score, at least 0; 0 in the released code, which then is ``|w|``.
+    scope : {"layer", "network"}
+        As of `DynamicSparsityAlgorithm`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong type or outside its range, or `sparsity` is None with a soft bound.
+
+    Notes
+    -----
+    A drop takes live connections only, so a new one that is still 0 is dropped first unless its gradient
+    speaks for it. With ``lam > 0`` that gradient must still be there when `step` is called: call
+    ``zero_grad`` before the backward pass, not after ``optimizer.step()``; a layer without is skipped. The
+    released code drops by percentile, which takes all of equal weights at once; here counts are exact.
+    O(nnz) memory and time per update.
+
+    References
+    ----------
+    Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge",
+    NeurIPS 2021, section 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparselab.dst import MEST, Linear
+    >>> from sparselab.nn import SparseLinear
+    >>> model = torch.nn.Sequential(SparseLinear(64, 32, sparsity=0.85))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> algorithm = MEST(0.9, Linear(0.05, 0.0, steps=20), update=10)
+    >>> handle = algorithm.attach(model, optimizer)
+    >>> for _ in range(20):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(8, 64)).square().mean().backward()
+    ...     optimizer.step()
+    ...     if algorithm.steps_done % 10 == 0:
+    ...         print(model[0].nnz)
+    256
+    205
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None,
+        delta: float | Schedule | Callable[[int], float],
+        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
+        seed: int = 0,
+        *,
+        soft_bound: bool = True,
+        lam: float = 0.0,
+        scope: Literal["layer", "network"] = "layer",
+    ) -> None:
+        if sparsity is None and soft_bound:
+            raise ValueError("sparsity must be a number for a soft bound, which is below it; got None")
+        if isinstance(sparsity, Schedule):
+            raise TypeError(f"sparsity must be a number; what changes is delta; got {sparsity!r}")
+        self.delta = as_schedule(delta)
+        self.soft_bound = soft_bound
+        self._final = sparsity
+        drop = MagnitudeAndGradient(lam)
+        super().__init__(sparsity, 0.0, update, seed, drop=drop, scope=scope)
+        if isinstance(self.delta, Constant):
+            self._delta(0)
+
+    def _delta(self, step: int) -> float:
+        """`delta` at a step; what lies that far from the sparsity must be a sparsity too."""
+        delta = self.delta(step)
+        most = 1.0
+        if self._final is not None:
+            most = self._final if self.soft_bound else 1 - self._final
+        if not 0 <= delta <= most:
+            raise ValueError(
+                f"delta must lie in [0, {most:.6g}] for sparsity={self._final}; got {delta!r} at step {step}"
+            )
+        return delta
+
+    def _check_sparsity(self, layer: SparseTopology) -> None:
+        if not self.soft_bound:
+            super()._check_sparsity(layer)
+
+    def _total(self, step: int, nnz: int, size: int) -> int:
+        if self._final is None or not self.soft_bound:
+            return nnz
+        return max(min(nnz, 1), n_connections((1, size), self._final - self._delta(step)))
+
+    def _targets(self, step: int, nnz: int, size: int) -> tuple[int, int]:
+        sparsity = 1 - nnz / max(size, 1) if self._final is None else self._final
+        if not self.soft_bound:
+            sparsity = min(1.0, sparsity + self._delta(step))
+        kept = min(nnz, max(1, n_connections((1, size), sparsity)))
+        return kept, max(kept, self._total(step, nnz, size))
+
+    def _config(self) -> dict[str, Any]:
+        return {**super()._config(), "delta": self.delta.describe(), "soft_bound": self.soft_bound}

@@ -1,0 +1,1 @@
+"""How connections are shared out among layers and rows."""

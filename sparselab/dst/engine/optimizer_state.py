@@ -1,0 +1,178 @@
+"""Optimizer state follows the connections.
+
+An optimizer keeps momentum and the like in one tensor per parameter, entry for entry. When a layer drops and
+grows connections the entries of its Parameter move, and whatever is kept per entry has to move with them;
+else a moment silently ends up at a connection it was never measured on. (The layer itself moves the weights
+and their gradient, and knows how.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from sparselab.dst.parts.grown import GrownState
+from sparselab.nn.storage.contract import SparseTopology
+
+# Hooks whose tracker is gone. The garbage collector may take a tracker while torch walks over its hooks, and
+# removing one there would be an error in the middle of an optimizer step; so it waits.
+_retired_hooks: list[RemovableHandle] = []
+
+
+class OptimizerTracker:
+    """Remembers which optimizers step the layers of one algorithm.
+
+    While it is watching, a hook that torch calls after every optimizer step of the process looks at the
+    parameters of each optimizer it has not seen before. Optimizers are held weakly, and so is the tracker by
+    its hook, which does nothing once the tracker is gone and is removed when the next one starts to watch.
+
+    Parameters
+    ----------
+    layers : sequence of layers
+        Read at each step, so that layers may be added later, and ``stored`` replaced by loading.
+    """
+
+    def __init__(self, layers: Sequence[SparseTopology]) -> None:
+        self._layers = layers
+        #: With the number of the note that was taken of each last.
+        self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        self._n_notes = 0
+        self._watching = False
+
+    def watch(self) -> None:
+        """Start noticing optimizers as they step; calling it again changes nothing."""
+        if self._watching:
+            return
+        self._watching = True
+        while _retired_hooks:
+            _retired_hooks.pop().remove()
+        tracker = weakref.ref(self)
+
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if (alive := tracker()) is not None:
+                alive._note(optimizer)
+
+        weakref.finalize(self, _retired_hooks.append, register_optimizer_step_post_hook(after_step))
+
+    def add(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember `optimizer` whether or not it has stepped.
+
+        Raises
+        ------
+        TypeError
+            If it keeps no ``param_groups`` and ``state`` as torch optimizers do.
+        """
+        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, or offer its param_groups and state; "
+                f"got {type(optimizer).__name__}"
+            )
+        self._n_notes += 1
+        self._optimizers[optimizer] = self._n_notes
+
+    def _note(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer in self._optimizers or self._has_a_layer(optimizer):
+            self.add(optimizer)
+
+    def _has_a_layer(self, optimizer: torch.optim.Optimizer) -> bool:
+        ours = {id(layer.stored) for layer in self._layers}
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+    def find(self, layer: SparseTopology) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Settings and state of the optimizer that stepped a layer last; both empty if none is known."""
+        weights = layer.stored
+        for optimizer in sorted(self._optimizers, key=self._optimizers.__getitem__, reverse=True):
+            for group in optimizer.param_groups:
+                if any(p is weights for p in group["params"]):
+                    return group, optimizer.state.get(weights, {})
+        return {}, {}
+
+    def plan_move(self, layer: SparseTopology) -> StateMove:
+        """Find everything that must move with the connections of `layer`, before anything is changed.
+
+        Raises
+        ------
+        RuntimeError
+            If some optimizer keeps state for ``layer.stored`` that is not one entry per entry.
+        """
+        return StateMove(layer, self._optimizers)
+
+
+class StateMove:
+    """What has to follow the connections of one layer; made before the rewrite, applied after it.
+
+    Parameters
+    ----------
+    layer : SparseTopology
+    optimizers : iterable of optimizers
+        Those that may keep state for its weights.
+
+    Raises
+    ------
+    RuntimeError
+        If the state of ``layer.stored`` has a tensor of another shape, or tensors inside a container. Nothing
+        has been changed then.
+    """
+
+    def __init__(self, layer: SparseTopology, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._layer = layer
+        self._places: list[tuple[dict[str, Any], str]] = []
+        weights = layer.stored
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                if any(p is weights for group in optimizer.param_groups for p in group["params"]):
+                    raise RuntimeError(_unmovable(optimizer, "its state is one vector over all parameters"))
+            elif weights in optimizer.state:
+                self._collect(optimizer, optimizer.state[weights], weights.shape)
+
+    def _collect(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], shape: torch.Size) -> None:
+        for name, entry in state.items():
+            if isinstance(entry, torch.Tensor):
+                if entry.shape == shape:
+                    self._places.append((state, name))
+                elif entry.numel() > 1:
+                    shapes = f"{tuple(entry.shape)}, not {tuple(shape)}"
+                    raise RuntimeError(_unmovable(optimizer, f"state {name!r} has shape {shapes}"))
+            elif _holds_tensor(entry):
+                raise RuntimeError(_unmovable(optimizer, f"state {name!r} is a {type(entry).__name__}"))
+
+    @torch.no_grad()
+    def apply(self, source: torch.Tensor, grown: GrownState = "zero") -> None:
+        """Move every entry with its connection.
+
+        Parameters
+        ----------
+        source : int64 tensor, (new nnz,)
+            Old slot of each new slot, or -1.
+        grown : {"zero", "mean"}
+            What new connections start with: 0, or the mean over those that are not new.
+        """
+        new = source < 0
+        for state, name in self._places:
+            state[name] = self._layer.moved(state[name], source)
+            if grown == "mean" and 0 < (n_new := int(new.sum())) < source.numel():
+                mean = self._layer.per_connection(state[name])[~new].mean(0)
+                self._layer.put(state[name], new.nonzero()[:, 0], mean.expand(n_new, *mean.shape))
+
+
+def _holds_tensor(entry: object) -> bool:
+    if isinstance(entry, torch.Tensor):
+        return True
+    if isinstance(entry, dict):
+        return any(_holds_tensor(item) for item in entry.values())
+    if isinstance(entry, (list, tuple, set)):
+        return any(_holds_tensor(item) for item in entry)
+    return False
+
+
+def _unmovable(optimizer: torch.optim.Optimizer, what: str) -> str:
+    return (
+        f"the state that {type(optimizer).__name__} keeps for a sparse layer cannot follow its connections: "
+        f"{what}. Only state with one entry per connection can be moved; use an optimizer that keeps such "
+        f"state (SGD, Adam, AdamW, RMSprop, ...) for sparse layers, or the Static algorithm"
+    )

@@ -1,0 +1,220 @@
+"""Where new connections go: the part of an algorithm that chooses among the positions that are not kept."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from sparselab.dst.checks import require_count
+from sparselab.dst.parts.dense_gradient import GradientCollector
+from sparselab.dst.parts.view import LayerView, Vacancy
+from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.layouts.sampling import sample_distinct
+from sparselab.kernels.rewiring.positions import kept_positions, skip_kept
+from sparselab.kernels.rewiring.rows import sample_rows
+from sparselab.nn.storage.contract import SparseTopology
+
+
+class Growth(abc.ABC):
+    """Chooses the positions that a layer grows.
+
+    An algorithm calls `begin` and `prepare` before every optimizer step, and on a step that updates `check`,
+    `reason_to_skip` and `room` for each layer, and `choose` for each layer that grows.
+
+    Attributes
+    ----------
+    by_row : bool
+        Whether `choose` heeds ``vacancy.row_grow``, as ``scope="row"`` needs.
+    of_blocks : bool
+        Whether it can choose positions of connections that are blocks of weights.
+    grad_accumulation : int
+        Backward passes per optimizer step, as declared.
+    """
+
+    by_row = False
+    of_blocks = False
+    grad_accumulation: int = 1
+
+    def begin(self, step: int, seed: int) -> None:  # noqa: B027
+        """Take note of the number of the step to come, and of the seed that its draws depend on."""
+
+    def prepare(  # noqa: B027
+        self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None
+    ) -> None:
+        """Get ready for the next optimizer step.
+
+        Parameters
+        ----------
+        layers : sequence of layers
+            All attached layers.
+        most : callable or None
+            Says how many connections layer i may grow at most (or, as an array, each of its rows), where the
+            step ends with an update.
+        """
+
+    def expect_passes(self, passes: int) -> None:  # noqa: B027
+        """Say how many backward passes the optimizer step under way sums over, and those after it."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raise if the update that is due cannot be done; nothing has been changed yet."""
+
+    def reason_to_skip(self, index: int) -> str:
+        """Why layer number `index` cannot grow now; empty if it can."""
+        return ""
+
+    def room(self, view: LayerView) -> int:
+        """The most positions that it can choose now; all of the layer's unless it saw only some."""
+        return view.size
+
+    @abc.abstractmethod
+    def choose(self, vacancy: Vacancy) -> Array:
+        """``vacancy.n_grow`` distinct positions, none of them in ``vacancy.kept``."""
+
+    def describe(self) -> str:
+        """Name and settings, for comparing a saved run with the one that resumes it."""
+        return type(self).__name__
+
+    def memory(self) -> dict[str, Any]:
+        """What has been gathered over several steps and is needed to go on: plain values and tensors."""
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:  # noqa: B027
+        """Take back what `memory` returned; raise ValueError, with nothing changed, if it does not fit."""
+
+
+class RandomGrowth(Growth):
+    """Uniformly at random among all positions that are not kept, of the layer or of each row.
+
+    Parameters
+    ----------
+    regrow : bool
+        Whether connections that the same update drops may grow back.
+    """
+
+    of_blocks = True
+
+    def __init__(self, regrow: bool = True) -> None:
+        self.regrow = regrow
+        self.by_row = regrow
+
+    def room(self, view: LayerView) -> int:
+        """All positions; without `regrow` those that are free before the drop."""
+        return view.size if self.regrow else view.size - view.nnz
+
+    def choose(self, vacancy: Vacancy) -> Array:
+        """Every set equally likely; depends on the seed, the layer and the step only."""
+        view = vacancy.view
+        if vacancy.row_grow is not None:
+            free = view.grid[1] - vacancy.row_kept
+            return skip_kept(sample_rows(view.rng(), free, vacancy.row_grow), vacancy.kept)
+        taken = vacancy.kept if self.regrow else kept_positions(view.matrix, np.empty(0, np.int64))
+        return random_free(view.rng(), taken, view.size, vacancy.n_grow)
+
+    def describe(self) -> str:
+        """Name and settings, for comparing a saved run with the one that resumes it."""
+        return "RandomGrowth" if self.regrow else "RandomGrowth(regrow=False)"
+
+
+class GradientGrowth(Growth):
+    """The positions of largest ``|G|``, ``G = dY^T X``, exactly: of the whole layer, or of each row.
+
+    Where connections are blocks of weights, those whose blocks of G have the largest Euclidean norms.
+
+    Parameters
+    ----------
+    grad_accumulation : int
+        Backward passes per optimizer step; G is the sum over them.
+
+    Notes
+    -----
+    G is formed only on the step that updates, inside its backward pass, in blocks of rows of at most 4 MiB:
+    O(nnz) memory beside one block, and the time of one dense weight gradient. Ties go to the lower position.
+    """
+
+    by_row = True
+    of_blocks = True
+
+    def __init__(self, grad_accumulation: int = 1) -> None:
+        self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)
+        self._passes = self.grad_accumulation
+        self._collectors: list[GradientCollector] = []
+
+    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
+        """Watch the next backward passes of every layer, or stop watching."""
+        self._collectors = []
+        for index, layer in enumerate(layers):
+            layer.gradient_watcher = None
+            if most is not None:
+                collector = self._collector(layer, index, partial(most, index))
+                self._collectors.append(collector)
+                layer.gradient_watcher = collector
+
+    def expect_passes(self, passes: int) -> None:
+        """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier."""
+        self._passes = require_count("passes", passes, minimum=1)
+        for collector in self._collectors:
+            collector.passes = passes
+
+    def _collector(
+        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+    ) -> GradientCollector:
+        return GradientCollector(layer, most, self._passes)
+
+    def check(self) -> None:
+        """Raise RuntimeError if there were other backward passes than declared."""
+        for collector in self._collectors:
+            collector.check()
+
+    def reason_to_skip(self, index: int) -> str:
+        """Why layer number `index` cannot grow now; empty if it can."""
+        # Empty if the settings were changed since the last step, so that nobody knew an update was coming.
+        summary = self._collectors[index].summary() if self._collectors else None
+        if summary is None:
+            return "no gradient"
+        return "" if summary.finite else "gradient is not finite"
+
+    def choose(self, vacancy: Vacancy) -> Array:
+        """The positions of largest ``|G|``, ascending."""
+        collector = self._collectors[vacancy.view.index]
+        summary = collector.summary()
+        assert summary is not None
+        collector.release()
+        k = vacancy.n_grow if vacancy.row_grow is None else vacancy.row_grow
+        return summary.best(vacancy.view.matrix, vacancy.drop, k)
+
+
+def random_free(rng: np.random.Generator, kept: Array, n_positions: int, k: int) -> Array:
+    """Draw `k` distinct positions that are not kept, every set of `k` equally likely.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Advanced by the call.
+    kept : int array, (n_kept,)
+        Positions that may not be drawn, strictly ascending. Read only.
+    n_positions : int
+        Rows times columns.
+    k : int
+        How many to draw, at most ``n_positions - n_kept``.
+
+    Returns
+    -------
+    int64 array, (k,)
+        Strictly ascending.
+
+    Raises
+    ------
+    ValueError
+        If fewer than `k` positions are free.
+
+    Notes
+    -----
+    O(n_kept + k) memory. Ranks among the free positions are drawn and then mapped to positions:
+    ``kept[i] - i`` free positions lie before ``kept[i]``, so the one of rank r is preceded by as many kept
+    positions as have ``kept[i] - i <= r``. Nothing is drawn in vain, however full the layer is.
+    """
+    return skip_kept(sample_distinct(rng, n_positions - kept.size, k), kept)

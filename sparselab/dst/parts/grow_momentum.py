@@ -1,0 +1,173 @@
+"""Growth by momentum: an average of the dense gradient over many steps, for layers that can afford one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sparselab.dst.checks import require_count, require_finite
+from sparselab.dst.parts.grow import GradientGrowth, Growth
+from sparselab.dst.parts.view import Vacancy
+from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.rewiring.topk import StreamedTopK
+from sparselab.nn.ops.operands import GradientFactors
+from sparselab.nn.storage.contract import SparseTopology
+
+
+class GradientAverage:
+    """Sits on a layer and keeps ``M <- momentum * M + G`` of its dense gradient, ``G = dY^T X``.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        ``(out_features, in_features)``.
+    dtype : torch.dtype
+        Of the weights; M is at least float32.
+    momentum : float
+        What a step leaves of M, in [0, 1).
+
+    Attributes
+    ----------
+    entries : tensor, (out_features, in_features), or None
+        M; None until a gradient has come.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, momentum: float) -> None:
+        self.shape = shape
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.entries: torch.Tensor | None = None
+        self._momentum = momentum
+        self._remaining = momentum
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # Copies and pickles of a layer start without: this one belongs to an algorithm.
+        return type(None), ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of M, whether or not it is there yet."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def start_step(self) -> None:
+        """The next gradient is that of a new optimizer step; what follows it is added to it."""
+        self._remaining = self._momentum
+
+    def forward_seen(self) -> None:
+        """Nothing to do: every backward pass counts, whichever forward pass it belongs to."""
+
+    @torch.no_grad()
+    def backward_seen(self, factors: GradientFactors) -> None:
+        """Add the gradient of one backward pass, unless it is not finite."""
+        if not factors.is_finite():
+            return
+        if self.entries is None:
+            self.entries = torch.zeros(self.shape, dtype=self.dtype, device=factors.device)
+        factors.to(self.dtype).add_rows(0, self.entries, beta=self._remaining)
+        self._remaining = 1.0
+
+
+class MomentumGrowth(Growth):
+    """The positions of largest ``|M|``, ``M <- momentum * M + G``, where G is the dense gradient of a step.
+
+    Parameters
+    ----------
+    momentum_bytes : int
+        Memory for M over all layers. A layer has one as long as it fits into what those attached before it
+        leave; every other layer grows where the gradient of the updating step alone is largest, as
+        `GradientGrowth`. With 0 that is all of them.
+    momentum : float
+        In [0, 1).
+    grad_accumulation : int
+        Backward passes per optimizer step, for layers that have no M; M takes in however many come.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong type or outside its range.
+
+    Notes
+    -----
+    M is as large as the dense weight, and every step, not only those that update, forms G beside the sparse
+    gradient: ``n_tokens * out_features * in_features`` multiply-adds by the dense GEMM, added to M in place.
+    Backward passes with a NaN or an infinity are left out. M is part of the state that is saved. Ties go to
+    the lower position.
+    """
+
+    def __init__(
+        self, momentum_bytes: int = 64 << 20, momentum: float = 0.9, grad_accumulation: int = 1
+    ) -> None:
+        self.momentum_bytes = require_count("momentum_bytes", momentum_bytes)
+        require_finite("momentum", momentum)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1); got {momentum!r}")
+        self.momentum = momentum
+        self._gradient = GradientGrowth(grad_accumulation)
+        self.grad_accumulation = grad_accumulation
+        self._averages: dict[int, GradientAverage] = {}
+        self._n_seen = 0
+
+    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
+        """Average the gradient of the layers that may, and watch the others if the step updates."""
+        self._gradient.prepare(layers, most)
+        for index in range(self._n_seen, len(layers)):
+            average = GradientAverage(layers[index].shape, layers[index].stored.dtype, self.momentum)
+            if average.nbytes + sum(other.nbytes for other in self._averages.values()) <= self.momentum_bytes:
+                self._averages[index] = average
+        self._n_seen = len(layers)
+        for index, average in self._averages.items():
+            average.start_step()
+            layers[index].gradient_watcher = average
+
+    def expect_passes(self, passes: int) -> None:
+        """Say how many backward passes the optimizer step under way sums over, and those after it."""
+        self._gradient.expect_passes(passes)
+
+    def check(self) -> None:
+        """Raise RuntimeError if there were other backward passes than declared, where that matters."""
+        self._gradient.check()
+
+    def reason_to_skip(self, index: int) -> str:
+        """Why layer number `index` cannot grow now; empty if it can."""
+        if index not in self._averages:
+            return self._gradient.reason_to_skip(index)
+        entries = self._averages[index].entries
+        if entries is None:
+            return "no gradient"
+        return "" if entries.isfinite().all() else "average of the gradient is not finite"
+
+    def choose(self, vacancy: Vacancy) -> Array:
+        """The positions of largest ``|M|``, or ``|G|``, ascending."""
+        average = self._averages.get(vacancy.view.index)
+        if average is None:
+            return self._gradient.choose(vacancy)
+        assert average.entries is not None
+        entries = average.entries.cpu().numpy()
+        top = StreamedTopK(vacancy.n_grow, vacancy.kept, vacancy.view.grid[1], entries.dtype)
+        top.push(0, entries)
+        return top.result()[0]
+
+    def describe(self) -> str:
+        """Name and settings, for comparing a saved run with the one that resumes it."""
+        return f"MomentumGrowth({self.momentum_bytes}, {float(self.momentum)!r})"
+
+    def memory(self) -> dict[str, Any]:
+        """The averages, by the number of their layer."""
+        return {
+            str(index): average.entries.clone()
+            for index, average in self._averages.items()
+            if average.entries is not None
+        }
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Take back what `memory` returned; raise ValueError, with nothing changed, if it does not fit."""
+        shapes = {name: tuple(entries.shape) for name, entries in memory.items()}
+        ours = {str(index): average.shape for index, average in self._averages.items()}
+        if not shapes.items() <= ours.items():
+            raise ValueError(
+                f"the averages must be of layers {ours}, by number and shape, but those saved are of {shapes}"
+            )
+        for index, average in self._averages.items():
+            saved = memory.get(str(index))
+            average.entries = None if saved is None else saved.to(average.dtype, copy=True)

@@ -1,0 +1,242 @@
+"""Dense blocks x dense for few tokens: ``Y = W X + b`` with at most `MOST_BLOCK_TOKENS` columns in X.
+
+Loop order, from outside: shares of block rows on threads; block rows; four rows of them; blocks; their
+columns. The sums of the four rows stay in registers, and a loaded vector of X serves all of them. Its lanes
+are tokens; for one token, or two in turns, they are columns if a block has whole vectors of them, so that the
+weights are loaded as vectors too. No plan is needed, and nothing is packed but the tokens, which stay in the
+first two caches. The weights are read where they are, once: 4 bytes each, and 2 for the column of a block.
+The bandwidth at which they arrive is the limit for one token, the multiply-adds are for many.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparselab.kernels.cpu.csr.skinny import Matrix, rows_of_share
+from sparselab.kernels.cpu.runtime.jit import CACHE_LINE, jit, launch, scratch
+from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.dots import sum_of
+from sparselab.kernels.cpu.simd.vectors import (
+    add_rows,
+    fma_row,
+    get,
+    half_line,
+    lanes_of,
+    load_any,
+    load_like,
+    put,
+    quarter_line,
+    splat_like,
+    store_row,
+    view_at,
+    whole_line,
+)
+from sparselab.kernels.cpu.tiles import pack
+from sparselab.kernels.layouts.padded_csr import Array
+
+#: Up to here weights read where they are beat packed ones.
+MOST_BLOCK_TOKENS = 64
+
+#: So many tokens in turns are faster than together, if lanes can be columns.
+_IN_TURNS = 2
+
+#: Weights that are worth a thread of their own.
+_MIN_SHARE = 32_768
+
+
+@jit
+def _columns(values, place, tile, column, total):  # type: ignore[no-untyped-def]
+    """`total` plus weights times inputs, column by column."""
+    return fma_row(load_any(values, place, total), load_any(tile, column, total), total)
+
+
+@jit
+def _tokens(values, place, tile, at, total):  # type: ignore[no-untyped-def]
+    """`total` plus a weight times its tokens."""
+    return fma_row(splat_like(get(values, place), total), load_like(tile, at, total), total)
+
+
+@jit
+def _dots_of_four(values, start, indices, first, end, size, width, x, like):  # type: ignore[no-untyped-def]
+    """Four rows, the first at `start`, of the blocks first : end of `size` weights each; one token."""
+    a = b = c = d = like
+    for k in range(first, end):
+        place, column = start + k * size, np.int64(get(indices, k)) * width
+        stop = place + width
+        while place < stop:
+            a = _columns(values, place, x, column, a)
+            b = _columns(values, place + width, x, column, b)
+            c = _columns(values, place + 2 * width, x, column, c)
+            d = _columns(values, place + 3 * width, x, column, d)
+            place += lanes_of(like)
+            column += lanes_of(like)
+    return sum_of(a), sum_of(b), sum_of(c), sum_of(d)
+
+
+@jit
+def _dot(values, start, indices, first, end, size, width, x, like):  # type: ignore[no-untyped-def]
+    """As `_dots_of_four`, of one row."""
+    total = like
+    for k in range(first, end):
+        place, column = start + k * size, np.int64(get(indices, k)) * width
+        for j in range(0, width, lanes_of(like)):
+            total = _columns(values, place + j, x, column + j, total)
+    return sum_of(total)
+
+
+@jit
+def _one_token(  # type: ignore[no-untyped-def]
+    first, last, values, indices, indptr, height, width, bias, x, y, start, step, n_rows
+):
+    """Block rows first : last for one token x; its outputs are ``y[start + row * step]``."""
+    size, like = height * width, quarter_line(x)
+    for r in range(first, last):
+        k0, k1 = indptr[r], indptr[r + 1]
+        row, bottom = r * height, min((r + 1) * height, n_rows)
+        for at in range(0, (bottom - row) // 4 * 4 * width, 4 * width):
+            a, b, c, d = _dots_of_four(values, at, indices, k0, k1, size, width, x, like)
+            put(y, start + row * step, a + get(bias, row))
+            put(y, start + (row + 1) * step, b + get(bias, row + 1))
+            put(y, start + (row + 2) * step, c + get(bias, row + 2))
+            put(y, start + (row + 3) * step, d + get(bias, row + 3))
+            row += 4
+        while row < bottom:
+            total = _dot(values, (row - r * height) * width, indices, k0, k1, size, width, x, like)
+            put(y, start + row * step, total + get(bias, row))
+            row += 1
+
+
+@jit
+def _sums_of_four(values, start, indices, first, end, size, width, tile, sums, like):  # type: ignore[no-untyped-def]
+    """As `_dots_of_four`, of a vector of tokens."""
+    lanes = lanes_of(like)
+    a = b = c = d = like
+    if width == 1:  # a loop of its own: setting up the inner one would take most of the time
+        for k in range(first, end):
+            place, at = start + k * size, np.int64(get(indices, k)) * lanes
+            a = _tokens(values, place, tile, at, a)
+            b = _tokens(values, place + 1, tile, at, b)
+            c = _tokens(values, place + 2, tile, at, c)
+            d = _tokens(values, place + 3, tile, at, d)
+        first = end
+    for k in range(first, end):
+        place, at = start + k * size, np.int64(get(indices, k)) * width * lanes
+        stop = place + width
+        while place < stop:
+            a = _tokens(values, place, tile, at, a)
+            b = _tokens(values, place + width, tile, at, b)
+            c = _tokens(values, place + 2 * width, tile, at, c)
+            d = _tokens(values, place + 3 * width, tile, at, d)
+            place += 1
+            at += lanes
+    store_row(sums, 0, a)
+    store_row(sums, lanes, b)
+    store_row(sums, 2 * lanes, c)
+    store_row(sums, 3 * lanes, d)
+
+
+@jit
+def _sum(values, start, indices, first, end, size, width, tile, sums, like):  # type: ignore[no-untyped-def]
+    """As `_sums_of_four`, of one row: the independent chains are of four blocks."""
+    step = width * lanes_of(like)
+    a = b = c = d = like
+    k = first
+    while k + 4 <= end:
+        place = start + k * size
+        at, bt = np.int64(get(indices, k)) * step, np.int64(get(indices, k + 1)) * step
+        ct, dt = np.int64(get(indices, k + 2)) * step, np.int64(get(indices, k + 3)) * step
+        for j in range(width):
+            token = j * lanes_of(like)
+            a = _tokens(values, place + j, tile, at + token, a)
+            b = _tokens(values, place + size + j, tile, bt + token, b)
+            c = _tokens(values, place + 2 * size + j, tile, ct + token, c)
+            d = _tokens(values, place + 3 * size + j, tile, dt + token, d)
+        k += 4
+    while k < end:
+        for j in range(width):
+            at = np.int64(get(indices, k)) * step + j * lanes_of(like)
+            a = _tokens(values, start + k * size + j, tile, at, a)
+        k += 1
+    store_row(sums, 0, add_rows(add_rows(a, b), add_rows(c, d)))
+
+
+@jit
+def _some_tokens(  # type: ignore[no-untyped-def]
+    first, last, values, indices, indptr, height, width, bias, tile, n_tokens, sums,
+    y, start, y_strides, n_rows, like,
+):  # fmt: skip
+    """Block rows first : last for the tokens of a tile."""
+    size, lanes = height * width, lanes_of(like)
+    for r in range(first, last):
+        k0, k1 = indptr[r], indptr[r + 1]
+        row, bottom = r * height, min((r + 1) * height, n_rows)
+        while row < bottom:
+            at, together = (row - r * height) * width, 4 if row + 4 <= bottom else 1
+            if together == 4:
+                _sums_of_four(values, at, indices, k0, k1, size, width, tile, sums, like)
+            else:
+                _sum(values, at, indices, k0, k1, size, width, tile, sums, like)
+            for i in range(together):
+                for t in range(n_tokens):
+                    total = get(sums, i * lanes + t) + get(bias, row + i)
+                    put(y, start + (row + i) * y_strides[0] + t * y_strides[1], total)
+            row += together
+
+
+@jit
+def _multiply_share(  # type: ignore[no-untyped-def]
+    share, n_shares, values_at, indices, indptr, height, width, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
+):  # fmt: skip
+    if spread(share, n_shares):
+        return
+    values, bias = view_at(values_at, like), view_at(bias_at, like)
+    x, y = view_at(x_at, like), view_at(y_at, like)
+    first, last = rows_of_share(share, n_shares, indptr[:-1], indptr[1:])
+    items = 4 * lanes_of(whole_line(like))
+    sums, tile = work[share, :items], work[share, items:]
+    for token0 in range(0, n_tokens, lanes):
+        tokens, start = min(lanes, n_tokens - token0), token0 * y_strides[1]
+        pack(x, token0 * x_strides[1], x_strides[0], x_strides[1], n_columns, tokens, tile, lanes)
+        tile[n_columns * lanes : (n_columns + width) * lanes] = 0
+        if lanes == 1:
+            _one_token(
+                first, last, values, indices, indptr, height, width, bias, tile,
+                y, start, y_strides[0], n_rows,
+            )  # fmt: skip
+        elif lanes == lanes_of(half_line(like)):
+            _some_tokens(
+                first, last, values, indices, indptr, height, width, bias, tile, tokens, sums,
+                y, start, y_strides, n_rows, half_line(like),
+            )  # fmt: skip
+        else:
+            _some_tokens(
+                first, last, values, indices, indptr, height, width, bias, tile, tokens, sums,
+                y, start, y_strides, n_rows, whole_line(like),
+            )  # fmt: skip
+
+
+def multiply_few_blocks(
+    values_at: int, indices: Array, indptr: Array, block_shape: tuple[int, int], bias_at: int, like: Array,
+    X: Matrix, Y: Matrix, n_threads: int,
+) -> None:  # fmt: skip
+    """``Y = W X + b`` for 1 to `MOST_BLOCK_TOKENS` tokens, with the rows and the blocks of a `BlockCSR`.
+
+    All else is as for `multiply_few`.
+    """
+    x_at, x_strides, (n_columns, n_tokens) = X
+    y_at, y_strides, (n_rows, _) = Y
+    if n_rows * n_tokens == 0:
+        return
+    height, width = block_shape
+    line = CACHE_LINE // like.itemsize
+    if n_tokens <= _IN_TURNS and width % (line // 4) == 0:
+        lanes = 1
+    else:
+        lanes = line // 2 if n_tokens <= line // 2 else line
+    n_shares = min(n_threads, 1 + len(indices) * height * width // _MIN_SHARE)
+    work = scratch(n_shares, 4 * line + (n_columns + width) * lanes, like.dtype)
+    launch(
+        _multiply_share, n_shares, values_at, indices, indptr, height, width, bias_at, like,
+        x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
+    )  # fmt: skip

@@ -1,0 +1,162 @@
+"""Sparse products with shifted rows of planes (see `_planes`), the arithmetic of a sparse convolution.
+
+``Y[i, t] = sum_k v_k P[offset_k + t] + b_i`` over the connections k of row i, and its gradient by the values,
+``dW_k = sum_t DY[i, t] P[offset_k + t]``. A column's tokens follow each other in memory, so nothing is
+packed: the rows of P are loaded where they are, at any alignment.
+
+Loop order of `multiply_shifted`, from outside: shares of (row group, tile of tokens) on threads; blocks of
+columns; rows. In registers: the tile of one sum, two tile rows. In the first-level cache: what the windows of
+the tile see of a block's planes. Loop order of `sample_shifted`: shares of rows; long tiles of tokens; rows;
+`_DOTS` connections at a time, whose sums stay in registers while they go along the tile and share the loads
+of DY. Per connection and tile row: one tile row loaded and multiplied; per connection and tile 4 + 2 bytes of
+value and column.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparselab.kernels.cpu.csr.plan import Segments, product_groups
+from sparselab.kernels.cpu.partition import cut_rows
+from sparselab.kernels.cpu.runtime.jit import jit, launch, no_turns, worker_count
+from sparselab.kernels.cpu.runtime.target import TILE_BYTES
+from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.dots import add_sums
+from sparselab.kernels.cpu.simd.vectors import (
+    fma_row,
+    get,
+    lanes_of,
+    load_any,
+    splat_row,
+    store_any,
+    take_turn,
+    tile_width,
+    weight,
+    zeros_register,
+)
+from sparselab.kernels.layouts.padded_csr import Array
+
+#: Connections whose dots are formed together.
+_DOTS = 8
+
+#: Bytes of a row of DY that a share goes along before it turns to the next row.
+_LONG_TILE_BYTES = 4096
+
+
+@jit
+def _multiply_share(  # type: ignore[no-untyped-def]
+    share, n_shares, turns, values, indices, bias, plan, groups, offsets, x, y, y_stride, n_tokens
+):
+    if spread(share, n_shares):
+        return
+    width = tile_width(y)
+    n_tiles = n_tokens // (2 * width)
+    n_pairs = (len(groups) - 1) * n_tiles
+    pair = take_turn(turns)
+    while pair < n_pairs:
+        chunk0, chunk1 = groups[pair // n_tiles], groups[pair // n_tiles + 1]
+        token = pair % n_tiles * 2 * width
+        for b in range(plan.ptr.shape[1] - 1):
+            for c in range(chunk0, chunk1):
+                for p in range(plan.ptr[c, b], plan.ptr[c, b + 1]):
+                    row = np.int64(get(plan.row, p))
+                    slot = np.int64(get(plan.start, p))
+                    at = row * y_stride + token
+                    left = splat_row(get(bias, row))
+                    right = left
+                    if b > 0:
+                        left, right = load_any(y, at, left), load_any(y, at + width, left)
+                    for k in range(slot, slot + np.int64(get(plan.length, p))):
+                        place = np.int64(get(offsets, np.int64(get(indices, k)))) + token
+                        w = splat_row(weight(values, k))
+                        left = fma_row(w, load_any(x, place, left), left)
+                        right = fma_row(w, load_any(x, place + width, left), right)
+                    store_any(y, at, left)
+                    store_any(y, at + width, right)
+        pair = take_turn(turns)
+
+
+def multiply_shifted(
+    values: Array, indices: Array, plan: Segments, offsets: Array, X: Array, Y: Array, n_tokens: int,
+    bias: Array,
+) -> None:  # fmt: skip
+    """``Y[i, t] = sum_k v_k X[offsets[j_k] + t] + b_i`` for ``t < n_tokens``, in whole tiles.
+
+    Parameters
+    ----------
+    values, indices : arrays, (nnz,)
+        The values have the dtype of X, or are the bits of bfloat16 in uint16 beside float32.
+    plan : Segments
+    offsets : int64 array, (columns,)
+        Where in X, flat, the tokens of each column begin.
+    X : array, C order
+    Y : array, (rows, at least n_tokens), C order
+        Overwritten.
+    n_tokens : int
+        From `whole_tiles`.
+    bias : array, (rows,)
+    """
+    n_tiles = n_tokens * Y.itemsize // (2 * TILE_BYTES)
+    if n_tiles * len(Y) == 0:
+        return
+    workers = worker_count(plan.n_connections * n_tokens)
+    groups = product_groups(plan, n_tiles, workers, Y.itemsize + indices.itemsize)
+    n_shares = min(workers, (len(groups) - 1) * n_tiles)
+    launch(
+        _multiply_share, n_shares, no_turns(), values, indices, bias, plan, groups, offsets, X.reshape(-1),
+        Y.reshape(-1), Y.shape[1], n_tokens,
+    )  # fmt: skip
+
+
+@jit
+def _place(offsets, indices, slot, last):  # type: ignore[no-untyped-def]
+    return np.int64(get(offsets, np.int64(get(indices, min(slot, last)))))
+
+
+@jit
+def _sample_share(  # type: ignore[no-untyped-def]
+    share, n_shares, edges, indices, begin, end, offsets, dy, dy_stride, x, n_tokens, long_tile, out
+):
+    if spread(share, n_shares):
+        return
+    zero = zeros_register(x)
+    lanes = lanes_of(zero)
+    for token0 in range(0, n_tokens, long_tile):
+        token1 = min(token0 + long_tile, n_tokens)
+        for i in range(edges[share], edges[share + 1]):
+            row, last = i * dy_stride, end[i] - 1
+            for slot in range(begin[i], end[i], _DOTS):
+                # The places past the last connection are its own again.
+                p0, p1 = _place(offsets, indices, slot, last), _place(offsets, indices, slot + 1, last)
+                p2, p3 = _place(offsets, indices, slot + 2, last), _place(offsets, indices, slot + 3, last)
+                p4, p5 = _place(offsets, indices, slot + 4, last), _place(offsets, indices, slot + 5, last)
+                p6, p7 = _place(offsets, indices, slot + 6, last), _place(offsets, indices, slot + 7, last)
+                s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = zero
+                for t in range(token0, token1, lanes):
+                    d = load_any(dy, row + t, zero)
+                    s0 = fma_row(d, load_any(x, p0 + t, zero), s0)
+                    s1 = fma_row(d, load_any(x, p1 + t, zero), s1)
+                    s2 = fma_row(d, load_any(x, p2 + t, zero), s2)
+                    s3 = fma_row(d, load_any(x, p3 + t, zero), s3)
+                    s4 = fma_row(d, load_any(x, p4 + t, zero), s4)
+                    s5 = fma_row(d, load_any(x, p5 + t, zero), s5)
+                    s6 = fma_row(d, load_any(x, p6 + t, zero), s6)
+                    s7 = fma_row(d, load_any(x, p7 + t, zero), s7)
+                add_sums(out, slot, last + 1, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+def sample_shifted(
+    indices: Array, begin: Array, end: Array, offsets: Array, DY: Array, X: Array, n_tokens: int,
+    out: Array,
+) -> None:  # fmt: skip
+    """``out[k] += sum of DY[i, t] X[offsets[j_k] + t]`` over ``t < n_tokens``, in whole tiles.
+
+    Row i is the connections ``begin[i] : end[i]``; DY (rows, tokens) and X are in C order.
+    The sum over the tokens has the same order for any number of threads.
+    """
+    n_shares = max(1, min(worker_count(len(indices) * n_tokens), len(DY)))
+    edges = cut_rows(np.append(begin, end[-1:]), n_shares)
+    launch(
+        _sample_share, n_shares, edges, indices, begin, end, offsets, DY.reshape(-1), DY.shape[1],
+        X.reshape(-1), n_tokens, _LONG_TILE_BYTES // X.itemsize, out,
+    )  # fmt: skip

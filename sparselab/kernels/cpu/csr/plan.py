@@ -1,0 +1,311 @@
+"""Plans: in which order a kernel walks the connections.
+
+A kernel walks *segments*: the connections of one row that fall into one block of columns. The tokens of a
+block of columns then stay in a fast cache while all rows pass over it. Within a chunk of rows the segments of
+a block are sorted by length, so the length of the inner loop is a branch that the CPU predicts.
+
+A plan is a value that the caller holds. It belongs to one topology, says nothing about the connections'
+values, and is worth keeping for as long as the topology lives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sparselab.kernels.cpu.partition import share_rows
+from sparselab.kernels.cpu.runtime.jit import jit, launch, mapped_empty, worker_count
+from sparselab.kernels.cpu.runtime.target import BLOCK_COLUMNS, CACHE_BUDGET_BYTES, TILE_BYTES
+from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR, index_dtype, slot_dtype
+
+#: Columns of one block in `sddmm_dw`, which gains nothing from first-level cache blocks: its dots are bound
+#: by arithmetic, and the longer a segment the fewer of its dots fall outside full groups.
+_GRADIENT_BLOCK_COLUMNS = 131072 // TILE_BYTES
+
+#: A segment shorter than this pays more for its row of sums than for its connections.
+_USEFUL_SEGMENT = 12
+
+#: Planes of one block in `multiply_shifted`: what a tile's windows see of them fits a first-level cache.
+_BLOCK_PLANES = 32
+
+_CHUNK_BYTES = 128 * 1024
+_MIN_CHUNKS = 16
+_MIN_CHUNK_ROWS = 8
+_MIN_SHARE = 1 << 15
+
+
+class Segments(NamedTuple):
+    """Segments of a matrix with ``n_rows`` rows, cut at every `block_columns` columns.
+
+    ``ptr[c, b] : ptr[c, b + 1]`` are the segments of row chunk c in column block b. Chunk c is rows
+    ``chunk_rows[c] : chunk_rows[c + 1]``, all chunks of about equal work. Segment p is the `length[p]`
+    connections of row ``row[p]`` from slot ``start[p]`` on. Every row has a segment in block 0, if need be an
+    empty one, so that block 0 can begin the row's sum. `capacity` is the number of slots that they lie in.
+    """
+
+    n_connections: int
+    capacity: int
+    block_columns: int
+    chunk_rows: Array
+    ptr: Array
+    row: Array
+    start: Array
+    length: Array
+
+
+class TransposePlan(NamedTuple):
+    """The order of `spmm_t`: the transpose's connections, row by row, and its segments.
+
+    Row j of the transpose is the connections ``indptr[j] : indptr[j + 1]``. Connection k has column
+    ``indices[k]`` (a row of W) and the value in slot ``slots[k]`` of the `capacity` slots of W.
+    """
+
+    capacity: int
+    indptr: Array
+    indices: Array
+    slots: Array
+    segments: Segments
+
+
+def plan_spmm(W: PaddedCSR) -> Segments:
+    """Plan of `spmm` for the topology of W (values are not read)."""
+    return _segments(W.indptr, W.row_nnz, W.indices, W.shape, _product_block(W.nnz, W.shape))
+
+
+def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
+    """Plan of `spmm_t` for the topology of W (values are not read). Costs about 7 bytes per connection."""
+    rows, cols = W.shape
+    indices = mapped_empty(W.nnz, index_dtype(rows))
+    slots = mapped_empty(W.nnz, slot_dtype(W.capacity))
+    edges = share_rows(W)
+    n_shares = len(edges) - 1
+    fill = np.zeros((n_shares, cols), np.int64)
+    launch(_count_columns_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill)
+    column_nnz = fill.sum(0)
+    indptr = np.zeros(cols + 1, np.int64)
+    np.cumsum(column_nnz, out=indptr[1:])
+    # A column's connections of one share follow those of the shares before it, so that rows ascend.
+    fill[1:] = np.cumsum(fill[:-1], axis=0)
+    fill[:1] = 0
+    fill += indptr[:-1]
+    launch(_transpose_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill, indices, slots)
+    block = _product_block(W.nnz, (cols, rows))
+    segments = _segments(indptr[:-1], column_nnz, indices, (cols, rows), block)
+    return TransposePlan(W.capacity, indptr, indices, slots, segments)
+
+
+def plan_sddmm_dw(W: PaddedCSR) -> Segments:
+    """Plan of `sddmm_dw` for the topology of W (values are not read)."""
+    return _segments(W.indptr, W.row_nnz, W.indices, W.shape, _gradient_block(W.shape[1]))
+
+
+def plan_shifted(
+    begin: Array, row_nnz: Array, indices: Array, shape: tuple[int, int], elements: int
+) -> Segments:
+    """Plan of `multiply_shifted`; so many columns, the elements of a kernel, read the same plane."""
+    block = max(_BLOCK_PLANES * elements, _useful_block(len(indices), shape))
+    return _segments(begin, row_nnz, indices, shape, block)
+
+
+def _product_block(nnz: int, shape: tuple[int, int]) -> int:
+    return int(min(max(_useful_block(nnz, shape), BLOCK_COLUMNS), max(shape[1], 1)))
+
+
+def _useful_block(nnz: int, shape: tuple[int, int]) -> int:
+    """Columns in which a row has so many connections that they repay its sums."""
+    return _USEFUL_SEGMENT * shape[0] * shape[1] // nnz if nnz else shape[1]
+
+
+def _gradient_block(n_columns: int) -> int:
+    n_blocks = max(-(-n_columns // _GRADIENT_BLOCK_COLUMNS), 1)
+    return -(-n_columns // n_blocks) + 7 & ~7
+
+
+def _segments(
+    begin: Array, row_nnz: Array, indices: Array, shape: tuple[int, int], block_columns: int
+) -> Segments:
+    n_rows, n_columns = shape
+    block_columns = max(1, min(block_columns, n_columns))
+    chunk_rows = _chunks(row_nnz)
+    n_blocks = max(-(-n_columns // block_columns), 1)
+    n_chunks = len(chunk_rows) - 1
+    n_shares = max(1, min(worker_count(), n_chunks, len(indices) // _MIN_SHARE))
+    ptr = np.zeros((n_chunks, n_blocks + 1), np.int64)
+    longest = np.zeros(n_shares, np.int64)
+    launch(
+        _count_segments_share, n_shares, begin, row_nnz, indices, block_columns, chunk_rows,
+        ptr, longest,
+    )  # fmt: skip
+    sizes = ptr[:, 1:]
+    ends = np.cumsum(sizes).reshape(sizes.shape)
+    ptr[:, 1:] = ends
+    ptr[1:, 0] = ends[:-1, -1]
+    n_segments = int(ptr[-1, -1]) if ptr.size else 0
+    row = mapped_empty(n_segments, slot_dtype(n_rows))
+    start = mapped_empty(n_segments, slot_dtype(int(begin[-1]) + int(row_nnz[-1]) if n_rows else 0))
+    length = mapped_empty(n_segments, slot_dtype(block_columns))
+    launch(
+        _fill_segments, n_shares, begin, row_nnz, indices, block_columns, chunk_rows, ptr,
+        longest.max(), row, start, length,
+    )  # fmt: skip
+    return Segments(int(row_nnz.sum()), len(indices), block_columns, chunk_rows, ptr, row, start, length)
+
+
+def _chunks(row_nnz: Array) -> Array:
+    """Boundaries of row chunks of about equal work; all but the last hold a multiple of 8 rows."""
+    n_rows = len(row_nnz)
+    work = np.zeros(n_rows + 1, np.int64)
+    np.cumsum(row_nnz + 4, out=work[1:])  # a row costs about four connections before its first one
+    n_chunks = max(int(work[-1]) * 6 // _CHUNK_BYTES, _MIN_CHUNKS)
+    n_chunks = max(min(n_chunks, n_rows // _MIN_CHUNK_ROWS), 1)
+    targets = np.arange(1, n_chunks) * (work[-1] / n_chunks)
+    inner = (np.searchsorted(work, targets) + 4) // 8 * 8
+    return np.unique(np.concatenate([[0], inner[inner < n_rows], [n_rows]])).astype(np.int64)
+
+
+@jit
+def _count_columns_share(share, n_shares, edges, begin, row_nnz, indices, counts):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
+    mine = counts[share]
+    for i in range(edges[share], edges[share + 1]):
+        for slot in range(begin[i], begin[i] + row_nnz[i]):
+            mine[np.int64(indices[slot])] += 1
+
+
+@jit
+def _transpose_share(share, n_shares, edges, begin, row_nnz, indices, fill, rows, slots):  # type: ignore[no-untyped-def]
+    """Counting sort of a share's connections by column; within a column rows ascend."""
+    if spread(share, n_shares):
+        return
+    mine = fill[share]
+    for i in range(edges[share], edges[share + 1]):
+        for slot in range(begin[i], begin[i] + row_nnz[i]):
+            j = np.int64(indices[slot])
+            at = mine[j]
+            rows[at] = i
+            slots[at] = slot
+            mine[j] = at + 1
+
+
+@jit
+def _count_segments_share(  # type: ignore[no-untyped-def]
+    share, n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest
+):
+    """``ptr[c, b + 1]`` becomes the number of segments of chunk c in block b."""
+    if spread(share, n_shares):
+        return
+    n_chunks = len(chunk_rows) - 1
+    most = np.int64(0)
+    for c in range(share * n_chunks // n_shares, (share + 1) * n_chunks // n_shares):
+        for i in range(chunk_rows[c], chunk_rows[c + 1]):
+            ptr[c, 1] += 1
+            first = begin[i]
+            limit = block
+            for slot in range(begin[i], begin[i] + row_nnz[i]):
+                j = np.int64(indices[slot])
+                if j >= limit:
+                    b = j // block
+                    ptr[c, b + 1] += 1
+                    most = max(most, slot - first)
+                    first = slot
+                    limit = (b + 1) * block
+            most = max(most, begin[i] + row_nnz[i] - first)
+    longest[share] = most
+
+
+@jit
+def _fill_segments(  # type: ignore[no-untyped-def]
+    share, n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest, row, start, length
+):
+    """Write the segments of a share's chunks, those of each chunk and block sorted by length (stable)."""
+    if spread(share, n_shares):
+        return
+    n_chunks, n_blocks = ptr.shape[0], ptr.shape[1] - 1
+    first_chunk, last_chunk = share * n_chunks // n_shares, (share + 1) * n_chunks // n_shares
+    # For each block, first how many segments of each length there are, then where the next one goes.
+    place = np.empty((n_blocks, longest + 2), np.int64)
+    for c in range(first_chunk, last_chunk):
+        place[:] = 0
+        for write in range(2):
+            for i in range(chunk_rows[c], chunk_rows[c + 1]):
+                slot = begin[i]
+                end = begin[i] + row_nnz[i]
+                b = np.int64(0)
+                while b == 0 or slot < end:
+                    first = slot
+                    limit = (b + 1) * block
+                    while slot < end and np.int64(indices[slot]) < limit:
+                        slot += 1
+                    n = slot - first
+                    if write:
+                        at = place[b, n]
+                        row[at] = i
+                        start[at] = first
+                        length[at] = n
+                        place[b, n] = at + 1
+                    else:
+                        place[b, n + 1] += 1
+                    b = np.int64(indices[slot]) // block if slot < end else n_blocks
+            if not write:
+                for b in range(n_blocks):
+                    place[b, 0] = ptr[c, b]
+                    for n in range(1, longest + 2):
+                        place[b, n] += place[b, n - 1]
+
+
+def split_evenly(n_items: int, n_parts: int) -> Array:
+    """Boundaries of `n_parts` contiguous parts of almost equal size."""
+    return np.arange(n_parts + 1, dtype=np.int64) * n_items // n_parts
+
+
+def _n_groups(plan: Segments, tile_bytes: int, n_tiles: int, connection_bytes: int) -> int:
+    """How many groups to cut the rows into, each of which packs the tokens for itself.
+
+    As many as it takes for a group's connections and its rows of a tile (`tile_bytes` for all groups
+    together) to stay in the cache from tile to tile; only for the latter where packing that often moves more
+    bytes than reading the connections again for every tile, as in a layer of many more inputs than outputs.
+    """
+    kept, streamed = (
+        max(1, -(-size // CACHE_BUDGET_BYTES)) for size in (connection_bytes + tile_bytes, tile_bytes)
+    )
+    tokens = (plan.ptr.shape[1] - 1) * plan.block_columns * TILE_BYTES * n_tiles
+    return streamed if tokens * (kept - streamed) > connection_bytes * (n_tiles - 1) else kept
+
+
+def product_groups(plan: Segments, n_tiles: int, n_workers: int, bytes_per_connection: int) -> Array:
+    """Chunk boundaries of the row groups that one worker passes over one tile of tokens.
+
+    Groups are such as `_n_groups` wants, or smaller where that is needed to keep all workers busy.
+    """
+    n_chunks = len(plan.chunk_rows) - 1
+    # The sums count twice, since they are read and written.
+    sums = 2 * int(plan.chunk_rows[-1]) * TILE_BYTES
+    n_groups = min(_n_groups(plan, sums, n_tiles, plan.n_connections * bytes_per_connection), n_chunks)
+    while n_groups < n_chunks and n_groups * n_tiles < 8 * n_workers and n_groups * n_tiles % n_workers:
+        n_groups += 1
+    return split_evenly(n_chunks, n_groups)
+
+
+def gradient_shares(plan: Segments, n_tiles: int, n_workers: int, bytes_per_connection: int) -> Array:
+    """Rectangles of chunks x blocks, one row ``(chunk0, chunk1, block0, block1)`` each.
+
+    Each connection lies in one rectangle, so each gradient has one writer. Rows are split first: workers on
+    different columns of the same rows write to the same cache lines, and ran at half the speed. Columns are
+    split only where there are fewer chunks of rows than workers.
+    """
+    n_chunks, n_blocks = plan.ptr.shape[0], plan.ptr.shape[1] - 1
+    # Half of the budget is left to the tokens that pass through.
+    dy, connections = int(plan.chunk_rows[-1]) * TILE_BYTES, plan.n_connections * bytes_per_connection
+    turns = -(-_n_groups(plan, 2 * dy, n_tiles, 2 * connections) // n_workers)
+    row_parts = min(turns * n_workers, n_chunks)
+    column_parts = min(-(-n_workers // row_parts), n_blocks)
+    chunk_edges, block_edges = split_evenly(n_chunks, row_parts), split_evenly(n_blocks, column_parts)
+    rectangles: list[Any] = [
+        (chunk_edges[i], chunk_edges[i + 1], block_edges[j], block_edges[j + 1])
+        for i in range(row_parts)
+        for j in range(column_parts)
+    ]
+    return np.array(rectangles, np.int64)

@@ -1,0 +1,122 @@
+"""Dense x dense sampled at the connections: ``dW[i, j] = sum_t DY[i, t] X[j, t]`` for live (i, j).
+
+Loop order, from outside: shares of rectangles (rows x columns) on threads; tiles of tokens; blocks of
+columns; segments. Per tile a rectangle packs its rows of DY and, block by block, its columns of X. In
+registers: one tile row of DY, and up to `DOTS` dots at a time, each a tile row of X loaded and multiplied;
+their lanes are summed together by a tree of shuffles. The sums over tiles stay in `out`, which has one writer
+per slot and one order of summation whatever the number of threads.
+
+The sums of DY over tokens, the gradient of a bias, are made from the packed rows, which saves a pass over DY.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparselab.kernels.cpu.csr.plan import Segments, gradient_shares
+from sparselab.kernels.cpu.runtime.jit import jit, launch, scratch, worker_count
+from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
+from sparselab.kernels.cpu.simd.vectors import get, tile_width, view_at
+from sparselab.kernels.cpu.tiles import add_tokens, pack
+from sparselab.kernels.layouts.padded_csr import Array, strides
+
+#: Items of scratch, on a cache line of their own, for the dots of an incomplete group.
+_REST = 16
+
+
+@jit
+def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest, out):  # type: ignore[no-untyped-def]
+    """Add the dots of segments p : q over one tile to `out`."""
+    width = tile_width(x)
+    group = min(DOTS, VECTOR_BYTES // x.itemsize)
+    small = min(SOME_DOTS, VECTOR_BYTES // x.itemsize)
+    for s in range(p, q):
+        at = (np.int64(get(row, s)) - row0) * width
+        slot = np.int64(get(start, s))
+        end = slot + np.int64(get(length, s))
+        while slot + group <= end:
+            add_dots(dy, at, x, indices, slot, slot, column0, out)
+            slot += group
+        if slot < end and get(length, s) >= group:
+            # The segment's last group: dots that were added before are computed again and left out.
+            add_last_dots(dy, at, x, indices, end - group, slot, column0, out)
+            continue
+        while slot < end:
+            some_dots(dy, at, x, indices, slot, end - 1, column0, rest)
+            for k in range(min(small, end - slot)):
+                out[slot + k] += get(rest, k)
+            slot += small
+
+
+@jit
+def _sample_share(  # type: ignore[no-untyped-def]
+    share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
+    x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
+):  # fmt: skip
+    """Compute the share's rectangles, one after the other; those that begin a row also write its sum."""
+    if spread(share, n_shares):
+        return
+    memory = work[share]
+    width = tile_width(memory)
+    rest = memory[:_REST]
+    x_tile = memory[_REST : _REST + plan.block_columns * width]
+    dy_tile = memory[_REST + plan.block_columns * width :]
+    partial = memory[_REST + (plan.block_columns + most_rows) * width :]
+    x, dy = view_at(x_at, memory), view_at(dy_at, memory)
+    n = len(rectangles)
+    for r in range(share * n // n_shares, (share + 1) * n // n_shares):
+        chunk0, chunk1 = rectangles[r, 0], rectangles[r, 1]
+        row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
+        wants_sums = len(sums) > 0 and rectangles[r, 2] == 0
+        partial[: (row1 - row0) * 8] = 0
+        for token0 in range(0, n_tokens, width):
+            tokens = min(width, n_tokens - token0)
+            first = row0 * dy_strides[0] + token0 * dy_strides[1]
+            pack(dy, first, dy_strides[0], dy_strides[1], row1 - row0, tokens, dy_tile, width)
+            if wants_sums:
+                add_tokens(dy_tile, row1 - row0, width, partial)
+            for b in range(rectangles[r, 2], rectangles[r, 3]):
+                column0 = b * plan.block_columns
+                columns = min(plan.block_columns, n_columns - column0)
+                first = column0 * x_strides[0] + token0 * x_strides[1]
+                pack(x, first, x_strides[0], x_strides[1], columns, tokens, x_tile, width)
+                for c in range(chunk0, chunk1):
+                    p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
+                    _add_segments(
+                        indices, plan.row, plan.start, plan.length, p, q,
+                        dy_tile, row0, x_tile, column0, rest, out,
+                    )  # fmt: skip
+        if wants_sums:
+            for i in range(row0, row1):
+                sums[i] = partial[(i - row0) * 8 : (i - row0 + 1) * 8].sum()
+
+
+def sample(
+    indices: Array, plan: Segments, DY: Array, X: Array, out: Array, sums: Array | None = None
+) -> None:
+    """``out[slot] = DY[i] . X[j]`` for the connection (i, j) of every live slot, 0 in spare slots.
+
+    DY ``(rows, tokens)`` and X ``(columns, tokens)`` may have any strides and are not checked. If `sums`
+    (rows,) is given, it becomes ``sum_t DY[:, t]``.
+    """
+    out.fill(0)
+    sums = np.empty(0, out.dtype) if sums is None else sums
+    n_columns, n_tokens = X.shape
+    if n_tokens == 0 or (plan.n_connections == 0 and sums.size == 0):
+        sums.fill(0)
+        return
+    width = TILE_BYTES // out.itemsize
+    n_tiles = -(-n_tokens // width)
+    workers = worker_count((plan.n_connections + n_columns + len(DY)) * n_tokens)
+    rectangles = gradient_shares(plan, n_tiles, workers, out.itemsize + indices.itemsize)
+    n_shares = min(workers, len(rectangles))
+    most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
+    items = _REST + plan.block_columns * width + most_rows * (width + 8)
+    work = scratch(n_shares, items, out.dtype)
+    launch(
+        _sample_share, n_shares, indices, plan, rectangles,
+        DY.__array_interface__["data"][0], strides(DY), X.__array_interface__["data"][0], strides(X),
+        n_columns, n_tokens, most_rows, work, out, sums,
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""Sparse x dense for few tokens: ``Y = W X + b`` with at most `MOST_TOKENS` columns in X.
+
+A whole tile would spend most of its arithmetic on padding. Here a row's sums are one narrow vector (or one
+number) that walks the row's connections once, in four independent chains, and no plan is needed. The limit is
+the bandwidth at which values and columns arrive, since each is used once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparselab.kernels.cpu.partition import first_not_below
+from sparselab.kernels.cpu.runtime.jit import jit, launch, scratch
+from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.vectors import (
+    add_rows,
+    fma_row,
+    get,
+    lanes_of,
+    load_like,
+    put,
+    splat_like,
+    store_row,
+    view_at,
+    weight,
+    zeros8,
+    zeros16,
+)
+from sparselab.kernels.cpu.tiles import pack
+from sparselab.kernels.layouts.padded_csr import Array, strides
+
+#: Up to here narrow vectors beat a whole tile.
+MOST_TOKENS = 16
+
+#: Connections that are worth a thread of their own (5 us); starting one takes half as long.
+_MIN_SHARE = 16_384
+
+
+@jit
+def rows_of_share(share, n_shares, begin, end):  # type: ignore[no-untyped-def]
+    """Rows of one share; the shares are cut where the connections are halved, not the rows."""
+    n_rows = len(begin)
+    if n_rows == 0:
+        return 0, 0
+    low, span = begin[0], end[n_rows - 1] - begin[0]
+    first = first_not_below(begin, low + span * share // n_shares) if share > 0 else 0
+    last = first_not_below(begin, low + span * (share + 1) // n_shares) if share + 1 < n_shares else n_rows
+    return first, last
+
+
+@jit
+def _one_token(values, indices, begin, end, bias, first, last, x, step, y, y_step):  # type: ignore[no-untyped-def]
+    """Rows first : last for one token: each is a dot with gathered inputs."""
+    for i in range(first, last):
+        total = get(bias, i)
+        if step == 1:
+            for k in range(begin[i], end[i]):
+                total += weight(values, k) * get(x, np.int64(get(indices, k)))
+        else:
+            for k in range(begin[i], end[i]):
+                total += weight(values, k) * get(x, np.int64(get(indices, k)) * step)
+        put(y, i * y_step, total)
+
+
+@jit
+def _row_sum(values, indices, k, end, tile, start):  # type: ignore[no-untyped-def]
+    """`start` plus the products of connections k : end with their rows of the tile."""
+    width = lanes_of(start)
+    a, b = start, splat_like(tile.dtype.type(0), start)
+    c, d = b, b
+    while k + 4 <= end:
+        a = fma_row(
+            splat_like(weight(values, k), a), load_like(tile, np.int64(get(indices, k)) * width, a), a
+        )
+        b = fma_row(
+            splat_like(weight(values, k + 1), a), load_like(tile, np.int64(get(indices, k + 1)) * width, a), b
+        )
+        c = fma_row(
+            splat_like(weight(values, k + 2), a), load_like(tile, np.int64(get(indices, k + 2)) * width, a), c
+        )
+        d = fma_row(
+            splat_like(weight(values, k + 3), a), load_like(tile, np.int64(get(indices, k + 3)) * width, a), d
+        )
+        k += 4
+    while k < end:
+        a = fma_row(
+            splat_like(weight(values, k), a), load_like(tile, np.int64(get(indices, k)) * width, a), a
+        )
+        k += 1
+    return add_rows(add_rows(a, b), add_rows(c, d))
+
+
+@jit
+def _some_tokens(  # type: ignore[no-untyped-def]
+    values, indices, begin, end, bias, first, last,
+    x, x_strides, n_columns, y, y_strides, n_tokens, memory, zeros,
+):  # fmt: skip
+    """Rows first : last for some tokens: all of X is packed, one vector of tokens to a row of the tile."""
+    width = lanes_of(zeros)
+    line, tile = memory[:width], memory[width:]
+    pack(x, 0, x_strides[0], x_strides[1], n_columns, n_tokens, tile, width)
+    for i in range(first, last):
+        start = splat_like(get(bias, i), zeros)
+        store_row(line, 0, _row_sum(values, indices, begin[i], end[i], tile, start))
+        for t in range(n_tokens):
+            put(y, i * y_strides[0] + t * y_strides[1], get(line, t))
+
+
+@jit
+def _multiply_share(  # type: ignore[no-untyped-def]
+    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    if spread(share, n_shares):
+        return
+    values, bias = view_at(values_at, bits), view_at(bias_at, like)
+    x, y = view_at(x_at, like), view_at(y_at, like)
+    first, last = rows_of_share(share, n_shares, begin, end)
+    if n_tokens == 1:
+        _one_token(values, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0])
+    elif n_tokens <= 8:
+        _some_tokens(
+            values, indices, begin, end, bias, first, last,
+            x, x_strides, n_columns, y, y_strides, n_tokens, work[share], zeros8(like),
+        )  # fmt: skip
+    else:
+        _some_tokens(
+            values, indices, begin, end, bias, first, last,
+            x, x_strides, n_columns, y, y_strides, n_tokens, work[share], zeros16(like),
+        )  # fmt: skip
+
+
+#: A dense matrix by its address, strides and shape, which cost less to hand over than an array.
+Matrix = tuple[int, tuple[int, int], tuple[int, int]]
+
+
+def matrix(array: Array) -> Matrix:
+    """A 2-D array as the kernels here take it."""
+    rows, columns = array.shape
+    return address(array), strides(array), (rows, columns)
+
+
+def address(array: Array) -> int:
+    """Where an array begins."""
+    return int(array.__array_interface__["data"][0])
+
+
+_EMPTY = {np.dtype(name): np.empty((0, 0), name) for name in (np.float32, np.float64)}
+
+
+def multiply_few(
+    values_at: int, bits: Array, indices: Array, begin: Array, end: Array, bias_at: int, like: Array,
+    X: Matrix, Y: Matrix, n_threads: int,
+) -> None:  # fmt: skip
+    """``Y = W X + b`` for 1 to `MOST_TOKENS` tokens, where row i of W is the slots ``begin[i] : end[i]``.
+
+    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides (in items). The weights and the bias
+    are contiguous at the two addresses, of the dtypes of the arrays `bits` and `like`, whose contents are not
+    read; `like` has the dtype of X and Y, `bits` the same or uint16 for bfloat16. Nothing is checked; Y is
+    overwritten and overlaps nothing.
+    """
+    x_at, x_strides, (n_columns, n_tokens) = X
+    y_at, y_strides, (n_rows, _) = Y
+    if n_rows * n_tokens == 0:
+        return
+    n_shares = min(n_threads, 1 + len(indices) // _MIN_SHARE)
+    if n_tokens == 1:
+        work = _EMPTY[like.dtype]
+    else:
+        work = scratch(n_shares, (n_columns + 1) * (8 if n_tokens <= 8 else 16), like.dtype)
+    launch(
+        _multiply_share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+        x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+    )  # fmt: skip

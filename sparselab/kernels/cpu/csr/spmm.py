@@ -1,0 +1,136 @@
+"""Sparse x dense: ``Y = W X + b``, and the loop it shares with the transpose product.
+
+Loop order, from outside: shares of (row group, tile of tokens) on threads; blocks of columns; segments, two
+at a time. In registers: the tile rows of two sums. In first-level cache: one block of packed X. In the
+second-level cache: the sums of the group's rows and the group's connections, which stay there while the
+worker goes from tile to tile. Per connection and tile: one tile row loaded and multiplied, 4 + 2 bytes of
+value and column read. A tile row of X serves one multiply-add, so the limit is the load bandwidth of the
+first-level cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparselab.kernels.cpu.csr.plan import Segments, product_groups
+from sparselab.kernels.cpu.runtime.jit import jit, launch, no_turns, scratch, worker_count
+from sparselab.kernels.cpu.runtime.target import TILE_BYTES
+from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.vectors import (
+    fma_row,
+    get,
+    load_row,
+    splat_row,
+    store_row,
+    take_turn,
+    tile_width,
+    view_at,
+    weight,
+)
+from sparselab.kernels.cpu.tiles import pack, unpack
+from sparselab.kernels.layouts.padded_csr import Array, strides
+
+
+@jit
+def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, row0, bias, begin):  # type: ignore[no-untyped-def]
+    """Add the segments p : q, whose tokens are packed in `x` from `column0` on, to the tile rows of sums.
+
+    Two segments at a time, because one tile row of sums is too few independent chains to hide the latency of
+    a multiply-add. Segments are sorted by length, so the first of the two is the shorter. The sums `begin`
+    with the bias in the first block, in which every row has a segment.
+    """
+    width = tile_width(x)
+    origin = column0 * width
+    while p + 1 < q:
+        a, b = np.int64(get(start, p)), np.int64(get(start, p + 1))
+        n, m = np.int64(get(length, p)), np.int64(get(length, p + 1))
+        at_a = (np.int64(get(row, p)) - row0) * width
+        at_b = (np.int64(get(row, p + 1)) - row0) * width
+        if begin:
+            sum_a = splat_row(get(bias, np.int64(get(row, p))))
+            sum_b = splat_row(get(bias, np.int64(get(row, p + 1))))
+        else:
+            sum_a, sum_b = load_row(sums, at_a), load_row(sums, at_b)
+        for k in range(n):
+            x_a = load_row(x, np.int64(get(indices, a + k)) * width - origin)
+            x_b = load_row(x, np.int64(get(indices, b + k)) * width - origin)
+            sum_a = fma_row(splat_row(weight(values, a + k)), x_a, sum_a)
+            sum_b = fma_row(splat_row(weight(values, b + k)), x_b, sum_b)
+        for k in range(n, m):
+            x_b = load_row(x, np.int64(get(indices, b + k)) * width - origin)
+            sum_b = fma_row(splat_row(weight(values, b + k)), x_b, sum_b)
+        store_row(sums, at_a, sum_a)
+        store_row(sums, at_b, sum_b)
+        p += 2
+    if p < q:
+        a, n = np.int64(get(start, p)), np.int64(get(length, p))
+        at_a = (np.int64(get(row, p)) - row0) * width
+        sum_a = splat_row(get(bias, np.int64(get(row, p)))) if begin else load_row(sums, at_a)
+        for k in range(n):
+            x_a = load_row(x, np.int64(get(indices, a + k)) * width - origin)
+            sum_a = fma_row(splat_row(weight(values, a + k)), x_a, sum_a)
+        store_row(sums, at_a, sum_a)
+
+
+@jit
+def _multiply_share(  # type: ignore[no-untyped-def]
+    share, n_shares, turns, values, indices, bias, plan, groups,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    """Compute (row group, tile) pairs, group by group, in turns with the other workers."""
+    if spread(share, n_shares):
+        return
+    memory = work[share]
+    width = tile_width(memory)
+    tile = memory[: plan.block_columns * width]
+    sums = memory[plan.block_columns * width :]
+    x, y = view_at(x_at, memory), view_at(y_at, memory)
+    n_tiles = (n_tokens + width - 1) // width
+    n_pairs = (len(groups) - 1) * n_tiles
+    pair = take_turn(turns)
+    while pair < n_pairs:
+        chunk0, chunk1 = groups[pair // n_tiles], groups[pair // n_tiles + 1]
+        row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
+        token0 = pair % n_tiles * width
+        tokens = min(width, n_tokens - token0)
+        for b in range(plan.ptr.shape[1] - 1):
+            column0 = b * plan.block_columns
+            columns = min(plan.block_columns, n_columns - column0)
+            first = column0 * x_strides[0] + token0 * x_strides[1]
+            pack(x, first, x_strides[0], x_strides[1], columns, tokens, tile, width)
+            for c in range(chunk0, chunk1):
+                p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
+                _add_segments(
+                    values, indices, plan.row, plan.start, plan.length, p, q,
+                    tile, column0, sums, row0, bias, b == 0,
+                )  # fmt: skip
+        first = row0 * y_strides[0] + token0 * y_strides[1]
+        unpack(sums, width, row1 - row0, tokens, y, first, y_strides[0], y_strides[1])
+        pair = take_turn(turns)
+
+
+def multiply(
+    values: Array, indices: Array, plan: Segments, X: Array, Y: Array, bias: Array | None = None
+) -> None:
+    """``Y = S X + b`` where S is the matrix whose connections `plan` walks in `values` and `indices`.
+
+    X ``(columns, tokens)`` and Y ``(rows, tokens)``, of one dtype, may have any strides and are not checked;
+    Y is overwritten. The values have that dtype too, or are the bits of bfloat16 in uint16 beside float32.
+    """
+    n_columns, n_tokens = X.shape
+    dtype = Y.dtype
+    if Y.size == 0:
+        return
+    width = TILE_BYTES // dtype.itemsize
+    n_tiles = -(-n_tokens // width)
+    workers = worker_count((plan.n_connections + n_columns + len(Y)) * n_tokens)
+    groups = product_groups(plan, n_tiles, workers, dtype.itemsize + indices.itemsize)
+    n_shares = min(workers, (len(groups) - 1) * n_tiles)
+    group_rows = int(np.diff(plan.chunk_rows[groups]).max())
+    work = scratch(n_shares, (plan.block_columns + group_rows) * width, dtype)
+    launch(
+        _multiply_share, n_shares, no_turns(), values, indices,
+        np.zeros(Y.shape[0], dtype) if bias is None else bias, plan, groups,
+        X.__array_interface__["data"][0], strides(X), n_columns,
+        Y.__array_interface__["data"][0], strides(Y), n_tokens, work,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""How kernels are compiled, cached, launched and given memory."""

@@ -1,0 +1,167 @@
+"""Dots of tile rows, several at a time: the arithmetic of `sddmm_dw` as vector intrinsics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels.cpu.simd.vectors import FLAGS, I32, I64, Emit, Vector, item_bytes
+
+
+def register_lanes(dtype: types.Type) -> int:
+    """Values of `dtype` in one vector register."""
+    return VECTOR_BYTES // item_bytes(dtype)
+
+
+def sum_lanes(emit: Emit, partials: list[Any]) -> Any:
+    """Sum the lanes of each of 2^n vectors: lane k of the result is the sum of ``partials[k]``.
+
+    A tree of pairwise shuffles and additions: about three operations per vector, where a horizontal sum of
+    one vector alone takes two per halving. Every shuffle is one that CPUs have as a single instruction.
+    """
+    builder = emit.builder
+    count, lanes = len(partials), partials[0].type.count
+    bit = 1
+    while len(partials) > 1:
+        low = [lanes + lane - bit if lane & bit else lane for lane in range(lanes)]
+        high = [lanes + lane if lane & bit else lane + bit for lane in range(lanes)]
+        if bit == 1 and isinstance(partials[0].type.element, ir.FloatType):
+            # Interleave the lower and the upper halves of each four lanes (x86 unpack, NEON zip): exchanging
+            # neighbours instead would take two instructions on x86.
+            low = [lane // 4 * 4 + lane % 4 // 2 + lane % 2 * lanes for lane in range(lanes)]
+            high = [lane + 2 for lane in low]
+        partials = [
+            builder.fadd(emit.shuffle(a, b, low), emit.shuffle(a, b, high), flags=FLAGS)
+            for a, b in zip(partials[::2], partials[1::2], strict=True)
+        ]
+        bit *= 2
+    total = partials[0]
+    while lanes > count:
+        lanes //= 2
+        lower, upper = list(range(lanes)), list(range(lanes, 2 * lanes))
+        total = builder.fadd(
+            emit.shuffle(total, total, lower), emit.shuffle(total, total, upper), flags=FLAGS
+        )
+    return total
+
+
+@intrinsic
+def sum_of(_: Any, vector: Any) -> Any:
+    """The sum of the lanes of one vector."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        total = sum_lanes(Emit(context, builder, signature, args), [args[0]])
+        return builder.extract_element(total, ir.Constant(I32, 0))
+
+    return vector.dtype(vector), codegen
+
+
+def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
+    @intrinsic
+    def dots(
+        _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, bound: Any, column0: Any, out: Any
+    ) -> Any:
+        dtype = tile.dtype
+        lanes = register_lanes(dtype)
+        group = min(count, lanes)
+        part = Vector(dtype, lanes)
+        width = TILE_BYTES // item_bytes(dtype)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emit = Emit(context, builder, signature, args)
+            row_start, slot0, limit, origin = (emit.index(k) for k in (1, 4, 5, 6))
+
+            def constant(value: int) -> ir.Constant:
+                return ir.Constant(I64, value)
+
+            def parts(array: Any, start: Any) -> list[Any]:
+                places = [builder.add(start, constant(lanes * j)) for j in range(width // lanes)]
+                return [emit.load(emit.at(array, place), part.llvm, VECTOR_BYTES) for place in places]
+
+            left = parts(emit.data(0), row_start)
+            partials = []
+            for k in range(group):
+                place = builder.add(slot0, constant(k))
+                if clamped:
+                    inside = builder.icmp_signed("<", place, limit)
+                    place = builder.select(inside, place, limit)
+                column = builder.load(emit.at(emit.data(3), place))
+                column = context.cast(builder, column, signature.args[3].dtype, types.intp)
+                offset = builder.mul(builder.sub(column, origin), constant(width))
+                right = parts(emit.data(2), offset)
+                partial = builder.fmul(left[0], right[0], flags=FLAGS)
+                for a, b in zip(left[1:], right[1:], strict=True):
+                    partial = emit.fmuladd(a, b, partial)
+                partials.append(partial)
+            sums = sum_lanes(emit, partials)
+            target = emit.at(emit.data(7), constant(0) if clamped else slot0)
+            if partly:
+                wanted = [
+                    builder.icmp_signed(">=", builder.add(slot0, constant(k)), limit) for k in range(group)
+                ]
+                mask = ir.Constant(ir.VectorType(ir.IntType(1), group), ir.Undefined)
+                for k, bit in enumerate(wanted):
+                    mask = builder.insert_element(mask, bit, ir.Constant(I32, k))
+                sums = builder.select(mask, sums, ir.Constant(sums.type, [0] * group))
+            if not clamped:
+                sums = builder.fadd(emit.load(target, sums.type, item_bytes(dtype)), sums, flags=FLAGS)
+            emit.store(sums, target, item_bytes(dtype))
+            return emit.nothing()
+
+        return types.void(rows, row, tile, columns, slot, bound, column0, out), codegen
+
+    return dots
+
+
+#: Most dots that one call of `add_dots` and `some_dots` computes (fewer where a register has fewer lanes).
+DOTS = 8
+SOME_DOTS = 4
+
+#: ``add_dots(rows, row, tile, columns, slot, bound, column0, out)``: for the `DOTS` slots from `slot` on, add
+#: to ``out[slot]`` the dot of the tile row ``rows[row:]`` with that of the slot's column in `tile`, whose
+#: first row is column `column0`.
+add_dots = _dots(DOTS)
+
+#: As `add_dots`, only for the slots from `bound` on.
+add_last_dots = _dots(DOTS, partly=True)
+
+#: As `add_dots` for up to `SOME_DOTS` slots, none read past `bound`; the dots are stored at ``out[0:]``.
+some_dots = _dots(SOME_DOTS, clamped=True)
+
+
+@intrinsic
+def add_sums(
+    _: Any, out: Any, slot: Any, end: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+) -> Any:
+    """Add the sums of the lanes of eight registers to ``out[slot : min(slot + 8, end)]``."""
+    signature = types.void(out, slot, end, a, b, c, d, e, f, g, h)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        group = min(8, register_lanes(out.dtype))
+        parts = [sum_lanes(emit, list(args[k : k + group])) for k in range(3, 11, group)]
+        while len(parts) > 1:
+            both = list(range(2 * parts[0].type.count))
+            parts = [emit.shuffle(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        (sums,) = parts
+        first, limit = emit.index(1), emit.index(2)
+        whole = builder.icmp_signed("<=", builder.add(first, ir.Constant(I64, 8)), limit)
+        with builder.if_else(whole) as (then, otherwise):
+            with then:
+                place = emit.at(emit.data(0), first)
+                size = item_bytes(out.dtype)
+                emit.store(builder.fadd(emit.load(place, sums.type, size), sums, flags=FLAGS), place, size)
+            with otherwise:
+                for k in range(7):
+                    slot_k = builder.add(first, ir.Constant(I64, k))
+                    with builder.if_then(builder.icmp_signed("<", slot_k, limit)):
+                        place = emit.at(emit.data(0), slot_k)
+                        one = builder.extract_element(sums, ir.Constant(I32, k))
+                        builder.store(builder.fadd(builder.load(place), one, flags=FLAGS), place)
+        return emit.nothing()
+
+    return signature, codegen

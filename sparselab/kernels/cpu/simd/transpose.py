@@ -1,0 +1,51 @@
+"""Transposing in registers, as a vector intrinsic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from sparselab.kernels.cpu.simd.vectors import I64, Emit, Vector, is_array, item_bytes
+
+
+@intrinsic
+def transpose8(
+    _: Any, source: Any, first: Any, stride: Any, target: Any, target_first: Any, target_stride: Any
+) -> Any:
+    """Transpose an 8 x 8 block in registers.
+
+    ``target[target_first + i * target_stride + j] = source[first + j * stride + i]`` for i, j < 8. Three
+    rounds of two-input shuffles, each exchanging the lanes whose index differs in one bit.
+    """
+    if not (is_array(source) and is_array(target) and source.dtype == target.dtype):
+        return None
+    vector = Vector(source.dtype, 8)
+    itemsize = item_bytes(source.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+
+        def lines(array: int) -> list[Any]:
+            start, step = emit.index(array + 1), emit.index(array + 2)
+            offsets = [builder.add(start, builder.mul(step, ir.Constant(I64, k))) for k in range(8)]
+            return [emit.at(emit.data(array), offset) for offset in offsets]
+
+        rows = [emit.load(pointer, vector.llvm, itemsize) for pointer in lines(0)]
+        for bit in (1, 2, 4):
+            low = [8 + lane - bit if lane & bit else lane for lane in range(8)]
+            high = [8 + lane if lane & bit else lane + bit for lane in range(8)]
+            for i in range(8):
+                if not i & bit:
+                    a, b = rows[i], rows[i + bit]
+                    rows[i], rows[i + bit] = emit.shuffle(a, b, low), emit.shuffle(a, b, high)
+        for row, pointer in zip(rows, lines(3), strict=True):
+            emit.store(row, pointer, itemsize)
+        return emit.nothing()
+
+    return (
+        types.void(source, first, stride, target, target_first, target_stride),
+        codegen,
+    )

@@ -1,0 +1,388 @@
+"""Vector operations for Numba kernels: one LLVM operation each, or one fixed pattern of them.
+
+`Vector` is a Numba type for LLVM's ``<lanes x float>``. A *tile row* is a vector of `TILE_BYTES`, several
+machine registers wide; LLVM splits it for the host (4 zmm, 4 ymm or 8 NEON registers), so the kernels are
+written once. None of these check bounds, and none run outside compiled code: `reference` carries the meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+from numba.np.arrayobj import populate_array
+
+from sparselab.kernels.cpu.runtime.jit import CACHE_LINE, FASTMATH
+from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
+
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+FLAGS = tuple(sorted(FASTMATH))
+_NAMES = {types.float32: "f32", types.float64: "f64"}
+
+
+class Vector(types.Type):
+    """LLVM vector of `lanes` values of `dtype` (float32 or float64)."""
+
+    def __init__(self, dtype: types.Type, lanes: int) -> None:
+        if dtype not in _NAMES:
+            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+        self.dtype = dtype
+        self.lanes = lanes
+        super().__init__(name=f"Vector({dtype}, {lanes})")
+
+    @property
+    def llvm(self) -> ir.VectorType:
+        return ir.VectorType(_element(self.dtype), self.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, vector.llvm)
+
+
+def _element(dtype: types.Type) -> ir.Type:
+    return ir.FloatType() if dtype == types.float32 else ir.DoubleType()
+
+
+def item_bytes(dtype: types.Type) -> int:
+    return int(dtype.bitwidth) // 8
+
+
+def tile_row(dtype: types.Type) -> Vector:
+    """The vector type of one tile row."""
+    return Vector(dtype, TILE_BYTES // item_bytes(dtype))
+
+
+def is_array(value: types.Type) -> bool:
+    return isinstance(value, types.Array) and value.ndim == 1 and value.layout == "C"
+
+
+class Emit:
+    """The few LLVM idioms that the intrinsics share, bound to one call site."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
+        self.context, self.builder, self.signature, self.args = context, builder, signature, args
+
+    def data(self, k: int) -> Any:
+        """Pointer to the first element of array argument k."""
+        array = self.context.make_array(self.signature.args[k])(self.context, self.builder, self.args[k])
+        return array.data
+
+    def index(self, k: int) -> Any:
+        """Integer argument k, widened to 64 bits."""
+        return self.context.cast(self.builder, self.args[k], self.signature.args[k], types.intp)
+
+    def at(self, pointer: Any, offset: Any) -> Any:
+        return self.builder.gep(pointer, [offset])
+
+    def load(self, pointer: Any, vector: ir.VectorType, align: int) -> Any:
+        return self.builder.load(self.builder.bitcast(pointer, vector.as_pointer()), align=align)
+
+    def store(self, value: Any, pointer: Any, align: int) -> None:
+        self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer()), align=align)
+
+    def shuffle(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+    def fmuladd(self, a: Any, b: Any, c: Any) -> Any:
+        # fmuladd, not fma: without FMA hardware the latter becomes one libm call per lane.
+        name = "f32" if isinstance(a.type.element, ir.FloatType) else "f64"
+        function = cgutils.get_or_insert_function(
+            self.builder.module,
+            ir.FunctionType(a.type, [a.type] * 3),
+            f"llvm.fmuladd.v{a.type.count}{name}",
+        )
+        return self.builder.call(function, [a, b, c])
+
+    def nothing(self) -> Any:
+        return self.context.get_dummy_value()
+
+
+@intrinsic
+def get(_: Any, array: Any, index: Any) -> Any:
+    """``array[index]`` without the wrap-around of negative indices, which costs four operations a load."""
+    if not (is_array(array) and isinstance(index, types.Integer)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        return builder.load(emit.at(emit.data(0), emit.index(1)))
+
+    return array.dtype(array, index), codegen
+
+
+@intrinsic
+def weight(_: Any, values: Any, index: Any) -> Any:
+    """``values[index]`` as a number to multiply by; a uint16 array holds the bits of bfloat16 values."""
+    if not (is_array(values) and isinstance(index, types.Integer)):
+        return None
+    bits = values.dtype == types.uint16
+    result = types.float32 if bits else values.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        value = builder.load(emit.at(emit.data(0), emit.index(1)))
+        if bits:
+            value = builder.shl(builder.zext(value, I32), ir.Constant(I32, 16))
+            value = builder.bitcast(value, ir.FloatType())
+        return value
+
+    return result(values, index), codegen
+
+
+@intrinsic
+def put(_: Any, array: Any, index: Any, value: Any) -> Any:
+    """``array[index] = value`` without the wrap-around of negative indices."""
+    if not (is_array(array) and isinstance(index, types.Integer) and value == array.dtype):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        builder.store(args[2], emit.at(emit.data(0), emit.index(1)))
+        return emit.nothing()
+
+    return types.void(array, index, value), codegen
+
+
+@intrinsic
+def view_at(_: Any, address: Any, like: Any) -> Any:
+    """1-D array over the memory at an address, of the dtype of `like`; its length is not known.
+
+    Kernels take matrices of any strides, read-only or not, this way: as array arguments each combination
+    would be a Numba type of its own and compile the kernel again.
+    """
+    if not (isinstance(address, types.Integer) and is_array(like)):
+        return None
+    array_type = types.Array(like.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        array = context.make_array(array_type)(context, builder)
+        size = context.get_constant(types.intp, item_bytes(array_type.dtype))
+        populate_array(
+            array,
+            data=builder.inttoptr(emit.index(0), array.data.type),
+            shape=cgutils.pack_array(builder, [context.get_constant(types.intp, 1)]),
+            strides=cgutils.pack_array(builder, [size]),
+            itemsize=size,
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return array_type(address, like), codegen
+
+
+def _items_in(n_bytes: int) -> Any:
+    @intrinsic
+    def items(_: Any, array: Any) -> Any:
+        if not isinstance(array, types.Array):
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return context.get_constant(types.intp, n_bytes // item_bytes(array.dtype))
+
+        return types.intp(array), codegen
+
+    return items
+
+
+#: ``tile_width(array)`` and ``line_width(array)``: values of the array's dtype in a row of a tile and in a
+#: cache line, as constants of the compiled code. ``TILE_BYTES // array.itemsize`` would be read from the
+#: array: a multiplication for each row of a tile, and loops that are not unrolled.
+tile_width, line_width = _items_in(TILE_BYTES), _items_in(CACHE_LINE)
+
+
+@intrinsic
+def load_row(_: Any, tile: Any, index: Any) -> Any:
+    """The tile row that starts at ``tile[index]``; the place must lie on a cache line."""
+    if not (is_array(tile) and isinstance(index, types.Integer)):
+        return None
+    vector = tile_row(tile.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        return emit.load(emit.at(emit.data(0), emit.index(1)), vector.llvm, 64)
+
+    return vector(tile, index), codegen
+
+
+@intrinsic
+def store_row(_: Any, tile: Any, index: Any, row: Any) -> Any:
+    """Store a vector at ``tile[index]``, aligned to its size or a cache line."""
+    if not (is_array(tile) and isinstance(index, types.Integer) and isinstance(row, Vector)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        emit.store(args[2], emit.at(emit.data(0), emit.index(1)), _pointer_alignment(row))
+        return emit.nothing()
+
+    return types.void(tile, index, row), codegen
+
+
+def _pointer_alignment(vector: Vector) -> int:
+    return min(64, vector.lanes * item_bytes(vector.dtype))
+
+
+def _zeros(lanes: int = 0, n_bytes: int = 0) -> Any:
+    @intrinsic
+    def zeros(_: Any, array: Any) -> Any:
+        vector = Vector(array.dtype, lanes or n_bytes // item_bytes(array.dtype))
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return ir.Constant(vector.llvm, [0] * vector.lanes)
+
+        return vector(array), codegen
+
+    return zeros
+
+
+#: ``zeros8(array)`` and ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they
+#: tell the functions below how many lanes to work on.
+zeros8, zeros16 = _zeros(8), _zeros(16)
+
+#: The same, of so many bytes: a vector register, and parts of a cache line.
+zeros_register = _zeros(n_bytes=VECTOR_BYTES)
+quarter_line, half_line = _zeros(n_bytes=CACHE_LINE // 4), _zeros(n_bytes=CACHE_LINE // 2)
+whole_line = _zeros(n_bytes=CACHE_LINE)
+
+
+@intrinsic
+def lanes_of(_: Any, like: Any) -> Any:
+    """Lanes of a vector, as a constant of the compiled code."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.intp, like.lanes)
+
+    return types.intp(like), codegen
+
+
+@intrinsic
+def load_like(_: Any, array: Any, index: Any, like: Any) -> Any:
+    """The vector at ``array[index]`` with as many lanes as `like`, aligned to its size or a cache line."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        return emit.load(emit.at(emit.data(0), emit.index(1)), like.llvm, _pointer_alignment(like))
+
+    return like(array, index, like), codegen
+
+
+@intrinsic
+def load_any(_: Any, array: Any, index: Any, like: Any) -> Any:
+    """As `load_like`, from a place of any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        return emit.load(emit.at(emit.data(0), emit.index(1)), like.llvm, item_bytes(like.dtype))
+
+    return like(array, index, like), codegen
+
+
+@intrinsic
+def store_any(_: Any, array: Any, index: Any, row: Any) -> Any:
+    """Store a vector at ``array[index]``, a place of any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        emit.store(args[2], emit.at(emit.data(0), emit.index(1)), item_bytes(row.dtype))
+        return emit.nothing()
+
+    return types.void(array, index, row), codegen
+
+
+@intrinsic
+def splat_like(_: Any, value: Any, like: Any) -> Any:
+    """A vector with as many lanes as `like`, each of them `value`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        undefined = ir.Constant(like.llvm, ir.Undefined)
+        one = builder.insert_element(undefined, args[0], ir.Constant(I32, 0))
+        return emit.shuffle(one, undefined, [0] * like.lanes)
+
+    return like(value, like), codegen
+
+
+@intrinsic
+def add_rows(_: Any, a: Any, b: Any) -> Any:
+    """``a + b``, lane by lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(args[0], args[1], flags=FLAGS)
+
+    return a(a, b), codegen
+
+
+@intrinsic
+def splat_row(_: Any, value: Any) -> Any:
+    """A tile row whose every lane is `value`."""
+    if value not in _NAMES:
+        return None
+    vector = tile_row(value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        undefined = ir.Constant(vector.llvm, ir.Undefined)
+        one = builder.insert_element(undefined, args[0], ir.Constant(I32, 0))
+        return emit.shuffle(one, undefined, [0] * vector.lanes)
+
+    return vector(value), codegen
+
+
+@intrinsic
+def fma_row(_: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``, lane by lane."""
+    if not (isinstance(a, Vector) and a == b == c):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return Emit(context, builder, signature, args).fmuladd(*args)
+
+    return a(a, b, c), codegen
+
+
+@intrinsic
+def take_turn(_: Any, turns: Any) -> Any:
+    """The number of turns taken before by all workers that share `turns`, from `no_turns`.
+
+    Workers that take turns share out work as they get done with it: they are seldom equally fast, where other
+    processes run or cores are of two kinds.
+    """
+    if not (is_array(turns) and turns.dtype == types.int64):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", Emit(context, builder, signature, args).data(0), I64(1), "monotonic")
+
+    return types.int64(turns), codegen
+
+
+def _prefetch(to_write: bool) -> Any:
+    @intrinsic
+    def prefetch(_: Any, array: Any, index: Any) -> Any:
+        if not (is_array(array) and isinstance(index, types.Integer)):
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emit = Emit(context, builder, signature, args)
+            pointer = builder.bitcast(emit.at(emit.data(0), emit.index(1)), ir.IntType(8).as_pointer())
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [pointer, *(ir.Constant(I32, k) for k in (int(to_write), 3, 1))])
+            return emit.nothing()
+
+        return types.void(array, index), codegen
+
+    return prefetch
+
+
+#: ``prefetch(array, index)`` and ``prefetch_to_write(array, index)``: ask for the cache line of
+#: ``array[index]``, which need not exist.
+prefetch, prefetch_to_write = _prefetch(to_write=False), _prefetch(to_write=True)

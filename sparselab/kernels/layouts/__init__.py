@@ -1,0 +1,1 @@
+"""What a sparse matrix holds: its topology, and the layouts of its values."""

@@ -1,0 +1,1 @@
+"""Dropping and growing connections, and choosing which."""

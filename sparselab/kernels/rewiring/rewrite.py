@@ -1,0 +1,206 @@
+"""Changing a topology, and saying where every connection went."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sparselab.kernels.cpu.partition import first_not_below, share_rows
+from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
+from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.vectors import get
+from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR
+
+_MIN_SHARE = 1 << 16
+
+
+class Rewrite(NamedTuple):
+    """What `rewrite` returns.
+
+    `topology` is the new matrix. ``source`` is an int64 array (new capacity,): for each new slot the old slot
+    its connection came from, or -1 for a grown connection and for spare slots. Whatever lives per slot
+    follows by ``new[slot] = old[source[slot]]``.
+    """
+
+    topology: PaddedCSR
+    source: Array
+
+
+@jit
+def _count_share(share, n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice):  # type: ignore[no-untyped-def]
+    """Lengths of the new rows; and the first dropped slot of these rows that is spare, and one twice."""
+    if spread(share, n_shares):
+        return
+    row0 = edges[share]
+    d = first_not_below(drop, begin[row0])
+    g = first_not_below(grow, row0 * n_columns)
+    for i in range(row0, edges[share + 1]):
+        n = row_nnz[i]
+        end = begin[i] + n
+        while d < len(drop) and drop[d] < begin[i + 1]:
+            if drop[d] >= end and not_live[share] < 0:
+                not_live[share] = drop[d]
+            if d > 0 and drop[d] == drop[d - 1]:
+                twice[share] = drop[d]
+            n -= 1
+            d += 1
+        while g < len(grow) and grow[g] < (i + 1) * n_columns:
+            n += 1
+            g += 1
+        new_nnz[i] = n
+
+
+@jit
+def _merge(  # type: ignore[no-untyped-def]
+    share, n_shares, edges, begin, row_nnz, indices, values, drop, grow, n_columns, new_begin, new_indices,
+    new_values, source, wrong,
+):  # fmt: skip
+    """Merge kept and grown columns row by row. Notes a position that was grown twice or was live."""
+    if spread(share, n_shares):
+        return
+    row0 = edges[share]
+    d = first_not_below(drop, begin[row0])
+    g = first_not_below(grow, row0 * n_columns)
+    for i in range(row0, edges[share + 1]):
+        slot = begin[i]
+        end = slot + row_nnz[i]
+        at = new_begin[i]
+        row_start = i * n_columns
+        row_end = row_start + n_columns
+        while True:
+            # Up to the next dropped slot and the next grown column, connections keep their order.
+            gone = np.int64(drop[d]) if d < len(drop) and drop[d] < end else end
+            grown = np.int64(grow[g]) - row_start if g < len(grow) and grow[g] < row_end else n_columns
+            while slot < gone and np.int64(indices[slot]) < grown:
+                new_indices[at] = indices[slot]
+                new_values[at] = values[slot]
+                source[at] = slot
+                at += 1
+                slot += 1
+            if slot == end and grown == n_columns:
+                break
+            live = np.int64(indices[slot]) if slot < end else n_columns
+            if grown < live:
+                if g > 0 and grow[g - 1] == grow[g]:
+                    wrong[share] = grow[g]
+                    return
+                new_indices[at] = grown
+                new_values[at] = 0
+                source[at] = -1
+                at += 1
+                g += 1
+                continue
+            if grown == live:
+                if slot != gone:
+                    wrong[share] = grow[g]
+                    return
+                new_indices[at] = live
+                new_values[at] = values[slot]
+                source[at] = slot
+                at += 1
+                g += 1  # a second mention comes out as grown < live in the next round, and is refused there
+            d += 1
+            slot += 1
+
+
+def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> Rewrite:
+    """`sparselab.kernels.rewrite` on ascending integers, with `grow` in range; checks the rest."""
+    columns = W.shape[1]
+    edges = share_rows(W)
+    n_shares = len(edges) - 1
+    new_nnz = np.empty(W.shape[0], np.int64)
+    not_live, twice, wrong = np.full((3, n_shares), -1, np.int64)
+    begin, row_nnz = W.indptr, W.row_nnz
+    launch(_count_share, n_shares, edges, begin, row_nnz, drop, grow, columns, new_nnz, not_live, twice)
+    _refuse_wrong_slots(W, drop, not_live, twice)
+    indptr = _fit(W, new_nnz, compact)
+    capacity = int(indptr[-1])
+    # Without spare slots every entry is about to be written.
+    tight = capacity == int(new_nnz.sum())
+    indices = np.empty(capacity, W.indices.dtype) if tight else np.zeros(capacity, W.indices.dtype)
+    values = np.empty(capacity, W.values.dtype) if tight else np.zeros(capacity, W.values.dtype)
+    source = np.empty(capacity, np.int64) if tight else np.full(capacity, -1, np.int64)
+    launch(
+        _merge, n_shares, edges, begin, row_nnz, W.indices, W.values, drop, grow, columns, indptr,
+        indices, values, source, wrong,
+    )  # fmt: skip
+    if np.any(found := wrong >= 0):
+        position = int(wrong[int(np.argmax(found))])
+        where = f"({position // columns}, {position % columns})"
+        raise ValueError(f"grow must hold distinct positions that are free or dropped, got {where} otherwise")
+    return Rewrite(PaddedCSR.unchecked(W.shape, indptr, new_nnz, indices, values), source)
+
+
+def _refuse_wrong_slots(W: PaddedCSR, drop: Array, not_live: Array, twice: Array) -> None:
+    if len(drop) == 0:
+        return
+    outside = drop[(drop < W.indptr[0]) | (drop >= W.indptr[-1])] if _leaves(W, drop) else drop[:0]
+    inside = not_live[not_live >= 0]
+    if len(outside) or len(inside):
+        raise ValueError(f"drop must hold live slots, got {min([*outside[:1], *inside[:1]])}")
+    if np.any(twice >= 0):
+        raise ValueError("drop must name each slot once, got a slot twice")
+
+
+def _leaves(W: PaddedCSR, drop: Array) -> bool:
+    return bool(drop[0] < W.indptr[0] or drop[-1] >= W.indptr[-1])
+
+
+def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
+    """Where the new rows begin: in place if all fit their room, else repacked into at least the capacity."""
+    if not compact and np.all(row_nnz <= np.diff(W.indptr)):
+        return W.indptr
+    spare = 0 if compact else max(W.capacity - int(row_nnz.sum()), 0)
+    share = np.arange(len(row_nnz) + 1) * spare // max(len(row_nnz), 1)
+    indptr = np.zeros(len(row_nnz) + 1, np.int64)
+    np.cumsum(row_nnz + np.diff(share), out=indptr[1:])
+    return indptr
+
+
+@jit
+def _gather_share(share, n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
+    if spread(share, n_shares):
+        return
+    n = len(source)
+    first, last = share * n // n_shares, (share + 1) * n // n_shares
+    out_of_range = 0
+    for i in range(first, last):
+        out_of_range += (source[i] >= len(entries)) | (source[i] < -1)
+    wrong[share] = out_of_range > 0
+    if out_of_range > 0:
+        return
+    for i in range(first, last):
+        # Multiplied, because a branch on which slot was grown would be mispredicted.
+        kept = np.int64(source[i] >= 0)
+        moved[i] = get(entries, source[i] * kept) * kept
+
+
+def move_entries(entries: Array, source: Array) -> Array:
+    """What lives per slot, after a rewrite: ``new[i] = old[source[i]]``, and 0 where ``source[i] == -1``.
+
+    Parameters
+    ----------
+    entries : int array, (n,)
+        Read only. Floats are moved as the integers of their width.
+    source : int64 array, (m,)
+
+    Returns
+    -------
+    int array, (m,)
+
+    Raises
+    ------
+    IndexError
+        If a source is neither a slot nor -1.
+    """
+    n_shares = max(1, min(worker_count(), len(source) // _MIN_SHARE))
+    moved = np.empty(len(source), entries.dtype)
+    wrong = np.zeros(n_shares, np.bool_)
+    if len(entries):
+        launch(_gather_share, n_shares, entries, source, moved, wrong)
+    else:
+        moved[:] = 0
+    if wrong.any() or (len(entries) == 0 and np.any(source != -1)):
+        raise IndexError(f"source must hold -1 or slots of 0..{len(entries) - 1}")
+    return moved

@@ -1,0 +1,262 @@
+"""Multi-head attention whose projections can be sparse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.layers.linear import SparseLinear
+from sparselab.nn.models.dense import PROJECTIONS, projections
+
+
+class SparseMultiheadAttention(nn.Module):
+    """`torch.nn.MultiheadAttention` with each projection a layer of its own, dense or sparse.
+
+    Takes the same arguments and computes the same function, in training and in evaluation.
+    `sparselab.sparsify` makes it from a dense one where a rule matches one of its projections; `from_dense`
+    makes a single one.
+
+    Parameters
+    ----------
+    attention : torch.nn.MultiheadAttention
+        Whose settings and weights to copy.
+    layers : mapping of str to torch.nn.Module, optional
+        What projects instead of the attention's own weights: any of ``"q_proj"``, ``"k_proj"``, ``"v_proj"``
+        and ``"out_proj"``. The others become `torch.nn.Linear`.
+
+    Attributes
+    ----------
+    q_proj, k_proj, v_proj : torch.nn.Module
+        From embed_dim, kdim and vdim to embed_dim features: the three parts of ``in_proj_weight``, in order.
+    out_proj : torch.nn.Module
+    bias_k, bias_v : Parameter, (1, 1, embed_dim), or None
+
+    Raises
+    ------
+    TypeError
+        If attention is no `torch.nn.MultiheadAttention`.
+    ValueError
+        If a name in layers is no projection.
+
+    Notes
+    -----
+    Torch's fused attention, which reads packed dense weights, is never used, nor are nested tensors. Without
+    ``need_weights`` it is `torch.nn.functional.scaled_dot_product_attention` between the projections.
+
+    Examples
+    --------
+    >>> import torch
+    >>> dense = torch.nn.MultiheadAttention(64, 4, batch_first=True)
+    >>> sparse = SparseMultiheadAttention.from_dense(dense, 0.9)
+    >>> x = torch.randn(2, 10, 64)
+    >>> sparse(x, x, x, need_weights=False)[0].shape
+    torch.Size([2, 10, 64])
+    """
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
+
+    # What torch's Transformer layers ask for before their fused path; these answers keep them off it.
+    in_proj_weight = None
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self, attention: nn.MultiheadAttention, layers: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        _require_attention(attention)
+        layers = layers or {}
+        own = projections(attention)
+        if unknown := sorted(set(layers) - set(own)):
+            raise ValueError(f"layers must be named {', '.join(own)}, got {unknown[0]!r}")
+        self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
+        self.kdim, self.vdim = attention.kdim, attention.vdim
+        self.dropout, self.batch_first = attention.dropout, attention.batch_first
+        self.add_zero_attn = attention.add_zero_attn
+        self.bias_k, self.bias_v = _copy(attention.bias_k), _copy(attention.bias_v)
+        for name in PROJECTIONS:
+            self.add_module(name, layers[name] if name in layers else _copy_linear(own[name].linear))
+        self.train(attention.training)
+
+    @classmethod
+    def from_dense(cls, attention: nn.MultiheadAttention, sparsity: float) -> SparseMultiheadAttention:
+        """The largest weights of each projection of a dense one, by magnitude."""
+        _require_attention(attention)
+        own = projections(attention)
+        return cls(attention, {name: SparseLinear.from_dense(own[name].linear, sparsity) for name in own})
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.MultiheadAttention:
+        """A `torch.nn.MultiheadAttention` with the same outputs."""
+        q, k, v, out = (_as_dense(getattr(self, name)) for name in PROJECTIONS)
+        new = nn.MultiheadAttention(
+            self.embed_dim, self.num_heads, self.dropout, q.bias is not None, self.bias_k is not None,
+            self.add_zero_attn, self.kdim, self.vdim, self.batch_first, "meta", q.weight.dtype,
+        )  # fmt: skip
+        if new._qkv_same_embed_dim:
+            new.in_proj_weight = _packed(q.weight, k.weight, v.weight)
+        else:
+            for name, layer in zip(PROJECTIONS, (q, k, v), strict=False):
+                setattr(new, f"{name}_weight", layer.weight)
+        if q.bias is not None:
+            new.in_proj_bias = _packed(q.bias, k.bias, v.bias)
+        new.out_proj.weight, new.out_proj.bias = out.weight, out.bias
+        new.bias_k, new.bias_v = _copy(self.bias_k), _copy(self.bias_v)
+        return new.train(self.training)
+
+    def reset_parameters(self) -> None:
+        """Draw `bias_k` and `bias_v` anew; the projections have their own ``reset_parameters``."""
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `torch.nn.MultiheadAttention`.
+
+        Parameters
+        ----------
+        query : (L, N, embed_dim), (N, L, embed_dim) if ``batch_first``, or (L, embed_dim)
+        key, value : as query, S for L; kdim and vdim features
+        key_padding_mask : bool or float (N, S), or (S,), optional
+            True: the key is ignored. A float is added to the scores.
+        need_weights : bool
+            Whether to return the weights, too.
+        attn_mask : bool or float (L, S) or (N * num_heads, L, S), optional
+        average_attn_weights : bool
+            Whether to average the weights over the heads.
+        is_causal : bool
+            Says that attn_mask, which must be given, is the causal one. Only attn_mask counts; torch goes by
+            the hint, which hides the keys that ``add_bias_kv`` and ``add_zero_attn`` add.
+
+        Returns
+        -------
+        output : shaped as query
+        weights : (N, L, S), (N, num_heads, L, S) if not averaged, both without N if there is none, or None
+
+        Raises
+        ------
+        RuntimeError
+            If a mask has another shape, or is_causal is set without one.
+        """
+        if is_causal and attn_mask is None:
+            raise RuntimeError("attn_mask must be given with is_causal=True, which only says what it is")
+        batched = query.ndim == 3
+        if not batched:
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        batch_first = self.batch_first or not batched
+        q, k, v = (
+            _split_heads(projected, self.num_heads, batch_first)
+            for projected in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        )
+        mask = _merged_mask(attn_mask, key_padding_mask, q, k)
+        k, v, mask = self._lengthened(k, v, mask)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = q * math.sqrt(1 / max(q.shape[-1], 1)) @ k.transpose(-2, -1)
+            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
+            heads = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        together = heads.transpose(1, 2) if batch_first else heads.permute(2, 0, 1, 3)
+        output = self.out_proj(together.flatten(2))
+        if not batched:
+            output = output.squeeze(0)
+        if not need_weights:
+            return output, None
+        return output, weights if batched else weights.squeeze(0)
+
+    def _lengthened(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (N, heads, S, head size) with the learned one and the zero one, always attended."""
+        more = []
+        if self.bias_k is not None and self.bias_v is not None:
+            learned = (_split_heads(bias, self.num_heads, True) for bias in (self.bias_k, self.bias_v))
+            more.append([bias.expand(len(k), -1, -1, -1) for bias in learned])
+        if self.add_zero_attn:
+            more.append([k.new_zeros(*k.shape[:2], 1, k.shape[3])] * 2)
+        if more:
+            k, v = (torch.cat(parts, 2) for parts in zip((k, v), *more, strict=True))
+            mask = None if mask is None else F.pad(mask, (0, len(more)))
+        return k, v, mask
+
+
+def _split_heads(x: Tensor, n_heads: int, batch_first: bool) -> Tensor:
+    """(N, heads, length, head size) of what was projected."""
+    x = x.reshape(*x.shape[:-1], n_heads, x.shape[-1] // n_heads)
+    return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
+
+
+def _merged_mask(attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """What to add to the scores (N, heads, L, S), broadcastable to them."""
+    n, n_heads, length, _ = q.shape
+    n_keys = k.shape[2]
+    merged = None
+    if attention is not None:
+        shapes = ((length, n_keys), (n * n_heads, length, n_keys))
+        if attention.shape not in shapes:
+            raise RuntimeError(
+                f"attn_mask must have shape {shapes[0]} or {shapes[1]}, got {tuple(attention.shape)}"
+            )
+        per_head = (n, n_heads) if attention.ndim == 3 else (1, 1)
+        merged = _added(attention, q.dtype).reshape(*per_head, length, n_keys)
+    if padding is not None:
+        if padding.shape != (n, n_keys):
+            raise RuntimeError(f"key_padding_mask must have shape {(n, n_keys)}, got {tuple(padding.shape)}")
+        hidden = _added(padding, q.dtype)[:, None, None, :]
+        merged = hidden if merged is None else merged + hidden
+    return merged
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+    return mask.to(dtype)
+
+
+def _require_attention(attention: object) -> None:
+    if not isinstance(attention, nn.MultiheadAttention):
+        raise TypeError(f"attention must be a torch.nn.MultiheadAttention, got {type(attention).__name__}")
+
+
+def _copy(parameter: Tensor | None) -> nn.Parameter | None:
+    if parameter is None:
+        return None
+    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+
+
+def _packed(*parts: Any) -> nn.Parameter:
+    return nn.Parameter(torch.cat(parts), any(part.requires_grad for part in parts))
+
+
+def _copy_linear(linear: nn.Linear) -> nn.Linear:
+    new = nn.Linear(linear.in_features, linear.out_features, device="meta").train(linear.training)
+    new.register_parameter("weight", _copy(linear.weight))
+    new.register_parameter("bias", _copy(linear.bias))
+    return new
+
+
+def _as_dense(layer: nn.Module) -> nn.Linear:
+    dense = layer.to_dense() if isinstance(layer, SparseLayer) else layer
+    if isinstance(dense, nn.Linear):
+        return dense if dense is not layer else _copy_linear(dense)
+    raise TypeError(f"projections must be linear layers to be packed, got {type(layer).__name__}")

@@ -1,0 +1,276 @@
+"""Two-dimensional convolutions that store, compute and train only their live connections."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparselab.kernels import n_connections
+from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.rewiring.rows import sample_rows, select_rows
+from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.ops import linear as functional
+from sparselab.nn.ops.conv2d import sparse_conv2d
+from sparselab.nn.ops.cpu.convolution import Geometry
+from sparselab.nn.ops.linear import GradientWatcher
+from sparselab.nn.storage.checks import check_images, check_input, check_size
+from sparselab.nn.storage.compressed import CompressedRows
+from sparselab.nn.storage.contract import as_scores
+from sparselab.nn.storage.patterns import read_pattern
+
+Layer = TypeVar("Layer", bound="Convolution")
+Size = int | tuple[int, int]
+
+#: What `torch.nn.functional.pad` calls the modes.
+_MODES = {"zeros": "constant"}
+
+
+class Convolution(SparseLayer):
+    """What convolutions have in common, however W is stored: settings, images in and images out."""
+
+    dense_class = nn.Conv2d
+    _dense = nn.Conv2d
+    _settings = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+        "padding_mode",
+    )  # fmt: skip
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    #: For the representation of `torch.nn.Conv2d`.
+    output_padding = (0, 0)
+
+    def _configure(self, conv: Any) -> None:
+        """Take over the settings of a convolution."""
+        for name in self._settings:
+            setattr(self, name, getattr(conv, name))
+        self._geometry, self._pad = _geometry(conv)
+
+    @classmethod
+    def from_pattern(
+        cls: type[Layer], pattern: Any, bias: bool = True, dtype: torch.dtype | None = None, **settings: Any
+    ) -> Layer:
+        """A layer with the connections of an array (out_channels, in_channels // groups, height, width).
+
+        The topology stays as it is: only an algorithm of `sparselab.dst` that is attached changes it.
+
+        Parameters
+        ----------
+        pattern : bool array or tensor of four dimensions, or a matrix
+            A matrix, of any kind that `SparseLinear.from_pattern` takes, has the shape of W and needs
+            `kernel_size` among the settings.
+        bias : bool
+            Drawn as in a new layer.
+        dtype : torch.dtype, optional
+            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the pattern.
+        settings
+            The other arguments of the layer: stride, padding, dilation, groups, padding_mode.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `SparseLinear.from_pattern`; and if the pattern does not fit the settings.
+
+        Examples
+        --------
+        >>> from sparselab import SparseConv2d
+        >>> SparseConv2d.from_pattern(np.ones((8, 4, 3, 3), bool), padding=1)
+        SparseConv2d(4, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), sparsity=0, nnz=288)
+        """
+        if len(pattern.shape) == 4:
+            settings["kernel_size"] = tuple(pattern.shape[2:])
+            pattern = pattern.reshape(pattern.shape[0], -1)
+        if "kernel_size" not in settings:
+            raise TypeError("kernel_size must be given with a pattern of two dimensions")
+        (rows, columns), positions, weights = read_pattern(pattern)
+        kernel = nn.modules.utils._pair(settings["kernel_size"])
+        channels = columns // max(kernel[0] * kernel[1], 1) * settings.get("groups", 1)
+        make = cast("Any", cls)
+        new: Layer = make(channels, rows, **settings, bias=bias, sparsity=1.0, dtype=dtype)
+        if new.shape != (rows, columns):
+            raise ValueError(f"pattern must have whole kernels of size {kernel}, got {columns} columns")
+        new._begin_with(positions, weights)
+        return new
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """The output for checked images, or for one."""
+        images = x if x.ndim == 4 else x.unsqueeze(0)
+        if self._pad is not None:
+            images = nn.functional.pad(images, self._pad, _MODES.get(self.padding_mode, self.padding_mode))
+        outputs = self._geometry.outputs((images.shape[2], images.shape[3]))
+        if min(outputs) < 1:
+            raise RuntimeError(
+                f"input must be as large as the kernel, {self.kernel_size} of dilation {self.dilation}, "
+                f"when it is padded; got {tuple(x.shape)}, which gives {outputs} outputs"
+            )
+        y = self._output(images)
+        return y if x.ndim == 4 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        text = nn.Conv2d.extra_repr(cast("Any", self))  # type: ignore[no-untyped-call]
+        return f"{text}, sparsity={self.sparsity:.4g}, nnz={self.nnz}"
+
+
+class SparseConv2d(Convolution, CompressedRows):
+    """Drop-in for `torch.nn.Conv2d` with a sparse W.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        As of `torch.nn.Conv2d`.
+    sparsity : float in [0, 1]
+        Fraction of W that does not exist. Exactly
+        ``round((1 - sparsity) * out_channels * in_channels // groups * height * width)`` connections are
+        drawn uniformly at random, from torch's random generator.
+    fan_in : int, optional
+        Connections of each output channel, in place of `sparsity`.
+    device : torch.device, optional
+        Forward passes run on the CPU.
+    dtype : torch.dtype, optional
+        float32, float64 or bfloat16. In bfloat16 the sums are still made in float32.
+
+    Attributes
+    ----------
+    values : Parameter, (nnz,)
+        Weights of the live connections, output channel by output channel. Connection (row, column) has the
+        place of ``weight.reshape(out_channels, -1)[row, column]`` in the weight of a `torch.nn.Conv2d`:
+        ``column = (channel * height + i) * width + j``, with channels counted in their group.
+    indptr, indices, forward_mask, bias
+        As of `SparseLinear`.
+    in_features, out_features : int
+        Columns and rows of W: ``in_channels // groups * height * width`` and `out_channels`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `torch.nn.Conv2d`, and if the sparsity is not a number in [0, 1] or fan_in not one of 0 to
+        `in_features`.
+
+    Notes
+    -----
+    ``nnz * outputs of an image * images`` multiply-adds for each product. The batch is never unfolded: chunks
+    of images are laid out once, as planes with the zeros of the padding, in scratch of at most 8 MiB (or one
+    image of inputs and outputs), in which a window is a range of addresses. Any strides are read, so also
+    channels_last; the output is contiguous.
+
+    The Parameter is one-dimensional; see `SparseLinear`. Batches that are far from 8 MiB, or layers of few
+    connections to an output, are quicker dense.
+
+    Examples
+    --------
+    >>> import torch, sparselab
+    >>> layer = sparselab.SparseConv2d(64, 128, 3, padding=1, sparsity=0.9)
+    >>> layer(torch.randn(8, 64, 16, 16)).shape
+    torch.Size([8, 128, 16, 16])
+    >>> layer.nnz
+    7373
+    """
+
+    fan_in: int | None
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", sparsity: float = 0.9, fan_in: int | None = None,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        dense = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False,
+            cast("Any", padding_mode), device="meta",
+        )  # fmt: skip
+        columns = dense.weight[0].numel() if out_channels else 0
+        if fan_in is not None:
+            if check_size("fan_in", fan_in) > columns:
+                raise ValueError(f"fan_in must be at most {columns}, the columns of W, got {fan_in}")
+            sparsity = 1 - fan_in / max(columns, 1)
+        super().__init__(columns, out_channels)
+        self._configure(dense)
+        self.fan_in = fan_in
+        self._allocate((n_connections(self.shape, sparsity),), bias, device, dtype)
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv2d, sparsity: float = 0.9, fan_in: int | None = None) -> SparseConv2d:
+        """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order.
+
+        With `fan_in`, those of each output channel.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
+        if fan_in is None:
+            return cls._from_largest(conv, sparsity)
+        rows, columns = len(conv.weight), conv.weight[0].numel()
+        begin = np.arange(rows + 1) * columns
+        largest = select_rows(as_scores(conv.weight), begin, np.full(rows, check_size("fan_in", fan_in)))
+        new = cls._from_positions(conv, torch.from_numpy(largest).long())
+        new.fan_in = fan_in
+        return new
+
+    def to_dense(self) -> nn.Conv2d:
+        """A `torch.nn.Conv2d` with the same outputs, mode and trainability."""
+        new: nn.Conv2d = self._dense_twin()
+        return new
+
+    def _draw_positions(self, rng: np.random.Generator) -> Array:
+        rows, columns = self.shape
+        if self.fan_in is None or self.nnz != rows * self.fan_in:
+            return super()._draw_positions(rng)
+        return sample_rows(rng, np.full(rows, columns), np.full(rows, self.fan_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of x.
+
+        Parameters
+        ----------
+        x : (n, in_channels, height, width) or (in_channels, height, width), the dtype of `values`
+            Under CPU autocast any floating dtype; the product is then computed and returned in the dtype of
+            `values`.
+
+        Returns
+        -------
+        (n, out_channels, rows, columns) or (out_channels, rows, columns)
+
+        Raises
+        ------
+        RuntimeError
+            If the shape, the dtype or the device does not fit.
+        NotImplementedError
+            If the layer or x is not on the CPU, or forward-mode derivatives are asked for.
+        """
+        check_images(x, self.in_channels)
+        return self._convolved(check_input(x, self.values))
+
+    def _product(self, x: Tensor) -> Tensor:
+        return sparse_conv2d(
+            x, self._in_use, self.bias, self.indptr, self.indices, self._plans, self._geometry
+        )
+
+    def _product_seen_by(self, watcher: GradientWatcher, x: Tensor) -> Tensor:
+        with functional.watching(watcher):
+            return self._product(x)
+
+
+def _geometry(conv: Any) -> tuple[Geometry, list[int] | None]:
+    """The geometry of a convolution, and the padding that is to be added before, if there is any."""
+    padding = conv.padding
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        total = total if padding == "same" else [0, 0]
+        sides = [(n // 2, n - n // 2) for n in total]
+    else:
+        sides = [(n, n) for n in padding]
+    (top, bottom), (left, right) = sides
+    inside = conv.padding_mode == "zeros" and top == bottom and left == right
+    geometry = Geometry(
+        conv.in_channels, conv.groups, conv.kernel_size, conv.stride,
+        (top, left) if inside else (0, 0), conv.dilation,
+    )  # fmt: skip
+    return geometry, None if inside else [left, right, top, bottom]

@@ -1,0 +1,109 @@
+"""Memory, counted from the tensors that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselab.nn.storage.compressed import CompressedRows
+from sparselab.nn.storage.contract import SparseTopology, is_sparse
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Parameters and bytes of a model; see `memory_report`."""
+
+    parameters_live: int
+    parameters_dense: int
+    weight_bytes: int
+    dense_weight_bytes: int
+    gradient_bytes: int
+    plan_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def training_bytes(self) -> int:
+        """Weights, gradients, plans and optimizer state."""
+        return self.weight_bytes + self.gradient_bytes + self.plan_bytes + self.optimizer_bytes
+
+    def __str__(self) -> str:
+        share = self.weight_bytes / self.dense_weight_bytes if self.dense_weight_bytes else 1.0
+        lines = [
+            f"parameters       {self.parameters_live:>14,} of {self.parameters_dense:,} dense",
+            f"weights          {self.weight_bytes:>14,} B, {share:.1%} of dense",
+            f"gradients        {self.gradient_bytes:>14,} B",
+            f"kernel plans     {self.plan_bytes:>14,} B",
+            f"optimizer state  {self.optimizer_bytes:>14,} B",
+            f"training, all    {self.training_bytes:>14,} B",
+        ]
+        return "\n".join(lines)
+
+
+def memory_report(
+    model: nn.Module, optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
+) -> MemoryReport:
+    """Count what a model and its optimizers hold.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Dense, sparse or mixed.
+    optimizer : torch.optim.Optimizer, or several, optional
+
+    Returns
+    -------
+    MemoryReport
+        ``parameters_live`` and ``parameters_dense``: trainable numbers that exist, and those of the same
+        model with dense layers. ``weight_bytes``: parameters and buffers (which hold the topology);
+        ``dense_weight_bytes``: the same for dense layers. ``gradient_bytes``, ``plan_bytes`` and
+        ``optimizer_bytes``: what exists at the time of the call, so call it after a training step.
+
+    Notes
+    -----
+    Tensors that share storage count once. Activations are not counted.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    parameters = list(model.parameters())
+    weights = _bytes([*parameters, *model.buffers()])
+    sparse = [module for module in model.modules() if is_sparse(module)]
+    extra_positions = sum(layer.shape[0] * layer.shape[1] - layer.stored.numel() for layer in sparse)
+    dense_bytes = sum(layer.shape[0] * layer.shape[1] * layer.stored.itemsize for layer in sparse)
+    own_bytes = _bytes([tensor for layer in sparse for tensor in _weight_tensors(layer)])
+    live = sum(parameter.numel() for parameter in parameters)
+    return MemoryReport(
+        parameters_live=live,
+        parameters_dense=live + extra_positions,
+        weight_bytes=weights,
+        dense_weight_bytes=weights - own_bytes + dense_bytes,
+        gradient_bytes=_bytes([p.grad for p in parameters if p.grad is not None]),
+        plan_bytes=sum(m.plan_bytes() for m in model.modules() if isinstance(m, CompressedRows)),
+        optimizer_bytes=_bytes([tensor for each in optimizers for tensor in _tensors(each.state)]),
+    )
+
+
+def _weight_tensors(layer: SparseTopology) -> Iterator[Tensor]:
+    """The weights and the topology of a layer, without its bias."""
+    yield layer.stored
+    if isinstance(layer, nn.Module):
+        yield from layer.buffers(recurse=False)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from _tensors(value)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    # On the meta device no storage has an address; there each object is one.
+    return sum({each.data_ptr() or each._cdata: each.nbytes() for each in storages}.values())

@@ -1,0 +1,1 @@
+"""The products as torch operators with gradients."""

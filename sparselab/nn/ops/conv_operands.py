@@ -1,0 +1,84 @@
+"""The factors of the dense gradient of a convolution, whose unfolded batch is never made."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from sparselab.kernels import index_dtype
+from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.nn.ops.cpu.convolution import ConvolutionPlans, Geometry, values_grad
+from sparselab.nn.ops.cpu.plans import TopologyPlans
+from sparselab.nn.ops.operands import Totals, token_totals
+
+
+class ConvolutionFactors:
+    """Of a convolution, ``G = dY^T X`` with the unfolded batch X.
+
+    Parameters
+    ----------
+    x : (n, in_channels, height, width)
+    dy : (n, out_channels, rows, columns)
+    geometry : Geometry
+    """
+
+    def __init__(self, x: Tensor, dy: Tensor, geometry: Geometry) -> None:
+        self.x, self.dy, self.geometry = x, dy, geometry
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def n_tokens(self) -> int:
+        return self.dy.shape[0] * self.dy.shape[2] * self.dy.shape[3]
+
+    def clone(self) -> ConvolutionFactors:
+        return ConvolutionFactors(self.x.clone(), self.dy.clone(), self.geometry)
+
+    def to(self, dtype: torch.dtype) -> ConvolutionFactors:
+        return ConvolutionFactors(self.x.to(dtype), self.dy.to(dtype), self.geometry)
+
+    def is_finite(self) -> bool:
+        return bool(self.x.isfinite().all() and self.dy.isfinite().all())
+
+    def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
+        """Group by group, by torch's own gradient of a slice of the output channels."""
+        geometry, stop = self.geometry, start + len(out)
+        channels = geometry.in_channels // geometry.groups
+        rows = self.dy.shape[1] // geometry.groups
+        for group in range(start // rows, -(-stop // rows)):
+            first, last = max(start, group * rows), min(stop, (group + 1) * rows)
+            gradient = conv2d_weight(  # type: ignore[no-untyped-call]
+                self.x[:, group * channels : (group + 1) * channels],
+                (last - first, channels, *geometry.kernel),
+                self.dy[:, first:last],
+                geometry.stride, geometry.padding, geometry.dilation,
+            ).reshape(last - first, -1)  # fmt: skip
+            part = out[first - start : last - start]
+            # Not what is there times 0, which may be NaN.
+            part.copy_(gradient if beta == 0 else part * beta + gradient)
+
+    def sampled(self, positions: Array) -> Array:
+        rows, columns = self.dy.shape[1], self.geometry.columns
+        row, column = np.divmod(positions, columns)
+        indptr = torch.from_numpy(np.searchsorted(row, np.arange(rows + 1)).astype(np.int64))
+        indices = torch.from_numpy(column.astype(index_dtype(columns)))
+        plans = ConvolutionPlans(TopologyPlans(indptr, indices, columns), self.geometry)
+        gradient: Array = values_grad(self.dy, self.x, plans).numpy()
+        return gradient
+
+    def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:
+        """Those of the columns are added up over the groups."""
+        geometry, n_outputs = self.geometry, self.dy.shape[2] * self.dy.shape[3]
+        rows, columns = np.zeros(self.dy.shape[1]), np.zeros(geometry.in_channels * geometry.elements)
+        for n in range(len(self.dy)):
+            of_image = None if signs is None else signs[n * n_outputs : (n + 1) * n_outputs]
+            unfolded = torch.nn.functional.unfold(
+                self.x[n : n + 1], geometry.kernel, geometry.dilation, geometry.padding, geometry.stride
+            )
+            rows += token_totals(self.dy[n].flatten(1).T, of_image)
+            columns += token_totals(unfolded[0].T, of_image)
+        return rows, columns.reshape(geometry.groups, -1).sum(0)

@@ -1,0 +1,281 @@
+"""The three products of a sparse convolution on CPU tensors, chunk by chunk of images.
+
+Tensors here are plain and checked, as those of `_products`. A chunk is laid out in planes
+(`kernels._planes`), in which the unfolded batch is a matter of addresses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from sparselab.kernels import TransposePlan, index_dtype
+from sparselab.kernels.cpu.conv.planes import (
+    Grid,
+    Pair,
+    fill_planes,
+    input_grid,
+    output_grid,
+    plane_stride,
+    read_planes,
+    whole_tiles,
+)
+from sparselab.kernels.cpu.conv.shifted import multiply_shifted, sample_shifted
+from sparselab.kernels.cpu.csr.dense_rows import collect_rows
+from sparselab.kernels.cpu.csr.plan import Segments, plan_shifted
+from sparselab.kernels.cpu.csr.spmm_t import gather
+from sparselab.kernels.cpu.runtime.jit import scratch
+from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.nn.ops.cpu.plans import TopologyPlans, nbytes
+from sparselab.nn.ops.cpu.products import _array, _vector, dense_blocks, row_blocks
+from sparselab.nn.ops.cpu.threads import use_torch_threads
+from sparselab.nn.ops.cpu.variants import CONVOLUTIONS, choose_name
+
+#: Planes of one chunk, unless one image takes more.
+_CHUNK_BYTES = 8 << 20
+
+
+class Geometry(NamedTuple):
+    """What a convolution is beside its weights: W is (out_channels, in_channels // groups * elements)."""
+
+    in_channels: int
+    groups: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """That of its `numbers`."""
+        in_channels, groups, a, b, c, d, e, f, g, h = numbers
+        return cls(in_channels, groups, (a, b), (c, d), (e, f), (g, h))
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of them, as an operator takes them."""
+        return [*self[:2], *itertools.chain(*self[2:])]
+
+    @property
+    def elements(self) -> int:
+        """Elements of the kernel."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def columns(self) -> int:
+        """Columns of W."""
+        return self.in_channels // self.groups * self.elements
+
+    def grid(self, size: Pair) -> Grid:
+        """Where the pixels of images of this size go."""
+        return input_grid(size, self.kernel, self.stride, self.padding, self.dilation)
+
+    def outputs(self, size: Pair) -> Pair:
+        """Rows and columns of outputs for images of this size; not positive if they are too small."""
+        down, right = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return down, right
+
+
+class ConvolutionPlans:
+    """Plans of one topology for one geometry, each made when it is first needed."""
+
+    def __init__(self, topology: TopologyPlans, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.begin, self.end = topology.begin, topology.end
+        rows, columns = topology.shape
+        self.shape = rows, geometry.in_channels * geometry.elements
+        self.indices = topology.indices
+        self._transposed: TransposePlan | None = None
+        if geometry.groups > 1:
+            # The matrix of all groups, each on its own channels.
+            group = self._rows() // (rows // geometry.groups)
+            self.indices = (group * columns + self.indices).astype(index_dtype(self.shape[1]))
+
+    def _rows(self) -> Array:
+        """The row of each slot."""
+        return np.repeat(np.arange(len(self.begin)), self.end - self.begin)
+
+    def is_dense(self, operation: str, y: Tensor) -> bool:
+        """Whether a dense product is quicker, for outputs y or their gradient."""
+        size = self.shape[0] * self.geometry.columns
+        n_tokens = y.numel() // max(self.shape[0], 1)
+        if self.geometry.groups > 1 or not size:
+            return False
+        return choose_name(operation, n_tokens, len(self.indices) / size, CONVOLUTIONS) == "dense blocks"
+
+    @cached_property
+    def forward(self) -> Segments:
+        """Plan of the product."""
+        return plan_shifted(
+            self.begin, self.end - self.begin, self.indices, self.shape, self.geometry.elements
+        )
+
+    def input_grad(self, grid: Grid) -> TransposePlan:
+        """Plan of the gradient by the input: rows are planes, columns are outputs times elements."""
+        if self._transposed is None:
+            # All grids of a geometry have the same phases.
+            self._transposed = self._transpose(grid.phase, len(grid.phases))
+        return self._transposed
+
+    def keep_forward(self) -> None:
+        """Let go of the plan of the gradient by the input."""
+        self._transposed = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plans made so far."""
+        own = self.indices.nbytes if self.geometry.groups > 1 else 0
+        return own + nbytes(self.__dict__.get("forward")) + nbytes(self._transposed)
+
+    def _transpose(self, phase: Array, n_phases: int) -> TransposePlan:
+        elements = self.geometry.elements
+        channel, element = np.divmod(self.indices.astype(np.int64), elements)
+        shape = self.geometry.in_channels * n_phases, self.shape[0] * elements
+        plane = channel * n_phases + phase[element]
+        # A stable sort of short integers takes linear time; of equal planes, the slots stay in order.
+        slots = np.argsort(plane.astype(index_dtype(shape[0])), kind="stable")
+        indices = (self._rows() * elements + element)[slots].astype(index_dtype(shape[1]))
+        indptr = np.zeros(shape[0] + 1, np.int64)
+        np.cumsum(np.bincount(plane, minlength=shape[0]), out=indptr[1:])
+        segments = plan_shifted(indptr[:-1], np.diff(indptr), indices, shape, elements)
+        return TransposePlan(len(slots), indptr, indices, slots.astype(np.int32), segments)
+
+
+def product(x: Tensor, values: Tensor, bias: Tensor | None, plans: ConvolutionPlans) -> Tensor:
+    """The convolution of x (n, in_channels, height, width), contiguous, in the dtype of x."""
+    if x.dtype == torch.bfloat16:
+        wide = None if bias is None else bias.detach().float()
+        return product(x.float(), values, wide, plans).to(torch.bfloat16)
+    use_torch_threads()
+    grid = plans.geometry.grid((x.shape[2], x.shape[3]))
+    outputs = output_grid(grid)
+    y = x.new_empty((len(x), plans.shape[0], *grid.outputs))
+    if plans.is_dense("forward", y):
+        for first, last, kernels in _kernels(values, plans, x):
+            part = None if bias is None else bias.detach()[first:last]
+            y[:, first:last] = torch.conv2d(x.detach(), kernels, part, *plans.geometry[3:])
+        return y
+    weights, offset = _vector(values), _vector(x.new_zeros(y.shape[1]) if bias is None else bias)
+    for first, last in _chunks(x, y, grid):
+        n_tokens = whole_tiles((last - first) * grid.tokens, x.itemsize)
+        X, Y = _planes(_array(x).dtype, (_n_planes(x, grid), n_tokens + grid.tail), (y.shape[1], n_tokens))
+        fill_planes(_array(x[first:last]), grid, X)
+        multiply_shifted(
+            weights, plans.indices, plans.forward, _starts(X, grid), X, Y, n_tokens, offset
+        )  # fmt: skip
+        read_planes(_array(y[first:last]), outputs, Y)
+    return y
+
+
+def input_grad(grad: Tensor, values: Tensor, plans: ConvolutionPlans, size: Pair) -> Tensor:
+    """The gradient by x (n, in_channels, height, width), in the dtype of dy."""
+    if grad.dtype == torch.bfloat16:
+        return input_grad(grad.float(), values, plans, size).to(torch.bfloat16)
+    use_torch_threads()
+    grid = plans.geometry.grid(size)
+    outputs = output_grid(grid)
+    dx = grad.new_empty((len(grad), plans.geometry.in_channels, *size))
+    if not grid.is_onto(size):
+        dx.zero_()
+    if plans.is_dense("input_grad", grad):
+        dx.zero_()
+        for first, last, kernels in _kernels(values, plans, grad):
+            dx += conv2d_input(  # type: ignore[no-untyped-call]
+                dx.shape, kernels, grad.detach()[:, first:last], *plans.geometry[3:]
+            )
+        return dx
+    plan = plans.input_grad(grid)
+    weights = gather(_vector(values), plan.slots, _array(dx).dtype)
+    nothing = _vector(dx.new_zeros(_n_planes(dx, grid)))
+    for first, last in _chunks(dx, grad, grid):
+        n_tokens = whole_tiles((last - first) * grid.tokens + grid.tail, dx.itemsize)
+        DY, DX = _planes(weights.dtype, (grad.shape[1], grid.tail + n_tokens), (len(nothing), n_tokens))
+        fill_planes(_array(grad[first:last]), outputs, DY, grid.tail)
+        # What an output reads `shift` further on gets its gradient from `shift` before.
+        starts = np.add.outer(np.arange(len(DY)) * DY.shape[1], grid.tail - grid.shift).reshape(-1)
+        multiply_shifted(weights, plan.indices, plan.segments, starts, DY, DX, n_tokens, nothing)
+        read_planes(_array(dx[first:last]), grid, DX)
+    return dx
+
+
+def values_grad(grad: Tensor, x: Tensor, plans: ConvolutionPlans) -> Tensor:
+    """The gradient by the values, (nnz,), in the dtype of dy."""
+    if grad.dtype == torch.bfloat16:
+        return values_grad(grad.float(), x.float(), plans).to(torch.bfloat16)
+    use_torch_threads()
+    grid = plans.geometry.grid((x.shape[2], x.shape[3]))
+    outputs = output_grid(grid)
+    result = grad.new_zeros(len(plans.indices))
+    if plans.is_dense("values_grad", grad):
+        for first, last, kernels in _kernels(None, plans, grad):
+            dense = conv2d_weight(  # type: ignore[no-untyped-call]
+                x.detach(), kernels.shape, grad.detach()[:, first:last], *plans.geometry[3:]
+            )
+            flat = _array(dense.reshape(-1))
+            collect_rows(
+                flat, plans.indices, plans.begin, plans.end, first, last, plans.shape[1], _array(result)
+            )
+        return result
+    for first, last in _chunks(x, grad, grid):
+        n_tokens = whole_tiles((last - first) * grid.tokens, x.itemsize)
+        X, DY = _planes(
+            _array(x).dtype, (_n_planes(x, grid), n_tokens + grid.tail), (grad.shape[1], n_tokens)
+        )
+        fill_planes(_array(x[first:last]), grid, X)
+        fill_planes(_array(grad[first:last]), outputs, DY)
+        sample_shifted(
+            plans.indices, plans.begin, plans.end, _starts(X, grid), DY, X, n_tokens, _array(result)
+        )  # fmt: skip
+    return result
+
+
+def _kernels(
+    values: Tensor | None, plans: ConvolutionPlans, like: Tensor
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows and their dense kernels (uninitialised without values), lent until the next ones are made."""
+    geometry = plans.geometry
+    blocks = row_blocks(plans, like) if values is None else dense_blocks(values, plans, like)
+    for first, last, block in blocks:
+        yield first, last, block.view(last - first, geometry.in_channels, *geometry.kernel)
+
+
+def _n_planes(x: Tensor, grid: Grid) -> int:
+    return x.shape[1] * len(grid.phases)
+
+
+def _chunks(x: Tensor, y: Tensor, grid: Grid) -> Iterator[Pair]:
+    """Ranges of images whose planes stay within `_CHUNK_BYTES`, or of one image; nothing if y is empty."""
+    if y.numel() == 0:
+        return
+    image = (_n_planes(x, grid) + y.shape[1]) * grid.tokens * x.itemsize
+    n_chunks = -(-len(x) // max(1, _CHUNK_BYTES // image))
+    yield from itertools.pairwise(i * len(x) // n_chunks for i in range(n_chunks + 1))
+
+
+def _planes(dtype: np.dtype[Any], *sizes: Pair) -> list[Array]:
+    """Uninitialised planes, so many of at least so many tokens each, lent until the next call."""
+    shapes = [(n, plane_stride(tokens, dtype.itemsize)) for n, tokens in sizes]
+    ends = list(itertools.accumulate(n * stride for n, stride in shapes))
+    memory = scratch(1, ends[-1], dtype)[0]
+    return [
+        memory[end - n * stride : end].reshape(n, stride)
+        for end, (n, stride) in zip(ends, shapes, strict=True)
+    ]
+
+
+def _starts(X: Array, grid: Grid) -> Array:
+    """Where in X, flat, the tokens of each column of W begin."""
+    n_channels = len(X) // len(grid.phases)
+    channel = np.arange(n_channels) * (len(grid.phases) * X.shape[1])
+    starts: Array = np.add.outer(channel, grid.phase * X.shape[1] + grid.shift).reshape(-1)
+    return starts

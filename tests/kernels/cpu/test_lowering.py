@@ -1,0 +1,167 @@
+"""The innermost loops keep their vectors in registers, on CPUs that need not be the one at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.cpu.assembly import Loop, innermost_loops
+from tests.kernels.process import run_python
+
+NEOVERSE = "aarch64-unknown-linux-gnu:neoverse-n1"
+APPLE = "arm64-apple-macosx:apple-m1"
+HASWELL = "x86_64-unknown-linux-gnu:haswell"
+AVX512 = "x86_64-unknown-linux-gnu:skylake-avx512"
+
+#: Any multiply-add, and one on whole vector registers, by the width that the kernels are compiled for.
+ANY_FMA = r"\b(fmla[.\w]*|fmadd|vfmadd\w+)\s"
+VECTOR_FMA = {
+    16: r"\bfmla(\.(4s|2d)\s|\s+v\d+\.(4s|2d),)",
+    32: r"\bvfmadd\w+p[sd]\s.*%ymm\d+$",
+    64: r"\bvfmadd\w+p[sd]\s.*%zmm\d+$",
+}
+
+#: On vectors, of whole registers or not.
+ANY_VECTOR_FMA = rf"{VECTOR_FMA[16]}|\bvfmadd\w+p[sd]\s"
+
+
+#: CPUs of each vector width. The other CPUs at 64 show that spilling would be seen.
+TARGETS = {16: (NEOVERSE, APPLE), 32: (HASWELL,), 64: (AVX512, NEOVERSE, APPLE, HASWELL)}
+
+
+class Listings:
+    """Assembly of the kernels, compiled once per vector width for every target of that width."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def loops(self, width: int, kernel: str, dtype: str, target: str) -> list[Loop]:
+        directory = self.directory / str(width)
+        if not directory.exists():
+            directory.mkdir()
+            run_python(
+                "-m", "tests.kernels.cpu.lower", str(directory), *TARGETS[width],
+                SPARSELAB_VECTOR_BYTES=str(width), SPARSELAB_CACHE_DIR=str(directory / "cache"),
+            )  # fmt: skip
+        listing = (directory / f"{kernel}-{dtype}-{target.split(':')[1]}.s").read_text()
+        return [loop for loop in innermost_loops(listing) if loop.count(ANY_FMA)]
+
+
+@pytest.fixture(scope="module")
+def listings(tmp_path_factory: pytest.TempPathFactory) -> Listings:
+    return Listings(tmp_path_factory.mktemp("listings"))
+
+
+every_target = pytest.mark.parametrize(
+    ("width", "target"),
+    [(16, NEOVERSE), (16, APPLE), (32, HASWELL), (64, AVX512)],
+    ids=["neoverse-n1", "apple-m1", "haswell", "avx512"],
+)
+
+#: Loops with multiply-adds: two rows, the rest of the longer, one row; whole groups of dots, the others; the
+#: connections of one row; the tokens of eight connections; a wide and a narrow row of tokens of a strip; a
+#: wide one; three columns of a strip.
+N_LOOPS = {
+    "spmm": 3, "sddmm_dw": 2, "multiply_shifted": 1, "sample_shifted": 1,
+    "block gather": 2, "block scatter": 1, "block gradient": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kernel", N_LOOPS)
+@every_target
+def test_innermost_loops_work_on_vector_registers(
+    listings: Listings, width: int, target: str, kernel: str, dtype: str
+) -> None:
+    loops = listings.loops(width, kernel, dtype, target)
+    assert len(loops) >= N_LOOPS[kernel]
+    for loop in loops:
+        assert loop.count(ANY_FMA) == loop.count(VECTOR_FMA[width]) >= 2
+        assert not loop.count(r"^\s+(call|bl)")
+        assert not loop.spills
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_target
+def test_few_tokens_of_blocks_are_multiplied_in_vectors(
+    listings: Listings, width: int, target: str, dtype: str
+) -> None:
+    loops = listings.loops(width, "block few tokens", dtype, target)
+    # Columns: four rows, one. Tokens in two sizes: four rows of one column, of several; four blocks of a row,
+    # the rest of them.
+    assert len(loops) >= 2 + 2 * 4
+    for loop in loops:
+        assert loop.count(ANY_FMA) == loop.count(ANY_VECTOR_FMA) >= 1
+        assert not loop.count(r"^\s+(call|bl)")
+        assert not loop.spills
+
+
+@pytest.mark.parametrize("target", [NEOVERSE, APPLE, HASWELL], ids=["neoverse-n1", "apple-m1", "haswell"])
+def test_a_tile_row_too_wide_for_the_cpu_is_seen_to_spill(listings: Listings, target: str) -> None:
+    for kernel in ("spmm", "sddmm_dw"):
+        assert any(loop.spills for loop in listings.loops(64, kernel, "float32", target))
+
+
+X86 = """\
+outer:
+\tvmovups\t%ymm1, 32(%rsp) # 32-byte Spill
+.LBB0_1:
+\tvfmadd231ps\t(%rax), %ymm0, %ymm1
+{inner}
+\tjne\t.LBB0_1
+\tjmp\touter
+.Lend:
+\tretq
+"""
+ARM = """\
+LBB0_1:
+\tfmla\tv0.4s, v1.4s, v2.s[0]
+{inner}
+\tcbnz\tx3, LBB0_1
+\tb.ne\tLBB0_2
+LBB0_2:
+\tret
+"""
+
+
+@pytest.mark.parametrize(
+    ("listing", "inner", "spills"),
+    [
+        (X86, "\tdecq\t%rcx", False),
+        (X86, "\tmovq\t480(%rsp), %r10", False),
+        (X86, "\tvaddps\t64(%rsp), %ymm0, %ymm0", True),
+        (X86, "\tvmovups\t%zmm1, (%rbp) # 64-byte Spill", True),
+        (X86, "\tvmovups\t(%rbp), %xmm1 # 16-byte Folded Reload", True),
+        (ARM, "\tsub\tx3, x3, #1", False),
+        (ARM, "\tldr\tx20, [sp, #16]", False),
+        (ARM, "\tldr\tq20, [sp, #272] // 16-byte Reload", True),
+        (ARM, "\tstp\tq1, q0, [sp, #224] ; 32-byte Folded Spill", True),
+    ],
+)
+def test_the_reader_of_assembly_finds_the_inner_loop_and_its_spills(
+    listing: str, inner: str, spills: bool
+) -> None:
+    (loop,) = innermost_loops(listing.format(inner=inner))
+    assert len(loop.lines) == 4
+    assert loop.count(ANY_FMA) == 1
+    assert bool(loop.spills) is spills
+
+
+@pytest.mark.parametrize(("target", "loops"), [(".Lend", 0), (".LB", 1)])
+def test_a_branch_back_to_a_block_that_leaves_is_no_loop(target: str, loops: int) -> None:
+    listing = f".LA:\n\tnop\n\tjmp\t{target}\n.LB:\n\tnop\n\tje\t.LA\n.Lend:\n\tretq\n"
+    assert len(list(innermost_loops(listing))) == loops
+
+
+def test_comments_and_scalars_are_not_counted_as_vector_work() -> None:
+    loop = Loop(
+        ["\tfmadd\ts0, s1, s2, s3", "\tnop // fmla v0.4s, v1.4s", "\tvfmadd231ss\t%xmm1, %xmm2, %xmm3"]
+    )
+    assert loop.count(ANY_FMA) == 2
+    assert not any(loop.count(pattern) for pattern in VECTOR_FMA.values())
+
+
+def test_a_comment_after_a_vector_instruction_hides_nothing() -> None:
+    loop = Loop(["\tvfmadd231ps\t%ymm1, %ymm2, %ymm3   # ymm3 = (ymm2 * ymm1) + ymm3"])
+    assert loop.count(ANY_FMA) == loop.count(VECTOR_FMA[32]) == 1

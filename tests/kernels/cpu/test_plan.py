@@ -1,0 +1,132 @@
+"""Plans against plain loops, and refused where they would read out of bounds."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+
+from sparselab.kernels import PaddedCSR, Segments, plan_sddmm_dw, plan_spmm, plan_spmm_t
+from sparselab.kernels.cpu import partition as _shares
+from sparselab.kernels.cpu.csr import plan as _plan
+from tests import strategies
+from tests.kernels.contract import OPERATIONS, Operation, assert_same_bits
+from tests.strategies import PATTERNS, build
+
+Array = np.ndarray[Any, Any]
+Segment = tuple[int, int, int]
+
+
+@pytest.fixture(autouse=True)
+def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (_plan, _shares):
+        monkeypatch.setattr(module, "_MIN_SHARE", 4)
+
+
+def slow_segments(W: PaddedCSR, block: int, chunk_rows: Array) -> list[list[list[Segment]]]:
+    """``[chunk][block]`` is the list of (row, start, length), the short ones first, else by row."""
+    n_blocks = max(-(-W.shape[1] // block), 1)
+    found: list[list[list[Segment]]] = []
+    for first, last in pairwise(chunk_rows):
+        found.append([[] for _ in range(n_blocks)])
+        for i in range(first, last):
+            slots = range(W.indptr[i], W.indptr[i] + W.row_nnz[i])
+            for b in range(n_blocks):
+                inside = [slot for slot in slots if W.indices[slot] // block == b]
+                if inside or b == 0:
+                    start = inside[0] if inside else int(W.indptr[i])
+                    found[-1][b].append((i, start, len(inside)))
+        for segments in found[-1]:
+            segments.sort(key=lambda segment: segment[2])
+    return found
+
+
+def assert_segments(W: PaddedCSR, plan: Segments) -> None:
+    """Fail unless the plan is what plain loops make of W with the plan's chunks and blocks."""
+    expected = slow_segments(W, plan.block_columns, plan.chunk_rows)
+    assert (plan.n_connections, plan.capacity) == (W.nnz, W.capacity)
+    assert plan.chunk_rows[0] == 0
+    assert plan.chunk_rows[-1] == W.shape[0]
+    assert plan.ptr.shape == (len(expected), max(-(-W.shape[1] // plan.block_columns), 1) + 1)
+    segments = list(zip(plan.row.tolist(), plan.start.tolist(), plan.length.tolist(), strict=True))
+    assert segments == [segment for chunk in expected for block in chunk for segment in block]
+    ends = np.cumsum([len(block) for chunk in expected for block in chunk])
+    assert plan.ptr[:, 1:].reshape(-1).tolist() == ends.tolist()
+    assert plan.ptr[:, 0].tolist() == [0, *plan.ptr[:-1, -1].tolist()][: len(expected)]
+
+
+def plans(W: PaddedCSR, n_threads: int) -> list[Any]:
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+    return [plan_spmm(W), plan_sddmm_dw(W), plan_spmm_t(W)]
+
+
+def arrays(plan: Any) -> list[Array]:
+    return [part for part in plan if isinstance(part, np.ndarray)]
+
+
+@given(W=strategies.matrices(sizes=(1, 9, 33, 300)))
+def test_plans_are_those_of_plain_loops(W: PaddedCSR) -> None:
+    forward, gradient, transposed = plans(W, 2)
+    assert_segments(W, forward)
+    assert_segments(W, gradient)
+    order = np.argsort(W.indices[W.live_slots()], kind="stable")
+    rows = np.repeat(np.arange(W.shape[0]), W.row_nnz)
+    np.testing.assert_array_equal(transposed.indices, rows[order])
+    np.testing.assert_array_equal(transposed.slots, W.live_slots()[order])
+    assert transposed.capacity == W.capacity
+    assert_segments(W.transpose(), transposed.segments)
+    for one, two in zip(plans(W, 1), (forward, gradient, transposed), strict=True):
+        for first, second in zip(arrays(one), arrays(two), strict=True):
+            assert_same_bits(first, second)
+
+
+def test_wrong_segments_are_seen() -> None:
+    W = build((40, 300), "even", np.random.default_rng(0))
+    plan = plan_spmm(W)
+    assert_segments(W, plan)
+    for wrong in (
+        plan._replace(capacity=plan.capacity + 1),
+        plan._replace(start=plan.start[::-1]),
+        plan._replace(row=plan.row[:-1]),
+        plan._replace(ptr=plan.ptr + 1),
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            assert_segments(W, wrong)
+
+
+@pytest.mark.parametrize("kind", sorted(PATTERNS))
+def test_large_plans_do_not_depend_on_threads(kind: str) -> None:
+    W = build((700, 900), kind, np.random.default_rng(0), spare=1)
+    for one, two in zip(plans(W, 1), plans(W, 2), strict=True):
+        for first, second in zip(arrays(one), arrays(two), strict=True):
+            assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=repr)
+def test_a_plan_of_another_capacity_is_refused(operation: Operation) -> None:
+    W = PaddedCSR.random((20, 30), 0.5, 0)
+    wide = W.padded(2.0)
+    assert (wide.shape, wide.nnz) == (W.shape, W.nnz)
+    operands = operation.draw(np.random.default_rng(0), W, 4)
+    for matrix, other in ((W, wide), (wide, W)):
+        operation.call(matrix, *operands, plan=operation.plan(matrix))
+        with pytest.raises(
+            ValueError, match=rf"{matrix.capacity} slots.*got one for .*{other.capacity} slots"
+        ):
+            operation.call(matrix, *operands, plan=operation.plan(other))
+
+
+@pytest.mark.parametrize(("shape", "one_group"), [((64, 8192), True), ((2048, 256), False)])
+def test_a_wide_layer_packs_its_tokens_once(
+    shape: tuple[int, int], one_group: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_plan, "CACHE_BUDGET_BYTES", 3 << 16)
+    W = PaddedCSR.random(shape, 0.75, 0)
+    groups = _plan.product_groups(plan_spmm(W), 2, 1, 6)
+    assert (len(groups) == 2) == one_group
+    rectangles = _plan.gradient_shares(plan_sddmm_dw(W), 2, 1, 6)
+    assert (len(rectangles) == 1) == one_group

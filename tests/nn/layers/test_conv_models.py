@@ -1,0 +1,115 @@
+"""Convolutions in whole models: made sparse and dense again, pruned, and watched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparselab import (
+    MaskedConv2d,
+    SparseConv2d,
+    SparseLinear,
+    densify,
+    measure_sparsity,
+    plan_sparsify,
+    sparsify,
+)
+from sparselab.dst import allocate, prune
+from sparselab.nn.ops.conv_operands import ConvolutionFactors
+from tests.nn.layers.test_conv import KINDS, gradients, images, make
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, bias=False), nn.Flatten(),
+        nn.Linear(8 * 3 * 3, 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", ["sparse", "masked"])
+def test_models_are_made_sparse_and_dense_again(layer: Any) -> None:
+    model, x = network(), torch.randn(2, 3, 8, 8)
+    plan = plan_sparsify(model, {"2": 0.5, "*": 0.25})
+    assert [(each.shape, each.connections) for each in plan.layers] == [
+        ((8, 3, 3, 3), 162), ((8, 8, 3, 3), 288), ((4, 72), 216)
+    ]  # fmt: skip
+    sparsify(model, {"2": 0.5, "*": 0.25}, layer=layer, init="magnitude")
+    kind = SparseConv2d if layer == "sparse" else MaskedConv2d
+    assert [type(each) is kind for each in model] == [True, False, True, False, False]
+    assert measure_sparsity(model) == pytest.approx(1 - 666 / (216 + 576 + 288)) or layer == "masked"
+    y = model(x)
+    densify(model)
+    assert [type(model[i]) for i in (0, 2, 4)] == [nn.Conv2d, nn.Conv2d, nn.Linear]
+    torch.testing.assert_close(model(x), y)
+
+
+def test_the_same_seed_gives_both_kinds_the_same_model() -> None:
+    models = []
+    for layer in ("sparse", "masked"):
+        model = network()
+        torch.manual_seed(5)
+        models.append(sparsify(model, {"*": 0.6}, layer=layer))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(models[0](x), models[1](x))
+
+
+def test_budgets_and_pruning_count_kernels() -> None:
+    rules = allocate(network(), 0.8, "erk")
+    sizes = {"0": 216, "2": 576, "4": 288}
+    assert list(rules) == list(sizes)
+    counts = {name: round((1 - rules[name]) * size) for name, size in sizes.items()}
+    assert sum(counts.values()) == round(0.2 * sum(sizes.values()))
+    # Density in proportion to (out + in + height + width) / (out * in * height * width).
+    density = {"0": 17 / 216, "2": 22 / 576, "4": 76 / 288}
+    ratio = {name: counts[name] / sizes[name] / density[name] for name in sizes}
+    assert ratio["0"] == pytest.approx(ratio["2"], rel=0.05)
+    model = network()
+    rules = prune(model, 0.75, "network")
+    assert isinstance(model[0], SparseConv2d)
+    assert isinstance(model[4], SparseLinear)
+    assert sum(model[int(name)].nnz for name in rules) == 270
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_watchers_see_the_dense_gradient(kind: Any, groups: int) -> None:
+    class Watcher:
+        def forward_seen(self) -> None:
+            pass
+
+        def backward_seen(self, factors: ConvolutionFactors) -> None:
+            self.factors = factors.clone()
+
+    layer = make(kind, 4, 6, (3, 2), stride=(2, 1), groups=groups, padding=(1, 0))
+    x = images(3, 4, 6, 5)
+    layer.gradient_watcher = watcher = Watcher()
+    gradients(layer, x)
+    factors = watcher.factors
+    expected = gradients(layer.to_dense(), x)[2].flatten(1)
+    whole = torch.full((4, expected.shape[1]), torch.nan, dtype=torch.float64)
+    factors.add_rows(1, whole, beta=0)
+    torch.testing.assert_close(whole, expected[1:5])
+    factors.add_rows(1, whole, beta=0.5)
+    torch.testing.assert_close(whole, 1.5 * expected[1:5])
+    positions = np.arange(2, expected.numel(), 5)
+    np.testing.assert_allclose(factors.sampled(positions), expected.reshape(-1)[positions], atol=1e-12)
+    assert factors.is_finite()
+    assert factors.to(torch.float32).x.dtype == torch.float32
+    assert factors.n_tokens == 3 * 3 * 4
+    unfolded = nn.functional.unfold(x.detach(), (3, 2), padding=(1, 0), stride=(2, 1)).transpose(1, 2)
+    tokens, dy = unfolded.reshape(36, -1), factors.dy.permute(0, 2, 3, 1).reshape(36, -1)
+    signs = np.where(np.arange(36) % 3, 1.0, -1.0)
+    for (rows, columns), combine in (
+        (factors.totals(None), torch.abs),
+        (factors.totals(signs), torch.from_numpy(signs)[:, None].mul),
+    ):
+        np.testing.assert_allclose(rows, combine(dy).sum(0))
+        np.testing.assert_allclose(columns, combine(tokens).sum(0).reshape(groups, -1).sum(0))
+    bad = factors.clone()
+    bad.x[0, 0, 0, 0] = torch.inf
+    assert not bad.is_finite()

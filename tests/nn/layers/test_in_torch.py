@@ -1,0 +1,188 @@
+"""SparseLinear among torch's own machinery: operators, compilation, copies, threads, devices."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparselab import SparseLinear
+from sparselab.nn.ops import linear as functional
+
+
+def test_opcheck() -> None:
+    layer = SparseLinear(20, 10, sparsity=0.5)
+    x, dy = torch.randn(4, 20, requires_grad=True), torch.randn(4, 10)
+    values = layer.values.detach().clone().requires_grad_()
+    bias = layer.bias.detach().clone().requires_grad_()
+    topology = layer.indptr, layer.indices
+    for number in (layer._plans.number, 0):
+        torch.library.opcheck(functional.linear, (x, values, bias, *topology, number))
+        torch.library.opcheck(functional.linear, (x, values, None, *topology, number))
+        torch.library.opcheck(functional.linear_input_grad, (dy, values.detach(), *topology, 20, number))
+        for with_bias in (False, True):
+            arguments = (dy, x.detach(), *topology, number, with_bias)
+            torch.library.opcheck(functional.linear_values_grad, arguments)
+
+
+def test_compiles_into_one_graph() -> None:
+    layer = SparseLinear(20, 10, sparsity=0.5)
+    model = nn.Sequential(layer, nn.ReLU(), SparseLinear(10, 5))
+    x = torch.randn(4, 20, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = [x.grad.clone(), *(p.grad.clone() for p in model.parameters())]
+    x.grad = None
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(x).square().sum().backward()
+    for actual, wanted in zip([x.grad, *(p.grad for p in model.parameters())], expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_trains_after_inference_mode() -> None:
+    layer = SparseLinear(20, 10)
+    x = torch.randn(4, 20)
+    with torch.inference_mode():
+        y = layer(x)
+        assert y.is_inference()
+    trained = layer(x)
+    trained.sum().backward()
+    assert torch.equal(trained, y.clone())
+    assert layer.values.grad is not None
+
+
+def test_autocast_computes_in_the_layer_s_dtype() -> None:
+    layer = SparseLinear(20, 10)
+    x = torch.randn(4, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x.bfloat16())
+    assert y.dtype == torch.float32
+    assert torch.equal(y, layer(x.bfloat16().float()))
+
+
+def test_functional_call_uses_what_it_is_given() -> None:
+    layer, other = SparseLinear(20, 10, sparsity=0.5), SparseLinear(20, 10, sparsity=0.8)
+    x = torch.randn(4, 20)
+    layer(x)
+    zeros = torch.zeros_like(layer.values)
+    assert torch.equal(torch.func.functional_call(layer, {"values": zeros}, (x,)), layer.bias.expand(4, 10))
+    everything = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    assert torch.equal(torch.func.functional_call(layer, everything, (x,)), other(x))
+    assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+
+
+def test_double_backward_is_refused() -> None:
+    layer = SparseLinear(5, 4)
+    x = torch.randn(2, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.sum().backward()
+
+
+def test_torch_keeps_its_thread_count() -> None:
+    code = (
+        "import torch; torch.set_num_threads(1); import sparselab; layer = sparselab.SparseLinear(300, 300); "
+        "layer(torch.randn(100, 300)); assert torch.get_num_threads() == 1; print('kept')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "kept"
+
+
+def test_two_python_threads_at_once() -> None:
+    layer = SparseLinear(200, 150)
+    inputs = [torch.randn(130, 200) for _ in range(2)]
+    expected = [layer(x).detach() for x in inputs]
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        for _ in range(20):
+            if not torch.equal(layer(inputs[which]).detach(), expected[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_layer_used_twice_sums_its_gradients() -> None:
+    layer = SparseLinear(10, 10, sparsity=0.5, dtype=torch.float64)
+    dense = layer.to_dense()
+    x = torch.randn(4, 10, dtype=torch.float64)
+    layer(layer(x).tanh()).sum().backward()
+    dense(dense(x).tanh()).sum().backward()
+    wanted = dense.weight.grad.reshape(-1)[layer.positions()]
+    torch.testing.assert_close(layer.values.grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_dtype_changes_reach_the_kernel() -> None:
+    layer = SparseLinear(20, 10)
+    x = torch.randn(4, 20)
+    before = layer(x)
+    layer.double().float()
+    with torch.no_grad():
+        layer.values.mul_(2)
+        layer.bias.mul_(2)
+    assert torch.equal(layer(x), 2 * before)
+    assert layer.double()(x.double()).dtype == torch.float64
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "EMA": lambda layer: torch.optim.swa_utils.AveragedModel(layer).module,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("inputs", [20, 70_000])
+def test_copies_compute_the_same_and_share_nothing(how: str, inputs: int) -> None:
+    layer = SparseLinear(inputs, 10, sparsity=0.999)
+    x = torch.randn(4, inputs)
+    before = layer(x)
+    twin = COPIES[how](layer)
+    assert twin.indices.dtype == layer.indices.dtype
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        twin.values.zero_()
+    assert torch.equal(layer(x), before)
+
+
+def test_whole_module_through_torch_save(tmp_path: Any) -> None:
+    layer = SparseLinear(20, 10)
+    torch.save(layer, tmp_path / "layer.pt")
+    twin = torch.load(tmp_path / "layer.pt", weights_only=False)
+    x = torch.randn(4, 20)
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_an_edited_topology_is_noticed() -> None:
+    layer = SparseLinear(4, 1, sparsity=0.75, bias=False)
+    x = torch.eye(4)
+    layer(x)
+    for column in range(4):
+        layer.indices.copy_(torch.tensor([column], dtype=torch.uint16))
+        assert layer(x).nonzero()[0].tolist() == [column, 0]
+
+
+def test_a_topology_changed_between_forward_and_backward_is_refused() -> None:
+    layer = SparseLinear(20, 10)
+    loss = layer(torch.randn(4, 20)).sum()
+    layer.rewrite(torch.tensor([0]), layer.positions()[:1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_meta_device_gives_shapes() -> None:
+    layer = SparseLinear(1 << 17, 1 << 16, sparsity=0.999, device="meta")
+    assert layer.values.is_meta
+    assert layer(torch.empty(3, 1 << 17, device="meta")).shape == (3, 1 << 16)

@@ -1,0 +1,182 @@
+"""Torch's threads beside the kernels', several Python threads, a fork, a spawned process."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import threading
+from collections.abc import Callable
+from multiprocessing.queues import Queue
+from typing import Any
+
+import numba
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparselab import SparseLinear
+from tests.kernels.process import run_python
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and gradients, the gradients not accumulated anywhere."""
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+
+
+def in_threads(work: list[Callable[[], None]]) -> None:
+    """Run all at once; the first error of any thread fails the test."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(work))
+
+    def run(each: Callable[[], None]) -> None:
+        try:
+            start.wait()
+            each()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(each,)) for each in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_an_error_in_a_thread_is_seen() -> None:
+    def fail() -> None:
+        raise ValueError("seen")
+
+    with pytest.raises(ValueError, match="seen"):
+        in_threads([lambda: None, fail])
+
+
+def build() -> nn.Module:
+    return nn.Sequential(SparseLinear(150, 200), nn.Tanh(), nn.Linear(200, 90), SparseLinear(90, 40))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_torch_and_kernels_interleaved_from_two_threads(shared: bool) -> None:
+    models = [build()] * 2 if shared else [build(), build()]
+    inputs = [torch.randn(130, 150) for _ in models]
+    expected = [step(model, x) for model, x in zip(models, inputs, strict=True)]
+
+    def work(which: int) -> Callable[[], None]:
+        def repeat() -> None:
+            for _ in range(15):
+                for got, wanted in zip(step(models[which], inputs[which]), expected[which], strict=True):
+                    torch.testing.assert_close(got, wanted)
+
+        return repeat
+
+    in_threads([work(0), work(1)])
+
+
+def test_two_threads_may_give_one_layer_different_topologies() -> None:
+    layer = SparseLinear(150, 200, sparsity=0.8)
+    others = [SparseLinear(150, 200, sparsity=sparsity) for sparsity in (0.5, 0.95)]
+    x = torch.randn(20, 150)
+
+    def work(other: SparseLinear) -> Callable[[], None]:
+        parts = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        twin = copy.deepcopy(layer)  # functional_call swaps attributes, so the module itself is not shared
+        twin._plans = layer._plans
+        expected = other(x)
+
+        def repeat() -> None:
+            for _ in range(30):
+                assert torch.equal(torch.func.functional_call(twin, parts, (x,)), expected)
+
+        return repeat
+
+    in_threads([work(other) for other in others])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 500])
+def test_kernels_use_as_many_threads_as_torch(threads: int) -> None:
+    before = torch.get_num_threads()
+    layer = SparseLinear(30, 20)
+    used: list[int] = []
+
+    def work() -> None:
+        torch.set_num_threads(threads)
+        layer(torch.randn(4, 30))
+        used.extend([numba.get_num_threads(), torch.get_num_threads()])
+
+    try:
+        in_threads([work])
+    finally:
+        torch.set_num_threads(before)
+    assert used == [min(threads, numba.config.NUMBA_NUM_THREADS), threads]
+
+
+FIRST_USE = """
+import threading, torch
+torch.set_num_threads(1)
+from sparselab import SparseLinear
+from sparselab.kernels.cpu.runtime import jit as _jit
+_jit._MIN_WORK = 1
+layer = SparseLinear(300, 300)
+def work():
+    x = torch.randn(100, 300, requires_grad=True)
+    layer(x).sum().backward()
+    print(torch.get_num_threads())
+thread = threading.Thread(target=work)
+{start}
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("start", ["thread.start(); thread.join()", "work()"])
+def test_the_first_use_leaves_torch_s_thread_count(start: str) -> None:
+    assert run_python("-c", FIRST_USE.format(start=start)).split() == ["1", "1"]
+
+
+AFTER_FORK = """
+import os, torch
+from sparselab import SparseLinear
+layer = SparseLinear(300, 300)
+x = torch.randn(200, 300)
+expected = layer(x).detach()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    y = layer(x)
+    y.sum().backward()
+    os._exit(0 if torch.equal(y, expected) and layer.values.grad is not None else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
+def test_a_forked_child_can_train() -> None:
+    assert run_python("-W", "ignore", "-c", AFTER_FORK).strip() == "0"
+
+
+def train_in_child(layer: SparseLinear, x: Tensor, results: Queue[Any]) -> None:
+    results.put(layer(x).detach().numpy())
+    with torch.no_grad():
+        layer.values.mul_(2)
+        layer.bias.mul_(2)
+    results.put(None)
+
+
+def test_a_spawned_process_trains_the_shared_layer() -> None:
+    """As in Hogwild: the child gets the layer itself, and what it writes the parent's kernels read."""
+    layer = SparseLinear(60, 40, sparsity=0.7).share_memory()
+    x = torch.randn(5, 60)
+    before = layer(x).detach()
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    child = context.Process(target=train_in_child, args=(layer, x, results))
+    child.start()
+    try:
+        assert (torch.from_numpy(results.get(timeout=120)) == before).all()
+        assert results.get(timeout=120) is None
+    finally:
+        child.join(timeout=60)
+    assert child.exitcode == 0
+    assert torch.equal(layer(x), 2 * before)
+    assert multiprocessing.active_children() == []

@@ -1,0 +1,67 @@
+"""A saved state of FanInLinear that is not valid is refused before anything changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.nn.layers.test_fan_in import check, make
+
+
+def change(name: str, replace: Any) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    return lambda state: {**state, name: replace(state[name].clone())}
+
+
+HOSTILE = {
+    "unsorted columns": (change("indices", lambda t: t.int().flip(1)), "strictly ascending within a row"),
+    "column out of range": (
+        change("indices", lambda t: t.int() + 30),
+        r"indices must be columns of 0\.\.29",
+    ),
+    "flat": (
+        lambda state: {**state, "values": state["values"].flatten(), "indices": state["indices"].flatten()},
+        r"values must have shape \(rows left, fan_in\), got torch.float32 of shape \(108,\)",
+    ),
+    "too few columns": (change("indices", lambda t: t[:-1]), r"indices must have shape \(18, 6\), as values"),
+    "rows of nothing": (
+        lambda state: {**state, "values": torch.zeros(18, 0), "indices": torch.zeros(18, 0).int()},
+        "values must have shape",
+    ),
+    "float columns": (change("indices", lambda t: t.float()), "indices must be uint16, int32 or int64"),
+    "integer values": (change("values", lambda t: t.long()), "values must be a 1-D floating point tensor"),
+    "no rows": (lambda state: {**state, "rows": None}, r"rows must be int64 of shape \(18,\), got .*\(20,\)"),
+    "few rows": (change("rows", lambda t: t[1:]), r"rows must be int64 of shape \(18,\), got .*\(17,\)"),
+    "narrow rows": (change("rows", lambda t: t.int()), "rows must be int64"),
+    "unsorted rows": (change("rows", lambda t: t.flip(0)), r"rows must be strictly ascending outputs of 0"),
+    "rows twice": (change("rows", lambda t: t.clamp(min=3)), "rows must be strictly ascending"),
+    "negative rows": (change("rows", lambda t: t - 9), "rows must be strictly ascending"),
+    "rows out of range": (change("rows", lambda t: t + 9), "rows must be strictly ascending"),
+    "meta rows": (change("rows", lambda t: t.to("meta")), "rows must hold data"),
+    "no values": (lambda state: {**state, "values": None}, "must be loaded together, got no values"),
+    "no indices": (lambda state: {**state, "indices": None}, "must be loaded together, got no indices"),
+}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_state_is_refused_and_changes_nothing(what: str, assign: bool) -> None:
+    source, target = make(0, 7), make(3)
+    edit, message = HOSTILE[what]
+    state = {name: tensor for name, tensor in edit(source.state_dict()).items() if tensor is not None}
+    kept = copy.deepcopy(target.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        target.load_state_dict(state, strict=False, assign=assign)
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, kept[name])
+    check(target)
+
+
+def test_missing_and_unexpected_keys_are_reported_as_by_torch() -> None:
+    state = make(3).state_dict()
+    assert make().load_state_dict({**state, "more": state["bias"]}, strict=False).unexpected_keys == ["more"]
+    assert set(make().load_state_dict({}, strict=False).missing_keys) == {"values", "indices", "bias"}

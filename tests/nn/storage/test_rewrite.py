@@ -1,0 +1,142 @@
+"""Rewriting a layer: weights and gradients follow (row, column)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparselab import SparseLinear
+from sparselab.nn.ops.operands import GradientFactors, LinearFactors
+
+
+def keyed(layer: SparseLinear, tensor: Tensor) -> dict[int, float]:
+    return dict(zip(layer.positions().tolist(), tensor.tolist(), strict=True))
+
+
+def free_positions(layer: SparseLinear, n: int) -> Tensor:
+    free = torch.ones(layer.in_features * layer.out_features, dtype=torch.bool)
+    free[layer.positions()] = False
+    return free.nonzero().flatten()[torch.randperm(int(free.sum()))[:n]]
+
+
+@pytest.mark.parametrize(("n_drop", "n_grow"), [(0, 0), (10, 10), (10, 3), (3, 10), (60, 0), (0, 40)])
+def test_values_and_gradient_follow_their_connection(n_drop: int, n_grow: int) -> None:
+    layer = SparseLinear(30, 20, sparsity=0.9)
+    parameter = layer.values
+    layer(torch.randn(4, 30)).sum().backward()
+    values, gradient = keyed(layer, layer.values), keyed(layer, layer.values.grad)
+    old = layer.positions()
+    drop = torch.randperm(layer.nnz)[:n_drop]
+    grow = free_positions(layer, n_grow)
+    source = layer.rewrite(drop, grow)
+    new = layer.positions()
+    assert layer.values is parameter
+    assert sorted(new.tolist()) == sorted({*old.tolist()} - {*old[drop].tolist()} | {*grow.tolist()})
+    assert torch.equal(torch.where(source >= 0, old[source], new), new)
+    for now, before in ((layer.values, values), (layer.values.grad, gradient)):
+        for position, number in keyed(layer, now).items():
+            assert number == (0 if position in grow.tolist() else before[position])
+
+
+def test_a_gradient_is_moved_in_place_and_a_rotten_one_spreads_nothing() -> None:
+    layer = SparseLinear(30, 20, sparsity=0.9)
+    gradient = layer.values.grad = torch.full((60,), torch.nan)
+    source = layer.rewrite(torch.arange(20), free_positions(layer, 20))
+    assert layer.values.grad is gradient
+    assert torch.equal(gradient.isnan(), source >= 0)
+    assert not gradient[source < 0].any()
+
+
+def test_a_regrown_connection_keeps_its_weight() -> None:
+    layer = SparseLinear(30, 20, sparsity=0.9)
+    before = layer.values.clone()
+    source = layer.rewrite(torch.tensor([5]), layer.positions()[5:6])
+    assert torch.equal(layer.values, before)
+    assert torch.equal(source, torch.arange(layer.nnz))
+
+
+def test_the_next_forward_uses_the_new_topology() -> None:
+    layer = SparseLinear(30, 20, sparsity=0.9)
+    x = torch.randn(4, 30, requires_grad=True)
+    layer(x).sum().backward()
+    x.grad = None
+    layer.rewrite(torch.arange(20), free_positions(layer, 20))
+    with torch.no_grad():
+        layer.values.normal_()
+    layer(x).sum().backward()
+    dense, y = layer.to_dense(), x.detach().requires_grad_()
+    dense(y).sum().backward()
+    torch.testing.assert_close(layer(x), dense(y))
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize(
+    ("drop", "grow", "message"),
+    [
+        ([60], [], "drop must hold live slots, got 60"),
+        ([-1], [], "drop must hold live slots, got -1"),
+        ([1, 1], [], "drop must name each slot once"),
+        ([], [600], r"grow must hold positions of 0\.\.599, got 600"),
+        ([], "live", "grow must hold distinct positions that are free or dropped"),
+        ([], "twice", "grow must hold distinct positions that are free or dropped"),
+    ],
+)
+def test_a_wrong_request_is_refused_and_changes_nothing(drop: list[int], grow: object, message: str) -> None:
+    layer = SparseLinear(30, 20, sparsity=0.9)
+    if grow == "live":
+        grow = layer.positions()[:1].tolist()
+    if grow == "twice":
+        grow = free_positions(layer, 1).tolist() * 2
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        layer.rewrite(torch.tensor(drop, dtype=torch.int64), torch.tensor(grow, dtype=torch.int64))
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward_seen(self) -> None:
+        self.forwards += 1
+
+    def backward_seen(self, factors: GradientFactors) -> None:
+        assert isinstance(factors, LinearFactors)
+        self.seen.append((factors.x.clone(), factors.dy.clone()))
+
+
+def test_a_watcher_sees_both_factors_of_the_gradient() -> None:
+    layer, watcher = SparseLinear(6, 4), Watcher()
+    layer.gradient_watcher = watcher
+    x = torch.randn(2, 3, 6)
+    with torch.no_grad():
+        layer(x)
+    assert watcher.forwards == 0
+    loss = (layer(x) * 2).sum()
+    assert (watcher.forwards, len(watcher.seen)) == (1, 0)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert len(watcher.seen) == 2
+    for seen_x, seen_dy in watcher.seen:
+        assert torch.equal(seen_x, x.reshape(6, 6))
+        assert torch.equal(seen_dy, torch.full((6, 4), 2.0))
+    layer.values.requires_grad_(False)
+    layer(x.requires_grad_()).sum().backward()
+    assert watcher.forwards == 1
+
+
+def test_a_watched_input_is_let_go_with_the_graph() -> None:
+    import weakref
+
+    layer = SparseLinear(6, 4)
+    layer.gradient_watcher = Watcher()
+    hidden = torch.randn(3, 6, requires_grad=True).sin()
+    reference = weakref.ref(hidden)
+    loss = layer(hidden).sum()
+    del hidden
+    loss.backward()
+    assert reference() is None
+    assert loss.item() == loss.item()

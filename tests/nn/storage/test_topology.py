@@ -1,0 +1,175 @@
+"""What algorithms see: finding sparse layers, and watching their gradients however autograd runs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sparselab import MaskedLinear, SparseLinear
+from sparselab.nn.ops.operands import GradientFactors
+from sparselab.nn.storage import contract as topology
+from sparselab.nn.storage.contract import SparseTopology, find_sparse, is_sparse, move_slots
+from tests.nn.storage.test_rewrite import Watcher
+
+LAYERS = [SparseLinear, MaskedLinear]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_sparse_layer_has_everything_an_algorithm_may_use(kind: Any) -> None:
+    layer = kind(6, 4)
+    assert is_sparse(layer)
+    members = {name for name in dir(SparseTopology) if not name.startswith("_")}
+    members |= set(SparseTopology.__annotations__)
+    assert members == set(topology._MEMBERS)
+    assert all(hasattr(layer, name) for name in members)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_entries_follow_their_connection(kind: Any) -> None:
+    layer = kind(6, 4, sparsity=0.5)
+    entries = torch.zeros_like(layer.stored)
+    entries[layer.stored != 0] = torch.arange(12.0)
+    assert layer.per_connection(entries).tolist() == list(range(12))
+    layer.put(entries, torch.tensor([3, 7]), torch.tensor([30.0, 70.0]))
+    assert layer.per_connection(entries).tolist() == [0, 1, 2, 30, 4, 5, 6, 70, 8, 9, 10, 11]
+    layer.put(entries, torch.tensor([3, 7]), torch.tensor([3.0, 7.0]))
+    free = sorted(set(range(24)) - set(layer.positions().tolist()))
+    source = layer.rewrite(torch.tensor([0, 5]), torch.tensor([free[1], free[7]]))
+    moved = layer.moved(entries, source)
+    assert moved is entries
+    expected = [float(slot) if slot >= 0 else 0.0 for slot in source.tolist()]
+    assert layer.per_connection(moved).tolist() == expected
+    assert expected.count(0.0) == 2
+    source = layer.rewrite(torch.tensor([1]), torch.empty(0, dtype=torch.int64))
+    assert layer.per_connection(layer.moved(moved, source)).tolist() == expected[:1] + expected[2:]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        torch.tensor([1, torch.nan, 3]),
+        torch.tensor([1, 2, 3], dtype=torch.bfloat16),
+        torch.tensor([1, 2j, torch.nan]),
+        torch.arange(6.0)[::2],
+        torch.tensor([True, False, True]),
+    ],
+    ids=["NaN", "bfloat16", "complex", "strided", "bool"],
+)
+def test_slots_of_every_kind_move(entries: torch.Tensor) -> None:
+    old = entries.clone()
+    longer = move_slots(entries, torch.tensor([2, -1, 1, -1, 0]))
+    expected = torch.stack([old[2], old.new_zeros(()), old[1], old.new_zeros(()), old[0]])
+    torch.testing.assert_close(longer, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(entries, old, rtol=0, atol=0, equal_nan=True)
+    assert move_slots(entries, torch.tensor([-1, 0, 2])) is entries
+    expected = torch.stack([old.new_zeros(()), old[0], old[2]])
+    torch.testing.assert_close(entries, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("source", [[3, 0, 1], [-2, 0, 1]])
+def test_a_source_that_is_no_slot_is_refused(source: list[int]) -> None:
+    entries = torch.arange(3.0)
+    with pytest.raises(IndexError, match=r"source must hold -1 or slots of 0\.\.2"):
+        move_slots(entries, torch.tensor(source))
+    assert entries.tolist() == [0, 1, 2]
+
+
+def test_a_module_that_lacks_one_part_is_not_sparse() -> None:
+    class Almost(SparseLinear):
+        @property
+        def nnz(self) -> int:
+            raise AttributeError
+
+    layer = SparseLinear(6, 4)
+    layer.__class__ = Almost
+    assert not is_sparse(layer)
+    assert not is_sparse(nn.Linear(6, 4))
+
+
+def test_nobody_asks_by_isinstance() -> None:
+    """Since Python 3.12 isinstance with a protocol misses the parameters of a module."""
+    with pytest.raises(TypeError, match="runtime_checkable"):
+        isinstance(SparseLinear(6, 4), SparseTopology)
+
+
+def test_find_sparse_names_each_layer_once() -> None:
+    shared = SparseLinear(6, 6)
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6), shared), "b": shared, "c": SparseLinear(6, 2)})
+    assert list(find_sparse(model)) == [("a.1", shared), ("c", model["c"])]
+    assert list(find_sparse(shared)) == [("", shared)]
+    assert list(find_sparse(nn.Linear(2, 2))) == []
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_watcher_sees_a_checkpointed_layer_once_per_backward_pass(kind: Any, reentrant: bool) -> None:
+    layer, watcher = kind(6, 4), Watcher()
+    layer.gradient_watcher = watcher
+    x = torch.randn(3, 6, requires_grad=True)
+    checkpoint(lambda x: layer(x.sin()).cos(), x, use_reentrant=reentrant).sum().backward()
+    ((seen_x, seen_dy),) = watcher.seen
+    assert torch.equal(seen_x, x.detach().sin())
+    torch.testing.assert_close(seen_dy, -layer(x.sin()).sin().detach())
+
+
+# Torch's own, when it compiles the part after a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_watcher_sees_a_compiled_layer() -> None:
+    torch.compiler.reset()
+    layer, watcher = SparseLinear(6, 4), Watcher()
+    compiled = torch.compile(nn.Sequential(nn.Linear(6, 6), layer), backend="aot_eager")
+    compiled(torch.randn(3, 6)).sum().backward()
+    layer.gradient_watcher = watcher
+    compiled(torch.randn(3, 6)).sum().backward()
+    assert (watcher.forwards, len(watcher.seen)) == (1, 1)
+    layer.gradient_watcher = None
+    compiled(torch.randn(3, 6)).sum().backward()
+    assert (watcher.forwards, len(watcher.seen)) == (1, 1)
+
+
+def test_a_watcher_sees_the_dense_gradient_of_all_tokens() -> None:
+    layer, watcher = SparseLinear(6, 4, sparsity=0.5), Watcher()
+    layer.gradient_watcher = watcher
+    dense = layer.to_dense()
+    x = torch.randn(2, 3, 6)
+    layer(x).square().sum().backward()
+    dense(x).square().sum().backward()
+    ((seen_x, seen_dy),) = watcher.seen
+    assert not seen_x.requires_grad
+    assert not seen_dy.requires_grad
+    torch.testing.assert_close(seen_dy.T @ seen_x, dense.weight.grad)
+
+
+def test_a_watcher_that_fails_stops_the_backward_pass_and_nothing_else() -> None:
+    class Failing(Watcher):
+        def backward_seen(self, factors: GradientFactors) -> None:
+            raise ValueError("seen enough")
+
+    layer = SparseLinear(6, 4)
+    layer.gradient_watcher = Failing()
+    with pytest.raises(ValueError, match="seen enough"):
+        layer(torch.randn(3, 6)).sum().backward()
+    layer.gradient_watcher = None
+    layer(torch.randn(3, 6)).sum().backward()
+    assert layer.values.grad is not None
+
+
+def test_a_watcher_does_not_watch_the_layer_beside() -> None:
+    first, second, watcher = SparseLinear(6, 6), SparseLinear(6, 4), Watcher()
+    first.gradient_watcher = watcher
+    second(first(torch.randn(3, 6))).sum().backward()
+    assert [dy.shape for _, dy in watcher.seen] == [(3, 6)]
+
+
+def test_copies_are_not_watched() -> None:
+    layer = SparseLinear(6, 4)
+    layer.gradient_watcher = Watcher()
+    for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.gradient_watcher is None
+    assert layer.gradient_watcher is not None
