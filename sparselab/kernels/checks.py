@@ -6,111 +6,86 @@ from typing import Any
 
 import numpy as np
 
-from sparselab.kernels.cpu.bsr.plan import Strips
-from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan
-from sparselab.kernels.layouts.block_csr import BlockCSR
-from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR, slot_dtype
+from sparselab.kernels.arrays import Array
+from sparselab.kernels.cpu.runtime.jit import aligned_empty
+from sparselab.kernels.layouts.topology import SparseMatrix
 
-#: What `plan_spmm`, `plan_spmm_t` and `plan_sddmm_dw` return.
-Plan = Segments | TransposePlan | Strips
+
+def check_layout(W: object) -> None:
+    """Raise TypeError unless W is a sparse matrix, ValueError if it holds values that no product may see."""
+    if not isinstance(W, SparseMatrix):
+        raise TypeError(f"W must be a sparse matrix such as PaddedCSR or BlockCSR, got {type(W).__name__}")
+    if W.values.shape != W.topology.values_shape:  # ndarray.resize changes an array in place
+        raise ValueError(f"W.values must have shape {W.topology.values_shape}, got {W.values.shape}")
+    W.check_values()
 
 
 def check_matrix(name: str, array: object, shape: tuple[int, int | None], dtype: np.dtype[Any]) -> Array:
-    """The array, or an aligned copy: strides of a packed record's field are no whole number of items."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must have W's dtype {dtype}, got {array.dtype}")
+    """The array, or an aligned copy: strides of a packed record's field are no whole number of items.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument.
+    array : object
+        What came.
+    shape : (int, int or None)
+        What it must have; None stands for any number of tokens.
+    dtype : numpy.dtype
+        What it must have.
+    """
+    _check_dtype(name, array, dtype)
+    assert isinstance(array, np.ndarray)
     expected = f"({shape[0]}, {'tokens' if shape[1] is None else shape[1]})"
     if array.ndim != 2 or array.shape[0] != shape[0] or shape[1] not in (None, array.shape[1]):
         raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
-    return array if is_regular(array) else array.copy(order="K")
+    return array if _is_regular(array) else array.copy(order="K")
 
 
-def is_regular(array: Array) -> bool:
-    return array.flags.aligned and not any(stride % array.itemsize for stride in array.strides)
-
-
-def check_entries(name: str, array: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must have W's dtype {dtype}, got {array.dtype}")
+def check_vector(name: str, array: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The array; TypeError or ValueError unless it has the dtype and the shape."""
+    _check_dtype(name, array, dtype)
+    assert isinstance(array, np.ndarray)
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
     return array
 
 
-def check_writable(out: Array) -> Array:
+def _check_dtype(name: str, array: object, dtype: np.dtype[Any]) -> None:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must have W's dtype {dtype}, got {array.dtype}")
+
+
+def _is_regular(array: Array) -> bool:
+    return array.flags.aligned and not any(stride % array.itemsize for stride in array.strides)
+
+
+def _check_writable(out: Array) -> None:
     if not out.flags.writeable:
         raise ValueError("out must be writable, got a read-only array")
-    return out
 
 
 def check_integers(name: str, array: object) -> Array:
+    """A copy as int32 or int64; TypeError or ValueError unless the array is 1-D and has integers that fit."""
     integers = np.asarray(array)
     if integers.size == 0:
         return np.empty(0, np.int64)
     if integers.ndim != 1 or integers.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a 1-D integer array, got {integers.dtype} of shape {integers.shape}")
-    return np.ascontiguousarray(integers, np.int32 if integers.dtype == np.int32 else np.int64)
+    if integers.dtype == np.uint64 and int(integers.max()) >= 1 << 63:
+        raise ValueError(f"{name} must hold numbers below 2**63, got {int(integers.max())}")
+    return np.array(integers, np.int32 if integers.dtype == np.int32 else np.int64, order="C")
 
 
 def ascending(integers: Array) -> Array:
-    return np.sort(integers) if np.any(integers[1:] < integers[:-1]) else contiguous(integers)
-
-
-def narrow(ascending: Array, bound: int) -> Array:
-    """In the one type for integers below `bound`, if they all are: every other type compiles kernels anew."""
-    inside = len(ascending) == 0 or (ascending[0] >= 0 and ascending[-1] < bound)
-    return ascending.astype(slot_dtype(bound), copy=False) if inside else ascending
-
-
-def checked(plan: Plan, nnz: int, capacity: int, shape: tuple[int, int]) -> Segments:
-    """Refuse a plan of another matrix, as far as sizes tell: a foreign plan would read out of bounds."""
-    if not isinstance(plan, Segments):
-        raise TypeError(f"plan must be a Segments, got {type(plan).__name__}")
-    rows, blocks = int(plan.chunk_rows[-1]), plan.ptr.shape[1] - 1
-    expected = nnz, capacity, shape[0], max(-(-shape[1] // plan.block_columns), 1)
-    came = plan.n_connections, plan.capacity, rows, blocks
-    if came != expected or plan.block_columns > max(shape[1], 1):
-        raise ValueError(
-            f"plan must be made for this topology ({shape[0]} rows, {shape[1]} columns, {nnz} connections in "
-            f"{capacity} slots), got one for {rows} rows, {blocks} blocks of {plan.block_columns} columns, "
-            f"{plan.n_connections} connections in {plan.capacity} slots"
-        )
-    return plan
-
-
-def checked_transpose(plan: Plan, W: PaddedCSR) -> TransposePlan:
-    if not isinstance(plan, TransposePlan):
-        raise TypeError(f"plan must be a TransposePlan, got {type(plan).__name__}")
-    checked(plan.segments, W.nnz, W.nnz, W.shape[::-1])
-    if plan.capacity != W.capacity:
-        raise ValueError(
-            f"plan must be made for this topology ({W.nnz} connections in {W.capacity} slots), "
-            f"got one for {plan.capacity} slots"
-        )
-    return plan
-
-
-def checked_strips(plan: Plan, W: BlockCSR) -> Strips:
-    """Refuse strips of another matrix, as far as sizes tell: they would read out of bounds."""
-    if not isinstance(plan, Strips):
-        raise TypeError(f"plan must be a Strips, got {type(plan).__name__}")
-    turn = -1 if plan.transposed else 1
-    expected = W.shape, W.block_shape, W.nnz
-    came = plan.shape[::turn], (plan.height, plan.width)[::turn], len(plan.slots)
-    if came != expected:
-        raise ValueError(
-            "plan must be made for this topology (shape {}, blocks {}, {} of them), got one for shape {}, "
-            "blocks {}, {} of them".format(*expected, *came)
-        )
-    return plan
+    """The integers in ascending order."""
+    return np.sort(integers) if np.any(integers[1:] < integers[:-1]) else integers
 
 
 def output(
-    out: Array | None, shape: tuple[int, int], W: PaddedCSR | BlockCSR, X: Array, *others: Any
+    out: Array | None, shape: tuple[int, int], W: SparseMatrix, X: Array, bias: Array | None = None
 ) -> tuple[Array, Array]:
     """The array to write and the array to return; they differ where a kernel cannot write to `out` itself."""
     if out is None:
@@ -118,21 +93,40 @@ def output(
         Y = np.empty(shape, W.dtype, order="F" if token_major else "C")
         return Y, Y
     regular = check_matrix("out", out, shape, W.dtype) is out
-    check_writable(out)
-    inputs = [W.values, W.indices, X, *(other for other in others if other is not None)]
-    return (out if regular and not overlaps(out, *inputs) else np.empty(shape, W.dtype)), out
+    _check_writable(out)
+    inputs = [W.values, X] if bias is None else [W.values, X, bias]
+    direct = regular and not _overlaps_itself(out) and not _overlaps(out, *inputs)
+    return (out if direct else np.empty(shape, W.dtype)), out
 
 
-def overlaps(out: Array, *others: Array) -> bool:
+def aligned_output(out: Array | None, W: SparseMatrix, *inputs: Array) -> tuple[Array, Array]:
+    """As `output`, for one entry per slot."""
+    shape = W.topology.values_shape
+    if out is not None:
+        check_vector("out", out, shape, W.dtype)
+        _check_writable(out)
+        if out.flags.carray and not _overlaps(out, *inputs):
+            return out, out
+    dW = aligned_empty(int(np.prod(shape)), W.dtype).reshape(shape)
+    return dW, dW if out is None else out
+
+
+def _overlaps(out: Array, *others: Array) -> bool:
     return any(np.may_share_memory(out, other) for other in others)
 
 
+def _overlaps_itself(out: Array) -> bool:
+    """Whether two entries may share memory, as in a broadcast array."""
+    (n, m), (a, b) = out.shape, (abs(stride) for stride in out.strides)
+    if n * m <= 1:
+        return False
+    small, large, count = (a, b, n) if a <= b else (b, a, m)
+    crosswise = n > 1 and m > 1
+    return (n > 1 and a == 0) or (m > 1 and b == 0) or (crosswise and small * (count - 1) >= large)
+
+
 def finish(written: Array, result: Array) -> Array:
+    """The result, filled with what was written elsewhere."""
     if written is not result:
         result[...] = written
     return result
-
-
-def contiguous(array: Array) -> Array:
-    """Contiguous and writable, as the compiled signatures expect; a copy only of what is not."""
-    return np.require(array, requirements=["C", "W"])

@@ -21,7 +21,7 @@ from sparselab.bench.contenders import linear
 from sparselab.bench.contenders.gate import Gate, WrongResultError
 from sparselab.bench.measure import limits
 from sparselab.bench.output import info
-from sparselab.kernels import cache_directory
+from sparselab.kernels.cpu.runtime.jit import cache_directory
 from tests.bench.test_gate import Altered
 from tests.kernels.process import run_python
 

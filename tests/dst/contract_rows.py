@@ -28,7 +28,7 @@ from sparselab.dst import (
     Static,
     TopKAST,
 )  # fmt: skip
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn import constant_fan_in_
 
 

@@ -17,8 +17,6 @@ import numpy as np
 from sparselab.kernels import (
     BlockCSR,
     PaddedCSR,
-    Segments,
-    TransposePlan,
     plan_sddmm_dw,
     plan_spmm,
     plan_spmm_t,
@@ -26,6 +24,7 @@ from sparselab.kernels import (
     spmm,
     spmm_t,
 )
+from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan
 
 Array = np.ndarray[Any, Any]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparselab import BlockSparseLinear, FanInLinear, SparseLinear
 from sparselab.bench.contenders.gate import Gate, WrongResultError
 from sparselab.bench.measure.timing import Timing, interleave
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn import constant_fan_in_
 
 Call = Callable[[], object]

@@ -13,8 +13,8 @@ import numba
 import torch
 
 from sparselab.bench.measure import machine
-from sparselab.kernels import cache_directory
 from sparselab.kernels.cpu.runtime import target as _target
+from sparselab.kernels.cpu.runtime.jit import cache_directory
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 
 _SETTINGS = ("SPARSELAB_", "NUMBA_")

@@ -12,7 +12,7 @@ from sparselab.dst.parts.drop import DropScore, RelativeImportance, Soft, lowest
 from sparselab.dst.parts.grow_paths import PathGrowth
 from sparselab.dst.parts.view import LayerView
 from sparselab.dst.schedules.schedule import Schedule, Sigmoid
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 
 
 class CHTs(DynamicSparsityAlgorithm):

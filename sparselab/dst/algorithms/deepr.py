@@ -16,7 +16,7 @@ from sparselab.dst.parts.drop import Scores, lowest, lowest_of_network
 from sparselab.dst.parts.grow import RandomGrowth
 from sparselab.dst.parts.view import LayerView, UpdateReport, Vacancy
 from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
 
 #: Keep these draws apart from those of the growth.

@@ -14,7 +14,7 @@ from sparselab.dst.parts.drop import Scores, lowest_of_network
 from sparselab.dst.parts.grow import RandomGrowth
 from sparselab.dst.parts.redistribute import ByRemaining
 from sparselab.dst.parts.view import LayerView
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 
 # So that doubling or halving without end reaches neither infinity nor 0, from where there is no way back.
 _SMALLEST, _LARGEST = 1e-30, 1e30

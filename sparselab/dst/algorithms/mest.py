@@ -9,7 +9,7 @@ from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import MagnitudeAndGradient
 from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.schedules.when import UpdateSchedule
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn.storage.contract import SparseTopology
 
 

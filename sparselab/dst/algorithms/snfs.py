@@ -14,7 +14,7 @@ from sparselab.dst.parts.grow_momentum import MomentumGrowth
 from sparselab.dst.parts.redistribute import ByMomentum
 from sparselab.dst.parts.view import LayerView, Vacancy
 from sparselab.dst.schedules.schedule import Schedule
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 
 
 class SNFS(DynamicSparsityAlgorithm):

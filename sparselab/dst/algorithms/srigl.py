@@ -17,8 +17,8 @@ from sparselab.dst.parts.drop import Magnitude, lowest
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.view import LayerView
 from sparselab.dst.schedules.schedule import Schedule
-from sparselab.kernels import PaddedCSR, n_connections
-from sparselab.kernels.layouts.padded_csr import Array, slot_dtype
+from sparselab.kernels.arrays import Array, n_connections, slot_dtype
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
 from sparselab.nn.ops.operands import GradientFactors
 from sparselab.nn.storage.contract import SparseTopology, as_matrix, as_scores
@@ -277,12 +277,12 @@ def magnitudes(layer: SparseTopology) -> Magnitudes:
     return as_scores(layer.per_connection(layer.stored))
 
 
-def salient_per_row(W: PaddedCSR, weights: Magnitudes, summary: GradientSummary, k: int) -> Array:
+def salient_per_row(W: RowTopology, weights: Magnitudes, summary: GradientSummary, k: int) -> Array:
     """How many positions of each row are among the ``nnz - k`` largest ``|w|`` or the `k` largest ``|G|``.
 
     Parameters
     ----------
-    W : PaddedCSR
+    W : RowTopology
         Its values are not read.
     weights : float array, (nnz,)
         ``|w|``.

@@ -17,8 +17,7 @@ from sparselab.dst.parts.grow import random_free
 from sparselab.dst.parts.view import LayerView, UpdateReport, Vacancy
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
-from sparselab.kernels import n_connections
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array, n_connections
 from sparselab.kernels.rewiring.select import select
 from sparselab.nn.storage.contract import SparseTopology, as_scores
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparselab._names import first_match, listed, matches
 from sparselab.dst.checks import require_count, require_finite
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn.models.dense import DenseLayer, dense_parts, find_dense
 
 Shape: TypeAlias = Sequence[int]

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.rewiring.select import select
 from sparselab.nn.models.convert import find_linear, keep_positions
 from sparselab.nn.storage.contract import as_scores, largest_positions

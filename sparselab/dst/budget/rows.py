@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 
 
 def apportion_rows(total: int, weights: Array, caps: Array) -> Array:

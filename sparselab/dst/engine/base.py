@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.schedules.schedule import Schedule
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn.storage.contract import SparseTopology, find_sparse, is_sparse
 
 # Which algorithm a layer belongs to. Neither is kept alive by it, and copies of a layer belong to nobody.

@@ -30,8 +30,7 @@ from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.view import LayerView, UpdateReport, Vacancy, total_size
 from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.schedules.when import UpdateSchedule, as_update_schedule
-from sparselab.kernels import n_connections
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array, n_connections
 from sparselab.nn.storage.contract import SparseTopology, move_slots
 
 UpdateHook = Callable[["DynamicSparsityAlgorithm"], None]

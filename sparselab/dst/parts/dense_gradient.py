@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparselab.kernels import PaddedCSR
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import merge_candidates
 from sparselab.kernels.rewiring.rows import RowTopK, select_rows
 from sparselab.kernels.rewiring.stream import BlockStream
@@ -48,12 +48,12 @@ class GradientSummary:
     free_positions: Array
     free_scores: npt.NDArray[np.floating[Any]]
 
-    def best(self, W: PaddedCSR, drop: Array, k: int | Array) -> Array:
+    def best(self, W: RowTopology, drop: Array, k: int | Array) -> Array:
         """The `k` positions of largest ``|G|`` among those without a weight and those just dropped.
 
         Parameters
         ----------
-        W : PaddedCSR
+        W : RowTopology
             The connections before the drop, as they were when the gradient was formed.
         drop : int array
             Slots being dropped, ascending.
@@ -78,7 +78,7 @@ class GradientSummary:
 @torch.no_grad()
 def summarise(
     factors: Sequence[GradientFactors],
-    live: PaddedCSR | Array,
+    live: RowTopology | Array,
     shape: tuple[int, int],
     k: int | Array,
     dtype: torch.dtype,
@@ -90,7 +90,7 @@ def summarise(
     ----------
     factors : sequence of GradientFactors
         Of some backward passes. Read only.
-    live : PaddedCSR, or int64 array (nnz,)
+    live : RowTopology, or int64 array (nnz,)
         The connections, or, where `k` is a number, their positions, ascending.
     shape : (int, int)
         ``(out_features, in_features)``.
@@ -116,7 +116,7 @@ def summarise(
     buffer = torch.empty((height, cols), dtype=dtype)
     top: BlockStream
     if isinstance(k, np.ndarray):
-        assert isinstance(live, PaddedCSR)
+        assert isinstance(live, RowTopology)
         top = RowTopK(k, live, buffer.numpy().dtype)
     else:
         top = StreamedTopK(k, live, -(-cols // n_in), buffer.numpy().dtype)

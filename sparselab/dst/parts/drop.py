@@ -16,7 +16,7 @@ import numpy.typing as npt
 from sparselab.dst.checks import require_finite
 from sparselab.dst.parts.view import LayerView
 from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.rows import select_rows
 from sparselab.kernels.rewiring.select import select
 from sparselab.nn.storage.contract import slot_scores

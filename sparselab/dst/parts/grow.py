@@ -12,7 +12,7 @@ import numpy as np
 from sparselab.dst.checks import require_count
 from sparselab.dst.parts.dense_gradient import GradientCollector
 from sparselab.dst.parts.view import LayerView, Vacancy
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.rewiring.positions import kept_positions, skip_kept
 from sparselab.kernels.rewiring.rows import sample_rows

@@ -10,7 +10,7 @@ import torch
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.parts.grow import GradientGrowth, Growth
 from sparselab.dst.parts.view import Vacancy
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.topk import StreamedTopK
 from sparselab.nn.ops.operands import GradientFactors
 from sparselab.nn.storage.contract import SparseTopology

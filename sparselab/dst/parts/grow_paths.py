@@ -6,8 +6,8 @@ import numpy as np
 
 from sparselab.dst.parts.grow import Growth, random_free
 from sparselab.dst.parts.view import Vacancy
-from sparselab.kernels import PaddedCSR
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.two_hop import TwoHops
 
 _ROUNDS = 16
@@ -44,22 +44,22 @@ class PathGrowth(Growth):
     def choose(self, vacancy: Vacancy) -> Array:
         """Distinct free positions, ascending."""
         rng, size, kept, k = vacancy.view.rng(), vacancy.view.size, vacancy.kept, vacancy.n_grow
-        drawn = draw_by_paths(rng, PaddedCSR.from_positions(vacancy.view.grid, kept), k)
+        drawn = draw_by_paths(rng, RowTopology.from_positions(vacancy.view.grid, kept), k)
         if drawn.size < k:
             taken = np.sort(np.concatenate([kept, drawn]))
             drawn = np.sort(np.concatenate([drawn, random_free(rng, taken, size, k - drawn.size)]))
         return drawn
 
 
-def draw_by_paths(rng: np.random.Generator, W: PaddedCSR, k: int) -> Array:
+def draw_by_paths(rng: np.random.Generator, W: RowTopology, k: int) -> Array:
     """Draw distinct free positions of a topology in proportion to their CH2-L3n.
 
     Parameters
     ----------
     rng : numpy.random.Generator
         Advanced by the call.
-    W : PaddedCSR
-        Without spare slots. Its values are not read.
+    W : RowTopology
+        Without spare slots.
     k : int
         How many.
 
@@ -68,7 +68,7 @@ def draw_by_paths(rng: np.random.Generator, W: PaddedCSR, k: int) -> Array:
     int64 array, (at most k,)
         Ascending; fewer if so many could not be found.
     """
-    transposed = W.transpose()
+    transposed, _ = W.transposed()
     by_rows, by_columns = TwoHops(W, transposed), TwoHops(transposed, W)
     n_lots = by_rows.n_lots + by_columns.n_lots
     drawn = np.empty(0, np.int64)

@@ -14,8 +14,8 @@ from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.view import LayerView
-from sparselab.kernels import PaddedCSR
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
 from sparselab.kernels.rewiring.topk import largest
 from sparselab.nn.ops.operands import GradientFactors, Totals
@@ -133,7 +133,7 @@ class _SampleCollector(GradientCollector):
 class _Sample(GradientSummary):
     """The gradient at a sample of free positions, which are all there is to choose from."""
 
-    def best(self, W: PaddedCSR, drop: Array, k: int | Array) -> Array:
+    def best(self, W: RowTopology, drop: Array, k: int | Array) -> Array:
         """The `k` sampled positions of largest ``|G|``, ascending; ties went to the lower position."""
         winners: Array = self.free_positions[largest(self.free_scores, int(k))]
         return winners
@@ -153,7 +153,7 @@ def _activity(
     return np.abs(rows), np.abs(columns)
 
 
-def _draw(rng: np.random.Generator, live: PaddedCSR, n: int, rows: Totals, columns: Totals) -> Array:
+def _draw(rng: np.random.Generator, live: RowTopology, n: int, rows: Totals, columns: Totals) -> Array:
     """Draw `n` pairs in proportion to row weight times column weight; the free ones, each once, ascending."""
     row, column = _draw_from(rng, n, rows), _draw_from(rng, n, columns)
     drawn = np.unique(row * live.shape[1] + column)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from sparselab.dst.checks import require_finite
 from sparselab.dst.parts.view import Vacancy
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 
 GrownState = Literal["zero", "mean"]
 

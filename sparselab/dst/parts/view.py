@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from sparselab.dst.budget.rows import rows_of
-from sparselab.kernels import PaddedCSR
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
 from sparselab.nn.storage.contract import SparseTopology, as_matrix
 
@@ -86,8 +86,8 @@ class LayerView:
         return tuple(self.weights.shape[1:])
 
     @cached_property
-    def matrix(self) -> PaddedCSR:
-        """The connections, without spare slots. Its values are not to be read."""
+    def matrix(self) -> RowTopology:
+        """The connections, without spare slots."""
         return as_matrix(self.layer)
 
     @property

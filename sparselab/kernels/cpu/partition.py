@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, Rows
 from sparselab.kernels.cpu.runtime.jit import jit, worker_count
-from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR
 
 _MIN_SHARE = 1 << 16
 
 
-def share_rows(W: PaddedCSR) -> Array:
+def share_rows(W: Rows) -> Array:
     """int64 (shares + 1,): boundaries of ranges of rows with about equally many slots."""
-    return cut_rows(W.indptr, max(1, min(worker_count(), W.capacity // _MIN_SHARE)))
+    return cut_rows(W.indptr, max(1, min(worker_count(), int(W.indptr[-1]) // _MIN_SHARE)))
 
 
 def cut_rows(begin: Array, n_shares: int) -> Array:

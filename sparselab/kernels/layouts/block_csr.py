@@ -1,26 +1,116 @@
-"""BlockCSR: a sparse matrix of dense blocks."""
+"""BlockCSR: connections that are dense blocks of values, in compressed rows of a grid."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from sparselab.kernels.layouts.padded_csr import VALUE_DTYPES, Array, PaddedCSR, n_connections, scipy_sparse
+from sparselab.kernels.arrays import Array, check_array, check_shape, n_connections, scipy_sparse
+from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.kernels.layouts.sampling import sample_distinct
+from sparselab.kernels.layouts.topology import SparseMatrix, Topology
 
 if TYPE_CHECKING:
     import scipy.sparse
 
 
-@dataclass(frozen=True, eq=False)
-class BlockCSR:
+class BlockTopology(Topology):
+    """Dense blocks, all of one shape, in compressed rows of the grid that covers a matrix.
+
+    Of the blocks in the last row and column of the grid, what reaches beyond the matrix is stored and 0.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Rows and columns of the matrix.
+    block_shape : (int, int)
+        Rows and columns of a block, 1 or more.
+    blocks : RowTopology
+        The blocks as connections of the grid, without spare slots.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not that.
+    """
+
+    layout: ClassVar[str] = "bsr"
+
+    def __init__(self, shape: tuple[int, int], block_shape: tuple[int, int], blocks: RowTopology) -> None:
+        super().__init__()
+        self._shape = check_shape(shape)
+        self._block_shape = check_block_shape(block_shape)
+        if blocks.shape != self.grid:
+            raise ValueError(f"blocks must lie on a grid of {self.grid}, got {blocks.shape}")
+        if blocks.capacity != blocks.nnz:
+            raise ValueError(f"blocks must have no spare slots, got {blocks.capacity - blocks.nnz}")
+        #: The blocks as connections of the grid.
+        self.blocks = blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return self._shape
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return self._block_shape
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns."""
+        return grid_of(self._shape, self._block_shape)
+
+    @property
+    def nnz(self) -> int:
+        """Blocks."""
+        return self.blocks.nnz
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """``(blocks, rows of a block, columns of a block)``."""
+        return (self.nnz, *self._block_shape)
+
+    def positions(self) -> Array:
+        """int64 array (blocks,): ``block_row * grid[1] + block_column``, ascending."""
+        return self.blocks.positions()
+
+    def outside(self) -> tuple[Array, Array]:
+        """The blocks that reach beyond the matrix, (n,), and where, bool (n, rows, columns of a block)."""
+        return self.plan("outside", _outside)
+
+    def rewrite(self, drop: Array, grow: Array, *, compact: bool = False) -> tuple[BlockTopology, Array]:
+        """Another topology; see `Topology.rewrite`. It never has spare slots."""
+        blocks, source = self.blocks.rewrite(drop, grow, compact=True)
+        return BlockTopology(self.shape, self.block_shape, blocks), source
+
+    def transposed(self) -> tuple[BlockTopology, Array]:
+        """The topology of W^T, and the slot of W that each of its slots stands for."""
+        blocks, slots = self.blocks.transposed()
+        return BlockTopology(self.shape[::-1], self.block_shape[::-1], blocks), slots
+
+    def __repr__(self) -> str:
+        return f"BlockTopology(shape={self.shape}, block_shape={self.block_shape}, nnz={self.nnz})"
+
+
+def _outside(topology: BlockTopology) -> tuple[Array, Array]:
+    (n_rows, n_columns), (height, width) = topology.shape, topology.block_shape
+    row, column = topology.blocks.row_of_slots(), topology.blocks.indices
+    slots = np.flatnonzero((row == n_rows // height) | (column == n_columns // width))
+    rows = row[slots, None] * height + np.arange(height)
+    columns = column[slots, None].astype(np.int64) * width + np.arange(width)
+    return slots, (rows >= n_rows)[:, :, None] | (columns >= n_columns)[:, None, :]
+
+
+class BlockCSR(SparseMatrix):
     """A sparse matrix of dense blocks, all of one shape.
 
-    The matrix is covered by a *grid* of blocks. Of those in the last row and column of the grid, what reaches
-    beyond the matrix is stored and 0. Block row r is the blocks ``indptr[r] : indptr[r + 1]``, their columns
-    strictly ascending. This is SciPy's BSR, but for sizes that are no multiple of the block.
+    The matrix is covered by a *grid* of blocks. Block row r is the blocks ``indptr[r] : indptr[r + 1]``,
+    their columns strictly ascending. This is SciPy's BSR, but for sizes that are no multiple of the block:
+    what reaches beyond the matrix is stored and 0.
 
     Parameters
     ----------
@@ -29,49 +119,44 @@ class BlockCSR:
     block_shape : (int, int)
         Rows and columns of a block, 1 or more.
     indptr : int64 array, (grid rows + 1,)
-        Where block rows begin; from 0 to the number of blocks.
+        Where block rows begin; from 0 to the number of blocks. Copied.
     indices : uint16, int32 or int64 array, (blocks,)
-        Block column of each block.
+        Block column of each block. Copied.
     values : float32 or float64 array, (blocks, rows of a block, columns of a block)
+        Not copied; it may be written to.
 
     Raises
     ------
     TypeError, ValueError
-        From `check`, which the constructor calls: the kernels run without bounds checks.
+        If an argument is not that.
 
     Examples
     --------
-    >>> W = BlockCSR.from_dense(np.eye(4, 6), (2, 2))
-    >>> W.grid, W.nnz, W.indices
-    ((2, 3), 2, array([0, 1], dtype=uint16))
+    >>> W = BlockCSR.from_dense(np.diag([1.0, 2.0, 3.0]), (2, 2))
+    >>> W.nnz, W.grid, W.values[1]
+    (2, (2, 2), array([[3., 0.],
+           [0., 0.]]))
     """
 
-    shape: tuple[int, int]
-    block_shape: tuple[int, int]
-    indptr: Array
-    indices: Array
-    values: Array
+    topology: BlockTopology
 
-    def __post_init__(self) -> None:
-        self.check()
-
-    @classmethod
-    def unchecked(
-        cls,
+    def __init__(
+        self,
         shape: tuple[int, int],
         block_shape: tuple[int, int],
         indptr: Array,
         indices: Array,
         values: Array,
-    ) -> BlockCSR:
-        """As the constructor, for what was checked before. A wrong topology reads out of bounds."""
-        self = object.__new__(cls)
-        fields = {
-            "shape": shape, "block_shape": block_shape, "indptr": indptr, "indices": indices, "values": values
-        }  # fmt: skip
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-        return self
+    ) -> None:
+        shape, block_shape = check_shape(shape), check_block_shape(block_shape)
+        grid = grid_of(shape, block_shape)
+        check_array("indptr", indptr, (np.dtype(np.int64),), (grid[0] + 1,))
+        if indptr[0] != 0:
+            raise ValueError(f"indptr must start at 0, got {indptr[0]}")
+        blocks = RowTopology(grid, indptr, np.diff(indptr), indices)
+        new = self.of(BlockTopology(shape, block_shape, blocks), values)
+        object.__setattr__(self, "topology", new.topology)
+        object.__setattr__(self, "values", new.values)
 
     @classmethod
     def from_dense(cls, matrix: ArrayLike, block_shape: tuple[int, int]) -> BlockCSR:
@@ -81,7 +166,7 @@ class BlockCSR:
             raise ValueError(f"matrix must have 2 dimensions, got shape {dense.shape}")
         dense = dense.astype(np.float64 if dense.dtype == np.float64 else np.float32, copy=False)
         shape = int(dense.shape[0]), int(dense.shape[1])
-        blocks = cut_blocks(dense, block_shape)
+        blocks = cut_blocks(dense, check_block_shape(block_shape))
         return cls.from_positions(shape, block_shape, np.flatnonzero(blocks.any((1, 2))), blocks)
 
     @classmethod
@@ -93,11 +178,10 @@ class BlockCSR:
         blocks: Array | None = None,
     ) -> BlockCSR:
         """Blocks at ascending positions of the grid: those of all `blocks`, or else float32 zeros."""
-        grid = grid_of(shape, block_shape)
-        topology = PaddedCSR.from_positions(grid, positions)
-        empty = np.zeros((len(positions), *block_shape), np.float32)
-        values = empty if blocks is None else blocks[positions]
-        return cls(shape, block_shape, topology.indptr, topology.indices, values)
+        block_shape = check_block_shape(block_shape)
+        rows = RowTopology.from_positions(grid_of(check_shape(shape), block_shape), positions)
+        empty = np.zeros((rows.nnz, *block_shape), np.float32)
+        return cls.of(BlockTopology(shape, block_shape, rows), empty if blocks is None else blocks[positions])
 
     @classmethod
     def random(
@@ -109,69 +193,46 @@ class BlockCSR:
         *,
         dtype: DTypeLike = np.float32,
     ) -> BlockCSR:
-        """Exactly ``n_connections(grid, sparsity)`` random blocks with standard normal values."""
-        from sparselab.kernels.layouts.sampling import sample_distinct
-
-        grid = grid_of(shape, block_shape)
+        """Exactly ``round((1 - sparsity) * grid[0] * grid[1])`` random blocks with standard normal values."""
+        grid = grid_of(check_shape(shape), check_block_shape(block_shape))
         rng = np.random.default_rng(seed)
         positions = sample_distinct(rng, grid[0] * grid[1], n_connections(grid, sparsity))
         W = cls.from_positions(shape, block_shape, positions)
         values = rng.standard_normal(W.values.shape, np.dtype(dtype))  # type: ignore[arg-type]
-        slots, outside = W.outside()
+        slots, outside = W.topology.outside()
         values[slots] = np.where(outside, 0, values[slots])
         return W.with_values(values)
 
     @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return self.topology.block_shape
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Block rows and block columns."""
-        return grid_of(self.shape, self.block_shape)
+        return self.topology.grid
 
     @property
-    def nnz(self) -> int:
-        """Blocks."""
-        return len(self.indices)
+    def indptr(self) -> Array:
+        """int64 array (grid rows + 1,): where block rows begin. Read-only."""
+        return self.topology.blocks.indptr
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """Dtype of the values."""
-        return self.values.dtype
+    def indices(self) -> Array:
+        """uint16, int32 or int64 array (blocks,): block column of each block. Read-only."""
+        return self.topology.blocks.indices
 
-    def topology(self) -> PaddedCSR:
-        """The blocks as connections of the grid; its values are not to be read."""
-        no_values = np.broadcast_to(np.float32(0), self.indices.shape)
-        return PaddedCSR.unchecked(self.grid, self.indptr, np.diff(self.indptr), self.indices, no_values)
-
-    def positions(self) -> Array:
-        """int64 array (blocks,): ``block_row * grid[1] + block_column``, ascending."""
-        return self.topology().positions()
-
-    def outside(self) -> tuple[Array, Array]:
-        """The blocks that reach beyond the matrix, (n,), and where, bool (n, rows, columns of a block)."""
-        row, column = np.divmod(self.positions(), max(self.grid[1], 1))
-        last_row, last_column = (n // b for n, b in zip(self.shape, self.block_shape, strict=True))
-        slots = np.flatnonzero((row == last_row) | (column == last_column))
-        rows = row[slots, None] * self.block_shape[0] + np.arange(self.block_shape[0])
-        columns = column[slots, None] * self.block_shape[1] + np.arange(self.block_shape[1])
-        return slots, (rows >= self.shape[0])[:, :, None] | (columns >= self.shape[1])[:, None, :]
-
-    def with_values(self, values: Array) -> BlockCSR:
-        """The same topology (shared, not copied) with other values."""
-        new = self.unchecked(self.shape, self.block_shape, self.indptr, self.indices, values)
-        new._check_values()
-        return new
-
-    def astype(self, dtype: DTypeLike) -> BlockCSR:
-        """The same topology with values of another dtype (float32 or float64)."""
-        return self.with_values(self.values.astype(dtype))
+    def check_values(self) -> None:
+        """Raise ValueError if something but 0 is stored where blocks reach beyond the matrix."""
+        slots, outside = self.topology.outside()
+        if len(slots) and np.any(self.values[slots][outside] != 0):
+            raise ValueError("values must be 0 where blocks reach beyond the matrix, got other numbers there")
 
     def transpose(self) -> BlockCSR:
         """W^T, in blocks of the transposed shape."""
-        row, column = np.divmod(self.positions(), max(self.grid[1], 1))
-        order = np.argsort(column, kind="stable")
-        positions = column[order] * self.grid[0] + row[order]
-        shape, block_shape = self.shape[::-1], self.block_shape[::-1]
-        values = np.ascontiguousarray(self.values[order].transpose(0, 2, 1))
-        return self.from_positions(shape, block_shape, positions).with_values(values)
+        topology, slots = self.topology.transposed()
+        return self.of(topology, np.ascontiguousarray(self.values[slots].transpose(0, 2, 1)))
 
     def to_dense(self) -> Array:
         """Dense array, ``(rows, columns)``."""
@@ -194,41 +255,6 @@ class BlockCSR:
         shape = tuple(n * b for n, b in zip(self.grid, self.block_shape, strict=True))
         indices = self.indices.astype(np.int64)
         return sparse.bsr_array((self.values.copy(), indices, self.indptr.copy()), shape=shape)
-
-    def check(self) -> None:
-        """Raise TypeError or ValueError, naming the field, unless every invariant holds."""
-        if len(self.shape) != 2 or min(self.shape) < 0:
-            raise ValueError(f"shape must be two sizes >= 0, got {self.shape}")
-        check_block_shape(self.block_shape)
-        self._check_values()
-        self.topology().check()
-        if self.indptr[0] != 0:
-            raise ValueError(f"indptr must start at 0, got {self.indptr[0]}")
-        slots, outside = self.outside()
-        if np.any(self.values[slots][outside] != 0):
-            raise ValueError("values must be 0 outside the matrix, got others in its last blocks")
-
-    def _check_values(self) -> None:
-        if not isinstance(self.values, np.ndarray):
-            raise TypeError(f"values must be a NumPy array, got {type(self.values).__name__}")
-        if self.values.dtype not in VALUE_DTYPES:
-            raise TypeError(f"values must have dtype float32 or float64, got {self.values.dtype}")
-        expected = (*np.shape(self.indices), *self.block_shape)
-        if self.values.shape != expected:
-            raise ValueError(f"values must have shape {expected}, got {self.values.shape}")
-
-    def __repr__(self) -> str:
-        return (
-            f"BlockCSR(shape={self.shape}, block_shape={self.block_shape}, nnz={self.nnz}, "
-            f"dtype={self.dtype})"
-        )
-
-
-class BlockRewrite(NamedTuple):
-    """What `rewrite` returns for blocks: as `Rewrite`, but slots are blocks."""
-
-    topology: BlockCSR
-    source: Array
 
 
 def check_block_shape(block_shape: object) -> tuple[int, int]:

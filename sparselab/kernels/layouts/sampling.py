@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 
 #: Populations up to this are shuffled whole.
 _SMALL = 1 << 12

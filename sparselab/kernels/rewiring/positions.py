@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, Rows, slot_dtype
 from sparselab.kernels.cpu.partition import first_not_below, share_rows
 from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR, slot_dtype
 
 _MIN_SHARE = 1 << 16
 
@@ -32,13 +32,12 @@ def _kept_share(share, n_shares, edges, indptr, row_nnz, indices, n_columns, dro
             at += 1
 
 
-def kept_positions(W: PaddedCSR, drop: Array) -> Array:
+def kept_positions(W: Rows, drop: Array) -> Array:
     """Positions of the connections that are not dropped, ascending.
 
     Parameters
     ----------
-    W : PaddedCSR
-        Its values are not read.
+    W : Rows
     drop : int array, (k,)
         Live slots, strictly ascending; not checked.
 
@@ -46,6 +45,7 @@ def kept_positions(W: PaddedCSR, drop: Array) -> Array:
     -------
     int32 or int64 array, (nnz - k,)
     """
+    W = W.rows
     rows, columns = W.shape
     edges = share_rows(W)
     before = _live_before(W, edges)
@@ -54,7 +54,7 @@ def kept_positions(W: PaddedCSR, drop: Array) -> Array:
     return out
 
 
-def _live_before(W: PaddedCSR, edges: Array) -> Array:
+def _live_before(W: Rows, edges: Array) -> Array:
     """Live slots before each of some rows."""
     cumulative = np.zeros(W.shape[0] + 1, np.int64)
     np.cumsum(W.row_nnz, out=cumulative[1:])
@@ -135,14 +135,13 @@ def _merge_share(  # type: ignore[no-untyped-def]
 
 
 def merge_candidates(
-    W: PaddedCSR, drop: Array, slot_scores: Array, free: Array, free_scores: Array
+    W: Rows, drop: Array, slot_scores: Array, free: Array, free_scores: Array
 ) -> tuple[Array, Array]:
     """Positions and scores of some slots and some free positions together, by ascending position.
 
     Parameters
     ----------
-    W : PaddedCSR
-        Its values are not read.
+    W : Rows
     drop : int array, (n,)
         Live slots, strictly ascending; not checked.
     slot_scores : float array, (capacity,)
@@ -155,6 +154,7 @@ def merge_candidates(
     -------
     (int32 or int64 array, float array), both (n + m,)
     """
+    W = W.rows
     rows, columns = W.shape
     edges = share_rows(W)
     positions = np.empty(len(drop) + len(free), slot_dtype(rows * columns))

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
+from sparselab.kernels.arrays import Array, Rows, slot_dtype
 from sparselab.kernels.cpu.partition import first_not_below, share_rows
 from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get
-from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR
 
 _MIN_SHARE = 1 << 16
-
-
-class Rewrite(NamedTuple):
-    """What `rewrite` returns.
-
-    `topology` is the new matrix. ``source`` is an int64 array (new capacity,): for each new slot the old slot
-    its connection came from, or -1 for a grown connection and for spare slots. Whatever lives per slot
-    follows by ``new[slot] = old[source[slot]]``.
-    """
-
-    topology: PaddedCSR
-    source: Array
 
 
 @jit
@@ -53,8 +39,8 @@ def _count_share(share, n_shares, edges, begin, row_nnz, drop, grow, n_columns, 
 
 @jit
 def _merge(  # type: ignore[no-untyped-def]
-    share, n_shares, edges, begin, row_nnz, indices, values, drop, grow, n_columns, new_begin, new_indices,
-    new_values, source, wrong,
+    share, n_shares, edges, begin, row_nnz, indices, drop, grow, n_columns, new_begin, new_indices,
+    source, wrong,
 ):  # fmt: skip
     """Merge kept and grown columns row by row. Notes a position that was grown twice or was live."""
     if spread(share, n_shares):
@@ -74,7 +60,6 @@ def _merge(  # type: ignore[no-untyped-def]
             grown = np.int64(grow[g]) - row_start if g < len(grow) and grow[g] < row_end else n_columns
             while slot < gone and np.int64(indices[slot]) < grown:
                 new_indices[at] = indices[slot]
-                new_values[at] = values[slot]
                 source[at] = slot
                 at += 1
                 slot += 1
@@ -86,7 +71,6 @@ def _merge(  # type: ignore[no-untyped-def]
                     wrong[share] = grow[g]
                     return
                 new_indices[at] = grown
-                new_values[at] = 0
                 source[at] = -1
                 at += 1
                 g += 1
@@ -96,7 +80,6 @@ def _merge(  # type: ignore[no-untyped-def]
                     wrong[share] = grow[g]
                     return
                 new_indices[at] = live
-                new_values[at] = values[slot]
                 source[at] = slot
                 at += 1
                 g += 1  # a second mention comes out as grown < live in the next round, and is refused there
@@ -104,9 +87,38 @@ def _merge(  # type: ignore[no-untyped-def]
             slot += 1
 
 
-def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> Rewrite:
-    """`sparselab.kernels.rewrite` on ascending integers, with `grow` in range; checks the rest."""
+def rewrite_rows(W: Rows, drop: Array, grow: Array, compact: bool) -> tuple[Array, Array, Array, Array]:
+    """Compressed rows without the connections in some slots and with those at some positions.
+
+    Parameters
+    ----------
+    W : Rows
+    drop : int array, (n,)
+        Live slots, ascending.
+    grow : int array, (m,)
+        Positions ``row * columns + column``, ascending.
+    compact : bool
+        Leave no spare slots.
+
+    Returns
+    -------
+    indptr, row_nnz, indices : arrays
+        As of W.
+    source : int64 array, (new slots,)
+        The old slot of each new one, or -1 where it was grown or is spare.
+
+    Raises
+    ------
+    ValueError
+        If a dropped slot is not live or named twice, or a grown position is out of range, live, or named
+        twice.
+    """
     columns = W.shape[1]
+    size = W.shape[0] * columns
+    if len(grow) and (grow[0] < 0 or grow[-1] >= size):
+        wrong_one = grow[0] if grow[0] < 0 else grow[-1]
+        raise ValueError(f"grow must hold positions of 0..{size - 1}, got {wrong_one}")
+    drop, grow = narrow(drop, int(W.indptr[-1])), narrow(grow, size)
     edges = share_rows(W)
     n_shares = len(edges) - 1
     new_nnz = np.empty(W.shape[0], np.int64)
@@ -119,20 +131,25 @@ def rewrite_topology(W: PaddedCSR, drop: Array, grow: Array, compact: bool) -> R
     # Without spare slots every entry is about to be written.
     tight = capacity == int(new_nnz.sum())
     indices = np.empty(capacity, W.indices.dtype) if tight else np.zeros(capacity, W.indices.dtype)
-    values = np.empty(capacity, W.values.dtype) if tight else np.zeros(capacity, W.values.dtype)
     source = np.empty(capacity, np.int64) if tight else np.full(capacity, -1, np.int64)
     launch(
-        _merge, n_shares, edges, begin, row_nnz, W.indices, W.values, drop, grow, columns, indptr,
-        indices, values, source, wrong,
+        _merge, n_shares, edges, begin, row_nnz, W.indices, drop, grow, columns, indptr, indices, source,
+        wrong,
     )  # fmt: skip
     if np.any(found := wrong >= 0):
         position = int(wrong[int(np.argmax(found))])
         where = f"({position // columns}, {position % columns})"
         raise ValueError(f"grow must hold distinct positions that are free or dropped, got {where} otherwise")
-    return Rewrite(PaddedCSR.unchecked(W.shape, indptr, new_nnz, indices, values), source)
+    return indptr, new_nnz, indices, source
 
 
-def _refuse_wrong_slots(W: PaddedCSR, drop: Array, not_live: Array, twice: Array) -> None:
+def narrow(ascending: Array, bound: int) -> Array:
+    """In the one type for integers below `bound`, if they all are: every other type compiles kernels anew."""
+    inside = len(ascending) == 0 or (ascending[0] >= 0 and ascending[-1] < bound)
+    return ascending.astype(slot_dtype(bound), copy=False) if inside else ascending
+
+
+def _refuse_wrong_slots(W: Rows, drop: Array, not_live: Array, twice: Array) -> None:
     if len(drop) == 0:
         return
     outside = drop[(drop < W.indptr[0]) | (drop >= W.indptr[-1])] if _leaves(W, drop) else drop[:0]
@@ -143,15 +160,15 @@ def _refuse_wrong_slots(W: PaddedCSR, drop: Array, not_live: Array, twice: Array
         raise ValueError("drop must name each slot once, got a slot twice")
 
 
-def _leaves(W: PaddedCSR, drop: Array) -> bool:
+def _leaves(W: Rows, drop: Array) -> bool:
     return bool(drop[0] < W.indptr[0] or drop[-1] >= W.indptr[-1])
 
 
-def _fit(W: PaddedCSR, row_nnz: Array, compact: bool) -> Array:
+def _fit(W: Rows, row_nnz: Array, compact: bool) -> Array:
     """Where the new rows begin: in place if all fit their room, else repacked into at least the capacity."""
     if not compact and np.all(row_nnz <= np.diff(W.indptr)):
         return W.indptr
-    spare = 0 if compact else max(W.capacity - int(row_nnz.sum()), 0)
+    spare = 0 if compact else max(int(W.indptr[-1]) - int(row_nnz.sum()), 0)
     share = np.arange(len(row_nnz) + 1) * spare // max(len(row_nnz), 1)
     indptr = np.zeros(len(row_nnz) + 1, np.int64)
     np.cumsum(row_nnz + np.diff(share), out=indptr[1:])

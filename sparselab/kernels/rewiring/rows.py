@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparselab.kernels.arrays import Array, Rows, slot_dtype
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR, slot_dtype
 from sparselab.kernels.rewiring.stream import BlockStream, float_bits
 
 _MIN_SHARE = 1 << 15
@@ -182,8 +182,8 @@ class RowTopK(BlockStream):
     ----------
     k : int array, (rows,)
         Entries to keep of each row; fewer are where fewer positions are free.
-    live : PaddedCSR
-        The connections to leave out; its values are not read.
+    live : Rows
+        The connections to leave out.
     dtype : float32 or float64
         Type of the blocks.
 
@@ -197,7 +197,8 @@ class RowTopK(BlockStream):
     Holds ``k.sum()`` scores and positions, and two rows of integers for each thread.
     """
 
-    def __init__(self, k: Array, live: PaddedCSR, dtype: npt.DTypeLike) -> None:
+    def __init__(self, k: Array, live: Rows, dtype: npt.DTypeLike) -> None:
+        live = live.rows
         super().__init__(live.shape[1], dtype)
         self._k = np.minimum(k, live.shape[1] - live.row_nnz)
         _check_counts(self._k, self._k)
@@ -205,7 +206,7 @@ class RowTopK(BlockStream):
         self._live = live
         self._found = np.empty(self._begin[-1], dtype)
         self._positions = np.empty(len(self._found), slot_dtype(live.shape[0] * live.shape[1]))
-        self.live_scores = np.empty(live.capacity, dtype)
+        self.live_scores = np.empty(int(live.indptr[-1]), dtype)
 
     def _take_in(self, first_row: int, block: Array) -> None:
         n_rows, n_columns = block.shape

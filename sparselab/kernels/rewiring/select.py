@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparselab.kernels.arrays import Array, slot_dtype
 from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.layouts.padded_csr import Array, slot_dtype
 
 _MIN_SHARE = 1 << 16
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 
 
 def float_bits(scores: Array) -> tuple[Array, np.int64, np.int64]:

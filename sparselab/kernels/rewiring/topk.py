@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparselab.kernels.arrays import Array, Rows, slot_dtype
 from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR, slot_dtype
 from sparselab.kernels.rewiring.select import select
 from sparselab.kernels.rewiring.stream import BlockStream, float_bits
 
@@ -181,8 +181,8 @@ class StreamedTopK(BlockStream):
     ----------
     k : int
         Entries to keep; fewer are returned when fewer positions are free.
-    live : PaddedCSR or int64 array, (nnz,)
-        The connections to leave out: a matrix (its values are not read), or linear positions
+    live : Rows or int64 array, (nnz,)
+        The connections to leave out: compressed rows, or linear positions
         ``row * n_columns + column``, strictly ascending. Read only.
     n_columns : int
         Columns of the matrix.
@@ -207,15 +207,15 @@ class StreamedTopK(BlockStream):
     fit. Every entry is read once to be counted and once more to be compared.
     """
 
-    def __init__(self, k: int, live: PaddedCSR | Array, n_columns: int, dtype: npt.DTypeLike) -> None:
+    def __init__(self, k: int, live: Rows | Array, n_columns: int, dtype: npt.DTypeLike) -> None:
         if k < 0:
             raise ValueError(f"k must not be negative; got {k}")
         super().__init__(n_columns, dtype)
         self._k = k
-        self._live = live if isinstance(live, PaddedCSR) else np.ascontiguousarray(live, np.int64)
+        self._live = np.ascontiguousarray(live, np.int64) if isinstance(live, np.ndarray) else live.rows
         capacity = k + max(k, _SLACK)
-        n_slots = live.capacity if isinstance(live, PaddedCSR) else live.size
-        size = live.shape[0] * n_columns if isinstance(live, PaddedCSR) else np.iinfo(np.int64).max
+        n_slots = int(live.indptr[-1]) if not isinstance(live, np.ndarray) else live.size
+        size = live.shape[0] * n_columns if not isinstance(live, np.ndarray) else np.iinfo(np.int64).max
         self._scores = np.empty(capacity, dtype)
         self._positions = np.empty(capacity, slot_dtype(size))
         self._bits, self._mask, self._infinity = float_bits(self._scores)
@@ -268,7 +268,7 @@ class StreamedTopK(BlockStream):
     def _live_rows(self, first_row: int, n_rows: int) -> tuple[Array, Array, Array, np.int64, np.int64]:
         """``(begin, row_nnz, live, origin, step)``; slot s has column ``live[s] - origin - row * step``."""
         W = self._live
-        if isinstance(W, PaddedCSR):
+        if not isinstance(W, np.ndarray):
             rows = slice(first_row, first_row + n_rows)
             return W.indptr[rows], W.row_nnz[rows], W.indices, np.int64(0), np.int64(0)
         origin = first_row * self._n_columns

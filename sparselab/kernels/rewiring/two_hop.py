@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, Rows
 from sparselab.kernels.cpu.partition import first_not_below, share_rows
 from sparselab.kernels.cpu.runtime.jit import jit, launch
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR
 
 
 @jit
@@ -99,10 +99,10 @@ class TwoHops:
 
     Parameters
     ----------
-    W : PaddedCSR
-        Without spare slots. Its values are not read.
-    transposed : PaddedCSR
-        ``W.transpose()``; with the two in exchanged places the lots are those of the columns.
+    W : Rows
+        Without spare slots.
+    transposed : Rows
+        Those of W^T; with the two in exchanged places the lots are those of the columns.
 
     Attributes
     ----------
@@ -110,7 +110,8 @@ class TwoHops:
         Lots of all rows together.
     """
 
-    def __init__(self, W: PaddedCSR, transposed: PaddedCSR) -> None:
+    def __init__(self, W: Rows, transposed: Rows) -> None:
+        W, transposed = W.rows, transposed.rows
         self._edges = share_rows(W)
         n_shares = len(self._edges) - 1
         self._graph = W.indptr, W.indices, transposed.indptr, transposed.indices

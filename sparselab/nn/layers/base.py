@@ -233,7 +233,7 @@ class SparseLayer(nn.Module):
         """W as it is in use, not to be written to; bfloat16 as float32."""
         W, weights = as_matrix(cast(SparseTopology, self)), self.per_connection(self._in_use.detach()).cpu()
         values = weights.float() if weights.dtype == torch.bfloat16 else weights
-        return PaddedCSR.unchecked(self.shape, W.indptr, W.row_nnz, W.indices, values.numpy())
+        return PaddedCSR.of(W, values.numpy())
 
     def _train_as(self, layer: Any, weight: Tensor) -> None:
         """Take over the mode, what is trained, and the kind of another layer with that weight."""

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselab import kernels
-from sparselab.kernels import BlockCSR, PaddedCSR, n_connections
-from sparselab.kernels.layouts.block_csr import check_block_shape, grid_of
-from sparselab.kernels.layouts.padded_csr import Array, check_fraction
+from sparselab.kernels import BlockCSR, PaddedCSR
+from sparselab.kernels.arrays import Array, check_fraction, n_connections
+from sparselab.kernels.checks import ascending
+from sparselab.kernels.layouts.block_csr import BlockTopology, check_block_shape, grid_of
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.ops import block_linear as _block_functional
@@ -197,8 +198,10 @@ class BlockSparseLinear(SparseLinear):
         """W as it is in use, not to be written to; bfloat16 as float32."""
         values = self._in_use.detach().cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values
-        W = as_matrix(self)
-        return BlockCSR.unchecked(self.shape, self.block_shape, W.indptr, W.indices, values.numpy())
+        return BlockCSR.of(self._block_topology(), values.numpy())
+
+    def _block_topology(self) -> BlockTopology:
+        return BlockTopology(self.shape, self.block_shape, as_matrix(self))
 
     def _matrix(self) -> PaddedCSR:
         W = self._blocks()
@@ -209,8 +212,8 @@ class BlockSparseLinear(SparseLinear):
         inside = (rows < self.out_features) & (columns < self.in_features)
         positions = (rows * self.in_features + columns)[inside]
         order = np.argsort(positions)
-        matrix = PaddedCSR.from_positions(self.shape, positions[order])
-        return matrix.with_values(W.values[inside][order])
+        topology = RowTopology.from_positions(self.shape, positions[order])
+        return PaddedCSR.of(topology, W.values[inside][order])
 
     def reset_parameters(self) -> None:
         """Draw as many blocks anew, at random, and new weights and biases.
@@ -241,7 +244,7 @@ class BlockSparseLinear(SparseLinear):
 
     def _outside(self) -> tuple[Tensor, Tensor]:
         """Blocks that reach beyond W, int64 (n,), and where, bool (n, block_out, block_in)."""
-        slots, outside = (torch.from_numpy(part) for part in self._blocks().outside())
+        slots, outside = (torch.from_numpy(part) for part in self._block_topology().outside())
         return slots.to(self.values.device), outside.to(self.values.device)
 
     @property
@@ -292,8 +295,8 @@ class BlockSparseLinear(SparseLinear):
         """What lives per block, after a `rewrite` that returned `source`; see `SparseTopology`."""
         return move_blocks(entries, source)
 
-    def _rewritten(self, drop: Array, grow: Array) -> tuple[PaddedCSR, Tensor, Tensor]:
-        new, source = kernels.rewrite(as_matrix(self), drop, grow, compact=True)
+    def _rewritten(self, drop: Array, grow: Array) -> tuple[RowTopology, Tensor, Tensor]:
+        new, source = as_matrix(self).rewrite(ascending(drop), ascending(grow), compact=True)
         moved = torch.from_numpy(source)
         return new, move_blocks(self.values.detach().clone(), moved), moved
 

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselab.kernels import n_connections
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array, n_connections
 from sparselab.kernels.rewiring.rows import sample_rows, select_rows
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.ops import linear as functional

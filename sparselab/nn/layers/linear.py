@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn.ops import linear as functional
 from sparselab.nn.ops.cpu.plans import TopologyPlans
 from sparselab.nn.ops.cpu.products import product

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparselab import kernels
+from sparselab.kernels.checks import ascending
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.conv import Convolution, Size, SparseConv2d
 from sparselab.nn.layers.linear import SparseLinear
@@ -138,10 +138,10 @@ class MaskedLayer(SparseLayer):
             As `sparselab.kernels.rewrite`.
         """
         place = self.mask.device
-        matrix, old_slots = kernels.rewrite(
-            as_matrix(self), drop.cpu().numpy(), grow.cpu().numpy(), compact=True
+        topology, old_slots = as_matrix(self).rewrite(
+            ascending(drop.cpu().numpy()), ascending(grow.cpu().numpy()), compact=True
         )
-        new, source = (torch.from_numpy(part).to(place) for part in (matrix.positions(), old_slots))
+        new, source = (torch.from_numpy(part).to(place) for part in (topology.positions(), old_slots))
         self.mask.zero_().view(-1)[new] = True
         for entries in (self.weight, self.weight.grad, self.forward_mask):
             if entries is not None:

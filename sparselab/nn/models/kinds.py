@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparselab._names import Pattern
-from sparselab.kernels.layouts.padded_csr import check_fraction, n_connections
+from sparselab.kernels.arrays import check_fraction, n_connections
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.block import BlockSparseLinear
 from sparselab.nn.layers.conv import SparseConv2d

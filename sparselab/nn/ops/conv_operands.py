@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from sparselab.kernels import index_dtype
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.nn.ops.cpu.convolution import ConvolutionPlans, Geometry, values_grad
 from sparselab.nn.ops.cpu.plans import TopologyPlans
 from sparselab.nn.ops.operands import Totals, token_totals

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels import PaddedCSR, sddmm_dw
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
+from sparselab.kernels.layouts.padded_csr import RowTopology
 
 Totals = npt.NDArray[np.floating[Any]]
 Self = TypeVar("Self", bound="GradientFactors")
@@ -92,7 +93,8 @@ class LinearFactors:
     def sampled(self, positions: Array) -> Array:
         """G at some positions, ascending, by the sparse kernels."""
         x, dy = self.x.numpy().T, self.dy.numpy().T
-        return sddmm_dw(PaddedCSR.from_positions((len(dy), len(x)), positions).astype(x.dtype), dy, x)
+        topology = RowTopology.from_positions((len(dy), len(x)), positions)
+        return sddmm_dw(PaddedCSR.of(topology, np.empty(topology.capacity, x.dtype)), dy, x)
 
     def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:
         """Sums over tokens of the magnitudes of dY and X, or of their entries times the `signs`."""

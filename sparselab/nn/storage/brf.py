@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array
 from sparselab.nn.storage.contract import find_sparse
 
 _BLOCK_ITEMS = 1 << 20

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab.kernels import BlockCSR, PaddedCSR
+from sparselab.kernels import BlockCSR
 from sparselab.kernels.layouts.block_csr import grid_of
+from sparselab.kernels.layouts.padded_csr import RowTopology
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -79,8 +80,9 @@ def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: t
     begin = indptr.numpy()
     if begin[0] != 0:
         raise ValueError(f"indptr must start at 0, got {begin[0]}")
-    no_values = np.broadcast_to(np.float32(0), values.shape)
-    PaddedCSR(shape, begin, np.diff(begin), indices.numpy(), no_values)
+    if values.shape != indices.shape:
+        raise ValueError(f"values must have shape {tuple(indices.shape)}, as indices, got {_kind(values)}")
+    RowTopology(shape, begin, np.diff(begin), indices.numpy())
     columns: Tensor = indices.to(index_dtype)
     return columns
 

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselab import kernels
-from sparselab.kernels import PaddedCSR, index_dtype, n_connections
-from sparselab.kernels.layouts.padded_csr import Array
+from sparselab.kernels.arrays import Array, index_dtype, n_connections
+from sparselab.kernels.checks import ascending
+from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.ops.cpu.plans import LayerPlans, TopologyPlans
 from sparselab.nn.storage.checks import check_dtype, check_topology
-from sparselab.nn.storage.contract import largest_positions, move_slots
+from sparselab.nn.storage.contract import as_matrix, largest_positions, move_slots
 from sparselab.nn.storage.init import fan_in_uniform_
 
 Layer = TypeVar("Layer", bound="CompressedRows")
@@ -118,7 +119,8 @@ class CompressedRows(SparseLayer):
 
     def _draw_positions(self, rng: np.random.Generator) -> Array:
         """As many random positions as there are connections, ascending."""
-        return kernels.sample_distinct(rng, math.prod(self.grid), self.nnz)
+        drawn: Array = sample_distinct(rng, math.prod(self.grid), self.nnz)
+        return drawn
 
     @torch.no_grad()
     def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
@@ -222,15 +224,11 @@ class CompressedRows(SparseLayer):
             self.forward_mask = self.moved(self.forward_mask, moved)
         return moved
 
-    def _rewritten(self, drop: Array, grow: Array) -> tuple[PaddedCSR, Tensor, Tensor]:
+    def _rewritten(self, drop: Array, grow: Array) -> tuple[RowTopology, Tensor, Tensor]:
         """The topology after a rewrite, its weights, and the old slot of each new one; nothing is changed."""
-        begin = self.indptr.numpy()
-        W = PaddedCSR.unchecked(
-            self.shape, begin, np.diff(begin), self.indices.reshape(-1).numpy(),
-            self.values.detach().reshape(-1).numpy(),
-        )  # fmt: skip
-        new, source = kernels.rewrite(W, drop, grow, compact=True)
-        return new, torch.from_numpy(new.values), torch.from_numpy(source)
+        new, source = as_matrix(self).rewrite(ascending(drop), ascending(grow), compact=True)
+        moved = torch.from_numpy(source)
+        return new, move_slots(self.values.detach().clone(), moved, (len(source),)), moved
 
     def _resize(self, layout: tuple[int, ...]) -> None:
         """Make room for another layout; what `values`, its gradient and `indices` held is lost."""

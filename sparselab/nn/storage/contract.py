@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sparselab.kernels import PaddedCSR, index_dtype
+from sparselab.kernels.arrays import index_dtype
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.rewrite import move_entries
 from sparselab.kernels.rewiring.select import select
 from sparselab.nn.ops.cpu.threads import use_torch_threads
@@ -103,7 +104,7 @@ def find_sparse(module: nn.Module) -> Iterator[tuple[str, SparseTopology]]:
             yield name, child
 
 
-def as_matrix(layer: SparseTopology) -> PaddedCSR:
+def as_matrix(layer: SparseTopology) -> RowTopology:
     """The connections of a layer on its grid, for the compiled functions of `sparselab.kernels`.
 
     Nothing is copied where the layer keeps compressed rows as `sparselab.SparseLinear` does; else they are
@@ -111,8 +112,8 @@ def as_matrix(layer: SparseTopology) -> PaddedCSR:
 
     Returns
     -------
-    PaddedCSR
-        Without spare slots. Its values are not to be read.
+    RowTopology
+        Without spare slots.
     """
     use_torch_threads()
     begin, indices = getattr(layer, "indptr", None), getattr(layer, "indices", None)
@@ -123,8 +124,7 @@ def as_matrix(layer: SparseTopology) -> PaddedCSR:
         row, column = np.divmod(layer.positions().cpu().numpy(), max(n_columns, 1))
         indptr = np.searchsorted(row, np.arange(rows + 1))
         columns = column.astype(index_dtype(n_columns))
-    no_values = np.broadcast_to(np.float32(0), columns.shape)
-    return PaddedCSR.unchecked(layer.grid, indptr, np.diff(indptr), columns, no_values)
+    return RowTopology.adopt(layer.grid, indptr, np.diff(indptr), columns)
 
 
 @torch.no_grad()

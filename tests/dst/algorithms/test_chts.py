@@ -11,7 +11,8 @@ from sparselab.dst import CHTs, CHTss, Linear, Magnitude, PathGrowth, RelativeIm
 from sparselab.dst.algorithms import chts
 from sparselab.dst.parts.grow_paths import draw_by_paths
 from sparselab.dst.parts.view import LayerView, Vacancy
-from sparselab.kernels import PaddedCSR, n_connections
+from sparselab.kernels import PaddedCSR
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparselab.dst import GMP, MEST, Constant, GraNet, Linear, Polynomial
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import LAYERS, backward, build, by_position, sparse_layers

@@ -11,7 +11,7 @@ import torch
 
 from sparselab.dst import SET, SNFS, ByMagnitude, ByMomentum, ByRemaining, Linear, MomentumGrowth, RigL
 from sparselab.dst.algorithms import snfs
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
 from sparselab.nn.ops.operands import LinearFactors
 from tests.dst.fake import FakeSparse

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparselab.dst import TopKAST
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn import MaskedLinear, SparseLinear
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import LAYERS, OPTIMIZERS, build, by_position, sparse_layers, train

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparselab
 from sparselab.dst import allocate, apportion, er, erk, uniform
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 
 LENET = [(300, 784), (100, 300), (10, 100)]
 METHODS = {"uniform": uniform, "er": er, "erk": erk, "power": functools.partial(erk, power=0.5)}

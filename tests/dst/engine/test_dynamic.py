@@ -14,7 +14,7 @@ from sparselab.dst import (
     Redistribution,
     RigL,
 )
-from sparselab.kernels import n_connections
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import OPTIMIZERS, assert_topology, backward, build, by_position, sparse_layers, train

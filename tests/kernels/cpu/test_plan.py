@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from sparselab.kernels import PaddedCSR, Segments, plan_sddmm_dw, plan_spmm, plan_spmm_t
+from sparselab.kernels import PaddedCSR, plan_sddmm_dw, plan_spmm, plan_spmm_t
 from sparselab.kernels.cpu import partition as _shares
 from sparselab.kernels.cpu.csr import plan as _plan
+from sparselab.kernels.cpu.csr.plan import Segments
 from tests import strategies
 from tests.kernels.contract import OPERATIONS, Operation, assert_same_bits
 from tests.strategies import PATTERNS, build

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparselab.kernels import BlockCSR, n_connections
+from sparselab.kernels import BlockCSR
+from sparselab.kernels.arrays import n_connections
 from tests.kernels.cpu.test_block_products import BLOCKS, PATTERNS, build, dense
 
 

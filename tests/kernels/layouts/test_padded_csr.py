@@ -12,8 +12,10 @@ import pytest
 import scipy.sparse
 from hypothesis import given
 
-from sparselab.kernels import PaddedCSR, index_dtype, n_connections, sample_distinct
+from sparselab.kernels import PaddedCSR
+from sparselab.kernels.arrays import index_dtype, n_connections
 from sparselab.kernels.layouts.padded_csr import slot_dtype
+from sparselab.kernels.layouts.sampling import sample_distinct
 from tests import strategies
 from tests.kernels.contract import assert_same_bits, dense
 from tests.strategies import VALUE_DTYPES

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselab.kernels import sample_distinct
+from sparselab.kernels.layouts.sampling import sample_distinct
 
 #: Populations above this are drawn with repeats that are then removed; below, by one shuffle.
 SMALL = 4096

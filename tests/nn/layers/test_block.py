@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import sparselab
 from sparselab import BlockSparseLinear, MaskedLinear, SparseLinear, densify, measure_sparsity, memory_report
-from sparselab.kernels import BlockCSR, n_connections
+from sparselab.kernels import BlockCSR
+from sparselab.kernels.arrays import n_connections
 from sparselab.nn.ops import block_linear as _block_functional
 from sparselab.nn.ops.cpu import block_products as _block_products
 from sparselab.nn.ops.cpu import variants

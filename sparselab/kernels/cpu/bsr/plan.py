@@ -7,16 +7,17 @@ transpose, so that blocks that are high or wide have strips without gaps either 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.bsr.panels import HEIGHT
 from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put
-from sparselab.kernels.layouts.block_csr import BlockCSR
-from sparselab.kernels.layouts.padded_csr import Array, index_dtype
+from sparselab.kernels.layouts.block_csr import BlockTopology
 
 _MIN_SHARE = 1 << 14
 
@@ -62,24 +63,26 @@ class Strips(NamedTuple):
         return (len(self.slots) * self.height * self.width + sum(self.shape)) * n_tokens
 
 
-def plan_strips(W: BlockCSR, transposed: bool) -> Strips:
-    """Strips of W, or of W^T (values are not read)."""
+def strips(topology: BlockTopology, transposed: bool) -> Strips:
+    """Strips for products with W, also for the gradient by its values, or with W^T."""
+    along = wants_transpose(topology.block_shape, transposed)
+    return topology.plan(("cpu", "strips", along), partial(_plan_strips, transposed=along))
+
+
+def _plan_strips(W: BlockTopology, transposed: bool) -> Strips:
+    """Strips of W, or of W^T."""
     shape, (height, width) = W.shape, W.block_shape
-    slots, blocks, indptr = np.arange(W.nnz), W.indices.astype(np.int64), W.indptr
+    rows = W.blocks.rows
+    slots, blocks, indptr = np.arange(W.nnz), rows.indices.astype(np.int64), rows.indptr
     if transposed:
         shape, (height, width) = (shape[1], shape[0]), (width, height)
-        slots = np.argsort(W.indices, kind="stable")
+        slots = np.argsort(rows.indices, kind="stable")
         counts = np.bincount(blocks, minlength=W.grid[1])
         blocks = np.repeat(np.arange(W.grid[0]), np.diff(indptr))[slots]
         indptr = np.concatenate([[0], np.cumsum(counts)])
     columns = (blocks[:, None] * width + np.arange(width)).reshape(-1)
     narrow = index_dtype(-(-shape[1] // width) * width)
     return Strips(transposed, shape, height, width, indptr.astype(np.int64), slots, columns.astype(narrow))
-
-
-def plan_product(W: BlockCSR, transposed: bool) -> Strips:
-    """Strips for products with W, or with W^T."""
-    return plan_strips(W, wants_transpose(W.block_shape, transposed))
 
 
 def wants_transpose(block_shape: tuple[int, int], transposed: bool) -> bool:

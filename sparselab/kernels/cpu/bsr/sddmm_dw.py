@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, strides
 from sparselab.kernels.cpu.bsr.panels import (
     HEIGHT,
     TOGETHER,
@@ -28,7 +29,6 @@ from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, view_at
 from sparselab.kernels.cpu.tiles import add_tokens, pack
-from sparselab.kernels.layouts.padded_csr import Array, strides
 
 #: Bytes of the tokens of a run, and from one row of it to the next: rows at multiples of a power of two would
 #: lie in the same banks of a cache.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.csr.skinny import Matrix, rows_of_share
 from sparselab.kernels.cpu.runtime.jit import CACHE_LINE, jit, launch, scratch
 from sparselab.kernels.cpu.runtime.team import spread
@@ -32,7 +33,6 @@ from sparselab.kernels.cpu.simd.vectors import (
     whole_line,
 )
 from sparselab.kernels.cpu.tiles import pack
-from sparselab.kernels.layouts.padded_csr import Array
 
 #: Up to here weights read where they are beat packed ones.
 MOST_BLOCK_TOKENS = 64

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.runtime.jit import CACHE_LINE, jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put, view_at
-from sparselab.kernels.layouts.padded_csr import Array
 
 Pair = tuple[int, int]
 

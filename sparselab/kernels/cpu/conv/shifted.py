@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.csr.plan import Segments, product_groups
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit, launch, no_turns, worker_count
@@ -34,7 +35,6 @@ from sparselab.kernels.cpu.simd.vectors import (
     weight,
     zeros_register,
 )
-from sparselab.kernels.layouts.padded_csr import Array
 
 #: Connections whose dots are formed together.
 _DOTS = 8

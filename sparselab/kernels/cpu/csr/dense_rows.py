@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put, weight
-from sparselab.kernels.layouts.padded_csr import Array
 
 
 @jit

@@ -4,8 +4,8 @@ A kernel walks *segments*: the connections of one row that fall into one block o
 block of columns then stay in a fast cache while all rows pass over it. Within a chunk of rows the segments of
 a block are sorted by length, so the length of the inner loop is a branch that the CPU predicts.
 
-A plan is a value that the caller holds. It belongs to one topology, says nothing about the connections'
-values, and is worth keeping for as long as the topology lives.
+A plan is made when it is first asked for and kept with the topology it belongs to. It says nothing about the
+connections' values.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, index_dtype, slot_dtype
 from sparselab.kernels.cpu.partition import share_rows
 from sparselab.kernels.cpu.runtime.jit import jit, launch, mapped_empty, worker_count
 from sparselab.kernels.cpu.runtime.target import BLOCK_COLUMNS, CACHE_BUDGET_BYTES, TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.layouts.padded_csr import Array, PaddedCSR, index_dtype, slot_dtype
+from sparselab.kernels.layouts.padded_csr import RowTopology
 
 #: Columns of one block in `sddmm_dw`, which gains nothing from first-level cache blocks: its dots are bound
 #: by arithmetic, and the longer a segment the fewer of its dots fall outside full groups.
@@ -36,17 +37,20 @@ _MIN_CHUNK_ROWS = 8
 _MIN_SHARE = 1 << 15
 
 
+#: Keys of the plans of a topology.
+PRODUCT, PRODUCT_T, GRADIENT = ("cpu", "product"), ("cpu", "product_t"), ("cpu", "gradient")
+
+
 class Segments(NamedTuple):
     """Segments of a matrix with ``n_rows`` rows, cut at every `block_columns` columns.
 
     ``ptr[c, b] : ptr[c, b + 1]`` are the segments of row chunk c in column block b. Chunk c is rows
     ``chunk_rows[c] : chunk_rows[c + 1]``, all chunks of about equal work. Segment p is the `length[p]`
     connections of row ``row[p]`` from slot ``start[p]`` on. Every row has a segment in block 0, if need be an
-    empty one, so that block 0 can begin the row's sum. `capacity` is the number of slots that they lie in.
+    empty one, so that block 0 can begin the row's sum.
     """
 
     n_connections: int
-    capacity: int
     block_columns: int
     chunk_rows: Array
     ptr: Array
@@ -59,26 +63,40 @@ class TransposePlan(NamedTuple):
     """The order of `spmm_t`: the transpose's connections, row by row, and its segments.
 
     Row j of the transpose is the connections ``indptr[j] : indptr[j + 1]``. Connection k has column
-    ``indices[k]`` (a row of W) and the value in slot ``slots[k]`` of the `capacity` slots of W.
+    ``indices[k]`` (a row of W) and the value in slot ``slots[k]`` of W.
     """
 
-    capacity: int
     indptr: Array
     indices: Array
     slots: Array
     segments: Segments
 
 
-def plan_spmm(W: PaddedCSR) -> Segments:
-    """Plan of `spmm` for the topology of W (values are not read)."""
+def product_plan(topology: RowTopology) -> Segments:
+    """Plan of ``Y = W X``."""
+    return topology.plan(PRODUCT, _plan_product)
+
+
+def transpose_plan(topology: RowTopology) -> TransposePlan:
+    """Plan of ``DX = W^T DY``. Costs about 7 bytes per connection."""
+    return topology.plan(PRODUCT_T, _plan_transpose)
+
+
+def gradient_plan(topology: RowTopology) -> Segments:
+    """Plan of the gradient by the values."""
+    return topology.plan(GRADIENT, _plan_gradient)
+
+
+def _plan_product(topology: RowTopology) -> Segments:
+    W = topology.rows
     return _segments(W.indptr, W.row_nnz, W.indices, W.shape, _product_block(W.nnz, W.shape))
 
 
-def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
-    """Plan of `spmm_t` for the topology of W (values are not read). Costs about 7 bytes per connection."""
+def _plan_transpose(topology: RowTopology) -> TransposePlan:
+    W = topology.rows
     rows, cols = W.shape
     indices = mapped_empty(W.nnz, index_dtype(rows))
-    slots = mapped_empty(W.nnz, slot_dtype(W.capacity))
+    slots = mapped_empty(W.nnz, slot_dtype(topology.capacity))
     edges = share_rows(W)
     n_shares = len(edges) - 1
     fill = np.zeros((n_shares, cols), np.int64)
@@ -93,11 +111,11 @@ def plan_spmm_t(W: PaddedCSR) -> TransposePlan:
     launch(_transpose_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill, indices, slots)
     block = _product_block(W.nnz, (cols, rows))
     segments = _segments(indptr[:-1], column_nnz, indices, (cols, rows), block)
-    return TransposePlan(W.capacity, indptr, indices, slots, segments)
+    return TransposePlan(indptr, indices, slots, segments)
 
 
-def plan_sddmm_dw(W: PaddedCSR) -> Segments:
-    """Plan of `sddmm_dw` for the topology of W (values are not read)."""
+def _plan_gradient(topology: RowTopology) -> Segments:
+    W = topology.rows
     return _segments(W.indptr, W.row_nnz, W.indices, W.shape, _gradient_block(W.shape[1]))
 
 
@@ -150,7 +168,7 @@ def _segments(
         _fill_segments, n_shares, begin, row_nnz, indices, block_columns, chunk_rows, ptr,
         longest.max(), row, start, length,
     )  # fmt: skip
-    return Segments(int(row_nnz.sum()), len(indices), block_columns, chunk_rows, ptr, row, start, length)
+    return Segments(int(row_nnz.sum()), block_columns, chunk_rows, ptr, row, start, length)
 
 
 def _chunks(row_nnz: Array) -> Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, strides
 from sparselab.kernels.cpu.csr.plan import Segments, gradient_shares
 from sparselab.kernels.cpu.runtime.jit import jit, launch, scratch, worker_count
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
@@ -20,7 +21,6 @@ from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
 from sparselab.kernels.cpu.simd.vectors import get, tile_width, view_at
 from sparselab.kernels.cpu.tiles import add_tokens, pack
-from sparselab.kernels.layouts.padded_csr import Array, strides
 
 #: Items of scratch, on a cache line of their own, for the dots of an incomplete group.
 _REST = 16

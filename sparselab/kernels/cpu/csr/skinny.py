@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, strides
 from sparselab.kernels.cpu.partition import first_not_below
 from sparselab.kernels.cpu.runtime.jit import jit, launch, scratch
 from sparselab.kernels.cpu.runtime.team import spread
@@ -27,7 +28,6 @@ from sparselab.kernels.cpu.simd.vectors import (
     zeros16,
 )
 from sparselab.kernels.cpu.tiles import pack
-from sparselab.kernels.layouts.padded_csr import Array, strides
 
 #: Up to here narrow vectors beat a whole tile.
 MOST_TOKENS = 16

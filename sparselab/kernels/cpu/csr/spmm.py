@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array, strides
 from sparselab.kernels.cpu.csr.plan import Segments, product_groups
 from sparselab.kernels.cpu.runtime.jit import jit, launch, no_turns, scratch, worker_count
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES
@@ -28,7 +29,6 @@ from sparselab.kernels.cpu.simd.vectors import (
     weight,
 )
 from sparselab.kernels.cpu.tiles import pack, unpack
-from sparselab.kernels.layouts.padded_csr import Array, strides
 
 
 @jit

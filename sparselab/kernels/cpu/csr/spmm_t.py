@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.csr.plan import TransposePlan
 from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS, address, matrix, multiply_few
 from sparselab.kernels.cpu.csr.spmm import multiply
 from sparselab.kernels.cpu.runtime.jit import aligned_empty, jit, launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, weight
-from sparselab.kernels.layouts.padded_csr import Array
 
 _MIN_SHARE = 16384
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparselab.kernels import Strips
-from sparselab.kernels.cpu.bsr.products import multiply
+from sparselab.kernels.arrays import Array
+from sparselab.kernels.cpu.bsr.plan import Strips
 from sparselab.kernels.cpu.bsr.sddmm_dw import sample
 from sparselab.kernels.cpu.bsr.skinny import multiply_few_blocks
+from sparselab.kernels.cpu.bsr.spmm import multiply
 from sparselab.kernels.layouts.block_csr import grid_of
-from sparselab.kernels.layouts.padded_csr import Array
 from sparselab.nn.ops.cpu.plans import BlockPlans
 from sparselab.nn.ops.cpu.products import LIKE, _array, few_operands
 from sparselab.nn.ops.cpu.threads import use_torch_threads
@@ -55,9 +55,9 @@ def few_tokens(
 ) -> None:
     """As `_products.few_tokens`."""
     weights, offsets, X, Y = few_operands(x, values, bias, plans, y)
-    matrix = plans.matrix
+    rows = plans.topology.blocks.rows
     multiply_few_blocks(
-        weights.data_ptr(), matrix.indices, matrix.indptr, plans.block_shape,
+        weights.data_ptr(), rows.indices, rows.indptr, plans.block_shape,
         offsets.data_ptr(), LIKE[x.dtype], X, Y, n_threads,
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def values_grad(grad: Tensor, x: Tensor, plans: BlockPlans, with_bias: bool = Fa
         return values.to(torch.bfloat16), bias.to(torch.bfloat16)
     use_torch_threads()
     grad, x = grad.detach(), x.detach()
-    result = grad.new_empty((plans.matrix.nnz, *plans.block_shape))
+    result = grad.new_empty(plans.layout)
     strips: Strips = plans.product(False)
     fused = with_bias and not strips.transposed
     sums = grad.new_empty(plans.shape[0] if fused else 0)
@@ -126,7 +126,7 @@ def _chunks(plans: BlockPlans) -> Iterator[_Chunk]:
     rows, columns = grid_of(plans.shape, plans.block_shape)
     height = plans.block_shape[0]
     step = max(1, _CHUNK_BYTES // (4 * height * max(plans.shape[1], 1)))
-    indptr, positions = plans.matrix.indptr, torch.from_numpy(plans.matrix.positions())
+    indptr, positions = plans.topology.blocks.indptr, torch.from_numpy(plans.topology.positions())
     for r0 in range(0, rows, step):
         r1 = min(r0 + step, rows)
         slots = slice(int(indptr[r0]), int(indptr[r1]))

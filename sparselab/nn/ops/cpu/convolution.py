@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sparselab.kernels import TransposePlan, index_dtype
+from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.conv.planes import (
     Grid,
     Pair,
@@ -29,10 +29,9 @@ from sparselab.kernels.cpu.conv.planes import (
 )
 from sparselab.kernels.cpu.conv.shifted import multiply_shifted, sample_shifted
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows
-from sparselab.kernels.cpu.csr.plan import Segments, plan_shifted
+from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan, plan_shifted
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.cpu.runtime.jit import scratch
-from sparselab.kernels.layouts.padded_csr import Array
 from sparselab.nn.ops.cpu.plans import TopologyPlans, nbytes
 from sparselab.nn.ops.cpu.products import _array, _vector, dense_blocks, row_blocks
 from sparselab.nn.ops.cpu.threads import use_torch_threads
@@ -148,7 +147,7 @@ class ConvolutionPlans:
         indptr = np.zeros(shape[0] + 1, np.int64)
         np.cumsum(np.bincount(plane, minlength=shape[0]), out=indptr[1:])
         segments = plan_shifted(indptr[:-1], np.diff(indptr), indices, shape, elements)
-        return TransposePlan(len(slots), indptr, indices, slots.astype(np.int32), segments)
+        return TransposePlan(indptr, indices, slots.astype(np.int32), segments)
 
 
 def product(x: Tensor, values: Tensor, bias: Tensor | None, plans: ConvolutionPlans) -> Tensor:

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab.kernels import BlockCSR, PaddedCSR, Segments, Strips, TransposePlan
-from sparselab.kernels.cpu.bsr.plan import plan_strips, wants_transpose
-from sparselab.kernels.cpu.csr import plan as _plan
+from sparselab.kernels.cpu.bsr.plan import Strips, strips, wants_transpose
+from sparselab.kernels.cpu.csr.plan import (
+    GRADIENT,
+    PRODUCT_T,
+    Segments,
+    TransposePlan,
+    gradient_plan,
+    product_plan,
+    transpose_plan,
+)
+from sparselab.kernels.layouts.block_csr import BlockTopology, grid_of
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.cpu.variants import BLOCKS, SINGLE, Measured, Rules, Variant, choose, choose_name
 
 _numbers = itertools.count(1)
@@ -139,7 +147,7 @@ class TopologyPlans(Plans):
     Raises
     ------
     TypeError, ValueError
-        From `PaddedCSR.check`: this is the last place before the kernels, which check no bounds.
+        From `RowTopology.check`: this is the last place before the kernels, which check no bounds.
     """
 
     rules = SINGLE
@@ -148,10 +156,7 @@ class TopologyPlans(Plans):
         super().__init__(indptr, indices, in_features)
         begin, columns = indptr.contiguous().numpy(), indices.contiguous().numpy().reshape(-1)
         self.shape = shape = (len(begin) - 1, in_features)
-        no_values = np.broadcast_to(np.float32(0), columns.shape)
-        self._W = PaddedCSR(shape, begin, np.diff(begin), columns, no_values)
-        if begin[0] != 0:
-            raise ValueError(f"indptr must start at 0, got {begin[0]}")
+        self.topology = _rows(shape, begin, columns)
         self.layout = indices.shape
         self.indices = columns
         #: Row i is the slots ``begin[i] : end[i]``.
@@ -161,31 +166,30 @@ class TopologyPlans(Plans):
         #: Plans for other kernels, by what they depend on beside the topology.
         self.others: dict[Any, OtherPlans] = {}
 
-    @cached_property
+    @property
     def forward(self) -> Segments:
         """Plan of the product."""
-        return _plan.plan_spmm(self._W)
+        return product_plan(self.topology)
 
-    @cached_property
+    @property
     def input_grad(self) -> TransposePlan:
         """Plan of the gradient by the input."""
-        return _plan.plan_spmm_t(self._W)
+        return transpose_plan(self.topology)
 
-    @cached_property
+    @property
     def values_grad(self) -> Segments:
         """Plan of the gradient by the values."""
-        return _plan.plan_sddmm_dw(self._W)
+        return gradient_plan(self.topology)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the plans made so far."""
-        own = sum(nbytes(self.__dict__.get(name)) for name in ("forward", "input_grad", "values_grad"))
+        own = sum(nbytes(plan) for key, plan in self.topology.plans().items() if isinstance(key, tuple))
         return own + sum(each.nbytes for each in self.others.values())
 
     def keep_forward(self) -> None:
         """Let go of the plans of the backward passes."""
-        for name in ("input_grad", "values_grad"):
-            self.__dict__.pop(name, None)
+        self.topology.forget(lambda key: key not in (PRODUCT_T, GRADIENT))
         for each in self.others.values():
             each.keep_forward()
 
@@ -203,7 +207,7 @@ class BlockPlans(Plans):
     Raises
     ------
     TypeError, ValueError
-        From `BlockCSR.check`, as of `TopologyPlans`.
+        From `RowTopology.check`, as of `TopologyPlans`.
     """
 
     rules = BLOCKS
@@ -212,31 +216,37 @@ class BlockPlans(Plans):
         super().__init__(indptr, indices, sizes)
         self.shape, self.block_shape = sizes
         columns = indices.contiguous().numpy()
-        no_values = np.broadcast_to(np.float32(0), (len(columns), *self.block_shape))
-        self.matrix = BlockCSR(self.shape, self.block_shape, indptr.contiguous().numpy(), columns, no_values)
-        self.layout = no_values.shape
+        blocks = _rows(grid_of(self.shape, self.block_shape), indptr.contiguous().numpy(), columns)
+        self.topology = BlockTopology(self.shape, self.block_shape, blocks)
+        self.layout = self.topology.values_shape
         size = self.shape[0] * self.shape[1]
-        self.outside = self.matrix.outside()
-        live = no_values.size - int(self.outside[1].sum())
+        self.outside = self.topology.outside()
+        live = int(np.prod(self.layout)) - int(self.outside[1].sum())
         self.density = live / size if size else 1.0
-        self._strips: dict[bool, Strips] = {}
 
     def product(self, transposed: bool) -> Strips:
         """Plan of products with W, also of the gradient by its values, or with W^T."""
-        along = wants_transpose(self.block_shape, transposed)
-        if along not in self._strips:
-            self._strips[along] = plan_strips(self.matrix, along)
-        return self._strips[along]
+        return strips(self.topology, transposed)
 
     def keep_forward(self) -> None:
         """Let go of the plan of products with W^T, unless it is the same; it is made anew if needed."""
         along = wants_transpose(self.block_shape, False)
-        self._strips = {key: plan for key, plan in self._strips.items() if key == along}
+        self.topology.forget(lambda key: key != ("cpu", "strips", not along))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the plans made so far."""
-        return sum(nbytes(plan) for plan in self._strips.values())
+        return sum(nbytes(plan) for key, plan in self.topology.plans().items() if isinstance(key, tuple))
+
+
+def _rows(shape: tuple[int, int], begin: Any, columns: Any) -> RowTopology:
+    if len(begin) != shape[0] + 1:
+        raise ValueError(f"indptr must have shape ({shape[0] + 1},), got {begin.shape}")
+    if begin[0] != 0:
+        raise ValueError(f"indptr must start at 0, got {begin[0]}")
+    topology = RowTopology.adopt(shape, begin, np.diff(begin), columns)
+    topology.check()
+    return topology
 
 
 def find_plans(number: int, indptr: Tensor, indices: Tensor, in_features: int) -> TopologyPlans:

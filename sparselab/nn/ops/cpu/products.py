@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows, expand_rows
 from sparselab.kernels.cpu.csr.sddmm_dw import sample
 from sparselab.kernels.cpu.csr.skinny import Matrix, multiply_few
 from sparselab.kernels.cpu.csr.spmm import multiply
 from sparselab.kernels.cpu.csr.spmm_t import multiply_t
-from sparselab.kernels.layouts.padded_csr import Array
 from sparselab.nn.ops.cpu.plans import Plans, TopologyPlans
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 
