@@ -96,8 +96,8 @@ def frozen(array: Array) -> Array:
         view.flags.writeable = False
         return view
     octets: Any = array.reshape(-1).view(np.uint8)
-    view = np.frombuffer(memoryview(octets).toreadonly(), array.dtype).reshape(array.shape)
-    return view
+    whole: Array = np.frombuffer(memoryview(octets).toreadonly(), array.dtype)
+    return whole.reshape(array.shape)
 
 
 def n_connections(shape: tuple[int, int], sparsity: float) -> int:
