@@ -1,9 +1,13 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
 from sparselab.nn.layers.attention import SparseMultiheadAttention
+from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
+from sparselab.nn.layers.brf import brf_
+from sparselab.nn.layers.constant_fan_in import constant_fan_in_
 from sparselab.nn.layers.conv import SparseConv2d
 from sparselab.nn.layers.fan_in import FanInLinear
+from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedConv2d, MaskedLinear
 from sparselab.nn.models.condense import CondensedLayer, condense
@@ -12,25 +16,25 @@ from sparselab.nn.models.files import load_model, save_model
 from sparselab.nn.models.materialize import materialize
 from sparselab.nn.models.memory import MemoryReport, memory_report
 from sparselab.nn.models.tune import TuneReport, tune
-from sparselab.nn.ops.linear import GradientWatcher
-from sparselab.nn.ops.operands import GradientFactors
-from sparselab.nn.storage.brf import brf_
-from sparselab.nn.storage.contract import SparseTopology, find_sparse
-from sparselab.nn.storage.init import constant_fan_in_, fan_in_uniform_
+from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.ops.products import register_products
+from sparselab.nn.ops.topologies import GradientHook, register_layout
+from sparselab.nn.storage.init import fan_in_uniform_
 
 __all__ = [
     "BlockSparseLinear",
     "CondensedLayer",
     "FanInLinear",
-    "GradientFactors",
-    "GradientWatcher",
+    "GradientHook",
+    "GradientOperands",
+    "LayerKind",
     "MaskedConv2d",
     "MaskedLinear",
     "MemoryReport",
     "SparseConv2d",
+    "SparseLayer",
     "SparseLinear",
     "SparseMultiheadAttention",
-    "SparseTopology",
     "SparsifyPlan",
     "TuneReport",
     "brf_",
@@ -44,6 +48,9 @@ __all__ = [
     "measure_sparsity",
     "memory_report",
     "plan_sparsify",
+    "register_kind",
+    "register_layout",
+    "register_products",
     "save_model",
     "sparsify",
     "tune",

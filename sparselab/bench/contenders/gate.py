@@ -75,7 +75,7 @@ class Gate:
 
     def _live(self, name: str, gradient: Tensor | None) -> Tensor | None:
         """The gradient of the connections in row-major order, or in blocks."""
-        if gradient is None or gradient.shape == self._layer.values.shape:
+        if gradient is None or gradient.shape == self._layer.weight_values.shape:
             return gradient
         if name.rpartition(".")[2] == "values":
             return gradient.reshape(-1)

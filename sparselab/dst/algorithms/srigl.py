@@ -20,8 +20,9 @@ from sparselab.dst.schedules.schedule import Schedule
 from sparselab.kernels.arrays import Array, n_connections, slot_dtype
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
-from sparselab.nn.ops.operands import GradientFactors
-from sparselab.nn.storage.contract import SparseTopology, as_matrix, as_scores
+from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.storage.entries import as_scores
 
 Magnitudes = npt.NDArray[np.floating[Any]]
 
@@ -131,11 +132,11 @@ class SRigL(DynamicSparsityAlgorithm):
         """Outputs without a connection now, ascending, one array for each attached layer."""
         return [np.flatnonzero(as_matrix(layer).row_nnz == 0) for layer in self._layers]
 
-    def _budget(self, layer: SparseTopology) -> int:
+    def _budget(self, layer: SparseLayer) -> int:
         sparsity = cast("float | None", self.sparsity)
         return layer.nnz if sparsity is None else n_connections(layer.shape, sparsity)
 
-    def _check_sparsity(self, layer: SparseTopology) -> None:
+    def _check_sparsity(self, layer: SparseLayer) -> None:
         row_nnz = as_matrix(layer).row_nnz
         budget = self._budget(layer)
         if not 0 < len(row_nnz) <= budget:
@@ -151,7 +152,7 @@ class SRigL(DynamicSparsityAlgorithm):
                 f"draws the connections anew, before attaching"
             )
 
-    def _attached(self, layer: SparseTopology) -> None:
+    def _attached(self, layer: SparseLayer) -> None:
         self._budgets.append(self._budget(layer))
         super()._attached(layer)
 
@@ -224,7 +225,7 @@ class FanInGrowth(GradientGrowth):
         return collector.fan_in
 
     def _collector(
-        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+        self, layer: SparseLayer, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
         return FanInCollector(layer, most, self._passes, partial(self._decide, index))
 
@@ -242,7 +243,7 @@ class FanInCollector(GradientCollector):
 
     def __init__(
         self,
-        layer: SparseTopology,
+        layer: SparseLayer,
         most: Callable[[], int | Array],
         passes: int,
         decide: Callable[[Array], Array],
@@ -251,7 +252,7 @@ class FanInCollector(GradientCollector):
         self._decide = decide
         self._magnitudes: Magnitudes | None = None
 
-    def backward_seen(self, factors: GradientFactors) -> None:
+    def backward_seen(self, factors: GradientOperands) -> None:
         """Take in the factors of one backward pass."""
         super().backward_seen(factors)
         layer = self._layer()
@@ -259,7 +260,7 @@ class FanInCollector(GradientCollector):
             # The gradient is formed later, and the optimizer may have changed the weights by then.
             self._magnitudes = magnitudes(layer)
 
-    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
+    def _form(self, layer: SparseLayer, factors: Sequence[GradientOperands]) -> GradientSummary:
         W, dtype = as_matrix(layer), layer.stored.dtype
         k = self._most()
         if not isinstance(k, np.ndarray):
@@ -272,7 +273,7 @@ class FanInCollector(GradientCollector):
         return summarise(factors, W, layer.shape, k, dtype)
 
 
-def magnitudes(layer: SparseTopology) -> Magnitudes:
+def magnitudes(layer: SparseLayer) -> Magnitudes:
     """``|w|`` of each slot, as an array of its own."""
     return as_scores(layer.per_connection(layer.stored))
 

@@ -21,8 +21,8 @@ from sparselab.kernels.rewiring.positions import merge_candidates
 from sparselab.kernels.rewiring.rows import RowTopK, select_rows
 from sparselab.kernels.rewiring.stream import BlockStream
 from sparselab.kernels.rewiring.topk import StreamedTopK, largest
-from sparselab.nn.ops.operands import GradientFactors
-from sparselab.nn.storage.contract import SparseTopology, as_matrix
+from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.layers.base import SparseLayer, as_matrix
 
 _BLOCK_BYTES = 4 << 20
 
@@ -77,7 +77,7 @@ class GradientSummary:
 
 @torch.no_grad()
 def summarise(
-    factors: Sequence[GradientFactors],
+    factors: Sequence[GradientOperands],
     live: RowTopology | Array,
     shape: tuple[int, int],
     k: int | Array,
@@ -88,7 +88,7 @@ def summarise(
 
     Parameters
     ----------
-    factors : sequence of GradientFactors
+    factors : sequence of GradientOperands
         Of some backward passes. Read only.
     live : RowTopology, or int64 array (nnz,)
         The connections, or, where `k` is a number, their positions, ascending.
@@ -146,7 +146,7 @@ class GradientCollector:
 
     Parameters
     ----------
-    layer : SparseTopology
+    layer : SparseLayer
         Held weakly, because the layer holds the collector.
     most : callable
         Says, once the gradient is there, how many candidates to keep, of the layer or of each row.
@@ -163,7 +163,7 @@ class GradientCollector:
     is the same.
     """
 
-    def __init__(self, layer: SparseTopology, most: Callable[[], int | Array], passes: int) -> None:
+    def __init__(self, layer: SparseLayer, most: Callable[[], int | Array], passes: int) -> None:
         self._layer = weakref.ref(layer)
         self._most = most
         self.passes = passes
@@ -171,7 +171,7 @@ class GradientCollector:
         self._backwards = 0
         self._passes_seen = 0
         self._late = False
-        self._held: list[GradientFactors] = []
+        self._held: list[GradientOperands] = []
         self._summary: GradientSummary | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -182,7 +182,7 @@ class GradientCollector:
         """Count a forward pass of the layer."""
         self._forwards += 1
 
-    def backward_seen(self, factors: GradientFactors) -> None:
+    def backward_seen(self, factors: GradientOperands) -> None:
         """Take in the factors of one backward pass."""
         self._backwards += 1
         complete = self._backwards == self._forwards
@@ -222,14 +222,14 @@ class GradientCollector:
         self._summary = None
         self._held = []
 
-    def _finish(self, factors: Sequence[GradientFactors]) -> None:
+    def _finish(self, factors: Sequence[GradientOperands]) -> None:
         layer = self._layer()
         if layer is None:
             return
         self._summary = self._form(layer, factors)
         self._held = []
 
-    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
+    def _form(self, layer: SparseLayer, factors: Sequence[GradientOperands]) -> GradientSummary:
         return summarise(
             factors, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype, layer.block_shape
         )

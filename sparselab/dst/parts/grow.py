@@ -16,7 +16,7 @@ from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.rewiring.positions import kept_positions, skip_kept
 from sparselab.kernels.rewiring.rows import sample_rows
-from sparselab.nn.storage.contract import SparseTopology
+from sparselab.nn.layers.base import SparseLayer
 
 
 class Growth(abc.ABC):
@@ -43,7 +43,7 @@ class Growth(abc.ABC):
         """Take note of the number of the step to come, and of the seed that its draws depend on."""
 
     def prepare(  # noqa: B027
-        self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None
+        self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None
     ) -> None:
         """Get ready for the next optimizer step.
 
@@ -143,7 +143,7 @@ class GradientGrowth(Growth):
         self._passes = self.grad_accumulation
         self._collectors: list[GradientCollector] = []
 
-    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
+    def prepare(self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None) -> None:
         """Watch the next backward passes of every layer, or stop watching."""
         self._collectors = []
         for index, layer in enumerate(layers):
@@ -160,7 +160,7 @@ class GradientGrowth(Growth):
             collector.passes = passes
 
     def _collector(
-        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+        self, layer: SparseLayer, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
         return GradientCollector(layer, most, self._passes)
 

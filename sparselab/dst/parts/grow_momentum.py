@@ -12,8 +12,8 @@ from sparselab.dst.parts.grow import GradientGrowth, Growth
 from sparselab.dst.parts.view import Vacancy
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.topk import StreamedTopK
-from sparselab.nn.ops.operands import GradientFactors
-from sparselab.nn.storage.contract import SparseTopology
+from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.layers.base import SparseLayer
 
 
 class GradientAverage:
@@ -58,7 +58,7 @@ class GradientAverage:
         """Nothing to do: every backward pass counts, whichever forward pass it belongs to."""
 
     @torch.no_grad()
-    def backward_seen(self, factors: GradientFactors) -> None:
+    def backward_seen(self, factors: GradientOperands) -> None:
         """Add the gradient of one backward pass, unless it is not finite."""
         if not factors.is_finite():
             return
@@ -108,7 +108,7 @@ class MomentumGrowth(Growth):
         self._averages: dict[int, GradientAverage] = {}
         self._n_seen = 0
 
-    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
+    def prepare(self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None) -> None:
         """Average the gradient of the layers that may, and watch the others if the step updates."""
         self._gradient.prepare(layers, most)
         for index in range(self._n_seen, len(layers)):

@@ -18,8 +18,8 @@ from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
 from sparselab.kernels.rewiring.topk import largest
-from sparselab.nn.ops.operands import GradientFactors, Totals
-from sparselab.nn.storage.contract import SparseTopology, as_matrix
+from sparselab.nn.ops.operands import GradientOperands, Totals
+from sparselab.nn.layers.base import SparseLayer, as_matrix
 
 Sampler = Literal["uniform", "grabo", "graest"]
 
@@ -91,7 +91,7 @@ class SampledGradientGrowth(GradientGrowth):
         return f"SampledGradientGrowth({float(self.gamma)!r}, {self.sampler!r})"
 
     def _collector(
-        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+        self, layer: SparseLayer, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
         rng = LayerView(index, self._step, self._seed, layer).rng()
         return _SampleCollector(layer, most, self._passes, self, rng)
@@ -102,7 +102,7 @@ class _SampleCollector(GradientCollector):
 
     def __init__(
         self,
-        layer: SparseTopology,
+        layer: SparseLayer,
         most: Callable[[], int | Array],
         passes: int,
         growth: SampledGradientGrowth,
@@ -113,7 +113,7 @@ class _SampleCollector(GradientCollector):
         self._rng = rng
 
     @torch.no_grad()
-    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
+    def _form(self, layer: SparseLayer, factors: Sequence[GradientOperands]) -> GradientSummary:
         rows, columns = layer.shape
         if 2 * layer.nnz >= rows * columns:
             whole = super()._form(layer, factors)
@@ -140,7 +140,7 @@ class _Sample(GradientSummary):
 
 
 def _activity(
-    factors: Sequence[GradientFactors], shape: tuple[int, int], sampler: Sampler, rng: np.random.Generator
+    factors: Sequence[GradientOperands], shape: tuple[int, int], sampler: Sampler, rng: np.random.Generator
 ) -> tuple[Totals, Totals]:
     """How likely each row and each column is to be drawn, up to a factor."""
     rows, columns = (np.zeros(length) for length in shape)

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparselab.nn.layers.fan_in import FanInLinear
-from sparselab.nn.layers.linear import SparseLinear
+from sparselab.nn.layers.linear import LinearLayer, SparseLinear
 
 #: Activations that treat each number by itself, and alike.
 _ELEMENTWISE = (
@@ -109,7 +110,7 @@ def condense(model: nn.Module) -> tuple[CondensedLayer, ...]:
     Linear(in_features=4, out_features=3, bias=True)
     """
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) and module.values.is_meta:
+        if isinstance(module, _SPARSE) and module.weight_values.is_meta:
             raise ValueError(f"model must hold data, got {name!r} on the meta device; see materialize")
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     chains = [(name, module) for name, module in model.named_modules() if _is_chain(module)]
@@ -154,13 +155,13 @@ def _condense_chain(chain: Sequence[_Place], uses: Counter[nn.Module]) -> Iterat
             continue
         if any(uses[each] > 1 or _has_hooks(each) for each in (layer, reader)):
             continue
-        assert isinstance(layer, SparseLinear)
-        assert isinstance(reader, (SparseLinear, nn.Linear))
-        live = torch.zeros(layer.out_features, dtype=torch.bool, device=layer.values.device)
+        assert isinstance(layer, LinearLayer)
+        assert isinstance(reader, (LinearLayer, nn.Linear))
+        live = torch.zeros(layer.out_features, dtype=torch.bool, device=layer.weight_values.device)
         live[_connections(layer)[0]] = True
         if live.all():
             continue
-        constants = torch.zeros_like(live, dtype=layer.values.dtype)
+        constants = torch.zeros_like(live, dtype=layer.weight_values.dtype)
         constants[~live] = _behind(between, constants[~live] if layer.bias is None else layer.bias[~live])
         narrow = _select_inputs(reader, live, constants)
         for each, new in ((place, _select_outputs(layer, live)), (chain[at], narrow)):
@@ -176,20 +177,20 @@ def _behind(modules: Sequence[nn.Module], numbers: Tensor) -> Tensor:
     return numbers
 
 
-def _connections(layer: SparseLinear) -> tuple[Tensor, Tensor, Tensor]:
+def _connections(layer: LinearLayer) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and weights of the connections in use."""
-    positions, weights = layer.positions(), layer.per_connection(layer.values)
+    positions, weights = layer.positions(), layer.per_connection(layer.weight_values)
     if layer.forward_mask is not None:
         used = layer.per_connection(layer.forward_mask)
         positions, weights = positions[used], weights[used]
     return positions // max(layer.in_features, 1), positions % max(layer.in_features, 1), weights
 
 
-def _n_weights(layer: SparseLinear | nn.Linear) -> int:
-    return layer.nnz if isinstance(layer, SparseLinear) else layer.weight.numel()
+def _n_weights(layer: LinearLayer | nn.Linear) -> int:
+    return layer.nnz if isinstance(layer, LinearLayer) else layer.weight.numel()
 
 
-def _select_outputs(layer: SparseLinear, live: Tensor) -> SparseLinear:
+def _select_outputs(layer: LinearLayer, live: Tensor) -> LinearLayer:
     """The layer with these outputs alone; the others have no connection."""
     rows, columns, weights = _connections(layer)
     number = live.cumsum(0) - 1
@@ -198,8 +199,8 @@ def _select_outputs(layer: SparseLinear, live: Tensor) -> SparseLinear:
 
 
 def _select_inputs(
-    layer: SparseLinear | nn.Linear, live: Tensor, constants: Tensor
-) -> SparseLinear | nn.Linear:
+    layer: LinearLayer | nn.Linear, live: Tensor, constants: Tensor
+) -> LinearLayer | nn.Linear:
     """The layer with these inputs alone, where the others always have these numbers."""
     n_live, number = int(live.sum()), live.cumsum(0) - 1
     if isinstance(layer, nn.Linear):
@@ -234,19 +235,19 @@ def _add(bias: Tensor | None, more: Tensor, dtype: torch.dtype) -> Tensor | None
 
 
 def _make(
-    like: SparseLinear, shape: tuple[int, int], rows: Tensor, columns: Tensor, weights: Tensor,
+    like: LinearLayer, shape: tuple[int, int], rows: Tensor, columns: Tensor, weights: Tensor,
     bias: Tensor | None,
-) -> SparseLinear:  # fmt: skip
+) -> LinearLayer:  # fmt: skip
     """A layer of another shape; one of rows of equal length only if they are."""
     row_nnz = torch.bincount(rows, minlength=shape[0])
     equal = bool((row_nnz[row_nnz > 0] == row_nnz.max()).all()) if len(rows) else True
-    kind = FanInLinear if equal and isinstance(like, FanInLinear) else SparseLinear
+    kind: Any = FanInLinear if equal and isinstance(like, FanInLinear) else SparseLinear
     new = kind(
         shape[1], shape[0], bias is not None, sparsity=1.0, device="meta", dtype=weights.dtype
     ).to_empty(device=weights.device)
     new._connect(rows * shape[1] + columns, weights)
-    new.values.requires_grad_(like.values.requires_grad)
-    new.bias = _parameter(bias, like.bias, like.values)
+    new.weight_values.requires_grad_(like.weight_values.requires_grad)
+    new.bias = _parameter(bias, like.bias, like.weight_values)
     new.dense_class = like.dense_class
     return new.train(like.training)
 

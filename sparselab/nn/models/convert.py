@@ -20,7 +20,6 @@ from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.models.dense import DenseLayer, choose, find_dense, refuse_entangled
 from sparselab.nn.models.kinds import Given, Rule, read_rules
 from sparselab.nn.storage.checks import check_dtype
-from sparselab.nn.storage.contract import is_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -298,8 +297,9 @@ def keep_positions(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
 
 
 def _keep(dense: nn.Linear | nn.Conv2d, at: Tensor) -> SparseLayer:
-    kind = SparseConv2d if isinstance(dense, nn.Conv2d) else SparseLinear
-    return kind._from_positions(dense, at)
+    kind: Any = SparseConv2d if isinstance(dense, nn.Conv2d) else SparseLinear
+    new: SparseLayer = kind.from_positions(dense, at)
+    return new
 
 
 def _swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, SparseLayer]]) -> None:
@@ -312,7 +312,7 @@ def _swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, SparseLayer]]) -> 
             whole[old.owner] = new
     for owner, layers in parts.items():
         assert isinstance(owner, nn.MultiheadAttention)
-        whole[owner] = SparseMultiheadAttention(owner, layers)
+        whole[owner] = SparseMultiheadAttention.of_layers(owner, layers)
     _replace(model, whole)
 
 
@@ -351,7 +351,7 @@ def measure_sparsity(model: nn.Module) -> float:
     live = positions = 0
     dense: dict[int, int] = {}
     for module in model.modules():
-        if is_sparse(module):
+        if isinstance(module, SparseLayer):
             size = module.shape[0] * module.shape[1]
             live += size - round(size * module.sparsity)
             positions += size

@@ -76,9 +76,9 @@ class Rule(NamedTuple):
             settings = {**settings, "fan_in": n_connections((1, _columns(dense)), sparsity)}
         new: SparseLayer
         if init == "magnitude":
-            new = kind.from_dense(dense, sparsity, **settings)
+            new = kind.from_dense(dense, None if "fan_in" in settings else sparsity, **settings)
         else:
-            new = kind._like(dense, sparsity, device, **settings)
+            new = kind.like(dense, None if "fan_in" in settings else sparsity, device, **settings)
         return new
 
     def sketch(self, dense: Dense) -> SparseLayer:
@@ -123,10 +123,10 @@ def rule_of_saved(state: Mapping[str, torch.Tensor]) -> Given | None:
         return {"layer": "masked", "sparsity": 0.9}
     if "indices" not in state:
         return None
-    values = state["values"]
-    if values.ndim == 3:
-        return {"layer": "block", "sparsity": 0.9, "block_shape": tuple(values.shape[1:])}
-    return {"layer": "fan_in" if values.ndim == 2 else "sparse", "sparsity": 0.9}
+    block_shape = tuple(state["weight_values"].shape[1:])
+    if block_shape != (1, 1):
+        return {"layer": "block", "sparsity": 0.9, "block_shape": block_shape}
+    return {"layer": "sparse" if "indptr" in state else "fan_in", "sparsity": 0.9}
 
 
 def read_kind(name: object) -> Kind:
