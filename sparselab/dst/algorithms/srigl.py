@@ -12,7 +12,12 @@ import numpy.typing as npt
 from sparselab.dst.budget.rows import rows_of
 from sparselab.dst.checks import require_finite
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, summarise
+from sparselab.dst.parts.dense_gradient import (
+    GradientCollector,
+    GradientSummary,
+    PassCount,
+    summarise,
+)
 from sparselab.dst.parts.drop import Magnitude, lowest
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.view import LayerView
@@ -245,32 +250,35 @@ class FanInCollector(GradientCollector):
         self,
         layer: SparseLayer,
         most: Callable[[], int | Array],
-        passes: int,
+        passes: PassCount,
         decide: Callable[[Array], Array],
     ) -> None:
-        super().__init__(layer, most, passes)
         self._decide = decide
         self._magnitudes: Magnitudes | None = None
+        super().__init__(layer, most, passes)
 
-    def backward_seen(self, factors: GradientOperands) -> None:
-        """Take in the factors of one backward pass."""
-        super().backward_seen(factors)
+    def _hold(self, operands: list[GradientOperands]) -> None:
+        super()._hold(operands)
         layer = self._layer()
-        if self._summary is None and self._magnitudes is None and layer is not None:
+        if layer is not None:
             # The gradient is formed later, and the optimizer may have changed the weights by then.
             self._magnitudes = magnitudes(layer)
 
-    def _form(self, layer: SparseLayer, factors: Sequence[GradientOperands]) -> GradientSummary:
+    def _reset(self) -> None:
+        super()._reset()
+        self._magnitudes = None
+
+    def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
         W, dtype = as_matrix(layer), layer.stored.dtype
         k = self._most()
         if not isinstance(k, np.ndarray):
-            summary = summarise(factors, W, layer.shape, k, dtype)
+            summary = summarise(operands, W, layer.shape, k, dtype)
             if not summary.finite:
                 return summary
             weights = magnitudes(layer) if self._magnitudes is None else self._magnitudes
             k = self._decide(salient_per_row(W, weights, summary, k))
         self.fan_in = k
-        return summarise(factors, W, layer.shape, k, dtype)
+        return summarise(operands, W, layer.shape, k, dtype)
 
 
 def magnitudes(layer: SparseLayer) -> Magnitudes:

@@ -331,7 +331,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def _update(self, step: int) -> None:
         self._fraction(step)
-        self.grow.check()
         moves = [self._tracker.plan_move(layer) for layer in self._layers]
         views = self._views(step)
         if self.redistribute is not None:
