@@ -16,9 +16,8 @@ from sparselab.nn.ops.cpu.variants import Variant
 from sparselab.nn.ops.linear import linear
 from sparselab.nn.storage.checks import (
     check_bias,
-    check_input,
     check_size,
-    check_width,
+    check_tokens,
     read_sparsity,
 )
 from sparselab.nn.storage.compressed import Compressed
@@ -48,9 +47,8 @@ class LinearLayer(CompressedLayer):
         NotImplementedError
             If the layer or x is on a device without products, or forward-mode derivatives are asked for.
         """
-        check_width(x, self.in_features)
-        values = self.in_use if self._buffers["forward_mask"] is not None else self.weight_values
-        x = check_input(x, values)
+        values = self.weight_values if self._buffers["forward_mask"] is None else self.in_use
+        x = check_tokens(x, values, self.in_features)
         if x.ndim == 2:
             return linear(x, values, self.bias, self)
         tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)

@@ -10,11 +10,11 @@ from torch import Tensor
 from sparselab.nn.ops.checks import DTYPES, refuse_misfits
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
 from sparselab.nn.ops.geometry import Geometry, Pair
-from sparselab.nn.ops.linear import HasTopology, TopologyArguments
+from sparselab.nn.ops.linear import HasStorage, TopologyArguments
 from sparselab.nn.ops.operands import is_of_graph
 from sparselab.nn.ops.products import find_products
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
-from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode, wants_gradient
+from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode
 
 
 def product(
@@ -97,7 +97,7 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geo
         topology, grad=(grad, (x.shape[0], topology.shape[0], *outputs)),
         x=(x, (None, geometry.in_channels, *x.shape[2:])),
     )  # fmt: skip
-    if topology.wants_operands():
+    if topology.is_watched:
         topology.show(ConvolutionOperands(x.detach(), grad.detach(), geometry, is_of_graph(x)))
     return _products(topology).values_grad(topology, grad, x, geometry)  # type: ignore[no-any-return]
 
@@ -143,7 +143,7 @@ def _products(topology: TensorTopology) -> Any:
     return find_products("conv2d", topology.layout, topology.device.type)
 
 
-def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasTopology, geometry: Geometry) -> Tensor:
+def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage, geometry: Geometry) -> Tensor:
     """The convolution of images by W with gradients, by the shortest way.
 
     Parameters
@@ -151,17 +151,20 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasTopology, g
     x : (n, in_channels, height, width), any strides
     values : (nnz, 1, 1), the dtype of x
     bias : (out_channels,) or None
-    layer : HasTopology
+    layer : HasStorage
         Asked for its topology.
     geometry : Geometry
     """
-    refuse_forward_mode(x, values, bias)
-    if is_plain(x, values, bias):
-        if wants_gradient(x, values, bias):
-            y: Tensor = Conv2dFunction.apply(x, values, bias, layer.topology(), geometry)  # type: ignore[no-untyped-call]
-            return y
-        return product(layer.topology(), x, values, bias, geometry)
-    return conv2d_operator(x, values, bias, *layer.topology_arguments(), geometry.numbers)
+    if not is_plain(x, values, bias):
+        refuse_forward_mode(x, values, bias)
+        return conv2d_operator(x, values, bias, *layer.storage.arguments(layer), geometry.numbers)
+    topology = layer.storage.topology(layer)
+    if torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (x, values, bias)
+    ):
+        y: Tensor = Conv2dFunction.apply(x, values, bias, topology, geometry)  # type: ignore[no-untyped-call]
+        return y
+    return product(topology, x, values, bias, geometry)
 
 
 class Conv2dFunction(torch.autograd.Function):
@@ -183,7 +186,7 @@ class Conv2dFunction(torch.autograd.Function):
         (grad,), (x, values) = grads, ctx.saved_tensors
         topology, geometry, size = ctx.topology, ctx.geometry, ctx.size
         topology.require_unchanged()
-        if not is_plain(grad, x, values) or wants_gradient(grad, x, values):
+        if torch.is_grad_enabled() or not is_plain(grad, x, values):
             arguments = *topology.tensors, list(topology.sizes), topology.layout
             found = _by_operators(
                 ctx.needs_input_grad, grad, x, values, arguments, geometry.numbers, size

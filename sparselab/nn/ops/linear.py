@@ -17,20 +17,28 @@ from torch import Tensor
 from sparselab.nn.ops.checks import DTYPES, refuse_misfits
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
-from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode, wants_gradient
+from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode
 
 #: indptr, indices, sizes and layout, as operators take them.
 TopologyArguments = tuple[Tensor, Tensor, list[int], str]
 
 
-class HasTopology(Protocol):
-    """What a topology is asked of: a layer."""
+class HoldsTopology(Protocol):
+    """What a layer asks for its topology: its storage."""
 
-    def topology(self) -> TensorTopology:
+    def topology(self, layer: Any) -> TensorTopology:
         """The topology that the layer has now."""
 
-    def topology_arguments(self) -> TopologyArguments:
+    def arguments(self, layer: Any) -> TopologyArguments:
         """The same in the words of an operator."""
+
+
+class HasStorage(Protocol):
+    """A layer."""
+
+    @property
+    def storage(self) -> HoldsTopology:
+        """What holds its topology."""
 
 
 def product(topology: TensorTopology, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,12 +139,12 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bo
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, rows)), x=(x, (shape[0] if shape else 0, columns))
         )
-    if topology.wants_operands():
+    if topology.is_watched:
         topology.show(LinearOperands(x.detach(), grad.detach(), is_of_graph(x)))
     return topology.products.values_grad(topology, grad, x, with_bias)
 
 
-def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasTopology) -> Tensor:
+def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) -> Tensor:
     """``y = x W^T + b`` with gradients, by the shortest way.
 
     Parameters
@@ -144,16 +152,19 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasTopology) -
     x : (tokens, in_features), any strides
     values : (connections, block_out, block_in), the dtype of x
     bias : (out_features,) or None
-    layer : HasTopology
+    layer : HasStorage
         Asked for its topology.
     """
-    refuse_forward_mode(x, values, bias)
-    if is_plain(x, values, bias):
-        if wants_gradient(x, values, bias):
-            y: Tensor = LinearFunction.apply(x, values, bias, layer.topology())  # type: ignore[no-untyped-call]
-            return y
-        return product(layer.topology(), x, values, bias)
-    return linear_operator(x, values, bias, *layer.topology_arguments())
+    if not is_plain(x, values, bias):
+        refuse_forward_mode(x, values, bias)
+        return linear_operator(x, values, bias, *layer.storage.arguments(layer))
+    topology = layer.storage.topology(layer)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        y: Tensor = LinearFunction.apply(x, values, bias, topology)  # type: ignore[no-untyped-call]
+        return y
+    return product(topology, x, values, bias)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -172,7 +183,7 @@ class LinearFunction(torch.autograd.Function):
         """The gradients that are asked for."""
         (grad,), (x, values), topology = grads, ctx.saved_tensors, ctx.topology
         topology.require_unchanged()
-        if not is_plain(grad, x, values) or wants_gradient(grad, x, values):
+        if torch.is_grad_enabled() or not is_plain(grad, x, values):
             arguments = *topology.tensors, list(topology.sizes), topology.layout
             return *_by_operators(ctx.needs_input_grad, grad, x, values, arguments), None
         needs_x, needs_values, needs_bias, _ = ctx.needs_input_grad

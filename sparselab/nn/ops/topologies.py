@@ -27,15 +27,32 @@ _MOST_RECENT = 64
 
 
 class HookPlace:
-    """Where a layer has its gradient hook, for whatever topology it has.
+    """Where a layer has its gradient hook, for whatever topology it has."""
 
-    Attributes
-    ----------
-    hook : callable or None
-        Called in a backward pass with the operands of the gradient by the weights.
-    """
+    def __init__(self) -> None:
+        self._hook: GradientHook | None = None
+        self._topologies: weakref.WeakSet[TensorTopology] = weakref.WeakSet()
 
-    hook: GradientHook | None = None
+    def __reduce__(self) -> tuple[type[HookPlace], tuple[()]]:
+        # A hook belongs to the algorithm that set it, not to a copy.
+        return HookPlace, ()
+
+    @property
+    def hook(self) -> GradientHook | None:
+        """Called in a backward pass with the operands of the gradient by the weights."""
+        return self._hook
+
+    @hook.setter
+    def hook(self, hook: GradientHook | None) -> None:
+        self._hook = hook
+        for topology in self._topologies:
+            topology.note_hooks()
+
+    def serve(self, topology: TensorTopology) -> None:
+        """Let the hook see the operands of gradients by values of this topology."""
+        self._topologies.add(topology)
+        topology.places.append(self)
+        topology.note_hooks()
 
 
 class TensorTopology:
@@ -91,7 +108,12 @@ class TensorTopology:
         self.shape = self.own.shape
         self.values_shape = torch.Size((self.own.nnz, *self.own.block_shape))
         self.measured: Measured | None = None
-        self._places: list[HookPlace] = []
+        #: What the products keep from call to call.
+        self.kept: Any = None
+        #: Those of the layers that have this topology.
+        self.places: list[HookPlace] = []
+        #: Whether a hook wants to see operands.
+        self.is_watched = False
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -115,24 +137,23 @@ class TensorTopology:
 
     def require_unchanged(self) -> None:
         """Raise RuntimeError if the topology has changed since the forward pass."""
-        if self._stamps[0] is not None and not self.is_of(*self._held):
+        a, b = self._stamps
+        if a is None or b is None:
+            return
+        indptr, indices = self._held
+        if (indptr.data_ptr(), indptr._version) != a or (indices.data_ptr(), indices._version) != b:
             raise RuntimeError(
                 "the topology needed for gradient computation has been modified by an inplace operation: a "
                 "rewrite, load_state_dict or reset_parameters between the forward and the backward pass"
             )
 
-    def show_to(self, place: HookPlace) -> None:
-        """Let the hook in a place see the operands of gradients from now on."""
-        if all(known is not place for known in self._places):
-            self._places.append(place)
-
-    def wants_operands(self) -> bool:
-        """Whether there is a hook to be called."""
-        return any(place.hook is not None for place in self._places)
+    def note_hooks(self) -> None:
+        """Look anew whether a hook wants to see operands."""
+        self.is_watched = any(place.hook is not None for place in self.places)
 
     def show(self, operands: GradientOperands) -> None:
         """Call the hooks with the operands of a gradient by the values."""
-        for place in list(self._places):
+        for place in list(self.places):
             if place.hook is not None:
                 place.hook(operands)
 

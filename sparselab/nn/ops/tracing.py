@@ -24,6 +24,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or getattr(forward_ad, "_current_level", 0) >= 0
     ):
         return False
     for tensor in tensors:
@@ -39,16 +40,6 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed from tensors (or None)."""
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
     """Raise if a tensor carries a forward-mode tangent, which torch drops at an operator of Python's.
 
@@ -57,7 +48,6 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
     NotImplementedError
         If one does.
     """
-    # The level only saves time: without it every tensor would be asked, at 2 us each.
     if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
         return
     for tensor in tensors:

@@ -66,7 +66,8 @@ class Compressed(Storage):
         found = self._topology
         if found is None or not found.is_of(indptr, indices):
             found = hold_topology(indptr, indices, (*self.shape, *self.block_shape), self.layout)
-            found.show_to(self.hook_place)
+            if self.hook_place not in found.places:
+                self.hook_place.serve(found)
             self._topology = found
             if self.measured is not None and self.measured.density != layer.density:
                 self.measured = None

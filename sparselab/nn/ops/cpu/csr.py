@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab.kernels.arrays import Array
+from sparselab.kernels.arrays import Array, address
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows, expand_rows
 from sparselab.kernels.cpu.csr.plan import (
     GRADIENT,
     PRODUCT_T,
+    Segments,
+    TransposePlan,
     gradient_plan,
     product_plan,
     transpose_plan,
@@ -27,15 +29,12 @@ from sparselab.kernels.cpu.csr.skinny import multiply_few
 from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.layouts.padded_csr import RowTopology
-from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector, zeros
+from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
 from sparselab.nn.ops.topologies import TensorTopology
 
 _BLOCK_BYTES = 8 << 20
-
-#: What is kept with a topology beside the plans of the kernels.
-_ROWS = "cpu", "rows"
 
 
 class Rows(Protocol):
@@ -48,22 +47,40 @@ class Rows(Protocol):
 
 
 class RowProducts:
-    """What products of one topology read again and again."""
+    """What the products of one topology read again and again, and their plans once they are made."""
 
     def __init__(self, topology: RowTopology) -> None:
         rows = topology.rows
-        self.shape, self.indices = topology.shape, rows.indices
+        self.topology, self.shape, self.indices = topology, topology.shape, rows.indices
         self.begin, self.end = rows.indptr[:-1], rows.indptr[1:]
         self.density = topology.density
+        self.forward: Segments | None = None
+        self.transpose: TransposePlan | None = None
+        self.gradient: Segments | None = None
         #: How products of so many tokens, on so many threads, in a dtype are cut.
         self.products: Cuts[ProductCut] = Cuts()
         self.input_grads: Cuts[ProductCut] = Cuts()
         self.gradients: Cuts[GradientCut] = Cuts()
+        self._zeros: dict[torch.dtype, Array] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Nothing that counts."""
-        return 0
+    def zeros(self, dtype: torch.dtype) -> Array:
+        """Zeros, as many as the longer side has rows; to be read only."""
+        found = self._zeros.get(dtype)
+        if found is None:
+            found = self._zeros[dtype] = np.zeros(max(self.shape), LIKE[dtype].dtype)
+        return found
+
+    def of_bias(self, bias: Tensor | None, dtype: torch.dtype) -> Array:
+        """What a product adds to each row."""
+        return self.zeros(dtype) if bias is None else as_vector(bias)
+
+
+def _rows(topology: TensorTopology) -> RowProducts:
+    """What is kept, made when it is first needed."""
+    own: Any = topology.own
+    kept: RowProducts = RowProducts(own)
+    topology.kept = kept
+    return kept
 
 
 def product(
@@ -74,33 +91,34 @@ def product(
     if dtype is torch.bfloat16:
         wide = None if bias is None else bias.detach().float()
         return product(topology, values, x.float(), wide, variant).to(dtype)
-    own: RowTopology = topology.own  # type: ignore[assignment]
-    rows: RowProducts = own.plan(_ROWS, RowProducts)
+    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
-    y = torch.empty((n_tokens, rows.shape[0]), dtype=dtype)
+    n_rows = rows.shape[0]
+    y = torch.empty((n_tokens, n_rows), dtype=dtype)
     if y.numel() == 0:
         return y
-    measured = topology.measured
-    if variant is None and measured is not None:
-        variant = measured.name(n_tokens)
+    if variant is None and topology.measured is not None:
+        variant = topology.measured.name(n_tokens)
     if variant is None:
         variant = choose_name("forward", n_tokens, rows.density, SINGLE)
     if variant == "dense blocks":
         return _product_of_blocks(rows, values, x, bias, y)
+    X, Y = as_matrix(x), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens))
     if variant == "skinny":
-        weights, offsets = values.contiguous(), zeros(rows.shape[0], dtype) if bias is None else bias.contiguous()
+        weights, offsets = values.contiguous(), rows.of_bias(bias, dtype)
         multiply_few(
             weights.data_ptr(), LIKE[values.dtype], rows.indices, rows.begin, rows.end,
-            offsets.data_ptr(), LIKE[dtype], as_matrix(x), as_matrix(y), n_threads,
+            address(offsets), LIKE[dtype], X, Y, n_threads,
         )  # fmt: skip
         return y
+    plan = rows.forward
+    if plan is None:
+        plan = rows.forward = product_plan(rows.topology)
     key = n_tokens, n_threads, dtype
-    plan = product_plan(own)
     cut = rows.products.get(key) or rows.products.add(
         key, cut_product(plan, rows.shape, n_tokens, dtype.itemsize)
     )
-    offset = as_vector(zeros(rows.shape[0], dtype) if bias is None else bias)
-    multiply_cut(as_vector(values), rows.indices, plan, as_matrix(x), as_matrix(y), offset, cut)
+    multiply_cut(as_vector(values), rows.indices, plan, X, Y, rows.of_bias(bias, dtype), cut)
     return y
 
 
@@ -120,8 +138,7 @@ def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor
     dtype, n_tokens = grad.dtype, grad.shape[0]
     if dtype is torch.bfloat16:
         return input_grad(topology, values, grad.float()).to(dtype)
-    own: RowTopology = topology.own  # type: ignore[assignment]
-    rows: RowProducts = own.plan(_ROWS, RowProducts)
+    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     n_rows, n_columns = rows.shape
     dx = torch.empty((n_tokens, n_columns), dtype=dtype)
@@ -131,22 +148,22 @@ def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor
         for row0, row1, block in dense_blocks(values, rows, grad):
             torch.addmm(dx, grad[:, row0:row1], block, beta=min(row0, 1), out=dx)
         return dx
-    plan = transpose_plan(own)
-    weights = gather(as_vector(values), plan.slots, LIKE[dtype].dtype)
-    nothing = zeros(n_columns, dtype)
+    plan = rows.transpose
+    if plan is None:
+        plan = rows.transpose = transpose_plan(rows.topology)
+    weights, nothing = gather(as_vector(values), plan.slots, LIKE[dtype].dtype), rows.zeros(dtype)
+    DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens))
     if n_tokens <= SINGLE.skinny:
         multiply_few(
-            weights.__array_interface__["data"][0], LIKE[dtype], plan.indices, plan.indptr[:-1],
-            plan.indptr[1:], nothing.data_ptr(), LIKE[dtype], as_matrix(grad), as_matrix(dx), n_threads,
+            address(weights), LIKE[dtype], plan.indices, plan.indptr[:-1], plan.indptr[1:],
+            address(nothing), LIKE[dtype], DY, DX, n_threads,
         )  # fmt: skip
         return dx
     key = n_tokens, n_threads, dtype
     cut = rows.input_grads.get(key) or rows.input_grads.add(
         key, cut_product(plan.segments, (n_columns, n_rows), n_tokens, dtype.itemsize)
     )
-    multiply_cut(
-        weights, plan.indices, plan.segments, as_matrix(grad), as_matrix(dx), as_vector(nothing), cut
-    )
+    multiply_cut(weights, plan.indices, plan.segments, DY, DX, nothing, cut)
     return dx
 
 
@@ -158,28 +175,27 @@ def values_grad(
     if dtype is torch.bfloat16:
         values, bias = values_grad(topology, grad.float(), x.float(), with_bias)
         return values.to(dtype), bias.to(dtype)
-    own: RowTopology = topology.own  # type: ignore[assignment]
-    rows: RowProducts = own.plan(_ROWS, RowProducts)
+    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     result = torch.empty(topology.values_shape, dtype=dtype)
+    flat: Array = result.view(-1).numpy()
     if choose_name("values_grad", n_tokens, rows.density, SINGLE) == "dense blocks":
-        flat = as_vector(result)
         for row0, row1, block in row_blocks(rows, grad):
             torch.mm(grad[:, row0:row1].T, x, out=block)
             dense = block.view(-1).numpy()
             collect_rows(dense, rows.indices, rows.begin, rows.end, row0, row1, rows.shape[1], flat)
         return result, grad.sum(0) if with_bias else grad.new_empty(0)
     sums = torch.empty(rows.shape[0] if with_bias else 0, dtype=dtype)
-    if n_tokens == 0 or (rows.indices.size == 0 and not with_bias):
+    if n_tokens == 0 or (flat.size == 0 and not with_bias):
         return result.zero_(), sums.zero_()
+    plan = rows.gradient
+    if plan is None:
+        plan = rows.gradient = gradient_plan(rows.topology)
     key = n_tokens, n_threads, dtype
-    plan = gradient_plan(own)
     cut = rows.gradients.get(key) or rows.gradients.add(
         key, cut_gradient(plan, rows.shape, n_tokens, dtype.itemsize)
     )
-    sample_cut(
-        rows.indices, plan, as_matrix(grad), as_matrix(x), as_vector(result), as_vector(sums), cut
-    )
+    sample_cut(rows.indices, plan, as_matrix(grad), as_matrix(x), flat, sums.numpy(), cut)
     return result, sums
 
 
@@ -200,6 +216,8 @@ def ways(
 def keep_forward(topology: TensorTopology) -> None:
     """Let go of the plans of backward passes; they are made anew if they are needed."""
     topology.own.forget(lambda key: key not in (PRODUCT_T, GRADIENT))
+    if topology.kept is not None:
+        topology.kept.transpose = topology.kept.gradient = None
 
 
 def row_blocks(rows: Rows, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
