@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.runtime.jit import aligned_empty
+from sparselab.kernels.cpu.runtime.memory import aligned_empty
 from sparselab.kernels.layouts.topology import SparseMatrix
 
 
@@ -116,7 +116,7 @@ def _overlaps(out: Array, *others: Array) -> bool:
 
 
 def _overlaps_itself(out: Array) -> bool:
-    """Whether two entries may share memory, as in a broadcast array."""
+    """Whether two entries may worker memory, as in a broadcast array."""
     (n, m), (a, b) = out.shape, (abs(stride) for stride in out.strides)
     if n * m <= 1:
         return False

@@ -98,9 +98,9 @@ def note_shares(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[int]:
     shares = []
     launch = modules[0].launch
 
-    def record(kernel: Any, n_shares: int, *args: Any) -> None:
-        shares.append(n_shares)
-        launch(kernel, n_shares, *args)
+    def record(kernel: Any, n_workers: int, *args: Any) -> None:
+        shares.append(n_workers)
+        launch(kernel, n_workers, *args)
 
     for module in modules:
         monkeypatch.setattr(module, "launch", record)

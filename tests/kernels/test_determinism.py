@@ -25,21 +25,21 @@ needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reaso
 class Launches(list[tuple[int, int]]):
     """(shares, groups or rectangles) of every product launched while the test runs."""
 
-    def record(self, kernel: Any, n_shares: int, *args: Any) -> None:
+    def record(self, kernel: Any, n_workers: int, *args: Any) -> None:
         if kernel is _few_tokens._multiply_share:
             parts = 0
         else:
             work = args[5] if kernel is _spmm._multiply_share else args[2]
             parts = len(work) - (kernel is _spmm._multiply_share)
-        self.append((n_shares, parts))
-        self.launch(kernel, n_shares, *args)
+        self.append((n_workers, parts))
+        self.launch(kernel, n_workers, *args)
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launch = _spmm.launch
         monkeypatch.setattr(_spmm, "launch", self.record)
         monkeypatch.setattr(_sddmm_dw, "launch", self.record)
         monkeypatch.setattr(_few_tokens, "launch", self.record)
-        monkeypatch.setattr(_few_tokens, "_MIN_SHARE", 1)
+        monkeypatch.setattr(_few_tokens, "_MIN_PART", 1)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_groups_and_rectangles_cover_every_chunk_and_block_once(
     assert min(covered.shape) > 1
     for tiles in (1, 2, 9):
         covered[:] = 0
-        for chunk0, chunk1, block0, block1 in _plan.gradient_shares(plan, tiles, workers, 6):
+        for chunk0, chunk1, block0, block1 in _plan.gradient_rectangles(plan, tiles, workers, 6):
             covered[chunk0:chunk1, block0:block1] += 1
         np.testing.assert_array_equal(covered, 1)
         groups = _plan.product_groups(plan, tiles, workers, 6)

@@ -26,7 +26,7 @@ from sparselab.kernels import (
 from sparselab.kernels.cpu.bsr import products as _block_products
 from sparselab.kernels.cpu.bsr import sddmm_dw as _block_gradient
 from sparselab.kernels.cpu.bsr import skinny as _block_few_tokens
-from sparselab.kernels.cpu.runtime.jit import scratch
+from sparselab.kernels.cpu.runtime.memory import scratch
 from tests import strategies
 from tests.kernels.contract import assert_same_bits, note_shares
 from tests.oracle import Exact, assert_close, product
@@ -217,7 +217,7 @@ def test_threads_change_no_bit_of_few_tokens(
     block_shape: tuple[int, int], dtype: type, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares = note_shares(monkeypatch, _block_few_tokens)
-    monkeypatch.setattr(_block_few_tokens, "_MIN_SHARE", 1)
+    monkeypatch.setattr(_block_few_tokens, "_MIN_PART", 1)
     rng = np.random.default_rng(8)
     W = build((200, 90), block_shape, "some", rng, dtype)
     X, _ = draw_tokens(rng, W, tokens)
@@ -291,9 +291,9 @@ def test_foreign_plans_are_refused() -> None:
     ):
         spmm(W, X, plan=plan_spmm(other))
     unstructured = PaddedCSR.random((16, 24), 0.5, 0)
-    with pytest.raises(TypeError, match="plan must be a Strips, got Segments"):
+    with pytest.raises(TypeError, match="plan must be a PanelPlan, got Segments"):
         spmm(W, X, plan=plan_spmm(unstructured))
-    with pytest.raises(TypeError, match="plan must be a Segments, got Strips"):
+    with pytest.raises(TypeError, match="plan must be a Segments, got PanelPlan"):
         spmm(unstructured, X, plan=plan_spmm(W))
 
 

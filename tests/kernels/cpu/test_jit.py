@@ -14,7 +14,8 @@ from sparselab.kernels import PaddedCSR, spmm
 from sparselab.kernels.cpu.csr import spmm as _spmm
 from sparselab.kernels.cpu.runtime import jit as _jit
 from sparselab.kernels.cpu.runtime import target as _target
-from sparselab.kernels.cpu.runtime.jit import FASTMATH, aligned_empty, cache_directory, jit, scratch
+from sparselab.kernels.cpu.runtime.jit import FASTMATH, cache_directory, jit
+from sparselab.kernels.cpu.runtime.memory import aligned_empty, scratch
 from tests.kernels.contract import note_shares
 from tests.kernels.process import ROOT, run_python
 

@@ -25,7 +25,7 @@ Segment = tuple[int, int, int]
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (_plan, _shares):
-        monkeypatch.setattr(module, "_MIN_SHARE", 4)
+        monkeypatch.setattr(module, "_MIN_PART", 4)
 
 
 def slow_segments(W: PaddedCSR, block: int, chunk_rows: Array) -> list[list[list[Segment]]]:
@@ -129,5 +129,5 @@ def test_a_wide_layer_packs_its_tokens_once(
     W = PaddedCSR.random(shape, 0.75, 0)
     groups = _plan.product_groups(plan_spmm(W), 2, 1, 6)
     assert (len(groups) == 2) == one_group
-    rectangles = _plan.gradient_shares(plan_sddmm_dw(W), 2, 1, 6)
+    rectangles = _plan.gradient_rectangles(plan_sddmm_dw(W), 2, 1, 6)
     assert (len(rectangles) == 1) == one_group

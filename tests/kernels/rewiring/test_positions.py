@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparselab.kernels import PaddedCSR, rewrite
 from sparselab.kernels.cpu import partition as _shares
-from sparselab.kernels.cpu.partition import share_rows
+from sparselab.kernels.cpu.partition import split_rows
 from sparselab.kernels.rewiring import positions as _growth
 from sparselab.kernels.rewiring import rewrite as _rewrite
 from sparselab.kernels.rewiring import select as _select
@@ -35,7 +35,7 @@ FRACTIONS = st.sampled_from((0.0, 0.3, 1.0))
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even small work into shares, so that their edges are met."""
     for module in (_growth, _rewrite, _select, _shares, _topk):
-        monkeypatch.setattr(module, "_MIN_SHARE", 4)
+        monkeypatch.setattr(module, "_MIN_PART", 4)
 
 
 def for_each_thread_count(compute: Callable[[], Array | tuple[Array, ...]]) -> Array | tuple[Array, ...]:
@@ -136,7 +136,7 @@ def test_sources_out_of_range_are_refused(n: int, source: list[int]) -> None:
 @pytest.mark.parametrize("kind", ["even", "unequal", "empty and full rows", "one row"])
 def test_shares_of_rows_cover_all_of_them(kind: str) -> None:
     W = build((70, 50), kind, np.random.default_rng(0))
-    edges = share_rows(W)
+    edges = split_rows(W)
     assert edges[0] == 0
     assert edges[-1] == 70
     assert np.all(np.diff(edges) >= 0)

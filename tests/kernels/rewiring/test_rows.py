@@ -135,7 +135,7 @@ def test_every_set_is_equally_likely():
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
 def test_the_number_of_threads_changes_nothing(monkeypatch):
-    monkeypatch.setattr(_rows, "_MIN_SHARE", 16)
+    monkeypatch.setattr(_rows, "_MIN_PART", 16)
     shares = []
     launch = _rows.launch
     monkeypatch.setattr(_rows, "launch", lambda *args: shares.append(args[1]) or launch(*args))

@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_growth, "_MIN_SHARE", 4)
+    monkeypatch.setattr(_growth, "_MIN_PART", 4)
 
 
 def slow_scores(live: Array) -> Array:
@@ -50,8 +50,8 @@ def two_hops(live: Array) -> TwoHops:
 
 def dealt(hops: TwoHops, shape: tuple[int, ...], n_picks: int) -> Array:
     """What all lots and equally many picks of each bring to every position, per pick."""
-    lots = np.repeat(np.arange(hops.n_lots), n_picks)
-    picks = np.tile((np.arange(n_picks) + 0.5) / n_picks, hops.n_lots)
+    lots = np.repeat(np.arange(hops.n_tickets), n_picks)
+    picks = np.tile((np.arange(n_picks) + 0.5) / n_picks, hops.n_tickets)
     counts = np.zeros(shape)
     np.add.at(counts, hops.follow(lots, picks), 1)
     return counts / n_picks
@@ -72,7 +72,7 @@ def test_each_position_gets_its_score_in_lots(
 def test_lots_that_are_dealt_wrongly_are_seen() -> None:
     live = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 0]], np.bool_)
     hops = two_hops(live)
-    hops.n_lots -= 1
+    hops.n_tickets -= 1
     assert not np.allclose(dealt(hops, live.shape, 840), slow_scores(live))
 
 
@@ -83,8 +83,8 @@ def test_lots_and_where_they_lead_are_the_same_for_any_number_of_threads(kind: s
     def compute() -> tuple[Array, ...]:
         hops = TwoHops(W, W.transpose())
         rng = np.random.default_rng(1)
-        lots = np.sort(rng.integers(0, max(hops.n_lots, 1), min(hops.n_lots, 500)))
-        return np.array(hops.n_lots), *hops.follow(lots, rng.random(len(lots)))
+        lots = np.sort(rng.integers(0, max(hops.n_tickets, 1), min(hops.n_tickets, 500)))
+        return np.array(hops.n_tickets), *hops.follow(lots, rng.random(len(lots)))
 
     for_each_thread_count(compute)
 

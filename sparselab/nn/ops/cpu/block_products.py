@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.bsr.plan import Strips
+from sparselab.kernels.cpu.bsr.plan import PanelPlan
 from sparselab.kernels.cpu.bsr.sddmm_dw import sample
-from sparselab.kernels.cpu.bsr.skinny import multiply_few_blocks
+from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
 from sparselab.kernels.cpu.bsr.spmm import multiply
 from sparselab.kernels.layouts.block_csr import grid_of
 from sparselab.nn.ops.cpu.plans import BlockPlans
@@ -56,7 +56,7 @@ def few_tokens(
     """As `_products.few_tokens`."""
     weights, offsets, X, Y = few_operands(x, values, bias, plans, y)
     rows = plans.topology.blocks.rows
-    multiply_few_blocks(
+    multiply_skinny_blocks(
         weights.data_ptr(), rows.indices, rows.indptr, plans.block_shape,
         offsets.data_ptr(), LIKE[x.dtype], X, Y, n_threads,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def values_grad(grad: Tensor, x: Tensor, plans: BlockPlans, with_bias: bool = Fa
     use_torch_threads()
     grad, x = grad.detach(), x.detach()
     result = grad.new_empty(plans.layout)
-    strips: Strips = plans.product(False)
+    strips: PanelPlan = plans.product(False)
     fused = with_bias and not strips.transposed
     sums = grad.new_empty(plans.shape[0] if fused else 0)
     if plans.variant("values_grad", len(grad)) == "dense blocks":

@@ -31,7 +31,7 @@ from sparselab.kernels.cpu.conv.shifted import multiply_shifted, sample_shifted
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows
 from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan, plan_shifted
 from sparselab.kernels.cpu.csr.spmm_t import gather
-from sparselab.kernels.cpu.runtime.jit import scratch
+from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.nn.ops.cpu.plans import TopologyPlans, nbytes
 from sparselab.nn.ops.cpu.products import _array, _vector, dense_blocks, row_blocks
 from sparselab.nn.ops.cpu.threads import use_torch_threads

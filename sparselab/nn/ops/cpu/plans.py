@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab.kernels.cpu.bsr.plan import Strips, strips, wants_transpose
+from sparselab.kernels.cpu.bsr.plan import PanelPlan, panel_plan, plan_key, wants_transpose
 from sparselab.kernels.cpu.csr.plan import (
     GRADIENT,
     PRODUCT_T,
@@ -224,14 +224,14 @@ class BlockPlans(Plans):
         live = int(np.prod(self.layout)) - int(self.outside[1].sum())
         self.density = live / size if size else 1.0
 
-    def product(self, transposed: bool) -> Strips:
+    def product(self, transposed: bool) -> PanelPlan:
         """Plan of products with W, also of the gradient by its values, or with W^T."""
-        return strips(self.topology, transposed)
+        return panel_plan(self.topology, transposed)
 
     def keep_forward(self) -> None:
         """Let go of the plan of products with W^T, unless it is the same; it is made anew if needed."""
         along = wants_transpose(self.block_shape, False)
-        self.topology.forget(lambda key: key != ("cpu", "strips", not along))
+        self.topology.forget(lambda key: key != plan_key(not along))
 
     @property
     def nbytes(self) -> int:

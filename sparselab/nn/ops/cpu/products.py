@@ -14,7 +14,7 @@ from torch import Tensor
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows, expand_rows
 from sparselab.kernels.cpu.csr.sddmm_dw import sample
-from sparselab.kernels.cpu.csr.skinny import Matrix, multiply_few
+from sparselab.kernels.cpu.csr.skinny import Matrix, multiply_skinny
 from sparselab.kernels.cpu.csr.spmm import multiply
 from sparselab.kernels.cpu.csr.spmm_t import multiply_t
 from sparselab.nn.ops.cpu.plans import Plans, TopologyPlans
@@ -73,7 +73,7 @@ def few_tokens(
 ) -> None:
     """Fill y (..., rows), contiguous, with ``x W^T + b`` for x contiguous or (tokens, columns)."""
     weights, offsets, X, Y = few_operands(x, values, bias, plans, y)
-    multiply_few(
+    multiply_skinny(
         weights.data_ptr(), LIKE[values.dtype], plans.indices, plans.begin, plans.end,
         offsets.data_ptr(), LIKE[x.dtype], X, Y, n_threads,
     )  # fmt: skip
