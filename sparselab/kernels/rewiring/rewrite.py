@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, Rows, slot_dtype
+from sparselab.kernels.arrays import Array, Rows, index_dtype, slot_dtype
 from sparselab.kernels.cpu.partition import first_not_below, split_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
@@ -130,8 +130,9 @@ def rewrite_rows(W: Rows, drop: Array, grow: Array, compact: bool) -> tuple[Arra
     indptr = _fit(W, new_nnz, compact)
     capacity = int(indptr[-1])
     # Without spare slots every entry is about to be written.
+    dtype = index_dtype(columns)
     tight = capacity == int(new_nnz.sum())
-    indices = np.empty(capacity, W.indices.dtype) if tight else np.zeros(capacity, W.indices.dtype)
+    indices = np.empty(capacity, dtype) if tight else np.zeros(capacity, dtype)
     source = np.empty(capacity, np.int64) if tight else np.full(capacity, -1, np.int64)
     launch(
         _merge, n_workers, edges, begin, row_nnz, W.indices, drop, grow, columns, indptr, indices, source,

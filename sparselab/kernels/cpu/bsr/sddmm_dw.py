@@ -4,8 +4,8 @@ Loop order, from outside: workers, each with rectangles (block rows x panels of 
 panels; micro-panels; `DOT_COLUMNS` columns at a time. The tokens of a KC block lie one after the other in
 memory, so that the lanes of the 12 sums of a micro-panel and three columns are added up once a KC block. In
 registers: these sums, and three vectors of the columns, each of which serves four multiply-adds. In
-first-level cache: the rows of the micro-panel. In second-level cache: the panel. The rows of the KC block come
-from the third level, once a panel.
+first-level cache: the rows of the micro-panel. In second-level cache: the panel. The rows of the KC block
+come from the third level, once a panel.
 """
 
 from __future__ import annotations
