@@ -101,7 +101,7 @@ def frozen(array: Array) -> Array:
     if not array.size:
         view.flags.writeable = False
         return view
-    octets: Any = array.reshape(-1).view(np.uint8)
+    octets: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     whole: Array = np.frombuffer(memoryview(octets).toreadonly(), array.dtype)
     return whole.reshape(array.shape)
 
@@ -163,7 +163,7 @@ def check_array(name: str, array: object, dtypes: tuple[np.dtype[Any], ...], sha
 
 
 def check_integers(name: str, array: ArrayLike) -> Array:
-    """As a new int32 or int64 array; TypeError or ValueError unless it is 1-D and holds integers that fit."""
+    """As a contiguous int32 or int64 array; TypeError or ValueError unless 1-D and of integers that fit."""
     integers = _without_mask(name, array)
     if integers.size == 0:
         return np.empty(0, np.int64)
@@ -171,7 +171,7 @@ def check_integers(name: str, array: ArrayLike) -> Array:
         raise TypeError(f"{name} must be a 1-D integer array, got {integers.dtype} of shape {integers.shape}")
     if integers.dtype.kind == "u" and int(integers.max()) >= 1 << 63:
         raise ValueError(f"{name} must hold numbers below 2**63, got {int(integers.max())}")
-    return np.array(integers, np.int32 if integers.dtype == np.int32 else np.int64, order="C")
+    return np.ascontiguousarray(integers, np.int32 if integers.dtype == np.int32 else np.int64)
 
 
 def check_dense(name: str, matrix: ArrayLike) -> Array:

@@ -24,6 +24,7 @@ from sparselab.kernels.arrays import (
 )
 from sparselab.kernels.layouts.rows import (
     RowArrays,
+    check_ascending,
     check_columns,
     check_range,
     check_rows,
@@ -218,6 +219,7 @@ class RowTopology(Topology):
 
     def rewrite(self, drop: Array, grow: Array, *, compact: bool = False) -> tuple[RowTopology, Array]:
         """Another topology; see `Topology.rewrite`."""
+        drop, grow = check_ascending("drop", drop), check_ascending("grow", grow)
         rows = self.rows
         indptr, row_nnz, indices, source = rewrite_rows(rows, drop, grow, compact)
         indptr = self.indptr if indptr is rows.indptr else indptr

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, for_kernels
+from sparselab.kernels.arrays import Array, check_integers, for_kernels
 
 
 class RowArrays(NamedTuple):
@@ -34,7 +34,7 @@ def check_rows(indptr: Array, row_nnz: Array) -> None:
     """Raise ValueError unless rows follow each other and have room for their live slots."""
     # Compared, not subtracted: a difference of hostile numbers can wrap around to a harmless one.
     if indptr[0] < 0 or np.any(indptr[1:] < indptr[:-1]):
-        raise ValueError("indptr must start at 0 or above and never decrease")
+        raise ValueError(f"indptr must start at 0 or above and never decrease, got {indptr}")
     over = (row_nnz < 0) | (row_nnz > np.diff(indptr))
     if np.any(over):
         row = int(np.argmax(over))
@@ -84,3 +84,11 @@ def live_slots(indptr: Array, row_nnz: Array) -> Array:
         return np.arange(nnz)
     before = np.cumsum(row_nnz) - row_nnz
     return np.repeat(indptr[:-1] - before, row_nnz) + np.arange(nnz)
+
+
+def check_ascending(name: str, integers: Array) -> Array:
+    """The integers as kernels read them; TypeError or ValueError unless they are such and never decrease."""
+    plain = for_kernels(check_integers(name, integers))
+    if np.any(plain[1:] < plain[:-1]):
+        raise ValueError(f"{name} must be in ascending order, got {plain}")
+    return plain

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, Rows, slot_dtype
+from sparselab.kernels.arrays import Array, Rows, for_kernels, slot_dtype
 from sparselab.kernels.cpu.partition import first_not_below, split_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
@@ -47,7 +47,7 @@ def kept_positions(W: Rows, drop: Array) -> Array:
     -------
     int32 or int64 array, (nnz - k,)
     """
-    W = W.rows
+    W, drop = W.rows, for_kernels(drop)
     rows, columns = W.shape
     edges = split_rows(W)
     before = _live_before(W, edges)
@@ -97,7 +97,7 @@ def skip_kept(ranks: Array, kept: Array) -> Array:
         Strictly ascending.
     """
     n_workers = max(1, min(worker_count(), (len(ranks) + len(kept)) // _MIN_PART))
-    launch(_skip_kept, n_workers, ranks, kept)
+    launch(_skip_kept, n_workers, ranks, for_kernels(kept))
     return ranks
 
 
@@ -157,6 +157,7 @@ def merge_candidates(
     (int32 or int64 array, float array), both (n + m,)
     """
     W = W.rows
+    drop, slot_scores, free, free_scores = map(for_kernels, (drop, slot_scores, free, free_scores))
     rows, columns = W.shape
     edges = split_rows(W)
     positions = np.empty(len(drop) + len(free), slot_dtype(rows * columns))

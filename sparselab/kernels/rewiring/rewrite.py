@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, Rows, index_dtype, slot_dtype
+from sparselab.kernels.arrays import Array, Rows, for_kernels, index_dtype, slot_dtype
 from sparselab.kernels.cpu.partition import first_not_below, split_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
@@ -217,9 +217,9 @@ def move_entries(entries: Array, source: Array) -> Array:
     moved = np.empty(len(source), entries.dtype)
     wrong = np.zeros(n_workers, np.bool_)
     if len(entries):
-        launch(_move, n_workers, entries, source, moved, wrong)
+        launch(_move, n_workers, for_kernels(entries), for_kernels(source), moved, wrong)
     else:
         moved[:] = 0
     if wrong.any() or (len(entries) == 0 and np.any(source != -1)):
-        raise IndexError(f"source must hold -1 or slots of 0..{len(entries) - 1}")
+        raise IndexError(f"source must hold -1 or slots of 0..{len(entries) - 1}, got others")
     return moved

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.kernels.arrays import Array, Rows, slot_dtype
+from sparselab.kernels.arrays import Array, Rows, for_kernels, slot_dtype
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
@@ -117,8 +117,8 @@ def select_rows(
     ValueError
         If an entry of `k` is negative or exceeds the length of its row.
     """
-    scores = np.ascontiguousarray(scores)
-    begin, k = np.ascontiguousarray(begin, np.int64), np.ascontiguousarray(k, np.int64)
+    scores = for_kernels(scores)
+    begin, k = for_kernels(np.asarray(begin, np.int64)), for_kernels(np.asarray(k, np.int64))
     length = np.diff(begin)
     _check_counts(k, length)
     n_workers = max(1, min(worker_count(), len(scores) // _MIN_PART))
@@ -275,7 +275,7 @@ def sample_rows(rng: np.random.Generator, free: Array, k: Array) -> Array:
     Floyd's algorithm (Bentley and Floyd, "Programming pearls: a sample of brilliance", CACM 30, 1987): one
     draw for each number, however full the row is. O(k.sum()) memory beside one flag per column and thread.
     """
-    free, k = np.asarray(free, np.int64), np.asarray(k, np.int64)
+    free, k = for_kernels(np.asarray(free, np.int64)), for_kernels(np.asarray(k, np.int64))
     _check_counts(k, free)
     begin = _starts(k)
     # The i-th number of a row that gets n of them is drawn from 0 .. free - n + i.
@@ -291,7 +291,7 @@ def sample_rows(rng: np.random.Generator, free: Array, k: Array) -> Array:
 def _check_counts(k: Array, most: Array) -> None:
     if np.any(k < 0) or np.any(k > most):
         row = int(np.argmax((k < 0) | (k > most)))
-        raise ValueError(f"k must lie in [0, {max(most[row], 0)}] for row {row}; got {k[row]}")
+        raise ValueError(f"k must lie in [0, {max(most[row], 0)}] for row {row}, got {k[row]}")
 
 
 def _starts(counts: Array) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.kernels.arrays import Array, slot_dtype
+from sparselab.kernels.arrays import Array, for_kernels, slot_dtype
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
@@ -61,7 +61,7 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
     Parameters
     ----------
     scores : float32 or float64 array, (n,)
-        C-contiguous. Read only. NaN ranks below every number, beside -inf.
+        Read only. NaN ranks below every number, beside -inf.
     k : int
         How many, ``0 <= k <= n``.
     rest : bool
@@ -81,9 +81,9 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
     -----
     Linear time. One copy of the scores is made.
     """
-    n = scores.size
+    scores, n = for_kernels(scores), scores.size
     if not 0 <= k <= n:
-        raise ValueError(f"k must lie in [0, {n}], the number of scores; got {k}")
+        raise ValueError(f"k must lie in [0, {n}], the number of scores, got {k}")
     if k in (0, n):
         return np.arange(n if (k == n) != rest else 0, dtype=slot_dtype(n))
     ranked = scores.copy()

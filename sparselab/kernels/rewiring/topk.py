@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.kernels.arrays import Array, Rows, slot_dtype
+from sparselab.kernels.arrays import Array, Rows, for_kernels, slot_dtype
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
@@ -60,7 +60,7 @@ def largest(scores: npt.NDArray[np.floating[Any]], k: int) -> Array:
     ValueError
         If `k` is outside ``[0, n]``.
     """
-    return select(np.ascontiguousarray(scores), k)
+    return select(scores, k)
 
 
 @jit
@@ -210,10 +210,10 @@ class StreamedTopK(BlockStream):
 
     def __init__(self, k: int, live: Rows | Array, n_columns: int, dtype: npt.DTypeLike) -> None:
         if k < 0:
-            raise ValueError(f"k must not be negative; got {k}")
+            raise ValueError(f"k must be at least 0, got {k}")
         super().__init__(n_columns, dtype)
         self._k = k
-        self._live = np.ascontiguousarray(live, np.int64) if isinstance(live, np.ndarray) else live.rows
+        self._live = for_kernels(np.asarray(live, np.int64)) if isinstance(live, np.ndarray) else live.rows
         capacity = k + max(k, _SLACK)
         n_slots = int(live.indptr[-1]) if not isinstance(live, np.ndarray) else live.size
         size = live.shape[0] * n_columns if not isinstance(live, np.ndarray) else np.iinfo(np.int64).max

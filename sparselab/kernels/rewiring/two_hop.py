@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, Rows
+from sparselab.kernels.arrays import Array, Rows, for_kernels
 from sparselab.kernels.cpu.partition import first_not_below, split_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
@@ -143,6 +143,6 @@ class TwoHops:
         rows, columns = np.empty((2, len(tickets)), np.int64)
         launch(
             _follow, len(self._edges) - 1, self._edges, *self._graph, *self._scratch,
-            self._before, tickets, picks, rows, columns,
+            self._before, for_kernels(tickets), for_kernels(picks), rows, columns,
         )  # fmt: skip
         return rows, columns
