@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.kernels import BlockCSR, PaddedCSR
-from sparselab.kernels.arrays import Array, check_fraction, n_connections
+from sparselab.kernels.arrays import Array, check_fraction, for_kernels, n_connections
 from sparselab.kernels.checks import ascending
 from sparselab.kernels.layouts.block_csr import BlockTopology, check_block_shape, grid_of
 from sparselab.kernels.layouts.padded_csr import RowTopology
@@ -244,7 +244,7 @@ class BlockSparseLinear(SparseLinear):
 
     def _outside(self) -> tuple[Tensor, Tensor]:
         """Blocks that reach beyond W, int64 (n,), and where, bool (n, block_out, block_in)."""
-        slots, outside = (torch.from_numpy(part) for part in self._block_topology().outside())
+        slots, outside = (torch.from_numpy(for_kernels(part)) for part in self._block_topology().outside())
         return slots.to(self.values.device), outside.to(self.values.device)
 
     @property

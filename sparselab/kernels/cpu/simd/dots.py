@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
-from sparselab.kernels.cpu.simd.vectors import FLAGS, I32, I64, Emit, Vector, item_bytes
+from sparselab.kernels.cpu.simd.emit import FLAGS, I32, I64, Emit, Vector, item_bytes
 
 
 def register_lanes(dtype: types.Type) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparselab.kernels.arrays import Array
+from sparselab.kernels.arrays import Array, for_kernels
 from sparselab.kernels.cpu.bsr.plan import PanelPlan
 from sparselab.kernels.cpu.bsr.sddmm_dw import sample
 from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
@@ -96,7 +96,7 @@ def values_grad(grad: Tensor, x: Tensor, plans: BlockPlans, with_bias: bool = Fa
         sample(strips, _array(x).T, _array(grad).T, _flat(result))
     else:
         sample(strips, _array(grad).T, _array(x).T, _flat(result), _array(sums) if fused else None)
-    slots, outside = (torch.from_numpy(part) for part in plans.outside)
+    slots, outside = (torch.from_numpy(for_kernels(part)) for part in plans.outside)
     if len(slots):
         result[slots] = result[slots].masked_fill(outside, 0)
     return result, grad.sum(0) if with_bias and not fused else sums
