@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-from sparselab.kernels.cpu.runtime import jit as _jit
+from sparselab.kernels.cpu.runtime import launch as _launch
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=40)
 settings.load_profile("repeatable")
@@ -18,4 +18,4 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _threads_for_the_least_work() -> None:
     """Small matrices run the code of several threads too."""
-    _jit._MIN_WORK = 1
+    _launch._MIN_WORK = 1

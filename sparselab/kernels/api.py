@@ -6,12 +6,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, for_kernels
+from sparselab.kernels.arrays import Array, check_integers, for_kernels
 from sparselab.kernels.backends import find
 from sparselab.kernels.checks import (
     aligned_output,
     ascending,
-    check_integers,
     check_layout,
     check_matrix,
     check_vector,
@@ -175,8 +174,8 @@ def rewrite(W: Matrix, drop: Array, grow: Array, *, compact: bool = False) -> Re
     Returns
     -------
     Rewrite
-        ``(matrix, source)``. Rows keep their place if all of them fit in their slots; otherwise they are
-        repacked, into the same capacity if the total fits.
+        ``(matrix, source)``; nothing that can be written to is shared with W. Rows keep their place if all of
+        them fit in their slots; otherwise they are repacked, into the same capacity if the total fits.
 
     Raises
     ------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 Array = NDArray[Any]
 
@@ -83,19 +83,25 @@ def for_kernels(array: Array) -> Array:
     """
     if not (array.flags.c_contiguous and array.flags.aligned):
         return np.array(array, order="C")
-    if array.flags.writeable or not array.size:
+    if array.flags.writeable:
         return array
+    if not array.size:
+        return np.empty(array.shape, array.dtype)
     alias: Array = np.asarray(_Alias(array))
     return alias
 
 
 def frozen(array: Array) -> Array:
-    """A view of the array that nobody can write to, nor make writable again."""
+    """A view of the array that nobody can write to, nor make writable again; itself if it is one."""
     view: Array = array.view()
+    try:
+        view.flags.writeable = True
+    except ValueError:
+        return array
     if not array.size:
         view.flags.writeable = False
         return view
-    octets: Any = array.reshape(-1).view(np.uint8)
+    octets: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     whole: Array = np.frombuffer(memoryview(octets).toreadonly(), array.dtype)
     return whole.reshape(array.shape)
 
@@ -134,16 +140,64 @@ def check_shape(shape: object) -> tuple[int, int]:
     return rows, columns
 
 
-def check_array(name: str, array: object, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> Array:
-    """The array; TypeError or ValueError unless it is a NumPy array of one of the dtypes and of the shape."""
+def as_array(name: str, array: object) -> Array:
+    """The same memory as a plain `numpy.ndarray`; TypeError if it is no array, or has a mask to be lost."""
+    if type(array) is np.ndarray:
+        return array
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask, got a MaskedArray; fill it first")
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype not in dtypes:
+    return array.view(np.ndarray)
+
+
+def check_array(name: str, array: object, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...]) -> Array:
+    """The array as a plain one; TypeError or ValueError unless it has one of the dtypes and the shape."""
+    plain = as_array(name, array)
+    if plain.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name} must have dtype {expected}, got {array.dtype}")
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-    return array
+        raise TypeError(f"{name} must have dtype {expected}, got {plain.dtype}")
+    if plain.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {plain.shape}")
+    return plain
+
+
+def check_integers(name: str, array: ArrayLike) -> Array:
+    """As a contiguous int32 or int64 array; TypeError or ValueError unless 1-D and of integers that fit."""
+    integers = _without_mask(name, array)
+    if integers.size == 0:
+        return np.empty(0, np.int64)
+    if integers.ndim != 1 or integers.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be a 1-D integer array, got {integers.dtype} of shape {integers.shape}")
+    if integers.dtype.kind == "u" and int(integers.max()) >= 1 << 63:
+        raise ValueError(f"{name} must hold numbers below 2**63, got {int(integers.max())}")
+    return np.ascontiguousarray(integers, np.int32 if integers.dtype == np.int32 else np.int64)
+
+
+def check_dense(name: str, matrix: ArrayLike) -> Array:
+    """As a matrix of float64 if that is what it holds, else float32; an error if it is no real matrix."""
+    dense = _without_mask(name, matrix)
+    if dense.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {dense.shape}")
+    return dense.astype(float_dtype(name, dense.dtype), copy=False)
+
+
+def float_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """float64 for float64 of any byte order, float32 for other real numbers; TypeError for the rest."""
+    if dtype.kind not in "biuf":
+        raise TypeError(f"{name} must hold real numbers, got {dtype}")
+    return np.dtype(np.float64 if dtype.kind == "f" and dtype.itemsize == 8 else np.float32)
+
+
+def check_value_dtype(dtype: DTypeLike) -> Any:
+    """The dtype; TypeError unless values may have it."""
+    if np.dtype(dtype) not in VALUE_DTYPES:
+        raise TypeError(f"dtype must be float32 or float64, got {np.dtype(dtype)}")
+    return np.dtype(dtype)
+
+
+def _without_mask(name: str, array: ArrayLike) -> Array:
+    return as_array(name, array if isinstance(array, np.ndarray) else np.asarray(array))
 
 
 def scipy_sparse() -> Any:

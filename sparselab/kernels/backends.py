@@ -1,12 +1,21 @@
-"""Which code computes the products of a layout on a device."""
+"""Which code computes the products of a layout on a device.
+
+There are compiled kernels for the CPU, and plain loops as a device of their own (``"reference"``). For CUDA
+there are none yet: three functions for each layout, and a call of `register`, are all that is missing.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, Protocol
 
 from sparselab.kernels.arrays import Array
+from sparselab.kernels.cpu.bsr import products as bsr_products
+from sparselab.kernels.cpu.csr import products as csr_products
+from sparselab.kernels.layouts.block_csr import BlockTopology
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.layouts.topology import Topology
+from sparselab.kernels.reference import bsr as reference_bsr
+from sparselab.kernels.reference import csr as reference_csr
 
 
 class Products(Protocol):
@@ -27,16 +36,16 @@ class Products(Protocol):
         """``dW[i, j] = sum_t DY[i, t] X[j, t]`` at the connections, 0 in every other place of dW."""
 
 
-#: A module that has the three functions, or an object with such methods, by (layout, device).
-_products: dict[tuple[str, str], Any] = {
-    ("csr", "cpu"): "sparselab.kernels.cpu.csr.products",
-    ("bsr", "cpu"): "sparselab.kernels.cpu.bsr.products",
-    ("csr", "reference"): "sparselab.kernels.reference.csr",
-    ("bsr", "reference"): "sparselab.kernels.reference.bsr",
+#: By (layout, device).
+_products: dict[tuple[str, str], Products] = {
+    (RowTopology.layout, "cpu"): csr_products,
+    (BlockTopology.layout, "cpu"): bsr_products,
+    (RowTopology.layout, "reference"): reference_csr,
+    (BlockTopology.layout, "reference"): reference_bsr,
 }
 
 
-def register(layout: str, device: str, products: Products | str) -> None:
+def register(layout: str, device: str, products: Products) -> None:
     """Say what computes the products of a layout on a device.
 
     Parameters
@@ -45,14 +54,19 @@ def register(layout: str, device: str, products: Products | str) -> None:
         `Topology.layout`.
     device : str
         ``"cpu"``, ``"reference"`` (plain loops), or the name of a device to come.
-    products : Products, or str
-        The object, or the module to import when it is first needed.
+    products : Products
+        A module that has the three functions, or an object that has the three methods.
 
     Raises
     ------
+    TypeError
+        If it does not have them.
     ValueError
         If there are such products.
     """
+    for name in ("product", "product_t", "gradient"):
+        if not callable(getattr(products, name, None)):
+            raise TypeError(f"products must have product, product_t and gradient, got {products!r}")
     if (layout, device) in _products:
         raise ValueError(f"layout and device must be new, got {layout!r} on {device!r}, which has products")
     _products[layout, device] = products
@@ -71,15 +85,12 @@ def find(topology: Topology, device: str = "cpu") -> Products:
     NotImplementedError
         If there are none.
     """
-    key = topology.layout, device
-    found = _products.get(key)
+    found = _products.get((topology.layout, device))
     if found is None:
         able = sorted(name for layout, name in _products if layout == topology.layout)
+        reason = ": there are no CUDA kernels yet" if device == "cuda" else ""
         raise NotImplementedError(
             f"device must be one that has products for the layout {topology.layout!r} "
-            f"({', '.join(able) or 'none has'}), got {device!r}"
+            f"({', '.join(able) or 'none has'}), got {device!r}{reason}"
         )
-    if isinstance(found, str):
-        found = _products[key] = import_module(found)
-    products: Products = found
-    return products
+    return found

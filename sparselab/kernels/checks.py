@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.runtime.jit import aligned_empty
+from sparselab.kernels.arrays import VALUE_DTYPES, Array, as_array, check_array
+from sparselab.kernels.cpu.runtime.memory import aligned_empty
 from sparselab.kernels.layouts.topology import SparseMatrix
 
 
@@ -15,8 +16,8 @@ def check_layout(W: object) -> None:
     """Raise TypeError unless W is a sparse matrix, ValueError if it holds values that no product may see."""
     if not isinstance(W, SparseMatrix):
         raise TypeError(f"W must be a sparse matrix such as PaddedCSR or BlockCSR, got {type(W).__name__}")
-    if W.values.shape != W.topology.values_shape:  # ndarray.resize changes an array in place
-        raise ValueError(f"W.values must have shape {W.topology.values_shape}, got {W.values.shape}")
+    # An array can be given another shape or dtype in place.
+    check_array("W.values", W.values, VALUE_DTYPES, W.topology.values_shape)
     W.check_values()
 
 
@@ -34,49 +35,30 @@ def check_matrix(name: str, array: object, shape: tuple[int, int | None], dtype:
     dtype : numpy.dtype
         What it must have.
     """
-    _check_dtype(name, array, dtype)
-    assert isinstance(array, np.ndarray)
+    plain = _check_dtype(name, array, dtype)
     expected = f"({shape[0]}, {'tokens' if shape[1] is None else shape[1]})"
-    if array.ndim != 2 or array.shape[0] != shape[0] or shape[1] not in (None, array.shape[1]):
-        raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
-    return array if _is_regular(array) else array.copy(order="K")
+    if plain.ndim != 2 or plain.shape[0] != shape[0] or shape[1] not in (None, plain.shape[1]):
+        raise ValueError(f"{name} must have shape {expected}, got {plain.shape}")
+    return plain if _is_regular(plain) else plain.copy(order="K")
 
 
 def check_vector(name: str, array: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """The array; TypeError or ValueError unless it has the dtype and the shape."""
-    _check_dtype(name, array, dtype)
-    assert isinstance(array, np.ndarray)
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-    return array
+    """The array as a plain one; TypeError or ValueError unless it has the dtype and the shape."""
+    plain = _check_dtype(name, array, dtype)
+    if plain.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {plain.shape}")
+    return plain
 
 
-def _check_dtype(name: str, array: object, dtype: np.dtype[Any]) -> None:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must have W's dtype {dtype}, got {array.dtype}")
+def _check_dtype(name: str, array: object, dtype: np.dtype[Any]) -> Array:
+    plain = as_array(name, array)
+    if plain.dtype != dtype:
+        raise TypeError(f"{name} must have W's dtype {dtype}, got {plain.dtype}")
+    return plain
 
 
 def _is_regular(array: Array) -> bool:
     return array.flags.aligned and not any(stride % array.itemsize for stride in array.strides)
-
-
-def _check_writable(out: Array) -> None:
-    if not out.flags.writeable:
-        raise ValueError("out must be writable, got a read-only array")
-
-
-def check_integers(name: str, array: object) -> Array:
-    """A copy as int32 or int64; TypeError or ValueError unless the array is 1-D and has integers that fit."""
-    integers = np.asarray(array)
-    if integers.size == 0:
-        return np.empty(0, np.int64)
-    if integers.ndim != 1 or integers.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a 1-D integer array, got {integers.dtype} of shape {integers.shape}")
-    if integers.dtype == np.uint64 and int(integers.max()) >= 1 << 63:
-        raise ValueError(f"{name} must hold numbers below 2**63, got {int(integers.max())}")
-    return np.array(integers, np.int32 if integers.dtype == np.int32 else np.int64, order="C")
 
 
 def ascending(integers: Array) -> Array:
@@ -92,11 +74,11 @@ def output(
         token_major = abs(X.strides[0]) < abs(X.strides[1]) if X.size else False
         Y = np.empty(shape, W.dtype, order="F" if token_major else "C")
         return Y, Y
-    regular = check_matrix("out", out, shape, W.dtype) is out
-    _check_writable(out)
+    check_matrix("out", out, shape, W.dtype)
+    plain = _check_writable(out)
     inputs = [W.values, X] if bias is None else [W.values, X, bias]
-    direct = regular and not _overlaps_itself(out) and not _overlaps(out, *inputs)
-    return (out if direct else np.empty(shape, W.dtype)), out
+    direct = _is_regular(plain) and not _overlaps(plain, *inputs)
+    return (plain if direct else np.empty(shape, W.dtype)), out
 
 
 def aligned_output(out: Array | None, W: SparseMatrix, *inputs: Array) -> tuple[Array, Array]:
@@ -104,11 +86,23 @@ def aligned_output(out: Array | None, W: SparseMatrix, *inputs: Array) -> tuple[
     shape = W.topology.values_shape
     if out is not None:
         check_vector("out", out, shape, W.dtype)
-        _check_writable(out)
-        if out.flags.carray and not _overlaps(out, *inputs):
-            return out, out
-    dW = aligned_empty(int(np.prod(shape)), W.dtype).reshape(shape)
+        plain = _check_writable(out)
+        if plain.flags.carray and not _overlaps(plain, *inputs):
+            return plain, out
+    dW = aligned_empty(math.prod(shape), W.dtype).reshape(shape)
     return dW, dW if out is None else out
+
+
+def _check_writable(out: Array) -> Array:
+    plain = as_array("out", out)
+    if not plain.flags.writeable:
+        raise ValueError("out must be writable, got a read-only array")
+    if _overlaps_itself(plain):
+        raise ValueError(
+            "out must have memory of its own for each entry, "
+            f"got strides {plain.strides} of shape {plain.shape}"
+        )
+    return plain
 
 
 def _overlaps(out: Array, *others: Array) -> bool:
@@ -116,17 +110,17 @@ def _overlaps(out: Array, *others: Array) -> bool:
 
 
 def _overlaps_itself(out: Array) -> bool:
-    """Whether two entries may share memory, as in a broadcast array."""
-    (n, m), (a, b) = out.shape, (abs(stride) for stride in out.strides)
-    if n * m <= 1:
-        return False
-    small, large, count = (a, b, n) if a <= b else (b, a, m)
-    crosswise = n > 1 and m > 1
-    return (n > 1 and a == 0) or (m > 1 and b == 0) or (crosswise and small * (count - 1) >= large)
+    """Whether entries share memory, as in a broadcast array; False for any part of an ordinary array."""
+    reach = out.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(out.strides, out.shape, strict=True)):
+        if n > 1 and stride < reach:
+            return out.size > 0
+        reach += stride * max(n - 1, 0)
+    return False
 
 
 def finish(written: Array, result: Array) -> Array:
     """The result, filled with what was written elsewhere."""
-    if written is not result:
+    if not np.may_share_memory(written, result):
         result[...] = written
     return result

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparselab.bench.measure import limits
-from sparselab.kernels.cpu.runtime.jit import aligned_empty
+from sparselab.kernels.cpu.runtime.memory import aligned_empty
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 
 WIDTH = TILE_BYTES // 4

@@ -1,7 +1,8 @@
-"""What must not change a bit of a result: kept plans, threads, cache sizes, the place of a row."""
+"""What must not change a bit of a result: plans made before, threads, cache sizes, the place of a row."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -11,35 +12,33 @@ import pytest
 from sparselab.kernels import PaddedCSR, sddmm_dw, spmm, spmm_t
 from sparselab.kernels.cpu.csr import plan as _plan
 from sparselab.kernels.cpu.csr import sddmm_dw as _sddmm_dw
-from sparselab.kernels.cpu.csr import skinny as _few_tokens
+from sparselab.kernels.cpu.csr import skinny as _skinny
 from sparselab.kernels.cpu.csr import spmm as _spmm
-from sparselab.kernels.cpu.runtime.target import TILE_BYTES
-from tests.kernels.contract import OPERATIONS, Operation, assert_same_bits
+from sparselab.kernels.cpu.runtime.target import TARGET, TILE_BYTES
+from tests.kernels.contract import Operation, assert_same_bits, every_operation
 from tests.oracle import Exact, assert_close
 from tests.strategies import PATTERNS, VALUE_DTYPES, build
 
-every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=repr)
 needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
 
 
 class Launches(list[tuple[int, int]]):
-    """(shares, groups or rectangles) of every product launched while the test runs."""
+    """(workers, groups or rectangles) of every product launched while the test runs."""
 
-    def record(self, kernel: Any, n_shares: int, *args: Any) -> None:
-        if kernel is _few_tokens._multiply_share:
+    def record(self, kernel: Any, n_workers: int, *args: Any) -> None:
+        if kernel is _skinny._multiply_skinny:
             parts = 0
         else:
-            work = args[5] if kernel is _spmm._multiply_share else args[2]
-            parts = len(work) - (kernel is _spmm._multiply_share)
-        self.append((n_shares, parts))
-        self.launch(kernel, n_shares, *args)
+            work = args[5] if kernel is _spmm._multiply_tiles else args[2]
+            parts = len(work) - (kernel is _spmm._multiply_tiles)
+        self.append((n_workers, parts))
+        self.launch(kernel, n_workers, *args)
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launch = _spmm.launch
-        monkeypatch.setattr(_spmm, "launch", self.record)
-        monkeypatch.setattr(_sddmm_dw, "launch", self.record)
-        monkeypatch.setattr(_few_tokens, "launch", self.record)
-        monkeypatch.setattr(_few_tokens, "_MIN_SHARE", 1)
+        for module in (_spmm, _sddmm_dw, _skinny):
+            monkeypatch.setattr(module, "launch", self.record)
+        monkeypatch.setattr(_skinny, "_MIN_PART", 1)
 
 
 @pytest.fixture
@@ -53,14 +52,20 @@ def example(dtype: type = np.float32, kind: str = "unequal") -> PaddedCSR:
 
 @every_operation
 @pytest.mark.parametrize("kind", sorted(PATTERNS))
-def test_a_plan_kept_from_before_gives_the_same_bits(operation: Operation, kind: str) -> None:
+def test_a_plan_made_before_gives_the_same_bits(operation: Operation, kind: str) -> None:
     rng = np.random.default_rng(1)
     W = example(kind=kind)
-    plan = operation.plan(W)
     other_values = W.with_values(np.where(np.isnan(W.values), W.values, 3 * W.values))
     for matrix in (W, other_values):
         operands = operation.draw(rng, matrix, 70)
-        assert_same_bits(operation.call(matrix, *operands, plan=plan), operation.call(matrix, *operands))
+        W.topology.forget()
+        first = operation.call(matrix, *operands)
+        plans = W.topology.plans()
+        assert plans
+        assert_same_bits(operation.call(matrix, *operands), first)
+        assert {key: id(plan) for key, plan in W.topology.plans().items()} == {
+            key: id(plan) for key, plan in plans.items()
+        }
 
 
 @pytest.mark.any_width
@@ -75,7 +80,7 @@ def test_threads_change_no_bit(operation: Operation, dtype: type, tokens: int, l
     for threads in (1, 2):
         numba.set_num_threads(threads)
         results.append(operation.call(W, *operands))
-    assert [shares for shares, _ in launches] == [1, 2]
+    assert [workers for workers, _ in launches] == [1, 2]
     assert_same_bits(*results)
 
 
@@ -93,13 +98,13 @@ def test_sums_of_tokens_are_right_and_threads_change_no_bit(
     rng = np.random.default_rng(10)
     W = build(shape, kind, rng, dtype=dtype)
     DY, X = (rng.standard_normal((tokens, n)).astype(dtype).T for n in shape)
-    plan = _plan.plan_sddmm_dw(W)
+    plan = _plan.gradient_plan(W.topology)
     results = []
     for threads in (1, 2):
         numba.set_num_threads(threads)
         out, sums = np.full(W.capacity, np.nan, dtype), np.full(shape[0], np.nan, dtype)
         _sddmm_dw.sample(W.indices, plan, DY, X, out, sums)
-        assert_same_bits(out, sddmm_dw(W, DY, X, plan=plan))
+        assert_same_bits(out, sddmm_dw(W, DY, X))
         results.append(sums)
     assert_same_bits(*results)
     wide = DY.astype(np.float64)
@@ -117,7 +122,7 @@ def test_the_size_of_the_cache_changes_no_bit(
     operands = operation.draw(np.random.default_rng(3), W, 150)
     results = []
     for budget in (1 << 40, 1 << 15, 1 << 12, 1):
-        monkeypatch.setattr(_plan, "CACHE_BUDGET_BYTES", budget)
+        monkeypatch.setattr(_plan, "TARGET", replace(TARGET, cache_budget_bytes=budget))
         results.append(operation.call(W, *operands))
     parts = [part for _, part in launches]
     assert len(set(parts)) >= 3, parts
@@ -131,14 +136,14 @@ def test_the_size_of_the_cache_changes_no_bit(
 def test_groups_and_rectangles_cover_every_chunk_and_block_once(
     workers: int, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_plan, "CACHE_BUDGET_BYTES", budget)
+    monkeypatch.setattr(_plan, "TARGET", replace(TARGET, cache_budget_bytes=budget))
     monkeypatch.setattr(_plan, "_GRADIENT_BLOCK_COLUMNS", 64)
-    plan = _plan.plan_sddmm_dw(example())
+    plan = _plan.gradient_plan(example().topology)
     covered = np.zeros((plan.ptr.shape[0], plan.ptr.shape[1] - 1), np.int64)
     assert min(covered.shape) > 1
     for tiles in (1, 2, 9):
         covered[:] = 0
-        for chunk0, chunk1, block0, block1 in _plan.gradient_shares(plan, tiles, workers, 6):
+        for chunk0, chunk1, block0, block1 in _plan.gradient_rectangles(plan, tiles, workers, 6):
             covered[chunk0:chunk1, block0:block1] += 1
         np.testing.assert_array_equal(covered, 1)
         groups = _plan.product_groups(plan, tiles, workers, 6)
@@ -152,7 +157,7 @@ def test_groups_and_rectangles_cover_every_chunk_and_block_once(
 @pytest.mark.parametrize("shape", [(1, 1), (9, 7), (200, 700)])
 def test_segments_hold_every_connection_once(shape: tuple[int, int], kind: str, spare: int) -> None:
     W = build(shape, kind, np.random.default_rng(4), spare=spare)
-    for plan in (_plan.plan_spmm(W), _plan.plan_sddmm_dw(W)):
+    for plan in (_plan.product_plan(W.topology), _plan.gradient_plan(W.topology)):
         slots = [np.arange(start, start + n) for start, n in zip(plan.start, plan.length, strict=True)]
         np.testing.assert_array_equal(np.sort(np.concatenate([*slots, []])), W.live_slots())
         for c in range(plan.ptr.shape[0]):
@@ -173,12 +178,13 @@ def test_segments_hold_every_connection_once(shape: tuple[int, int], kind: str, 
 def test_several_blocks_of_columns(operation: Operation) -> None:
     rng = np.random.default_rng(5)
     W = PaddedCSR.random((3000, 3000), 0.9, rng)
-    plan = operation.plan(W)
+    operands = operation.draw(rng, W, 70)
+    result = operation.call(W, *operands)
+    plan = next(plan for key, plan in W.topology.plans().items() if key != "rows")
     segments = plan if isinstance(plan, _plan.Segments) else plan.segments
     assert segments.ptr.shape[1] - 1 > 1
     assert segments.ptr.shape[0] > 1
-    operands = operation.draw(rng, W, 70)
-    assert_close(operation.call(W, *operands, plan=plan), operation.exact(W, *operands), np.float32)
+    assert_close(result, operation.exact(W, *operands), np.float32)
 
 
 @pytest.mark.any_width
@@ -251,10 +257,9 @@ def test_read_only_and_strided_matrices_give_the_same_bits(operation: Operation)
     for array in arrays:
         array.flags.writeable = False
     strided = PaddedCSR(W.shape, *(array[::2] for array in arrays))
-    frozen = PaddedCSR(W.shape, *(array[::2].copy() for array in arrays))
-    for array in (frozen.indptr, frozen.row_nnz, frozen.indices, frozen.values):
-        array.flags.writeable = False
-    for same in (strided, frozen):
+    read_only = strided.with_values(np.array(strided.values))
+    read_only.values.flags.writeable = False
+    for same in (strided, read_only):
         assert_same_bits(operation.call(same, *operands), expected)
 
 

@@ -20,10 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparselab.kernels.cpu.runtime.jit import aligned_empty, jit, launch
-from sparselab.kernels.cpu.runtime.target import BLOCK_COLUMNS, TILE_BYTES, _l2_bytes
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch
+from sparselab.kernels.cpu.runtime.memory import aligned_empty
+from sparselab.kernels.cpu.runtime.target import TARGET, TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.vectors import fma_row, get, load_row, splat_row, store_row, tile_width
+from sparselab.kernels.cpu.simd.vectors import (
+    fma,
+    get,
+    load,
+    splat,
+    store,
+    tile_width,
+    zeros_tile,
+)
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 
 #: Bytes of tile rows that one multiply-add of each lane loads, over its two operations (float32).
@@ -59,14 +69,14 @@ def _in_registers_share(share, n_shares, passes, values, indices, work):  # type
     if spread(share, n_shares):
         return
     memory = work[share]
-    width = tile_width(memory)
-    sum_a, sum_b = load_row(memory, 0), load_row(memory, width)
-    weight, x = splat_row(get(values, 0)), splat_row(get(values, 1))
+    like, width = zeros_tile(memory), tile_width(memory)
+    sum_a, sum_b = load(memory, 0, like), load(memory, width, like)
+    weight, x = splat(get(values, 0), like), splat(get(values, 1), like)
     for _ in range(passes * (len(indices) // 2)):
-        sum_a = fma_row(weight, x, sum_a)
-        sum_b = fma_row(weight, x, sum_b)
-    store_row(memory, 0, sum_a)
-    store_row(memory, width, sum_b)
+        sum_a = fma(weight, x, sum_a)
+        sum_b = fma(weight, x, sum_b)
+    store(memory, 0, sum_a)
+    store(memory, width, sum_b)
 
 
 @jit
@@ -75,18 +85,18 @@ def _loaded_share(share, n_shares, passes, values, indices, work):  # type: igno
     if spread(share, n_shares):
         return
     memory = work[share]
-    width = tile_width(memory)
+    like, width = zeros_tile(memory), tile_width(memory)
     x = memory[2 * width :]
-    sum_a, sum_b = load_row(memory, 0), load_row(memory, width)
+    sum_a, sum_b = load(memory, 0, like), load(memory, width, like)
     half = len(indices) // 2
     for _ in range(passes):
         for k in range(half):
-            x_a = load_row(x, np.int64(get(indices, k)) * width)
-            x_b = load_row(x, np.int64(get(indices, half + k)) * width)
-            sum_a = fma_row(splat_row(get(values, k)), x_a, sum_a)
-            sum_b = fma_row(splat_row(get(values, half + k)), x_b, sum_b)
-    store_row(memory, 0, sum_a)
-    store_row(memory, width, sum_b)
+            x_a = load(x, np.int64(get(indices, k)) * width, like)
+            x_b = load(x, np.int64(get(indices, half + k)) * width, like)
+            sum_a = fma(get(values, k), x_a, sum_a)
+            sum_b = fma(get(values, half + k), x_b, sum_b)
+    store(memory, 0, sum_a)
+    store(memory, width, sum_b)
 
 
 class _Loop:
@@ -141,12 +151,12 @@ class Meter:
 
     def __init__(self, threads: Sequence[int], connections: int = 1 << 22) -> None:
         most = max(threads)
-        block = BLOCK_COLUMNS * TILE_BYTES // 2
+        block = TARGET.block_columns * TILE_BYTES // 2
         self._threads = threads
         self._loops = (
             _Loop(_in_registers_share, block, most, connections),
             _Loop(_loaded_share, block, most, connections),
-            _Loop(_loaded_share, _l2_bytes() // 2, most, connections),
+            _Loop(_loaded_share, TARGET.l2_bytes // 2, most, connections),
         )
 
     def run(self, repetitions: int = 5) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import numba
 import torch
 
 from sparselab.bench.measure import machine
-from sparselab.kernels.cpu.runtime import target as _target
 from sparselab.kernels.cpu.runtime.jit import cache_directory
+from sparselab.kernels.cpu.runtime.target import TARGET
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 
 _SETTINGS = ("SPARSELAB_", "NUMBA_")
@@ -26,8 +27,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "cpu": {
             "name": machine.cpu_name(),
             "cores": os.cpu_count() or 1,
-            "vector bytes": _target.VECTOR_BYTES,
-            "tile row bytes": _target.TILE_BYTES,
+            **{name.replace("_", " "): size for name, size in asdict(TARGET).items()},
             "bfloat16 instructions": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         },
         "threads": {

@@ -70,19 +70,19 @@ def draw_by_paths(rng: np.random.Generator, W: RowTopology, k: int) -> Array:
     """
     transposed, _ = W.transposed()
     by_rows, by_columns = TwoHops(W, transposed), TwoHops(transposed, W)
-    n_lots = by_rows.n_lots + by_columns.n_lots
+    n_tickets = by_rows.n_tickets + by_columns.n_tickets
     drawn = np.empty(0, np.int64)
-    for _ in range(_ROUNDS if n_lots else 0):
+    for _ in range(_ROUNDS if n_tickets else 0):
         missing = k - drawn.size
         n_draws = missing + missing // 4 + 64
-        lots, picks = rng.integers(0, n_lots, n_draws), rng.random(n_draws)
+        lots, picks = rng.integers(0, n_tickets, n_draws), rng.random(n_draws)
         order = np.argsort(lots, kind="stable")
-        cut = int(np.searchsorted(lots[order], by_rows.n_lots))
+        cut = int(np.searchsorted(lots[order], by_rows.n_tickets))
         first, second = order[:cut], order[cut:]
         positions = np.empty(n_draws, np.int64)
         rows, columns = by_rows.follow(lots[first], picks[first])
         positions[first] = rows * W.shape[1] + columns
-        columns, rows = by_columns.follow(lots[second] - by_rows.n_lots, picks[second])
+        columns, rows = by_columns.follow(lots[second] - by_rows.n_tickets, picks[second])
         positions[second] = rows * W.shape[1] + columns
         # Who comes first is kept, and a repetition is as if it had not been drawn.
         drawn = np.concatenate([drawn, positions])

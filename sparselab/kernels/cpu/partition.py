@@ -1,27 +1,28 @@
-"""How work on sorted slots and positions is cut into shares, one for each worker."""
+"""How rows, sorted slots and sorted positions are divided among workers."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from sparselab.kernels.arrays import Array, Rows
-from sparselab.kernels.cpu.runtime.jit import jit, worker_count
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import worker_count
 
-_MIN_SHARE = 1 << 16
-
-
-def share_rows(W: Rows) -> Array:
-    """int64 (shares + 1,): boundaries of ranges of rows with about equally many slots."""
-    return cut_rows(W.indptr, max(1, min(worker_count(), int(W.indptr[-1]) // _MIN_SHARE)))
+_MIN_PART = 1 << 16
 
 
-def cut_rows(begin: Array, n_shares: int) -> Array:
-    """int64 (n_shares + 1,): boundaries of ranges of rows that are about equally long together.
+def split_rows(W: Rows) -> Array:
+    """int64 (workers + 1,): boundaries of ranges of rows with about equally many slots."""
+    return cut_rows(W.indptr, max(1, min(worker_count(), int(W.indptr[-1]) // _MIN_PART)))
+
+
+def cut_rows(begin: Array, n_workers: int) -> Array:
+    """int64 (n_workers + 1,): boundaries of ranges of rows that are about equally long together.
 
     Row r is ``begin[r] : begin[r + 1]``.
     """
     n_rows = len(begin) - 1
-    inner = np.searchsorted(begin, np.arange(1, n_shares) * begin[-1] // n_shares)
+    inner = np.searchsorted(begin, np.arange(1, n_workers) * begin[-1] // n_workers)
     return np.concatenate([[0], np.minimum(inner, n_rows), [n_rows]]).astype(np.int64)
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.simd.transpose import transpose8
 from sparselab.kernels.cpu.simd.vectors import (
-    add_rows,
+    add,
     get,
     line_width,
-    load_like,
+    load,
     prefetch,
     prefetch_to_write,
     put,
-    store_row,
+    store,
     zeros8,
 )
 
@@ -91,7 +91,7 @@ def add_tokens(tile, n_rows, width, partial):  # type: ignore[no-untyped-def]
     """Add the tokens of each tile row to the 8 lanes that `partial` has for it."""
     like = zeros8(tile)
     for r in range(n_rows):
-        total = load_like(partial, r * 8, like)
+        total = load(partial, r * 8, like)
         for t in range(r * width, (r + 1) * width, 8):
-            total = add_rows(total, load_like(tile, t, like))
-        store_row(partial, r * 8, total)
+            total = add(total, load(tile, t, like))
+        store(partial, r * 8, total)

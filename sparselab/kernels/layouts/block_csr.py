@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from sparselab.kernels.arrays import Array, check_array, check_shape, n_connections, scipy_sparse
+from sparselab.kernels.arrays import (
+    VALUE_DTYPES,
+    Array,
+    check_array,
+    check_dense,
+    check_shape,
+    check_value_dtype,
+    frozen,
+    n_connections,
+    scipy_sparse,
+)
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
@@ -79,7 +90,10 @@ class BlockTopology(Topology):
         return self.blocks.positions()
 
     def outside(self) -> tuple[Array, Array]:
-        """The blocks that reach beyond the matrix, (n,), and where, bool (n, rows, columns of a block)."""
+        """The blocks that reach beyond the matrix, (n,), and where, bool (n, rows, columns of a block).
+
+        Both are read-only.
+        """
         return self.plan("outside", _outside)
 
     def rewrite(self, drop: Array, grow: Array, *, compact: bool = False) -> tuple[BlockTopology, Array]:
@@ -99,10 +113,11 @@ class BlockTopology(Topology):
 def _outside(topology: BlockTopology) -> tuple[Array, Array]:
     (n_rows, n_columns), (height, width) = topology.shape, topology.block_shape
     row, column = topology.blocks.row_of_slots(), topology.blocks.indices
+    # A matrix of whole blocks has no block row or block column of these numbers.
     slots = np.flatnonzero((row == n_rows // height) | (column == n_columns // width))
     rows = row[slots, None] * height + np.arange(height)
     columns = column[slots, None].astype(np.int64) * width + np.arange(width)
-    return slots, (rows >= n_rows)[:, :, None] | (columns >= n_columns)[:, None, :]
+    return frozen(slots), frozen((rows >= n_rows)[:, :, None] | (columns >= n_columns)[:, None, :])
 
 
 class BlockCSR(SparseMatrix):
@@ -139,6 +154,7 @@ class BlockCSR(SparseMatrix):
     """
 
     topology: BlockTopology
+    topology_class = BlockTopology
 
     def __init__(
         self,
@@ -150,24 +166,27 @@ class BlockCSR(SparseMatrix):
     ) -> None:
         shape, block_shape = check_shape(shape), check_block_shape(block_shape)
         grid = grid_of(shape, block_shape)
-        check_array("indptr", indptr, (np.dtype(np.int64),), (grid[0] + 1,))
-        if indptr[0] != 0:
-            raise ValueError(f"indptr must start at 0, got {indptr[0]}")
+        indptr = check_array("indptr", indptr, (np.dtype(np.int64),), (grid[0] + 1,)).copy()
+        if indptr[0] != 0 or np.any(indptr[1:] < indptr[:-1]):
+            raise ValueError(f"indptr must start at 0 and never decrease, got {indptr}")
         blocks = RowTopology(grid, indptr, np.diff(indptr), indices)
-        new = self.of(BlockTopology(shape, block_shape, blocks), values)
-        object.__setattr__(self, "topology", new.topology)
-        object.__setattr__(self, "values", new.values)
+        self._hold(BlockTopology(shape, block_shape, blocks), values)
 
     @classmethod
     def from_dense(cls, matrix: ArrayLike, block_shape: tuple[int, int]) -> BlockCSR:
         """The blocks of a dense matrix (rows, columns) that are not all zeros; float64 or else float32."""
-        dense = np.asarray(matrix)
-        if dense.ndim != 2:
-            raise ValueError(f"matrix must have 2 dimensions, got shape {dense.shape}")
-        dense = dense.astype(np.float64 if dense.dtype == np.float64 else np.float32, copy=False)
+        dense, block_shape = check_dense("matrix", matrix), check_block_shape(block_shape)
         shape = int(dense.shape[0]), int(dense.shape[1])
-        blocks = cut_blocks(dense, check_block_shape(block_shape))
-        return cls.from_positions(shape, block_shape, np.flatnonzero(blocks.any((1, 2))), blocks)
+        live = np.zeros(grid_of(shape, block_shape), np.bool_)
+        parts = _Parts(dense, block_shape)
+        for rows, blocks in parts:
+            live[rows] = blocks.any((1, 2)).reshape(live[rows].shape)
+        topology = RowTopology.from_positions(live.shape, np.flatnonzero(live))
+        values = np.empty((topology.nnz, *block_shape), dense.dtype)
+        for rows, blocks in parts:
+            slots = slice(topology.indptr[rows.start], topology.indptr[rows.stop])
+            np.compress(live[rows].reshape(-1), blocks, axis=0, out=values[slots])
+        return cls.of(BlockTopology(shape, block_shape, topology), values)
 
     @classmethod
     def from_positions(
@@ -180,8 +199,12 @@ class BlockCSR(SparseMatrix):
         """Blocks at ascending positions of the grid: those of all `blocks`, or else float32 zeros."""
         block_shape = check_block_shape(block_shape)
         rows = RowTopology.from_positions(grid_of(check_shape(shape), block_shape), positions)
-        empty = np.zeros((rows.nnz, *block_shape), np.float32)
-        return cls.of(BlockTopology(shape, block_shape, rows), empty if blocks is None else blocks[positions])
+        if blocks is None:
+            values = np.zeros((rows.nnz, *block_shape), np.float32)
+        else:
+            every = rows.shape[0] * rows.shape[1], *block_shape
+            values = check_array("blocks", blocks, VALUE_DTYPES, every)[rows.positions()]
+        return cls.of(BlockTopology(shape, block_shape, rows), values)
 
     @classmethod
     def random(
@@ -198,7 +221,7 @@ class BlockCSR(SparseMatrix):
         rng = np.random.default_rng(seed)
         positions = sample_distinct(rng, grid[0] * grid[1], n_connections(grid, sparsity))
         W = cls.from_positions(shape, block_shape, positions)
-        values = rng.standard_normal(W.values.shape, np.dtype(dtype))  # type: ignore[arg-type]
+        values = rng.standard_normal(W.values.shape, check_value_dtype(dtype))
         slots, outside = W.topology.outside()
         values[slots] = np.where(outside, 0, values[slots])
         return W.with_values(values)
@@ -271,6 +294,32 @@ def check_block_shape(block_shape: object) -> tuple[int, int]:
 def grid_of(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[int, int]:
     """Block rows and block columns that cover a matrix."""
     return -(-shape[0] // block_shape[0]), -(-shape[1] // block_shape[1])
+
+
+#: Bytes of dense blocks that `BlockCSR.from_dense` looks at together.
+_PART_BYTES = 1 << 18
+
+
+class _Part(NamedTuple):
+    """Some block rows, and all blocks that they could have."""
+
+    rows: slice
+    blocks: Array
+
+
+class _Parts:
+    """All block rows of a dense matrix, a few at a time, as often as one goes through them."""
+
+    def __init__(self, dense: Array, block_shape: tuple[int, int]) -> None:
+        self._dense, self._block_shape = dense, block_shape
+
+    def __iter__(self) -> Iterator[_Part]:
+        dense, height = self._dense, self._block_shape[0]
+        step = max(1, _PART_BYTES // max(1, height * dense.shape[1] * dense.itemsize))
+        for row in range(0, len(dense), step * height):
+            part = dense[row : row + step * height]
+            rows = slice(row // height, row // height + -(-len(part) // height))
+            yield _Part(rows, cut_blocks(part, self._block_shape))
 
 
 def cut_blocks(dense: Array, block_shape: tuple[int, int]) -> Array:

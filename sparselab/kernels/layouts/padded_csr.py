@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -11,13 +11,25 @@ from sparselab.kernels.arrays import (
     INDEX_DTYPES,
     Array,
     check_array,
+    check_dense,
+    check_integers,
     check_shape,
-    for_kernels,
+    check_value_dtype,
+    float_dtype,
     frozen,
     index_dtype,
     n_connections,
     scipy_sparse,
     slot_dtype,
+)
+from sparselab.kernels.layouts.rows import (
+    RowArrays,
+    check_ascending,
+    check_columns,
+    check_range,
+    check_rows,
+    live_slots,
+    spare_slots,
 )
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
@@ -25,21 +37,6 @@ from sparselab.kernels.rewiring.rewrite import rewrite_rows
 
 if TYPE_CHECKING:
     import scipy.sparse
-
-
-class RowArrays(NamedTuple):
-    """The arrays of a `RowTopology` as compiled code reads them; see `sparselab.kernels.arrays.Rows`."""
-
-    shape: tuple[int, int]
-    indptr: Array
-    row_nnz: Array
-    indices: Array
-    nnz: int
-
-    @property
-    def rows(self) -> RowArrays:
-        """Itself."""
-        return self
 
 
 class RowTopology(Topology):
@@ -71,19 +68,15 @@ class RowTopology(Topology):
     indices: Array
 
     def __init__(self, shape: tuple[int, int], indptr: Array, row_nnz: Array, indices: Array) -> None:
-        super().__init__()
-        self._shape = check_shape(shape)
-        check_array("indptr", indptr, (np.dtype(np.int64),), (self._shape[0] + 1,))
-        check_array("row_nnz", row_nnz, (np.dtype(np.int64),), (self._shape[0],))
-        self._own(indptr.copy(), row_nnz.copy())
-        check_array("indices", indices, INDEX_DTYPES, (self.capacity,))
-        self.indices = indices.copy()
-        self.check()
+        rows, columns = check_shape(shape)
+        int64 = (np.dtype(np.int64),)
+        indptr = check_array("indptr", indptr, int64, (rows + 1,)).copy()
+        row_nnz = check_array("row_nnz", row_nnz, int64, (rows,)).copy()
+        check_rows(indptr, row_nnz)
+        indices = check_array("indices", indices, INDEX_DTYPES, (int(indptr[-1]),)).copy()
+        check_columns(columns, indptr, row_nnz, indices)
         # After the check, so that no column can wrap around; spare slots may hold anything.
-        narrow = index_dtype(self._shape[1])
-        if narrow != indices.dtype:
-            self.__dict__["indices"] = indices.astype(narrow)
-        self.__dict__["indices"] = frozen(self.indices)
+        self._own((rows, columns), indptr, row_nnz, indices.astype(index_dtype(columns), copy=False))
 
     @classmethod
     def adopt(cls, shape: tuple[int, int], indptr: Array, row_nnz: Array, indices: Array) -> RowTopology:
@@ -99,15 +92,15 @@ class RowTopology(Topology):
         indices : array of ``index_dtype(columns)``, (capacity,)
         """
         self = object.__new__(cls)
-        Topology.__init__(self)
-        self._shape = shape
-        self._own(indptr, row_nnz)
-        self.indices = frozen(np.ascontiguousarray(indices))
+        self._own(shape, indptr, row_nnz, indices)
         return self
 
-    def _own(self, indptr: Array, row_nnz: Array) -> None:
-        self.indptr = frozen(np.ascontiguousarray(indptr))
-        self.row_nnz = frozen(np.ascontiguousarray(row_nnz))
+    def _own(self, shape: tuple[int, int], indptr: Array, row_nnz: Array, indices: Array) -> None:
+        super().__init__()
+        self._shape = shape
+        self.indptr, self.row_nnz, self.indices = map(
+            frozen, map(np.ascontiguousarray, (indptr, row_nnz, indices))
+        )
         #: Allocated slots.
         self.capacity = int(self.indptr[-1])
         self._nnz = int(self.row_nnz.sum())
@@ -127,26 +120,25 @@ class RowTopology(Topology):
 
         Returns
         -------
-        RowTopology
-        int64 array, (counts.sum(),)
+        topology : RowTopology
+        slots : int64 array, (counts.sum(),)
             Slot of each column.
 
         Raises
         ------
         ValueError
-            If padding is not a finite number of at least 0, or columns are out of range or not strictly
-            ascending within a row.
+            If padding is not a finite number of at least 0, counts are negative or do not add up to the
+            number of columns, or columns are out of range or not strictly ascending within a row.
         """
-        if not 0 <= padding < np.inf:
-            raise ValueError(f"padding must be a finite number of at least 0, got {padding}")
         rows, n_columns = check_shape(shape)
-        if len(columns) and not (int(columns.min()) >= 0 and int(columns.max()) < n_columns):
-            worst = int(columns.max()) if int(columns.max()) >= n_columns else int(columns.min())
-            raise ValueError(f"indices must be columns of 0..{n_columns - 1}, got {worst}")
         row_nnz = counts.astype(np.int64)
+        if row_nnz.min(initial=0) < 0 or int(row_nnz.sum()) != len(columns):
+            raise ValueError(f"counts must be lengths of rows with {len(columns)} columns, got {counts}")
+        check_range(columns, n_columns)
+        spare = spare_slots(row_nnz, padding)
         tight, indptr = np.zeros((2, rows + 1), np.int64)
         np.cumsum(row_nnz, out=tight[1:])
-        np.cumsum(row_nnz + np.ceil(row_nnz * padding).astype(np.int64), out=indptr[1:])
+        np.cumsum(row_nnz + spare, out=indptr[1:])
         slots = np.repeat(indptr[:-1] - tight[:-1], row_nnz) + np.arange(tight[-1])
         indices = np.zeros(indptr[-1], index_dtype(n_columns))
         indices[slots] = columns
@@ -170,19 +162,16 @@ class RowTopology(Topology):
             If they are not that.
         """
         shape = check_shape(shape)
-        positions = np.asarray(positions)
-        if positions.size == 0:
-            positions = np.empty(0, np.int64)
-        if positions.ndim != 1 or positions.dtype.kind not in "iu":
-            raise TypeError(
-                f"positions must be a 1-D integer array, got {positions.dtype} of shape {positions.shape}"
-            )
+        positions = check_integers("positions", positions)
         size = shape[0] * shape[1]
-        if len(positions) and not (int(positions[0]) >= 0 and int(positions[-1]) < size):
-            wrong = int(positions[0]) if positions[0] < 0 else int(positions[-1])
-            raise ValueError(f"positions must lie in 0..{size - 1}, got {wrong}")
         if np.any(positions[1:] <= positions[:-1]):
-            raise ValueError("positions must be strictly ascending")
+            k = int(np.argmax(positions[1:] <= positions[:-1]))
+            raise ValueError(
+                f"positions must be strictly ascending, got {positions[k + 1]} after {positions[k]}"
+            )
+        if len(positions) and not (positions[0] >= 0 and positions[-1] < size):
+            wrong = positions[0] if positions[0] < 0 else positions[-1]
+            raise ValueError(f"positions must lie in 0..{size - 1}, got {wrong}")
         row, column = np.divmod(positions.astype(np.int64, copy=False), max(shape[1], 1))
         topology: RowTopology = cls.from_sorted(shape, np.bincount(row, minlength=shape[0]), column)[0]
         return topology
@@ -205,14 +194,11 @@ class RowTopology(Topology):
     @property
     def rows(self) -> RowArrays:
         """The arrays as compiled code reads them, not marked read-only; never to be written to."""
-        return self.plan("rows", _row_arrays)
+        return self.plan("rows", _rows)
 
     def live_slots(self) -> Array:
         """int64 array (nnz,): the live slots, in row-major order of their connections."""
-        if self.capacity == self.nnz:
-            return np.arange(self.nnz)
-        before = np.cumsum(self.row_nnz) - self.row_nnz
-        return np.repeat(self.indptr[:-1] - before, self.row_nnz) + np.arange(self.nnz)
+        return live_slots(self.indptr, self.row_nnz)
 
     def row_of_slots(self) -> Array:
         """int64 array (nnz,): row of each live slot."""
@@ -233,49 +219,24 @@ class RowTopology(Topology):
 
     def rewrite(self, drop: Array, grow: Array, *, compact: bool = False) -> tuple[RowTopology, Array]:
         """Another topology; see `Topology.rewrite`."""
-        indptr, row_nnz, indices, source = rewrite_rows(self.rows, drop, grow, compact)
+        drop, grow = check_ascending("drop", drop), check_ascending("grow", grow)
+        rows = self.rows
+        indptr, row_nnz, indices, source = rewrite_rows(rows, drop, grow, compact)
+        indptr = self.indptr if indptr is rows.indptr else indptr
         return self.adopt(self.shape, indptr, row_nnz, indices), source
 
     def check(self) -> None:
         """Raise TypeError or ValueError, naming the array, unless every invariant holds."""
-        # Compared, not subtracted: a difference of hostile numbers can wrap around to a harmless one.
-        if self.indptr[0] < 0 or np.any(self.indptr[1:] < self.indptr[:-1]):
-            raise ValueError("indptr must start at 0 or above and never decrease")
-        over = (self.row_nnz < 0) | (self.row_nnz > np.diff(self.indptr))
-        if np.any(over):
-            row = int(np.argmax(over))
-            space = int(self.indptr[row + 1] - self.indptr[row])
-            raise ValueError(
-                f"row_nnz[{row}] must be between 0 and the row's {space} slots, got {self.row_nnz[row]}"
-            )
-        check_array("indices", self.indices, INDEX_DTYPES, (self.capacity,))
-        self._check_columns()
-
-    def _check_columns(self) -> None:
-        columns, live = self.shape[1], self.live_slots()
-        index = self.indices if len(live) == self.capacity else self.indices[live]
-        # As int64 only for the two offending numbers: the array itself may be narrow and unsigned.
-        if len(index) and (int(index.max()) >= columns or int(index.min()) < 0):
-            worst = int(index.max()) if int(index.max()) >= columns else int(index.min())
-            raise ValueError(f"indices must be columns of 0..{columns - 1}, got {worst}")
-        rising = index[1:] > index[:-1]
-        begins = np.cumsum(self.row_nnz)[:-1]
-        rising[begins[(begins > 0) & (begins < len(index))] - 1] = True
-        if not np.all(rising):
-            k = int(np.argmin(rising))
-            row = int(np.searchsorted(np.cumsum(self.row_nnz), k, side="right"))
-            raise ValueError(
-                "indices must be strictly ascending within a row, "
-                f"got {index[k]} before {index[k + 1]} in row {row}"
-            )
+        check_rows(self.indptr, self.row_nnz)
+        check_array("indices", self.indices, (index_dtype(self.shape[1]),), (self.capacity,))
+        check_columns(self.shape[1], self.indptr, self.row_nnz, self.indices)
 
     def __repr__(self) -> str:
         return f"RowTopology(shape={self.shape}, nnz={self.nnz}, capacity={self.capacity})"
 
 
-def _row_arrays(topology: RowTopology) -> RowArrays:
-    indptr, row_nnz, indices = map(for_kernels, (topology.indptr, topology.row_nnz, topology.indices))
-    return RowArrays(topology.shape, indptr, row_nnz, indices, topology.nnz)
+def _rows(topology: RowTopology) -> RowArrays:
+    return RowArrays.of(topology.shape, topology.indptr, topology.row_nnz, topology.indices)
 
 
 class PaddedCSR(SparseMatrix):
@@ -309,13 +270,12 @@ class PaddedCSR(SparseMatrix):
     """
 
     topology: RowTopology
+    topology_class = RowTopology
 
     def __init__(
         self, shape: tuple[int, int], indptr: Array, row_nnz: Array, indices: Array, values: Array
     ) -> None:
-        new = self.of(RowTopology(shape, indptr, row_nnz, indices), values)
-        object.__setattr__(self, "topology", new.topology)
-        object.__setattr__(self, "values", new.values)
+        self._hold(RowTopology(shape, indptr, row_nnz, indices), values)
 
     @classmethod
     def from_dense(cls, matrix: ArrayLike, *, padding: float = 0.0) -> PaddedCSR:
@@ -328,10 +288,7 @@ class PaddedCSR(SparseMatrix):
         padding : float
             Spare slots per row, as a fraction of the row's entries (rounded up).
         """
-        dense = np.asarray(matrix)
-        if dense.ndim != 2:
-            raise ValueError(f"matrix must have 2 dimensions, got shape {dense.shape}")
-        dense = dense.astype(np.float64 if dense.dtype == np.float64 else np.float32, copy=False)
+        dense = check_dense("matrix", matrix)
         rows, columns = np.nonzero(dense)
         counts = np.bincount(rows, minlength=dense.shape[0])
         return cls._from_sorted(
@@ -343,8 +300,11 @@ class PaddedCSR(SparseMatrix):
         """The stored entries of a SciPy sparse matrix of any format; stored zeros stay connections."""
         csr = matrix.tocsr().copy()
         csr.sum_duplicates()
-        dtype = np.float64 if csr.dtype == np.float64 else np.float32
-        return cls._from_sorted(csr.shape, np.diff(csr.indptr), csr.indices, csr.data.astype(dtype), padding)
+        dtype = float_dtype("matrix", csr.dtype)
+        nnz = int(csr.indptr[-1])
+        return cls._from_sorted(
+            csr.shape, np.diff(csr.indptr), csr.indices[:nnz], csr.data[:nnz].astype(dtype), padding
+        )
 
     @classmethod
     def random(
@@ -365,7 +325,7 @@ class PaddedCSR(SparseMatrix):
         rng = np.random.default_rng(seed)
         positions = sample_distinct(rng, rows * columns, n_connections((rows, columns), sparsity))
         row = positions // max(columns, 1)
-        values: Array = rng.standard_normal(len(positions), dtype=np.dtype(dtype))  # type: ignore[arg-type]
+        values: Array = rng.standard_normal(len(positions), dtype=check_value_dtype(dtype))
         counts = np.bincount(row, minlength=rows)
         return cls._from_sorted((rows, columns), counts, positions - row * columns, values, padding)
 

@@ -39,7 +39,7 @@ def sample_distinct(rng: np.random.Generator, population: int, k: int) -> Array:
     ``Generator.choice(replace=False)`` makes an array of the whole population at these sizes.)
     """
     if not 0 <= k <= population:
-        raise ValueError(f"k must be between 0 and the population {population}, got {k}")
+        raise ValueError(f"k must lie in [0, {population}], the size of the population, got {k}")
     if k > population - k:
         left_out = sample_distinct(rng, population, population - k)
         # The r-th number that is not left out is r plus how many left-out numbers come before it.

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from sparselab.kernels.arrays import VALUE_DTYPES, Array, check_array
+from sparselab.kernels.arrays import VALUE_DTYPES, Array, check_array, frozen
 
 Plan = TypeVar("Plan")
+Same = TypeVar("Same", bound="Topology")
 Matrix = TypeVar("Matrix", bound="SparseMatrix")
 
 
@@ -118,14 +119,28 @@ class Topology(abc.ABC):
         """Let go of the plans, but for those whose key `keep` accepts; they are made anew if needed."""
         self._plans = {key: plan for key, plan in self._plans.items() if keep is not None and keep(key)}
 
+    def __copy__(self: Same) -> Same:
+        return self
+
+    def __deepcopy__(self: Same, memo: dict[int, Any]) -> Same:
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
-        # Plans are derived, and may hold memory that is not theirs alone.
         return {**self.__dict__, "_plans": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What pickle makes of a read-only array can be written to.
+        self.__dict__.update(
+            {name: frozen(part) if isinstance(part, np.ndarray) else part for name, part in state.items()}
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ and name != "_plans":
             raise AttributeError(f"a topology never changes; rewrite() makes another one, got {name} set")
         object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a topology never changes; rewrite() makes another one, got {name} deleted")
 
 
 class SparseMatrix(abc.ABC):
@@ -141,10 +156,27 @@ class SparseMatrix(abc.ABC):
     topology: Topology
     values: Array
 
+    #: The class of its topologies.
+    topology_class: ClassVar[type[Topology]]
+
+    def _hold(self, topology: Any, values: Array) -> None:
+        """Take a topology and values for good."""
+        if not isinstance(topology, self.topology_class):
+            raise TypeError(
+                f"topology must be a {self.topology_class.__name__}, got {type(topology).__name__}"
+            )
+        values = check_array("values", values, VALUE_DTYPES, topology.values_shape)
+        object.__setattr__(self, "topology", topology)
+        object.__setattr__(self, "values", values)
+        self.check_values()
+
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
             f"{type(self).__name__} keeps its arrays; write into values, or use with_values() or rewrite()"
         )
+
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     @classmethod
     def of(cls: type[Matrix], topology: Any, values: Array) -> Matrix:
@@ -159,13 +191,10 @@ class SparseMatrix(abc.ABC):
         Raises
         ------
         TypeError, ValueError
-            If values are not that.
+            If they are not that.
         """
-        check_array("values", values, VALUE_DTYPES, topology.values_shape)
         self = object.__new__(cls)
-        object.__setattr__(self, "topology", topology)
-        object.__setattr__(self, "values", values)
-        self.check_values()
+        self._hold(topology, values)
         return self
 
     def check_values(self) -> None:  # noqa: B027

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array
+from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.layouts.padded_csr import RowTopology
 
 
@@ -27,7 +27,7 @@ def rewrite(
         spare = 0 if compact else max(topology.capacity - int(counts.sum()), 0)
         extra = [spare * (i + 1) // n_rows - spare * i // n_rows for i in range(n_rows)]
         indptr = np.concatenate([[0], np.cumsum(counts + extra)]).astype(np.int64)
-    indices = np.zeros(indptr[-1], topology.indices.dtype)
+    indices = np.zeros(indptr[-1], index_dtype(columns))
     source = np.full(indptr[-1], -1, np.int64)
     for i, row in enumerate(per_row):
         for k, (column, slot) in enumerate(row):

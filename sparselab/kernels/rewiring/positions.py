@@ -1,29 +1,31 @@
 """Where connections are and may come to be, as linear positions ``row * columns + column``.
 
-Nothing here lists the free positions: they are what lies between the live ones. Work is shared out by rows;
-each share finds its place in the sorted arguments by bisection, so the result does not depend on the shares.
+Nothing here lists the free positions: they are what lies between the live ones. Each worker has a range of
+rows and finds its place in the sorted arguments by bisection, so the result does not depend on how many
+workers there are.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, Rows, slot_dtype
-from sparselab.kernels.cpu.partition import first_not_below, share_rows
-from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
+from sparselab.kernels.arrays import Array, Rows, for_kernels, slot_dtype
+from sparselab.kernels.cpu.partition import first_not_below, split_rows
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 
-_MIN_SHARE = 1 << 16
+_MIN_PART = 1 << 16
 
 
 @jit
-def _kept_share(share, n_shares, edges, indptr, row_nnz, indices, n_columns, drop, before, out):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _list_kept(worker, n_workers, edges, indptr, row_nnz, indices, n_columns, drop, before, out):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
-    row0 = edges[share]
+    row0 = edges[worker]
     d = first_not_below(drop, indptr[row0])
-    at = before[share] - d
-    for i in range(row0, edges[share + 1]):
+    at = before[worker] - d
+    for i in range(row0, edges[worker + 1]):
         for slot in range(indptr[i], indptr[i] + row_nnz[i]):
             if d < len(drop) and drop[d] == slot:
                 d += 1
@@ -45,12 +47,12 @@ def kept_positions(W: Rows, drop: Array) -> Array:
     -------
     int32 or int64 array, (nnz - k,)
     """
-    W = W.rows
+    W, drop = W.rows, for_kernels(drop)
     rows, columns = W.shape
-    edges = share_rows(W)
+    edges = split_rows(W)
     before = _live_before(W, edges)
     out = np.empty(W.nnz - len(drop), slot_dtype(rows * columns))
-    launch(_kept_share, len(edges) - 1, edges, W.indptr, W.row_nnz, W.indices, columns, drop, before, out)
+    launch(_list_kept, len(edges) - 1, edges, W.indptr, W.row_nnz, W.indices, columns, drop, before, out)
     return out
 
 
@@ -62,11 +64,11 @@ def _live_before(W: Rows, edges: Array) -> Array:
 
 
 @jit
-def _skip_kept_share(share, n_shares, ranks, kept):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _skip_kept(worker, n_workers, ranks, kept):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
     n = len(ranks)
-    k0, k1 = share * n // n_shares, (share + 1) * n // n_shares
+    k0, k1 = worker * n // n_workers, (worker + 1) * n // n_workers
     if k0 == k1:
         return
     # Before kept[i] lie kept[i] - i free positions; find the first i with more of them than the first rank.
@@ -94,19 +96,19 @@ def skip_kept(ranks: Array, kept: Array) -> Array:
     kept : int array, (n,)
         Strictly ascending.
     """
-    n_shares = max(1, min(worker_count(), (len(ranks) + len(kept)) // _MIN_SHARE))
-    launch(_skip_kept_share, n_shares, ranks, kept)
+    n_workers = max(1, min(worker_count(), (len(ranks) + len(kept)) // _MIN_PART))
+    launch(_skip_kept, n_workers, ranks, for_kernels(kept))
     return ranks
 
 
 @jit
-def _merge_share(  # type: ignore[no-untyped-def]
-    share, n_shares, edges, indptr, indices, n_columns, drop, slot_scores,
+def _merge(  # type: ignore[no-untyped-def]
+    worker, n_workers, edges, indptr, indices, n_columns, drop, slot_scores,
     free, free_scores, positions, scores,
 ):  # fmt: skip
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
-    row0, row1 = edges[share], edges[share + 1]
+    row0, row1 = edges[worker], edges[worker + 1]
     d, d_end = first_not_below(drop, indptr[row0]), first_not_below(drop, indptr[row1])
     f, f_end = first_not_below(free, row0 * n_columns), first_not_below(free, row1 * n_columns)
     if row1 == len(indptr) - 1:
@@ -155,12 +157,13 @@ def merge_candidates(
     (int32 or int64 array, float array), both (n + m,)
     """
     W = W.rows
+    drop, slot_scores, free, free_scores = map(for_kernels, (drop, slot_scores, free, free_scores))
     rows, columns = W.shape
-    edges = share_rows(W)
+    edges = split_rows(W)
     positions = np.empty(len(drop) + len(free), slot_dtype(rows * columns))
     scores = np.empty(len(positions), slot_scores.dtype)
     launch(
-        _merge_share, len(edges) - 1, edges, W.indptr, W.indices, columns, drop, slot_scores,
+        _merge, len(edges) - 1, edges, W.indptr, W.indices, columns, drop, slot_scores,
         free, free_scores, positions, scores,
     )  # fmt: skip
     return positions, scores

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, Rows, slot_dtype
-from sparselab.kernels.cpu.partition import first_not_below, share_rows
-from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
+from sparselab.kernels.arrays import Array, Rows, for_kernels, index_dtype, slot_dtype
+from sparselab.kernels.cpu.partition import first_not_below, split_rows
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get
 
-_MIN_SHARE = 1 << 16
+_MIN_PART = 1 << 16
 
 
 @jit
-def _count_share(share, n_shares, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice):  # type: ignore[no-untyped-def]
+def _count_rows(worker, n_workers, edges, begin, row_nnz, drop, grow, n_columns, new_nnz, not_live, twice):  # type: ignore[no-untyped-def]
     """Lengths of the new rows; and the first dropped slot of these rows that is spare, and one twice."""
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
-    row0 = edges[share]
+    row0 = edges[worker]
     d = first_not_below(drop, begin[row0])
     g = first_not_below(grow, row0 * n_columns)
-    for i in range(row0, edges[share + 1]):
+    for i in range(row0, edges[worker + 1]):
         n = row_nnz[i]
         end = begin[i] + n
         while d < len(drop) and drop[d] < begin[i + 1]:
-            if drop[d] >= end and not_live[share] < 0:
-                not_live[share] = drop[d]
+            if drop[d] >= end and not_live[worker] < 0:
+                not_live[worker] = drop[d]
             if d > 0 and drop[d] == drop[d - 1]:
-                twice[share] = drop[d]
+                twice[worker] = drop[d]
             n -= 1
             d += 1
         while g < len(grow) and grow[g] < (i + 1) * n_columns:
@@ -39,16 +40,16 @@ def _count_share(share, n_shares, edges, begin, row_nnz, drop, grow, n_columns, 
 
 @jit
 def _merge(  # type: ignore[no-untyped-def]
-    share, n_shares, edges, begin, row_nnz, indices, drop, grow, n_columns, new_begin, new_indices,
+    worker, n_workers, edges, begin, row_nnz, indices, drop, grow, n_columns, new_begin, new_indices,
     source, wrong,
 ):  # fmt: skip
     """Merge kept and grown columns row by row. Notes a position that was grown twice or was live."""
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
-    row0 = edges[share]
+    row0 = edges[worker]
     d = first_not_below(drop, begin[row0])
     g = first_not_below(grow, row0 * n_columns)
-    for i in range(row0, edges[share + 1]):
+    for i in range(row0, edges[worker + 1]):
         slot = begin[i]
         end = slot + row_nnz[i]
         at = new_begin[i]
@@ -68,7 +69,7 @@ def _merge(  # type: ignore[no-untyped-def]
             live = np.int64(indices[slot]) if slot < end else n_columns
             if grown < live:
                 if g > 0 and grow[g - 1] == grow[g]:
-                    wrong[share] = grow[g]
+                    wrong[worker] = grow[g]
                     return
                 new_indices[at] = grown
                 source[at] = -1
@@ -77,7 +78,7 @@ def _merge(  # type: ignore[no-untyped-def]
                 continue
             if grown == live:
                 if slot != gone:
-                    wrong[share] = grow[g]
+                    wrong[worker] = grow[g]
                     return
                 new_indices[at] = live
                 source[at] = slot
@@ -119,21 +120,22 @@ def rewrite_rows(W: Rows, drop: Array, grow: Array, compact: bool) -> tuple[Arra
         wrong_one = grow[0] if grow[0] < 0 else grow[-1]
         raise ValueError(f"grow must hold positions of 0..{size - 1}, got {wrong_one}")
     drop, grow = narrow(drop, int(W.indptr[-1])), narrow(grow, size)
-    edges = share_rows(W)
-    n_shares = len(edges) - 1
+    edges = split_rows(W)
+    n_workers = len(edges) - 1
     new_nnz = np.empty(W.shape[0], np.int64)
-    not_live, twice, wrong = np.full((3, n_shares), -1, np.int64)
+    not_live, twice, wrong = np.full((3, n_workers), -1, np.int64)
     begin, row_nnz = W.indptr, W.row_nnz
-    launch(_count_share, n_shares, edges, begin, row_nnz, drop, grow, columns, new_nnz, not_live, twice)
+    launch(_count_rows, n_workers, edges, begin, row_nnz, drop, grow, columns, new_nnz, not_live, twice)
     _refuse_wrong_slots(W, drop, not_live, twice)
     indptr = _fit(W, new_nnz, compact)
     capacity = int(indptr[-1])
     # Without spare slots every entry is about to be written.
+    dtype = index_dtype(columns)
     tight = capacity == int(new_nnz.sum())
-    indices = np.empty(capacity, W.indices.dtype) if tight else np.zeros(capacity, W.indices.dtype)
+    indices = np.empty(capacity, dtype) if tight else np.zeros(capacity, dtype)
     source = np.empty(capacity, np.int64) if tight else np.full(capacity, -1, np.int64)
     launch(
-        _merge, n_shares, edges, begin, row_nnz, W.indices, drop, grow, columns, indptr, indices, source,
+        _merge, n_workers, edges, begin, row_nnz, W.indices, drop, grow, columns, indptr, indices, source,
         wrong,
     )  # fmt: skip
     if np.any(found := wrong >= 0):
@@ -169,22 +171,22 @@ def _fit(W: Rows, row_nnz: Array, compact: bool) -> Array:
     if not compact and np.all(row_nnz <= np.diff(W.indptr)):
         return W.indptr
     spare = 0 if compact else max(int(W.indptr[-1]) - int(row_nnz.sum()), 0)
-    share = np.arange(len(row_nnz) + 1) * spare // max(len(row_nnz), 1)
+    extra = np.arange(len(row_nnz) + 1) * spare // max(len(row_nnz), 1)
     indptr = np.zeros(len(row_nnz) + 1, np.int64)
-    np.cumsum(row_nnz + np.diff(share), out=indptr[1:])
+    np.cumsum(row_nnz + np.diff(extra), out=indptr[1:])
     return indptr
 
 
 @jit
-def _gather_share(share, n_shares, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _move(worker, n_workers, entries, source, moved, wrong):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
     n = len(source)
-    first, last = share * n // n_shares, (share + 1) * n // n_shares
+    first, last = worker * n // n_workers, (worker + 1) * n // n_workers
     out_of_range = 0
     for i in range(first, last):
         out_of_range += (source[i] >= len(entries)) | (source[i] < -1)
-    wrong[share] = out_of_range > 0
+    wrong[worker] = out_of_range > 0
     if out_of_range > 0:
         return
     for i in range(first, last):
@@ -211,13 +213,13 @@ def move_entries(entries: Array, source: Array) -> Array:
     IndexError
         If a source is neither a slot nor -1.
     """
-    n_shares = max(1, min(worker_count(), len(source) // _MIN_SHARE))
+    n_workers = max(1, min(worker_count(), len(source) // _MIN_PART))
     moved = np.empty(len(source), entries.dtype)
-    wrong = np.zeros(n_shares, np.bool_)
+    wrong = np.zeros(n_workers, np.bool_)
     if len(entries):
-        launch(_gather_share, n_shares, entries, source, moved, wrong)
+        launch(_move, n_workers, for_kernels(entries), for_kernels(source), moved, wrong)
     else:
         moved[:] = 0
     if wrong.any() or (len(entries) == 0 and np.any(source != -1)):
-        raise IndexError(f"source must hold -1 or slots of 0..{len(entries) - 1}")
+        raise IndexError(f"source must hold -1 or slots of 0..{len(entries) - 1}, got others")
     return moved

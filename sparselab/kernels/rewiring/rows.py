@@ -1,7 +1,7 @@
 """The largest of every row, and random ones of every row.
 
-Each row has a count of its own, so rows are independent: a share of them writes to its own part of the
-result, and the result does not depend on the shares. The k-th largest of a row is found digit by digit from
+Each row has a count of its own, so rows are independent: a worker writes to its own part of the result, which
+does not depend on how many workers there are. The k-th largest of a row is found digit by digit from
 the leading one (radix selection), which takes linear time whatever the numbers are.
 """
 
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.kernels.arrays import Array, Rows, slot_dtype
+from sparselab.kernels.arrays import Array, Rows, for_kernels, slot_dtype
 from sparselab.kernels.cpu.partition import cut_rows
-from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.rewiring.stream import BlockStream, float_bits
 
-_MIN_SHARE = 1 << 15
+_MIN_PART = 1 << 15
 
 #: Values of a digit of a key.
 _DIGITS = 256
@@ -63,13 +64,13 @@ def _edge(keys, n, k, top_shift, counts):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _select_share(  # type: ignore[no-untyped-def]
-    share, n_shares, edges, bits, mask, infinity, top_shift, begin, k, rest, out_begin, work, counts, out
+def _select(  # type: ignore[no-untyped-def]
+    worker, n_workers, edges, bits, mask, infinity, top_shift, begin, k, rest, out_begin, work, counts, out
 ):
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
-    keys = work[share]
-    for r in range(edges[share], edges[share + 1]):
+    keys = work[worker]
+    for r in range(edges[worker], edges[worker + 1]):
         first = begin[r]
         n = begin[r + 1] - first
         at = out_begin[r]
@@ -78,7 +79,7 @@ def _select_share(  # type: ignore[no-untyped-def]
             continue
         for i in range(n):
             keys[i] = _key(np.int64(bits[first + i]), mask, infinity)
-        edge, left = _edge(keys, n, k[r], top_shift, counts[share])
+        edge, left = _edge(keys, n, k[r], top_shift, counts[worker])
         for i in range(n):
             key = _key(np.int64(bits[first + i]), mask, infinity)
             taken = np.int64(key > edge)
@@ -116,35 +117,35 @@ def select_rows(
     ValueError
         If an entry of `k` is negative or exceeds the length of its row.
     """
-    scores = np.ascontiguousarray(scores)
-    begin, k = np.ascontiguousarray(begin, np.int64), np.ascontiguousarray(k, np.int64)
+    scores = for_kernels(scores)
+    begin, k = for_kernels(np.asarray(begin, np.int64)), for_kernels(np.asarray(k, np.int64))
     length = np.diff(begin)
     _check_counts(k, length)
-    n_shares = max(1, min(worker_count(), len(scores) // _MIN_SHARE))
-    edges = cut_rows(begin, n_shares)
+    n_workers = max(1, min(worker_count(), len(scores) // _MIN_PART))
+    edges = cut_rows(begin, n_workers)
     bits, mask, infinity = float_bits(scores)
     out_begin = _starts(length - k if rest else k)
     out = np.empty(out_begin[-1], slot_dtype(len(scores)))
-    work = np.empty((n_shares, length.max(initial=0)), np.int64)
-    counts = np.empty((n_shares, _DIGITS), np.int64)
+    work = np.empty((n_workers, length.max(initial=0)), np.int64)
+    counts = np.empty((n_workers, _DIGITS), np.int64)
     launch(
-        _select_share, n_shares, edges, bits, mask, infinity, _top_shift(scores.dtype), begin, k,
+        _select, n_workers, edges, bits, mask, infinity, _top_shift(scores.dtype), begin, k,
         int(rest), out_begin, work, counts, out,
     )  # fmt: skip
     return out
 
 
 @jit
-def _top_share(  # type: ignore[no-untyped-def]
-    share, n_shares, bits, mask, infinity, top_shift, block, base, begin, row_nnz, live, k, out_begin, work,
+def _find_top(  # type: ignore[no-untyped-def]
+    worker, n_workers, bits, mask, infinity, top_shift, block, base, begin, row_nnz, live, k, out_begin, work,
     counts, live_scores, positions, scores, finite,
 ):  # fmt: skip
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
     n_rows, n_columns = bits.shape
-    keys, spare = work[share, 0], work[share, 1]
+    keys, spare = work[worker, 0], work[worker, 1]
     biggest = np.int64(0)
-    for r in range(share * n_rows // n_shares, (share + 1) * n_rows // n_shares):
+    for r in range(worker * n_rows // n_workers, (worker + 1) * n_rows // n_workers):
         row = bits[r]
         for j in range(n_columns):
             size = np.int64(row[j]) & mask
@@ -159,7 +160,7 @@ def _top_share(  # type: ignore[no-untyped-def]
         at = out_begin[r]
         if at == out_begin[r + 1]:
             continue
-        edge, left = _edge(spare, n_columns, k[r], top_shift, counts[share])
+        edge, left = _edge(spare, n_columns, k[r], top_shift, counts[worker])
         for j in range(n_columns):
             if keys[j] < edge:
                 continue
@@ -170,7 +171,7 @@ def _top_share(  # type: ignore[no-untyped-def]
             positions[at] = base + r * n_columns + j
             scores[at] = abs(block[r, j])
             at += 1
-    finite[share] = biggest < infinity
+    finite[worker] = biggest < infinity
 
 
 class RowTopK(BlockStream):
@@ -212,13 +213,13 @@ class RowTopK(BlockStream):
         n_rows, n_columns = block.shape
         rows = slice(first_row, first_row + n_rows)
         W = self._live
-        n_shares = max(1, min(worker_count(), block.size // _MIN_SHARE, n_rows))
+        n_workers = max(1, min(worker_count(), block.size // _MIN_PART, n_rows))
         bits, mask, infinity = float_bits(block)
-        work = np.empty((n_shares, 2, n_columns), np.int64)
-        counts = np.empty((n_shares, _DIGITS), np.int64)
-        finite = np.empty(n_shares, np.bool_)
+        work = np.empty((n_workers, 2, n_columns), np.int64)
+        counts = np.empty((n_workers, _DIGITS), np.int64)
+        finite = np.empty(n_workers, np.bool_)
         launch(
-            _top_share, n_shares, bits, mask, infinity, _top_shift(block.dtype), block,
+            _find_top, n_workers, bits, mask, infinity, _top_shift(block.dtype), block,
             np.int64(first_row * n_columns), W.indptr[rows], W.row_nnz[rows], W.indices, self._k[rows],
             self._begin[first_row : first_row + n_rows + 1], work, counts, self.live_scores,
             self._positions, self._found, finite,
@@ -230,11 +231,11 @@ class RowTopK(BlockStream):
 
 
 @jit
-def _floyd_share(share, n_shares, edges, begin, free, before, seen, drawn):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _floyd(worker, n_workers, edges, begin, free, before, seen, drawn):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
-    taken = seen[share]
-    for r in range(edges[share], edges[share + 1]):
+    taken = seen[worker]
+    for r in range(edges[worker], edges[worker + 1]):
         first = begin[r]
         n = begin[r + 1] - first
         for i in range(n):
@@ -274,15 +275,15 @@ def sample_rows(rng: np.random.Generator, free: Array, k: Array) -> Array:
     Floyd's algorithm (Bentley and Floyd, "Programming pearls: a sample of brilliance", CACM 30, 1987): one
     draw for each number, however full the row is. O(k.sum()) memory beside one flag per column and thread.
     """
-    free, k = np.asarray(free, np.int64), np.asarray(k, np.int64)
+    free, k = for_kernels(np.asarray(free, np.int64)), for_kernels(np.asarray(k, np.int64))
     _check_counts(k, free)
     begin = _starts(k)
     # The i-th number of a row that gets n of them is drawn from 0 .. free - n + i.
     bound = np.arange(1, begin[-1] + 1) + np.repeat(free - k - begin[:-1], k)
     drawn: Array = rng.integers(bound, dtype=np.int64)
-    n_shares = max(1, min(worker_count(), len(drawn) // _MIN_SHARE))
-    seen = np.zeros((n_shares, free.max(initial=0)), np.bool_)
-    launch(_floyd_share, n_shares, cut_rows(begin, n_shares), begin, free, _starts(free), seen, drawn)
+    n_workers = max(1, min(worker_count(), len(drawn) // _MIN_PART))
+    seen = np.zeros((n_workers, free.max(initial=0)), np.bool_)
+    launch(_floyd, n_workers, cut_rows(begin, n_workers), begin, free, _starts(free), seen, drawn)
     drawn.sort()
     return drawn
 
@@ -290,7 +291,7 @@ def sample_rows(rng: np.random.Generator, free: Array, k: Array) -> Array:
 def _check_counts(k: Array, most: Array) -> None:
     if np.any(k < 0) or np.any(k > most):
         row = int(np.argmax((k < 0) | (k > most)))
-        raise ValueError(f"k must lie in [0, {max(most[row], 0)}] for row {row}; got {k[row]}")
+        raise ValueError(f"k must lie in [0, {max(most[row], 0)}] for row {row}, got {k[row]}")
 
 
 def _starts(counts: Array) -> Array:

@@ -12,37 +12,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.kernels.arrays import Array, slot_dtype
-from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
+from sparselab.kernels.arrays import Array, for_kernels, slot_dtype
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 
-_MIN_SHARE = 1 << 16
+_MIN_PART = 1 << 16
 
 
 @jit
-def _count_taken_share(share, n_shares, scores, edge, nan_at_edge, above, equal):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _count_taken(worker, n_workers, scores, edge, nan_at_edge, above, equal):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
     n = len(scores)
     n_above = n_equal = 0
-    for i in range(share * n // n_shares, (share + 1) * n // n_shares):
+    for i in range(worker * n // n_workers, (worker + 1) * n // n_workers):
         score = scores[i]
         n_above += score > edge
         n_equal += (score == edge) | (nan_at_edge & (score != score))
-    above[share] = n_above
-    equal[share] = n_equal
+    above[worker] = n_above
+    equal[worker] = n_equal
 
 
 @jit
-def _take_share(share, n_shares, scores, edge, nan_at_edge, rest, quota, ends, out):  # type: ignore[no-untyped-def]
+def _take(worker, n_workers, scores, edge, nan_at_edge, rest, quota, ends, out):  # type: ignore[no-untyped-def]
     """Write the indices that are taken (or, if `rest` is 1, left), `quota` of those at the edge taken."""
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
     n = len(scores)
-    at = ends[share]
-    end = ends[share + 1]
-    left = quota[share]
-    for i in range(share * n // n_shares, (share + 1) * n // n_shares):
+    at = ends[worker]
+    end = ends[worker + 1]
+    left = quota[worker]
+    for i in range(worker * n // n_workers, (worker + 1) * n // n_workers):
         score = scores[i]
         taken = np.int64(score > edge)
         if score == edge or (nan_at_edge and score != score):
@@ -60,7 +61,7 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
     Parameters
     ----------
     scores : float32 or float64 array, (n,)
-        C-contiguous. Read only. NaN ranks below every number, beside -inf.
+        Read only. NaN ranks below every number, beside -inf.
     k : int
         How many, ``0 <= k <= n``.
     rest : bool
@@ -80,9 +81,9 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
     -----
     Linear time. One copy of the scores is made.
     """
-    n = scores.size
+    scores, n = for_kernels(scores), scores.size
     if not 0 <= k <= n:
-        raise ValueError(f"k must lie in [0, {n}], the number of scores; got {k}")
+        raise ValueError(f"k must lie in [0, {n}], the number of scores, got {k}")
     if k in (0, n):
         return np.arange(n if (k == n) != rest else 0, dtype=slot_dtype(n))
     ranked = scores.copy()
@@ -91,16 +92,16 @@ def select(scores: npt.NDArray[np.floating[Any]], k: int, *, rest: bool = False)
     edge = ranked[n - k]
     del ranked
     nan_at_edge = bool(edge == -np.inf)
-    n_shares = max(1, min(worker_count(), n // _MIN_SHARE))
-    above, equal = np.empty((2, n_shares), np.int64)
-    launch(_count_taken_share, n_shares, scores, edge, nan_at_edge, above, equal)
+    n_workers = max(1, min(worker_count(), n // _MIN_PART))
+    above, equal = np.empty((2, n_workers), np.int64)
+    launch(_count_taken, n_workers, scores, edge, nan_at_edge, above, equal)
     missing = k - int(above.sum())
     quota = np.clip(missing - (np.cumsum(equal) - equal), 0, equal)
     sizes = above + quota
     if rest:
-        sizes = np.diff(np.arange(n_shares + 1) * n // n_shares) - sizes
-    ends = np.zeros(n_shares + 1, np.int64)
+        sizes = np.diff(np.arange(n_workers + 1) * n // n_workers) - sizes
+    ends = np.zeros(n_workers + 1, np.int64)
     np.cumsum(sizes, out=ends[1:])
     out = np.empty(ends[-1], slot_dtype(n))
-    launch(_take_share, n_shares, scores, edge, nan_at_edge, int(rest), quota, ends, out)
+    launch(_take, n_workers, scores, edge, nan_at_edge, int(rest), quota, ends, out)
     return out

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.kernels.arrays import Array
+from sparselab.kernels.arrays import Array, for_kernels
 
 
 def float_bits(scores: Array) -> tuple[Array, np.int64, np.int64]:
@@ -64,19 +64,20 @@ class BlockStream(abc.ABC):
         """
         if block.ndim != 2 or block.shape[1] != self._n_columns or block.dtype != self._dtype:
             raise ValueError(
-                f"block must be {self._dtype} of shape (n, {self._n_columns}); "
+                f"block must be {self._dtype} of shape (n, {self._n_columns}), "
                 f"got {block.dtype} of shape {block.shape}"
             )
         if not block.flags.c_contiguous:
-            raise ValueError("block must be C-contiguous; pass np.ascontiguousarray(block)")
+            raise ValueError(
+                f"block must be C-contiguous, got strides {block.strides}; pass np.ascontiguousarray(block)"
+            )
         if first_row < self._next_row:
             raise ValueError(
-                f"blocks must arrive in ascending order of rows; got row {first_row} "
-                f"after row {self._next_row - 1}"
+                f"first_row must be at least {self._next_row}, the row after those seen, got {first_row}"
             )
         self._next_row = first_row + block.shape[0]
         if self.finite and block.size:
-            self._take_in(first_row, block)
+            self._take_in(first_row, for_kernels(block))
 
     def result(self) -> tuple[Array, npt.NDArray[np.floating[Any]]]:
         """Positions, strictly ascending, and scores ``|entry|`` of the winners.

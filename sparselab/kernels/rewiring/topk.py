@@ -3,7 +3,7 @@
 The matrix arrives as blocks of rows. All entries of a block are counted by the leading bits of their
 magnitude; together with the counts of the candidates already held that gives a floor which at least k entries
 reach, before any of them is stored. Only those above the floor are then appended, and workers know from the
-counts where each of them writes. Where so many entries share one count that the buffer cannot take them
+counts where each of them writes. Where so many entries have one count that the buffer cannot take them
 (equal entries, mostly), the block is taken in piece by piece instead, with an exact selection each time the
 buffer fills.
 
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.kernels.arrays import Array, Rows, slot_dtype
-from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
+from sparselab.kernels.arrays import Array, Rows, for_kernels, slot_dtype
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.rewiring.select import select
 from sparselab.kernels.rewiring.stream import BlockStream, float_bits
@@ -36,7 +37,7 @@ _DIGIT = 12
 #: Counters for entries that do not count. Several, since successive additions to one wait for each other.
 _IDLE = 8
 
-_MIN_SHARE = 1 << 17
+_MIN_PART = 1 << 17
 
 
 def largest(scores: npt.NDArray[np.floating[Any]], k: int) -> Array:
@@ -59,22 +60,22 @@ def largest(scores: npt.NDArray[np.floating[Any]], k: int) -> Array:
     ValueError
         If `k` is outside ``[0, n]``.
     """
-    return select(np.ascontiguousarray(scores), k)
+    return select(scores, k)
 
 
 @jit
-def _look_share(  # type: ignore[no-untyped-def]
-    share, n_shares, bits, mask, infinity, block, begin, row_nnz, live, origin, step, threshold, shift,
+def _count_free(  # type: ignore[no-untyped-def]
+    worker, n_workers, bits, mask, infinity, block, begin, row_nnz, live, origin, step, threshold, shift,
     live_scores, counts, finite,
 ):  # fmt: skip
     """Count the free entries above `threshold` by their leading bits, and read the live ones."""
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
     n_rows, n_columns = bits.shape
     idle = counts.shape[1] - _IDLE
-    mine = counts[share]
+    mine = counts[worker]
     biggest = np.int64(0)
-    for r in range(share * n_rows // n_shares, (share + 1) * n_rows // n_shares):
+    for r in range(worker * n_rows // n_workers, (worker + 1) * n_rows // n_workers):
         row = bits[r]
         for j in range(n_columns):
             size = np.int64(row[j]) & mask
@@ -86,21 +87,21 @@ def _look_share(  # type: ignore[no-untyped-def]
             size = np.int64(row[j]) & mask
             if size > threshold:
                 mine[size >> shift] -= 1
-    finite[share] = biggest < infinity
+    finite[worker] = biggest < infinity
 
 
 @jit
-def _append_share(  # type: ignore[no-untyped-def]
-    share, n_shares, bits, mask, block, begin, row_nnz, live, origin, step, threshold, base, found, starts,
+def _append_free(  # type: ignore[no-untyped-def]
+    worker, n_workers, bits, mask, block, begin, row_nnz, live, origin, step, threshold, base, found, starts,
     scores, positions,
 ):  # fmt: skip
-    """Write the free entries above `threshold` from ``starts[share]`` on."""
-    if spread(share, n_shares):
+    """Write the free entries above `threshold` from ``starts[worker]`` on."""
+    if spread(worker, n_workers):
         return
     n_rows, n_columns = bits.shape
-    hits = found[share]
-    at = starts[share]
-    for r in range(share * n_rows // n_shares, (share + 1) * n_rows // n_shares):
+    hits = found[worker]
+    at = starts[worker]
+    for r in range(worker * n_rows // n_workers, (worker + 1) * n_rows // n_workers):
         row = bits[r]
         n_hits = 0
         for j in range(n_columns):
@@ -209,10 +210,10 @@ class StreamedTopK(BlockStream):
 
     def __init__(self, k: int, live: Rows | Array, n_columns: int, dtype: npt.DTypeLike) -> None:
         if k < 0:
-            raise ValueError(f"k must not be negative; got {k}")
+            raise ValueError(f"k must be at least 0, got {k}")
         super().__init__(n_columns, dtype)
         self._k = k
-        self._live = np.ascontiguousarray(live, np.int64) if isinstance(live, np.ndarray) else live.rows
+        self._live = for_kernels(np.asarray(live, np.int64)) if isinstance(live, np.ndarray) else live.rows
         capacity = k + max(k, _SLACK)
         n_slots = int(live.indptr[-1]) if not isinstance(live, np.ndarray) else live.size
         size = live.shape[0] * n_columns if not isinstance(live, np.ndarray) else np.iinfo(np.int64).max
@@ -231,11 +232,11 @@ class StreamedTopK(BlockStream):
         bits = float_bits(block)[0]
         base = np.int64(first_row * self._n_columns)
         rows = self._live_rows(first_row, block.shape[0])
-        n_shares = max(1, min(worker_count(), block.size // _MIN_SHARE, block.shape[0]))
-        counts = np.zeros((n_shares, (1 << _DIGIT) + _IDLE), np.int64)
-        finite = np.empty(n_shares, np.bool_)
+        n_workers = max(1, min(worker_count(), block.size // _MIN_PART, block.shape[0]))
+        counts = np.zeros((n_workers, (1 << _DIGIT) + _IDLE), np.int64)
+        finite = np.empty(n_workers, np.bool_)
         launch(
-            _look_share, n_shares, bits, self._mask, self._infinity, block, *rows, self._threshold,
+            _count_free, n_workers, bits, self._mask, self._infinity, block, *rows, self._threshold,
             self._shift, self.live_scores, counts, finite,
         )  # fmt: skip
         self.finite = bool(finite.all())
@@ -258,9 +259,9 @@ class StreamedTopK(BlockStream):
         together[:floor] = 0
         self._counts = together
         starts = self._count + np.cumsum(fresh) - fresh
-        found = np.empty((n_shares, self._n_columns + 1), slot_dtype(self._n_columns))
+        found = np.empty((n_workers, self._n_columns + 1), slot_dtype(self._n_columns))
         launch(
-            _append_share, n_shares, bits, self._mask, block, *rows, threshold, base, found, starts,
+            _append_free, n_workers, bits, self._mask, block, *rows, threshold, base, found, starts,
             self._scores, self._positions,
         )  # fmt: skip
         self._count += int(fresh.sum())

@@ -1,96 +1,27 @@
-"""What the products of blocks compute, for every shape of blocks, pattern, layout and number of threads."""
+"""What is particular to the products of blocks: micro-panels, skinny products, edges, threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
-from sparselab.kernels import (
-    BlockCSR,
-    PaddedCSR,
-    plan_sddmm_dw,
-    plan_spmm,
-    plan_spmm_t,
-    reference,
-    rewrite,
-    sddmm_dw,
-    spmm,
-    spmm_t,
-)
-from sparselab.kernels.cpu.bsr import products as _block_products
-from sparselab.kernels.cpu.bsr import sddmm_dw as _block_gradient
-from sparselab.kernels.cpu.bsr import skinny as _block_few_tokens
-from sparselab.kernels.cpu.runtime.jit import scratch
+from sparselab.kernels import BlockCSR, rewrite, sddmm_dw, spmm, spmm_t
+from sparselab.kernels.cpu.bsr import sddmm_dw as _sddmm_dw
+from sparselab.kernels.cpu.bsr import skinny as _skinny
+from sparselab.kernels.cpu.bsr import spmm as _spmm
+from sparselab.kernels.cpu.bsr.plan import PanelPlan, panel_plan
+from sparselab.kernels.cpu.runtime.memory import scratch
 from tests import strategies
-from tests.kernels.contract import assert_same_bits, note_shares
+from tests.kernels.blocks import BLOCKS, build, matrices
+from tests.kernels.contract import OPERATIONS, assert_same_bits, dense, note_workers
 from tests.oracle import Exact, assert_close, product
 from tests.strategies import LAYOUTS, VALUE_DTYPES
 
 Array = np.ndarray[Any, Any]
-
-#: High, wide, square and odd ones, around the height of a strip and the width of a vector.
-BLOCKS = ((1, 1), (4, 1), (1, 8), (2, 2), (4, 4), (3, 5), (6, 2), (8, 32), (16, 16), (64, 64))
-SHAPES = ((1, 1), (7, 9), (64, 64), (37, 150), (150, 37), (129, 520))
-TOKENS = (0, 1, 2, 4, 9, 16, 17, 64, 65, 97, 200)
-
-#: Which blocks exist, from (rng, grid).
-PATTERNS: dict[str, Callable[[np.random.Generator, tuple[int, int]], Array]] = {
-    "some": lambda rng, grid: rng.random(grid) < 0.4,
-    "nothing": lambda rng, grid: np.zeros(grid, np.bool_),
-    "everything": lambda rng, grid: np.ones(grid, np.bool_),
-    "empty and full rows": lambda rng, grid: np.broadcast_to(rng.random((grid[0], 1)) < 0.5, grid),
-}
-
-
-def build(
-    shape: tuple[int, int], block_shape: tuple[int, int], kind: str, rng: np.random.Generator,
-    dtype: Any = np.float32,
-) -> BlockCSR:  # fmt: skip
-    everything = BlockCSR.random(shape, 0.0, block_shape, rng, dtype=dtype)
-    kept = np.flatnonzero(PATTERNS[kind](rng, everything.grid))
-    return BlockCSR.from_positions(shape, block_shape, kept).with_values(everything.values[kept])
-
-
-@st.composite
-def matrices(draw: st.DrawFn) -> BlockCSR:
-    return build(
-        draw(st.sampled_from(SHAPES)), draw(st.sampled_from(BLOCKS)), draw(st.sampled_from(sorted(PATTERNS))),
-        draw(strategies.generators()), draw(st.sampled_from(VALUE_DTYPES)),
-    )  # fmt: skip
-
-
-def dense(W: BlockCSR) -> tuple[Array, Array]:
-    """W in float64, and where it is live: entry by entry, not by the package's own conversion."""
-    matrix, live = np.zeros(W.shape), np.zeros(W.shape, np.bool_)
-    for r in range(len(W.indptr) - 1):
-        for slot in range(W.indptr[r], W.indptr[r + 1]):
-            for i, j in np.ndindex(W.block_shape):
-                at = r * W.block_shape[0] + i, int(W.indices[slot]) * W.block_shape[1] + j
-                if at[0] < W.shape[0] and at[1] < W.shape[1]:
-                    matrix[at], live[at] = W.values[slot, i, j], True
-    return matrix, live
-
-
-def gather(W: BlockCSR, full: Array) -> Array:
-    """The blocks of a dense matrix, 0 outside."""
-    blocks = np.zeros(W.values.shape)
-    for r in range(len(W.indptr) - 1):
-        for slot in range(W.indptr[r], W.indptr[r + 1]):
-            top, left = r * W.block_shape[0], int(W.indices[slot]) * W.block_shape[1]
-            part = full[top : top + W.block_shape[0], left : left + W.block_shape[1]]
-            blocks[slot, : part.shape[0], : part.shape[1]] = part
-    return blocks
-
-
-def exact_gradient(W: BlockCSR, DY: Array, X: Array) -> Exact:
-    full = product(DY, X.T)
-    return Exact(gather(W, full.value), gather(W, full.magnitude), np.array(DY.shape[1]))
 
 
 def draw_tokens(rng: np.random.Generator, W: BlockCSR, tokens: int, layout: str = "Fortran") -> list[Array]:
@@ -99,31 +30,12 @@ def draw_tokens(rng: np.random.Generator, W: BlockCSR, tokens: int, layout: str 
 
 
 @pytest.mark.any_width
-@given(
-    W=matrices(),
-    tokens=st.sampled_from(TOKENS),
-    layout=strategies.operand_layouts(),
-    rng=strategies.generators(),
-)
-def test_equals_the_oracle(W: BlockCSR, tokens: int, layout: str, rng: np.random.Generator) -> None:
-    X, DY = draw_tokens(rng, W, tokens, layout)
-    bias = rng.standard_normal(W.shape[0]).astype(W.dtype)
-    before = [array.copy() for array in (X, DY, W.indptr, W.indices, W.values)]
-    matrix, live = dense(W)
-    assert_close(spmm(W, X, bias=bias), product(matrix, X, live=live, bias=bias), W.dtype)
-    assert_close(spmm_t(W, DY), product(matrix.T, DY, live=live.T), W.dtype)
-    assert_close(sddmm_dw(W, DY, X), exact_gradient(W, DY, X), W.dtype)
-    for array, copy in zip((X, DY, W.indptr, W.indices, W.values), before, strict=True):
-        assert_same_bits(array, copy)
-
-
-@pytest.mark.any_width
 @pytest.mark.parametrize("block_shape", BLOCKS)
 @pytest.mark.parametrize("dtype", VALUE_DTYPES)
-def test_few_tokens_need_no_strips(
+def test_skinny_products_need_no_plan(
     block_shape: tuple[int, int], dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_block_products, "multiply", None)
+    monkeypatch.setattr(_spmm, "multiply", None)
     rng = np.random.default_rng(7)
     W = build((37, 50), block_shape, "some", rng, dtype)
     matrix, live = dense(W)
@@ -134,15 +46,6 @@ def test_few_tokens_need_no_strips(
         assert_close(spmm(W, X, bias=bias), product(matrix, X, live=live, bias=bias), dtype)
     with pytest.raises(TypeError, match="not callable"):
         spmm(W, np.ones((50, 65), dtype))
-
-
-@given(W=matrices(), rng=strategies.generators())
-def test_equals_the_reference(W: BlockCSR, rng: np.random.Generator) -> None:
-    X, DY = draw_tokens(rng, W, 5)
-    matrix, live = dense(W)
-    assert_close(reference.spmm(W, X), product(matrix, X, live=live), W.dtype)
-    assert_close(reference.spmm_t(W, DY), product(matrix.T, DY, live=live.T), W.dtype)
-    assert_close(reference.sddmm_dw(W, DY, X), exact_gradient(W, DY, X), W.dtype)
 
 
 @pytest.mark.any_width
@@ -181,8 +84,8 @@ def test_nan_and_infinity_reach_what_their_blocks_reach(
     assert_close(spmm(W, X), product(matrix, X, live=live), W.dtype)
     assert_close(spmm_t(W, DY), product(matrix.T, DY, live=live.T), W.dtype)
     gradient = sddmm_dw(W, DY, X)
-    assert_close(gradient, exact_gradient(W, DY, X), W.dtype)
-    slots, outside = W.outside()
+    assert_close(gradient, OPERATIONS[2].exact(W, DY, X), W.dtype)
+    slots, outside = W.topology.outside()
     assert not gradient[slots][outside].any()
 
 
@@ -194,7 +97,7 @@ def test_nan_and_infinity_reach_what_their_blocks_reach(
 def test_threads_change_no_bit(
     block_shape: tuple[int, int], dtype: type, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = note_shares(monkeypatch, _block_products, _block_gradient)
+    workers = note_workers(monkeypatch, _spmm, _sddmm_dw)
     rng = np.random.default_rng(2)
     W = build(shape, block_shape, "some", rng, dtype)
     X, DY = draw_tokens(rng, W, 250)
@@ -203,7 +106,7 @@ def test_threads_change_no_bit(
     for threads in (1, 2):
         numba.set_num_threads(threads)
         results.append((spmm(W, X, bias=bias), spmm_t(W, DY), sddmm_dw(W, DY, X)))
-    assert shares == [1, 1, 1, 2, 2, 2]
+    assert workers == [1, 1, 1, 2, 2, 2]
     for one, two in zip(*results, strict=True):
         assert_same_bits(one, two)
 
@@ -213,11 +116,11 @@ def test_threads_change_no_bit(
 @pytest.mark.parametrize("block_shape", BLOCKS)
 @pytest.mark.parametrize("dtype", VALUE_DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 64])
-def test_threads_change_no_bit_of_few_tokens(
+def test_threads_change_no_bit_of_skinny_products(
     block_shape: tuple[int, int], dtype: type, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = note_shares(monkeypatch, _block_few_tokens)
-    monkeypatch.setattr(_block_few_tokens, "_MIN_SHARE", 1)
+    workers = note_workers(monkeypatch, _skinny)
+    monkeypatch.setattr(_skinny, "_MIN_PART", 1)
     rng = np.random.default_rng(8)
     W = build((200, 90), block_shape, "some", rng, dtype)
     X, _ = draw_tokens(rng, W, tokens)
@@ -225,7 +128,7 @@ def test_threads_change_no_bit_of_few_tokens(
     for threads in (1, 2):
         numba.set_num_threads(threads)
         results.append(spmm(W, X))
-    assert shares == [1, 2]
+    assert workers == [1, 2]
     assert_same_bits(*results)
 
 
@@ -236,26 +139,40 @@ def test_threads_change_no_bit_of_few_tokens(
 def test_sums_of_tokens_come_along(block_shape: tuple[int, int], dtype: type, tokens: int) -> None:
     rng = np.random.default_rng(3)
     W = build((130, 70), block_shape, "some", rng, dtype)
-    plan = plan_sddmm_dw(W)
+    plan = panel_plan(W.topology, False)
     X, DY = draw_tokens(rng, W, tokens)
     R, C = (X, DY) if plan.transposed else (DY, X)
     out, sums = np.full(W.values.shape, np.nan, dtype), np.full(len(R), np.nan, dtype)
-    _block_gradient.sample(plan, R, C, out.reshape(-1), sums)
+    _sddmm_dw.sample(plan, R, C, out.reshape(-1), sums)
     wide = R.astype(np.float64)
     assert_close(sums, Exact(wide.sum(1), np.abs(wide).sum(1), np.array(tokens)), dtype)
 
 
 @pytest.mark.parametrize("block_shape", BLOCKS)
-def test_a_plan_kept_from_before_gives_the_same_bits(block_shape: tuple[int, int]) -> None:
+def test_a_plan_made_before_gives_the_same_bits(block_shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(4)
     W = build((60, 90), block_shape, "some", rng)
-    other = W.with_values(3 * W.values)
     X, DY = draw_tokens(rng, W, 70)
-    for call, plan, operands in (
-        (spmm, plan_spmm(W), [X]), (spmm_t, plan_spmm_t(W), [DY]), (sddmm_dw, plan_sddmm_dw(W), [DY, X])
-    ):  # fmt: skip
-        for matrix in (W, other):
-            assert_same_bits(call(matrix, *operands, plan=plan), call(matrix, *operands))
+    for call, operands in ((spmm, [X]), (spmm_t, [DY]), (sddmm_dw, [DY, X])):
+        for matrix in (W, W.with_values(3 * W.values)):
+            W.topology.forget()
+            first = call(matrix, *operands)
+            assert any(isinstance(plan, PanelPlan) for plan in W.topology.plans().values())
+            assert_same_bits(call(matrix, *operands), first)
+
+
+@pytest.mark.parametrize("block_shape", BLOCKS)
+def test_no_plan_outlives_its_topology(block_shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(9)
+    W = build((60, 90), block_shape, "some", rng)
+    X, DY = draw_tokens(rng, W, 70)
+    spmm(W, X), spmm_t(W, DY), sddmm_dw(W, DY, X)
+    free = np.setdiff1d(np.arange(W.grid[0] * W.grid[1]), W.positions())
+    n = min(3, W.nnz, len(free))
+    new = rewrite(W, np.arange(n), free[:n]).matrix  # as many blocks as before
+    assert new.nnz == W.nnz
+    for operation, operands in zip(OPERATIONS, ([X], [DY], [DY, X]), strict=True):
+        assert_close(operation.call(new, *operands), operation.exact(new, *operands), np.float32)
 
 
 @pytest.mark.parametrize("block_shape", BLOCKS)
@@ -267,34 +184,45 @@ def test_the_transposed_product_is_the_product_of_the_transpose(block_shape: tup
 
 
 def test_low_blocks_scatter_and_others_gather() -> None:
-    for block_shape, strips in (((4, 1), (False, False)), ((1, 8), (True, True)), ((4, 4), (False, True))):
-        W = BlockCSR.random((16, 16), 0.5, block_shape, 0)
-        assert (plan_spmm(W).transposed, plan_spmm_t(W).transposed) == strips
+    for block_shape, along in (((4, 1), (False, False)), ((1, 8), (True, True)), ((4, 4), (False, True))):
+        topology = BlockCSR.random((16, 16), 0.5, block_shape, 0).topology
+        assert tuple(panel_plan(topology, transposed).transposed for transposed in (False, True)) == along
+
+
+def test_a_plan_names_blocks_by_the_narrowest_integers() -> None:
+    for block_shape in ((1, 8), (4, 4)):
+        plan = panel_plan(BlockCSR.random((16, 64), 0.5, block_shape, 0).topology, True)
+        assert plan.transposed
+        assert (plan.slots.dtype, plan.columns.dtype) == (np.uint16, np.uint16)
+    many = panel_plan(BlockCSR.random((300, 300), 0.1, (1, 1), 0).topology, True)
+    assert many.slots.dtype == np.int32
 
 
 def test_more_than_65536_columns() -> None:
     rng = np.random.default_rng(6)
     W = BlockCSR.random((8, 70_000), 0.99, (4, 4), rng)
-    assert plan_spmm(W).columns.dtype == np.int32
+    assert panel_plan(W.topology, False).columns.dtype == np.int32
     X, DY = draw_tokens(rng, W, 3)
     wide = W.to_dense().astype(np.float64)
     assert_close(spmm(W, X), product(wide, X, live=wide != 0), np.float32)
     assert_close(spmm_t(W, DY), product(wide.T, DY), np.float32)
 
 
-def test_foreign_plans_are_refused() -> None:
-    W = BlockCSR.random((16, 24), 0.5, (4, 4), 0)
-    X = np.ones((24, 3), np.float32)
-    other = BlockCSR.random((16, 24), 0.25, (4, 4), 0)
-    with pytest.raises(
-        ValueError, match=r"plan must be made for this topology .*12 of them\), got .*18 of them"
+def test_numbers_where_blocks_reach_beyond_the_matrix_are_refused_in_every_product() -> None:
+    W = BlockCSR.random((6, 7), 0, (4, 4), 0)
+    X, DY = np.ones((7, 2), np.float32), np.ones((6, 2), np.float32)
+    values = W.values.copy()
+    changed = W.with_values(values)
+    values[-1, -1, -1] = np.nan
+    for function in (
+        lambda: spmm(changed, X),
+        lambda: spmm_t(changed, DY),
+        lambda: W.with_values(values),
+        lambda: changed.copy(),
+        lambda: rewrite(changed, [], []),  # type: ignore[arg-type]
     ):
-        spmm(W, X, plan=plan_spmm(other))
-    unstructured = PaddedCSR.random((16, 24), 0.5, 0)
-    with pytest.raises(TypeError, match="plan must be a Strips, got Segments"):
-        spmm(W, X, plan=plan_spmm(unstructured))
-    with pytest.raises(TypeError, match="plan must be a Segments, got Strips"):
-        spmm(unstructured, X, plan=plan_spmm(W))
+        with pytest.raises(ValueError, match="values must be 0 where blocks reach beyond the matrix, got"):
+            function()
 
 
 @given(W=matrices(), rng=strategies.generators())
@@ -304,11 +232,9 @@ def test_rewriting_moves_whole_blocks(W: BlockCSR, rng: np.random.Generator) -> 
     free = np.setdiff1d(np.arange(W.grid[0] * W.grid[1]), old)
     grow = rng.permutation(free)[:5]
     new, source = rewrite(W, drop, grow)
-    meant, meant_source = reference.rewrite(W, drop, grow)
     np.testing.assert_array_equal(new.positions(), np.union1d(np.delete(old, drop), grow))
-    np.testing.assert_array_equal(source, meant_source)
-    assert_same_bits(new.values, meant.values)
     for slot, origin in enumerate(source):
         expected = np.zeros(W.block_shape, W.dtype) if origin < 0 else W.values[origin]
         assert_same_bits(new.values[slot], expected)
-    new.check()
+    new.topology.blocks.check()
+    assert new.topology.blocks.capacity == new.nnz

@@ -1,4 +1,4 @@
-"""The compiled kernels' cache, and launching them where threads are dangerous."""
+"""The flags kernels are compiled with, and the cache of compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 
-from sparselab.kernels import PaddedCSR, spmm
-from sparselab.kernels.cpu.csr import spmm as _spmm
 from sparselab.kernels.cpu.runtime import jit as _jit
 from sparselab.kernels.cpu.runtime import target as _target
-from sparselab.kernels.cpu.runtime.jit import FASTMATH, aligned_empty, cache_directory, jit, scratch
-from tests.kernels.contract import note_shares
+from sparselab.kernels.cpu.runtime.jit import FASTMATH, cache_directory, jit
 from tests.kernels.process import ROOT, run_python
 
 #: Runs one kernel that compiles fast, or a product too; prints how many came from the cache and how many not.
@@ -27,11 +23,11 @@ from sparselab.kernels.cpu.csr import plan as _plan
 from sparselab.kernels.rewiring import rewrite as _rewrite
 from sparselab.kernels.cpu.csr import spmm as _spmm
 W = PaddedCSR.from_dense(np.array([[0, 2, 3], [4, 0, 0]], np.float32))
-assert rewrite(W, [0], [0]).topology.to_dense().tolist() == [[0, 0, 3], [4, 0, 0]]
+assert rewrite(W, [0], [0]).matrix.to_dense().tolist() == [[0, 0, 3], [4, 0, 0]]
 kernels = [_rewrite._merge]
 if "product" in sys.argv:
     assert (spmm(W, np.ones((3, 20), np.float32)) == [[5], [4]]).all()
-    kernels += [_plan._fill_segments, _spmm._multiply_share]
+    kernels += [_plan._fill_segments, _spmm._multiply_tiles]
 stats = [kernel.stats for kernel in kernels]
 print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.values()) for s in stats))
 """
@@ -93,9 +89,9 @@ def test_a_directory_that_vanishes_is_survived(tmp_path: Path) -> None:
     assert output.split() == ["0", "1"]
 
 
-def test_an_edited_source_and_another_width_name_another_directory(tmp_path: Path) -> None:
+def test_an_edited_a_moved_source_and_another_width_name_another_directory(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "sparselab", tmp_path / "sparselab")
-    code = "from sparselab.kernels import cache_directory; print(cache_directory())"
+    code = "from sparselab.kernels.cpu.runtime.jit import cache_directory; print(cache_directory())"
     base = {"SPARSELAB_CACHE_DIR": str(tmp_path / "cache")}
     names = [run_python("-c", code, root=tmp_path, **base) for _ in range(2)]
     assert names[0] == names[1]
@@ -104,16 +100,25 @@ def test_an_edited_source_and_another_width_name_another_directory(tmp_path: Pat
     with (tmp_path / "sparselab/kernels/cpu/simd/vectors.py").open("a") as source:
         source.write("# edited\n")
     names.append(run_python("-c", code, root=tmp_path, **base))
-    assert len(set(names[1:])) == 4
+    (tmp_path / "sparselab/kernels/reference/rewrite.py").rename(tmp_path / "sparselab/kernels/moved.py")
+    names.append(run_python("-c", code, root=tmp_path, **base))
+    assert len(set(names[1:])) == 5
     assert all(Path(name.strip()).parent == tmp_path / "cache" for name in names)
 
 
-@pytest.mark.parametrize("width", ["8", "128", "wide"])
-def test_a_wrong_vector_width_is_refused(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
-
-    monkeypatch.setenv("SPARSELAB_VECTOR_BYTES", width)
-    with pytest.raises(ValueError, match=f"SPARSELAB_VECTOR_BYTES must be 16, 32 or 64, got '{width}'"):
-        _target._vector_bytes()
+def test_without_a_compiler_the_reason_is_told_at_once() -> None:
+    code = """
+import sparselab
+try:
+    import sparselab.kernels
+except ImportError as error:
+    print(error)
+"""
+    told = run_python("-c", code, NUMBA_DISABLE_JIT="1").strip()
+    assert told == (
+        "sparselab's kernels exist only as compiled code: NUMBA_DISABLE_JIT must be unset or 0, got 1"
+    )
+    assert run_python("-c", code, NUMBA_DISABLE_JIT="0") == ""
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,72 +136,6 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_directory().name == f"kernels-{_jit._sources_digest()}"
 
 
-FORK = """
-import os, sys
-import numba, numpy as np
-from sparselab.kernels import PaddedCSR, sddmm_dw, spmm, spmm_t
-from sparselab.kernels.cpu.runtime import jit as _jit
-_jit._MIN_WORK = 1
-W = PaddedCSR.random((64, 80), 0.5, 0)
-X = np.random.default_rng(1).standard_normal((80, 200)).astype(np.float32)
-def products():
-    Y = spmm(W, X)
-    return [Y, spmm_t(W, Y), sddmm_dw(W, Y, X)]
-expected = products()
-assert _jit.worker_count() == 2 and numba.threading_layer() == sys.argv[1]
-child = os.fork()
-if child == 0:
-    try:
-        same = all(a.tobytes() == b.tobytes() for a, b in zip(products(), expected))
-        os._exit(0 if same and _jit.worker_count() == 1 else 3)
-    except BaseException:
-        os._exit(4)
-status = os.waitpid(child, 0)[1]
-assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, status
-assert _jit.worker_count() == 2
-assert all(a.tobytes() == b.tobytes() for a, b in zip(products(), expected))
-"""
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or numba.config.NUMBA_NUM_THREADS < 2, reason="needs fork, two threads"
-)
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_a_forked_child_computes_the_same_without_threads(layer: str) -> None:
-    run_python("-W", "ignore::DeprecationWarning", "-c", FORK, layer, NUMBA_THREADING_LAYER=layer)
-
-
-THREADS = """
-import sys, threading
-import numba, numpy as np
-from sparselab.kernels import PaddedCSR, plan_spmm, spmm
-from sparselab.kernels.cpu.runtime import jit as _jit
-_jit._MIN_WORK = 1
-W = PaddedCSR.random((64, 80), 0.5, 0)
-X = np.random.default_rng(1).standard_normal((80, 200)).astype(np.float32)
-plan, expected, wrong = plan_spmm(W), None, []
-if sys.argv[2] == "warm":
-    expected = spmm(W, X).tobytes()
-results = [[], []]
-def work(k):
-    for _ in range(200):
-        results[k].append(spmm(W, X, plan=plan).tobytes())
-threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-assert numba.threading_layer() == sys.argv[1]
-assert [len(each) for each in results] == [200, 200]
-assert len({expected or results[0][0], *results[0], *results[1]}) == 1
-"""
-
-
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
-@pytest.mark.parametrize("start", ["cold", "warm"])
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_two_python_threads_may_launch_at_once(layer: str, start: str) -> None:
-    run_python("-c", THREADS, layer, start, NUMBA_THREADING_LAYER=layer)
-
-
 def test_the_flags_let_nan_and_infinity_live() -> None:
     assert not FASTMATH & {"nnan", "ninf", "fast"}
 
@@ -206,27 +145,3 @@ def test_the_flags_let_nan_and_infinity_live() -> None:
 
     assert is_nan(np.float32(np.nan)) == (True, False)
     assert is_nan(np.float32(-np.inf)) == (False, True)
-
-
-def test_scratch_rows_and_new_arrays_start_on_cache_lines() -> None:
-    for items in (1, 15, 16, 17, 1000):
-        for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
-            block = scratch(3, items, dtype)
-            assert block.shape[0] == 3
-            assert block.shape[1] >= items
-            assert [row.ctypes.data % 64 for row in block] == [0, 0, 0]
-            array = aligned_empty(items, dtype)
-            assert (array.shape, array.dtype, array.ctypes.data % 64) == ((items,), dtype, 0)
-    assert aligned_empty(0, np.dtype(np.float32)).shape == (0,)
-
-
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
-def test_little_work_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    numba.set_num_threads(2)
-    monkeypatch.setattr(_jit, "_MIN_WORK", 1000)
-    assert [_jit.worker_count(work) for work in (None, 0, 999, 1000, 10**9)] == [2, 1, 1, 2, 2]
-    shares = note_shares(monkeypatch, _spmm)
-    W = PaddedCSR.from_dense(np.eye(4, dtype=np.float32))
-    for tokens in (80, 90):  # times 4 connections, 4 rows and 4 columns
-        spmm(W, np.ones((4, tokens), np.float32))
-    assert shares == [1, 2]

@@ -1,7 +1,8 @@
-"""Plans against plain loops, and refused where they would read out of bounds."""
+"""Plans against plain loops, and where they are kept."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from sparselab.kernels import PaddedCSR, plan_sddmm_dw, plan_spmm, plan_spmm_t
+from sparselab.kernels import PaddedCSR, rewrite
 from sparselab.kernels.cpu import partition as _shares
 from sparselab.kernels.cpu.csr import plan as _plan
-from sparselab.kernels.cpu.csr.plan import Segments
+from sparselab.kernels.cpu.csr.plan import Segments, gradient_plan, product_plan, transpose_plan
+from sparselab.kernels.cpu.runtime.target import TARGET
 from tests import strategies
-from tests.kernels.contract import OPERATIONS, Operation, assert_same_bits
+from tests.kernels.contract import assert_same_bits
 from tests.strategies import PATTERNS, build
 
 Array = np.ndarray[Any, Any]
@@ -25,7 +27,7 @@ Segment = tuple[int, int, int]
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (_plan, _shares):
-        monkeypatch.setattr(module, "_MIN_SHARE", 4)
+        monkeypatch.setattr(module, "_MIN_PART", 4)
 
 
 def slow_segments(W: PaddedCSR, block: int, chunk_rows: Array) -> list[list[list[Segment]]]:
@@ -49,7 +51,7 @@ def slow_segments(W: PaddedCSR, block: int, chunk_rows: Array) -> list[list[list
 def assert_segments(W: PaddedCSR, plan: Segments) -> None:
     """Fail unless the plan is what plain loops make of W with the plan's chunks and blocks."""
     expected = slow_segments(W, plan.block_columns, plan.chunk_rows)
-    assert (plan.n_connections, plan.capacity) == (W.nnz, W.capacity)
+    assert plan.n_connections == W.nnz
     assert plan.chunk_rows[0] == 0
     assert plan.chunk_rows[-1] == W.shape[0]
     assert plan.ptr.shape == (len(expected), max(-(-W.shape[1] // plan.block_columns), 1) + 1)
@@ -62,7 +64,8 @@ def assert_segments(W: PaddedCSR, plan: Segments) -> None:
 
 def plans(W: PaddedCSR, n_threads: int) -> list[Any]:
     numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
-    return [plan_spmm(W), plan_sddmm_dw(W), plan_spmm_t(W)]
+    W.topology.forget()
+    return [product_plan(W.topology), gradient_plan(W.topology), transpose_plan(W.topology)]
 
 
 def arrays(plan: Any) -> list[Array]:
@@ -78,7 +81,6 @@ def test_plans_are_those_of_plain_loops(W: PaddedCSR) -> None:
     rows = np.repeat(np.arange(W.shape[0]), W.row_nnz)
     np.testing.assert_array_equal(transposed.indices, rows[order])
     np.testing.assert_array_equal(transposed.slots, W.live_slots()[order])
-    assert transposed.capacity == W.capacity
     assert_segments(W.transpose(), transposed.segments)
     for one, two in zip(plans(W, 1), (forward, gradient, transposed), strict=True):
         for first, second in zip(arrays(one), arrays(two), strict=True):
@@ -87,10 +89,10 @@ def test_plans_are_those_of_plain_loops(W: PaddedCSR) -> None:
 
 def test_wrong_segments_are_seen() -> None:
     W = build((40, 300), "even", np.random.default_rng(0))
-    plan = plan_spmm(W)
+    plan = product_plan(W.topology)
     assert_segments(W, plan)
     for wrong in (
-        plan._replace(capacity=plan.capacity + 1),
+        plan._replace(n_connections=plan.n_connections + 1),
         plan._replace(start=plan.start[::-1]),
         plan._replace(row=plan.row[:-1]),
         plan._replace(ptr=plan.ptr + 1),
@@ -107,27 +109,38 @@ def test_large_plans_do_not_depend_on_threads(kind: str) -> None:
             assert_same_bits(first, second)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=repr)
-def test_a_plan_of_another_capacity_is_refused(operation: Operation) -> None:
+def test_a_plan_belongs_to_its_topology() -> None:
     W = PaddedCSR.random((20, 30), 0.5, 0)
-    wide = W.padded(2.0)
-    assert (wide.shape, wide.nnz) == (W.shape, W.nnz)
-    operands = operation.draw(np.random.default_rng(0), W, 4)
-    for matrix, other in ((W, wide), (wide, W)):
-        operation.call(matrix, *operands, plan=operation.plan(matrix))
-        with pytest.raises(
-            ValueError, match=rf"{matrix.capacity} slots.*got one for .*{other.capacity} slots"
-        ):
-            operation.call(matrix, *operands, plan=operation.plan(other))
+    plan = product_plan(W.topology)
+    assert product_plan(W.with_values(2 * W.values).topology) is plan
+    assert product_plan(W.copy().topology) is plan
+    # As many connections dropped as grown, in the same rows: only the columns differ.
+    slots = W.indptr[:-1][W.row_nnz > 0]
+    rows = np.flatnonzero(W.row_nnz)
+    free = [np.setdiff1d(np.arange(30), W.indices[W.indptr[i] : W.indptr[i + 1]])[-1] for i in rows]
+    new = rewrite(W, slots, rows * 30 + np.array(free)).matrix
+    assert (new.nnz, new.capacity) == (W.nnz, W.capacity)
+    assert not new.topology.plans()
+    assert product_plan(new.topology) is not plan
+
+
+def test_plans_are_let_go_and_made_anew() -> None:
+    W = PaddedCSR.random((20, 30), 0.5, 0)
+    plan, gradient = product_plan(W.topology), gradient_plan(W.topology)
+    W.topology.forget(lambda key: key == _plan.GRADIENT)
+    assert list(W.topology.plans()) == [_plan.GRADIENT]
+    assert gradient_plan(W.topology) is gradient
+    for first, second in zip(arrays(product_plan(W.topology)), arrays(plan), strict=True):
+        assert_same_bits(first, second)
 
 
 @pytest.mark.parametrize(("shape", "one_group"), [((64, 8192), True), ((2048, 256), False)])
 def test_a_wide_layer_packs_its_tokens_once(
     shape: tuple[int, int], one_group: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_plan, "CACHE_BUDGET_BYTES", 3 << 16)
+    monkeypatch.setattr(_plan, "TARGET", replace(TARGET, cache_budget_bytes=3 << 16))
     W = PaddedCSR.random(shape, 0.75, 0)
-    groups = _plan.product_groups(plan_spmm(W), 2, 1, 6)
+    groups = _plan.product_groups(product_plan(W.topology), 2, 1, 6)
     assert (len(groups) == 2) == one_group
-    rectangles = _plan.gradient_shares(plan_sddmm_dw(W), 2, 1, 6)
+    rectangles = _plan.gradient_rectangles(gradient_plan(W.topology), 2, 1, 6)
     assert (len(rectangles) == 1) == one_group

@@ -6,52 +6,53 @@ import numba
 import numpy as np
 import pytest
 
-from sparselab.kernels.cpu.runtime.jit import jit, launch, no_turns
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, new_counter
 from sparselab.kernels.cpu.runtime.team import spread, team
-from sparselab.kernels.cpu.simd.vectors import take_turn
+from sparselab.kernels.cpu.simd.vectors import next_item
 from tests.kernels.process import run_python
 
 needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
 
 
 @jit
-def fill(share, n_shares, start, out, faulty):  # type: ignore[no-untyped-def]
+def fill(share, n_workers, start, out, faulty):  # type: ignore[no-untyped-def]
     """Note who was here; the share `faulty` is an error."""
-    if spread(share, n_shares):
+    if spread(share, n_workers):
         return
     if share == faulty:
         raise ValueError("this share cannot be computed")
-    out[share] += start + n_shares
+    out[share] += start + n_workers
 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=needs_two_threads)])
-@pytest.mark.parametrize("n_shares", [1, 2, 3, 8])
-def test_every_share_runs_once_whatever_the_number_of_threads(threads: int, n_shares: int) -> None:
+@pytest.mark.parametrize("n_workers", [1, 2, 3, 8])
+def test_every_share_runs_once_whatever_the_number_of_threads(threads: int, n_workers: int) -> None:
     numba.set_num_threads(threads)
     out = np.zeros(8, np.int64)
-    launch(fill, n_shares, 10, out, -1)
-    assert out.tolist() == [10 + n_shares] * n_shares + [0] * (8 - n_shares)
+    launch(fill, n_workers, 10, out, -1)
+    assert out.tolist() == [10 + n_workers] * n_workers + [0] * (8 - n_workers)
 
 
 @jit
-def tick(share, n_shares, turns, taken):  # type: ignore[no-untyped-def]
+def tick(share, n_workers, turns, taken):  # type: ignore[no-untyped-def]
     """Count who takes which turn."""
-    if spread(share, n_shares):
+    if spread(share, n_workers):
         return
-    turn = take_turn(turns)
+    turn = next_item(turns)
     while turn < taken.shape[1]:
         taken[share, turn] += 1
-        turn = take_turn(turns)
+        turn = next_item(turns)
 
 
-@pytest.mark.parametrize("n_shares", [1, pytest.param(2, marks=needs_two_threads)])
-def test_every_turn_is_taken_once_whoever_takes_it(n_shares: int) -> None:
-    numba.set_num_threads(n_shares)
-    taken = np.zeros((n_shares, 200_000), np.int64)
-    turns = no_turns()
-    launch(tick, n_shares, turns, taken)
+@pytest.mark.parametrize("n_workers", [1, pytest.param(2, marks=needs_two_threads)])
+def test_every_turn_is_taken_once_whoever_takes_it(n_workers: int) -> None:
+    numba.set_num_threads(n_workers)
+    taken = np.zeros((n_workers, 200_000), np.int64)
+    turns = new_counter()
+    launch(tick, n_workers, turns, taken)
     assert np.all(taken.sum(0) == 1)
-    assert turns[0] == taken.shape[1] + n_shares
+    assert turns[0] == taken.shape[1] + n_workers
 
 
 def test_a_share_alone_is_computed_alone() -> None:
@@ -60,12 +61,12 @@ def test_a_share_alone_is_computed_alone() -> None:
     assert out.tolist() == [0, 13, 0]
 
 
-@pytest.mark.parametrize("n_shares", [1, 2, 3])
-def test_an_error_in_a_share_is_raised(n_shares: int) -> None:
+@pytest.mark.parametrize("n_workers", [1, 2, 3])
+def test_an_error_in_a_share_is_raised(n_workers: int) -> None:
     out = np.zeros(3, np.int64)
     with pytest.raises(ValueError, match="this share cannot be computed"):
-        launch(fill, n_shares, 10, out, 0)
-    assert out[1:n_shares].tolist() == [10 + n_shares] * (n_shares - 1)
+        launch(fill, n_workers, 10, out, 0)
+    assert out[1:n_workers].tolist() == [10 + n_workers] * (n_workers - 1)
 
 
 def test_threads_and_a_single_share_run_the_same_code() -> None:
@@ -86,7 +87,7 @@ def test_the_pool_does_not_move() -> None:
 
 THREADS = """
 import sys, numba, numpy as np
-from sparselab.kernels.cpu.runtime.jit import launch
+from sparselab.kernels.cpu.runtime.launch import launch
 from tests.kernels.cpu.test_team import fill
 out = np.zeros(7, np.int64)
 launch(fill, 7, 1, out, -1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparselab.kernels import PaddedCSR, rewrite
 from sparselab.kernels.cpu import partition as _shares
-from sparselab.kernels.cpu.partition import share_rows
+from sparselab.kernels.cpu.partition import split_rows
 from sparselab.kernels.rewiring import positions as _growth
 from sparselab.kernels.rewiring import rewrite as _rewrite
 from sparselab.kernels.rewiring import select as _select
@@ -35,7 +35,7 @@ FRACTIONS = st.sampled_from((0.0, 0.3, 1.0))
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even small work into shares, so that their edges are met."""
     for module in (_growth, _rewrite, _select, _shares, _topk):
-        monkeypatch.setattr(module, "_MIN_SHARE", 4)
+        monkeypatch.setattr(module, "_MIN_PART", 4)
 
 
 def for_each_thread_count(compute: Callable[[], Array | tuple[Array, ...]]) -> Array | tuple[Array, ...]:
@@ -86,7 +86,7 @@ def test_select_is_sorting(scores: list[float], dtype: type, rest: bool, data: s
 def test_kept_positions(W: PaddedCSR, fraction: float, rng: np.random.Generator) -> None:
     chosen = choose(rng, W.nnz, fraction)
     drop = W.live_slots()[chosen]
-    kept = for_each_thread_count(lambda: kept_positions(W, drop))
+    kept = for_each_thread_count(lambda: kept_positions(W.topology, drop))
     np.testing.assert_array_equal(kept, np.delete(W.positions(), chosen))
 
 
@@ -111,7 +111,7 @@ def test_merge_candidates(W: PaddedCSR, amounts: tuple[float, float], rng: np.ra
     slot_scores, free_scores = rng.random(W.capacity), rng.random(len(free))
     drop = W.live_slots()[chosen]
     positions, scores = for_each_thread_count(
-        lambda: merge_candidates(W, drop, slot_scores, free, free_scores)
+        lambda: merge_candidates(W.topology, drop, slot_scores, free, free_scores)
     )
     both = np.concatenate([W.positions()[chosen], free])
     order = np.argsort(both, kind="stable")
@@ -136,7 +136,7 @@ def test_sources_out_of_range_are_refused(n: int, source: list[int]) -> None:
 @pytest.mark.parametrize("kind", ["even", "unequal", "empty and full rows", "one row"])
 def test_shares_of_rows_cover_all_of_them(kind: str) -> None:
     W = build((70, 50), kind, np.random.default_rng(0))
-    edges = share_rows(W)
+    edges = split_rows(W.topology)
     assert edges[0] == 0
     assert edges[-1] == 70
     assert np.all(np.diff(edges) >= 0)
@@ -179,10 +179,10 @@ def test_streaming_beside_a_matrix_is_streaming_beside_its_positions(
         top = StreamedTopK(k, live, W.shape[1], dtype)
         for row in range(0, 60, height):
             top.push(row, G[row : row + height])
-        seen = top.live_scores[W.live_slots()] if isinstance(live, PaddedCSR) else top.live_scores
+        seen = top.live_scores[W.live_slots()] if live is W.topology else top.live_scores
         return *top.result(), seen
 
-    positions, scores, live_scores = for_each_thread_count(lambda: compute(W))
+    positions, scores, live_scores = for_each_thread_count(lambda: compute(W.topology))
     np.testing.assert_array_equal(positions, expected)
     np.testing.assert_array_equal(scores, np.abs(G.flat[expected]))
     np.testing.assert_array_equal(live_scores, np.abs(G.flat[W.positions()]))

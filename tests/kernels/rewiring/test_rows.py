@@ -54,7 +54,7 @@ def test_an_impossible_count_is_refused(k):
 def test_a_negative_count_of_free_entries_is_refused():
     W = PaddedCSR.from_dense(np.eye(2))
     with pytest.raises(ValueError, match=r"k must lie in .* for row 1; got -1"):
-        RowTopK(np.array([0, -1]), W, np.float64)
+        RowTopK(np.array([0, -1]), W.topology, np.float64)
 
 
 def pattern(rng, rows, cols, density):
@@ -62,7 +62,7 @@ def pattern(rng, rows, cols, density):
 
 
 def stream(matrix, W, k, heights):
-    top = RowTopK(k, W, matrix.dtype)
+    top = RowTopK(k, W.topology, matrix.dtype)
     row = 0
     for height in [*heights, matrix.shape[0]]:
         top.push(row, matrix[row : row + height])
@@ -135,7 +135,7 @@ def test_every_set_is_equally_likely():
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
 def test_the_number_of_threads_changes_nothing(monkeypatch):
-    monkeypatch.setattr(_rows, "_MIN_SHARE", 16)
+    monkeypatch.setattr(_rows, "_MIN_PART", 16)
     shares = []
     launch = _rows.launch
     monkeypatch.setattr(_rows, "launch", lambda *args: shares.append(args[1]) or launch(*args))

@@ -1,4 +1,4 @@
-"""Lots dealt to paths of length three, against CH2-L3n computed entry by entry."""
+"""Tickets dealt to paths of length three, against CH2-L3n computed entry by entry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_growth, "_MIN_SHARE", 4)
+    monkeypatch.setattr(_growth, "_MIN_PART", 4)
 
 
 def slow_scores(live: Array) -> Array:
@@ -45,55 +45,45 @@ def test_the_oracle_by_hand() -> None:
 
 def two_hops(live: Array) -> TwoHops:
     W = PaddedCSR.from_dense(live.astype(np.float32))
-    return TwoHops(W, W.transpose())
+    return TwoHops(W.topology, W.transpose().topology)
 
 
 def dealt(hops: TwoHops, shape: tuple[int, ...], n_picks: int) -> Array:
-    """What all lots and equally many picks of each bring to every position, per pick."""
-    lots = np.repeat(np.arange(hops.n_lots), n_picks)
-    picks = np.tile((np.arange(n_picks) + 0.5) / n_picks, hops.n_lots)
+    """What all tickets and equally many picks of each bring to every position, per pick."""
+    tickets = np.repeat(np.arange(hops.n_tickets), n_picks)
+    picks = np.tile((np.arange(n_picks) + 0.5) / n_picks, hops.n_tickets)
     counts = np.zeros(shape)
-    np.add.at(counts, hops.follow(lots, picks), 1)
+    np.add.at(counts, hops.follow(tickets, picks), 1)
     return counts / n_picks
 
 
 @given(
     st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]), strategies.generators()
 )
-def test_each_position_gets_its_score_in_lots(
+def test_each_position_gets_its_score_in_tickets(
     rows: int, columns: int, density: float, rng: np.random.Generator
 ) -> None:
     live = rng.random((rows, columns)) < density
     hops = two_hops(live)
-    # A lot leads to one of at most 8 columns with equal chances, so these many picks fall evenly.
+    # A ticket leads to one of at most 8 columns with equal chances, so these many picks fall evenly.
     np.testing.assert_allclose(dealt(hops, live.shape, math.lcm(*range(1, 9))), slow_scores(live), rtol=1e-12)
 
 
-def test_lots_that_are_dealt_wrongly_are_seen() -> None:
+def test_tickets_that_are_dealt_wrongly_are_seen() -> None:
     live = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 0]], np.bool_)
     hops = two_hops(live)
-    hops.n_lots -= 1
+    hops.n_tickets -= 1
     assert not np.allclose(dealt(hops, live.shape, 840), slow_scores(live))
 
 
 @pytest.mark.parametrize("kind", ["even", "unequal", "empty and full rows", "one row", "nothing"])
-def test_lots_and_where_they_lead_are_the_same_for_any_number_of_threads(kind: str) -> None:
+def test_tickets_and_where_they_lead_are_the_same_for_any_number_of_threads(kind: str) -> None:
     W = strategies.build((70, 50), kind, np.random.default_rng(0))
 
     def compute() -> tuple[Array, ...]:
-        hops = TwoHops(W, W.transpose())
+        hops = TwoHops(W.topology, W.transpose().topology)
         rng = np.random.default_rng(1)
-        lots = np.sort(rng.integers(0, max(hops.n_lots, 1), min(hops.n_lots, 500)))
-        return np.array(hops.n_lots), *hops.follow(lots, rng.random(len(lots)))
+        tickets = np.sort(rng.integers(0, max(hops.n_tickets, 1), min(hops.n_tickets, 500)))
+        return np.array(hops.n_tickets), *hops.follow(tickets, rng.random(len(tickets)))
 
     for_each_thread_count(compute)
-
-
-@given(st.integers(0, 12), st.integers(1, 12), strategies.generators())
-def test_a_matrix_from_positions_has_them(rows: int, columns: int, rng: np.random.Generator) -> None:
-    positions = np.flatnonzero(rng.random(rows * columns) < 0.4)
-    W = PaddedCSR.from_positions((rows, columns), positions)
-    W.check()
-    assert W.shape == (rows, columns)
-    assert W.capacity == W.nnz
-    np.testing.assert_array_equal(W.positions(), positions)

@@ -56,7 +56,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return noted
 
-    for function, name in (("multiply_few", FEW), ("multiply", TILES), ("expand_rows", DENSE)):
+    for function, name in (("multiply_skinny", FEW), ("multiply", TILES), ("expand_rows", DENSE)):
         monkeypatch.setattr(_products, function, noting(getattr(_products, function), name))
     return names
 

@@ -116,8 +116,8 @@ FIRST_USE = """
 import threading, torch
 torch.set_num_threads(1)
 from sparselab import SparseLinear
-from sparselab.kernels.cpu.runtime import jit as _jit
-_jit._MIN_WORK = 1
+from sparselab.kernels.cpu.runtime import launch as _launch
+_launch._MIN_WORK = 1
 layer = SparseLinear(300, 300)
 def work():
     x = torch.randn(100, 300, requires_grad=True)

@@ -1,4 +1,5 @@
 CACHE_DIR: str
 CPU_NAME: str | None
 CPU_FEATURES: str | None
+DISABLE_JIT: int
 NUMBA_NUM_THREADS: int

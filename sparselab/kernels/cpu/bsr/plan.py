@@ -1,8 +1,8 @@
-"""Strips: how the block kernels see a matrix of dense blocks.
+"""How the block kernels walk a matrix of dense blocks: in micro-panels.
 
-A *strip* is four rows of a block row, which share their columns: a loaded row of tokens serves four
-multiply-adds. A product can gather along the strips of its own matrix, or scatter along those of the
-transpose, so that blocks that are high or wide have strips without gaps either way.
+A *micro-panel* is `MR` rows of a block row, which have the same columns: a loaded row of tokens serves as
+many multiply-adds. A product gathers along the micro-panels of its own matrix, or scatters along those of the
+transpose, so that blocks which are high or wide have micro-panels without missing rows either way.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ from typing import NamedTuple
 import numpy as np
 
 from sparselab.kernels.arrays import Array, index_dtype
-from sparselab.kernels.cpu.bsr.panels import HEIGHT
-from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
+from sparselab.kernels.cpu.bsr.panels import MR
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put
 from sparselab.kernels.layouts.block_csr import BlockTopology
 
-_MIN_SHARE = 1 << 14
+_MIN_PART = 1 << 14
 
 
-class Strips(NamedTuple):
+class PanelPlan(NamedTuple):
     """Order in which kernels walk the blocks of W, or of W^T if `transposed`.
 
     The matrix walked, M, has the shape `shape` and blocks of `height` rows and `width` columns. Its block
     row r is ``indptr[r] : indptr[r + 1]``; block k is slot ``slots[k]`` of W, and its columns, each of them
     named, are ``columns[k * width : (k + 1) * width]``.
+
+    The weights are packed in this order in each call. They are not kept: values may be written to at any
+    time, and nothing tells that they were.
     """
 
     transposed: bool
@@ -39,19 +43,19 @@ class Strips(NamedTuple):
     columns: Array
 
     @property
-    def strips_per_row(self) -> int:
-        """Strips of a block row; the last one may have rows that do not exist."""
-        return -(-self.height // HEIGHT)
+    def panels_per_row(self) -> int:
+        """Micro-panels of a block row; the last one may have rows that do not exist."""
+        return -(-self.height // MR)
 
     @property
     def packed_items(self) -> int:
-        """Weights as packed: `HEIGHT` for each column of each strip."""
-        return len(self.columns) * self.strips_per_row * HEIGHT
+        """Weights as packed: `MR` for each column of each micro-panel."""
+        return len(self.columns) * self.panels_per_row * MR
 
     @property
     def is_packed(self) -> bool:
         """Whether blocks have the order of packed weights already."""
-        return not self.transposed and (self.height, self.width) == (HEIGHT, 1)
+        return not self.transposed and (self.height, self.width) == (MR, 1)
 
     @property
     def n_columns(self) -> int:
@@ -63,84 +67,88 @@ class Strips(NamedTuple):
         return (len(self.slots) * self.height * self.width + sum(self.shape)) * n_tokens
 
 
-def strips(topology: BlockTopology, transposed: bool) -> Strips:
-    """Strips for products with W, also for the gradient by its values, or with W^T."""
+def plan_key(along_transpose: bool) -> tuple[str, str, bool]:
+    """Key of the plan of W, or of W^T, among those of a topology."""
+    return "cpu", "panels", along_transpose
+
+
+def panel_plan(topology: BlockTopology, transposed: bool) -> PanelPlan:
+    """The plan of products with W, also of the gradient by its values, or of those with W^T."""
     along = wants_transpose(topology.block_shape, transposed)
-    return topology.plan(("cpu", "strips", along), partial(_plan_strips, transposed=along))
+    return topology.plan(plan_key(along), partial(_make_panel_plan, transposed=along))
 
 
-def _plan_strips(W: BlockTopology, transposed: bool) -> Strips:
-    """Strips of W, or of W^T."""
+def _make_panel_plan(W: BlockTopology, transposed: bool) -> PanelPlan:
     shape, (height, width) = W.shape, W.block_shape
-    rows = W.blocks.rows
-    slots, blocks, indptr = np.arange(W.nnz), rows.indices.astype(np.int64), rows.indptr
+    blocks, slots = W.blocks, np.arange(W.nnz)
     if transposed:
         shape, (height, width) = (shape[1], shape[0]), (width, height)
-        slots = np.argsort(rows.indices, kind="stable")
-        counts = np.bincount(blocks, minlength=W.grid[1])
-        blocks = np.repeat(np.arange(W.grid[0]), np.diff(indptr))[slots]
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-    columns = (blocks[:, None] * width + np.arange(width)).reshape(-1)
-    narrow = index_dtype(-(-shape[1] // width) * width)
-    return Strips(transposed, shape, height, width, indptr.astype(np.int64), slots, columns.astype(narrow))
+        blocks, slots = blocks.transposed()
+    n_columns = -(-shape[1] // width) * width
+    columns = (blocks.indices.astype(np.int64)[:, None] * width + np.arange(width)).reshape(-1)
+    return PanelPlan(
+        transposed, shape, height, width, blocks.rows.indptr, slots.astype(index_dtype(W.nnz)),
+        columns.astype(index_dtype(n_columns)),
+    )  # fmt: skip
 
 
 def wants_transpose(block_shape: tuple[int, int], transposed: bool) -> bool:
-    """Whether products with W, or with W^T if `transposed`, go along strips of W^T.
+    """Whether products with W, or with W^T if `transposed`, walk the micro-panels of W^T.
 
-    To gather along strips of its own matrix is faster for a product; but where its blocks are too low for a
-    strip, and higher in the transpose, it scatters along those.
+    To gather along those of its own matrix is faster for a product; but where its blocks have fewer than `MR`
+    rows, and more in the transpose, it scatters along those.
     """
     height, width = block_shape[::-1] if transposed else block_shape
-    gathers = height >= HEIGHT or height >= width
+    gathers = height >= MR or height >= width
     return transposed == gathers
 
 
 @jit
-def _move_share(  # type: ignore[no-untyped-def]
-    share, n_shares, pack, values, indptr, slots, height, width, row_step, column_step, packed
+def _move_blocks(  # type: ignore[no-untyped-def]
+    worker, n_workers, pack, values, indptr, slots, height, width, row_step, column_step, packed
 ):
-    """Copy the blocks of some block rows into the order of the strips, or back."""
-    if spread(share, n_shares):
+    """Copy the blocks of some block rows into the order of the micro-panels, or back."""
+    if spread(worker, n_workers):
         return
-    strips = (height + HEIGHT - 1) // HEIGHT
+    panels = (height + MR - 1) // MR
     n = len(indptr) - 1
     zero = packed.dtype.type(0)
-    for r in range(share * n // n_shares, (share + 1) * n // n_shares):
-        count = (indptr[r + 1] - indptr[r]) * width * HEIGHT
+    for r in range(worker * n // n_workers, (worker + 1) * n // n_workers):
+        count = (indptr[r + 1] - indptr[r]) * width * MR
         for k in range(indptr[r], indptr[r + 1]):
-            block = slots[k] * height * width
-            at = (indptr[r] * (strips - 1) + k) * width * HEIGHT
-            for row in range(0, height, HEIGHT):
-                rows = min(HEIGHT, height - row)
+            block = np.int64(slots[k]) * height * width
+            at = (indptr[r] * (panels - 1) + k) * width * MR
+            for row in range(0, height, MR):
+                rows = min(MR, height - row)
                 for j in range(width):
                     inside = block + row * row_step + j * column_step
-                    place = at + j * HEIGHT
+                    place = at + j * MR
                     if not pack:
                         for i in range(rows):
                             put(values, inside + i * row_step, get(packed, place + i))
-                    elif rows == HEIGHT:
-                        for i in range(HEIGHT):
+                    elif rows == MR:
+                        for i in range(MR):
                             put(packed, place + i, get(values, inside + i * row_step))
                     else:
-                        for i in range(HEIGHT):
+                        for i in range(MR):
                             put(packed, place + i, get(values, inside + i * row_step) if i < rows else zero)
                 at += count
 
 
-def pack_weights(values: Array, plan: Strips, packed: Array) -> None:
-    """Bring the blocks (flat) into the order of the strips, with zeros in rows that blocks do not have."""
+def pack_weights(values: Array, plan: PanelPlan, packed: Array) -> None:
+    """Bring the blocks (flat) into the order of the plan, with zeros in rows that they do not have."""
     _move(True, values, plan, packed)
 
 
-def unpack_weights(packed: Array, plan: Strips, values: Array) -> None:
-    """Bring entries in the order of the strips back into blocks (flat)."""
+def unpack_weights(packed: Array, plan: PanelPlan, values: Array) -> None:
+    """Bring entries in the order of the plan back into blocks (flat)."""
     _move(False, values, plan, packed)
 
 
-def _move(pack: bool, values: Array, plan: Strips, packed: Array) -> None:
-    n_shares = max(1, min(worker_count(), len(values) // _MIN_SHARE))
+def _move(pack: bool, values: Array, plan: PanelPlan, packed: Array) -> None:
+    n_workers = max(1, min(worker_count(), len(values) // _MIN_PART))
     steps = (1, plan.height) if plan.transposed else (plan.width, 1)
     launch(
-        _move_share, n_shares, pack, values, plan.indptr, plan.slots, plan.height, plan.width, *steps, packed
-    )
+        _move_blocks, n_workers, pack, values, plan.indptr, plan.slots, plan.height, plan.width, *steps,
+        packed,
+    )  # fmt: skip

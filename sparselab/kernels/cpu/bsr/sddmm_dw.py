@@ -1,84 +1,74 @@
 """Gradient of the blocks: ``dM[i, j] = sum_t R[i, t] C[j, t]`` for the rows and columns of every block.
 
-Loop order, from outside: shares of rectangles (block rows x panels of columns) on threads; runs of tokens;
-panels; strips; three columns at a time. A run's tokens lie one after the other in memory, so that the lanes
-of the 12 running sums of a strip and three columns are added up once a run. In registers: these sums, and
-three vectors of the columns, each of which serves four multiply-adds. In first-level cache: the four rows of
-the strip. In second-level cache: the panel. The rows of the run come from the third level, once a panel.
+Loop order, from outside: workers, each with rectangles (block rows x panels of columns); KC blocks of tokens;
+panels; micro-panels; `DOT_COLUMNS` columns at a time. The tokens of a KC block lie one after the other in
+memory, so that the lanes of the 12 sums of a micro-panel and three columns are added up once a KC block. In
+registers: these sums, and three vectors of the columns, each of which serves four multiply-adds. In
+first-level cache: the rows of the micro-panel. In second-level cache: the panel. The rows of the KC block
+come from the third level, once a panel.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, strides
-from sparselab.kernels.cpu.bsr.panels import (
-    HEIGHT,
-    TOGETHER,
-    add_sums,
-    fma_parts,
-    load_one,
-    load_three,
-    three_zeros,
-)
-from sparselab.kernels.cpu.bsr.plan import Strips, unpack_weights
+from sparselab.kernels.arrays import Array, address, strides
+from sparselab.kernels.cpu.bsr.panels import DOT_COLUMNS, MR
+from sparselab.kernels.cpu.bsr.plan import PanelPlan, unpack_weights
 from sparselab.kernels.cpu.csr.plan import split_evenly
 from sparselab.kernels.cpu.partition import first_not_below
-from sparselab.kernels.cpu.runtime.jit import aligned_empty, jit, launch, scratch, worker_count
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
+from sparselab.kernels.cpu.runtime.memory import aligned_empty, scratch
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.vectors import get, view_at
+from sparselab.kernels.cpu.simd.dots import add_sums
+from sparselab.kernels.cpu.simd.vectors import fma, get, load, view_at, zeros_register
 from sparselab.kernels.cpu.tiles import add_tokens, pack
 
-#: Bytes of the tokens of a run, and from one row of it to the next: rows at multiples of a power of two would
-#: lie in the same banks of a cache.
-_RUN_BYTES = 768
+#: Bytes of the tokens of a KC block, and from one row of it to the next: rows at multiples of a power of two
+#: would lie in the same banks of a cache.
+_KC_BYTES = 768
 _STRIDE_BYTES = 832
 
 #: Most columns of a panel, 312 KiB of the second-level cache.
 _PANEL_COLUMNS = 384
 
-#: Items of scratch, on cache lines of their own, for the dots of an incomplete group of columns.
-_REST = 16
-
 
 @jit
-def _strip_dots(rows, at, panel, columns, k, last, column0, length, step, rest, out, place):  # type: ignore[no-untyped-def]
-    """Add the dots of a strip's rows with the columns k : last of `columns` to `out`, from `place` on.
+def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, out, place):  # type: ignore[no-untyped-def]
+    """Add the dots of a micro-panel's rows with the columns k : last to `out`, from `place` on.
 
     The step from token to token is an argument, because LLVM would unroll a loop whose length it can tell,
     and then reload an address for every operand.
     """
     stride = _STRIDE_BYTES // panel.itemsize
+    zero = zeros_register(panel)
+    end = place + (last - k) * MR
     while k < last:
         a = (np.int64(get(columns, k)) - column0) * stride
         b = (np.int64(get(columns, min(k + 1, last - 1))) - column0) * stride
         c = (np.int64(get(columns, min(k + 2, last - 1))) - column0) * stride
-        s0 = s1 = s2 = s3 = three_zeros(panel)
+        s0 = s1 = s2 = s3 = (zero, zero, zero)
         t = 0
         while t < length:
-            x = load_three(panel, a + t, b + t, c + t)
-            s0 = fma_parts(load_one(rows, at + t), x, s0)
-            s1 = fma_parts(load_one(rows, at + stride + t), x, s1)
-            s2 = fma_parts(load_one(rows, at + 2 * stride + t), x, s2)
-            s3 = fma_parts(load_one(rows, at + 3 * stride + t), x, s3)
+            x = load(panel, a + t, zero), load(panel, b + t, zero), load(panel, c + t, zero)
+            s0 = fma(load(rows, at + t, zero), x, s0)
+            s1 = fma(load(rows, at + stride + t, zero), x, s1)
+            s2 = fma(load(rows, at + 2 * stride + t, zero), x, s2)
+            s3 = fma(load(rows, at + 3 * stride + t, zero), x, s3)
             t += step
-        if k + TOGETHER <= last:
-            add_sums(s0, s1, s2, s3, out, place)
-        else:
-            rest[:] = 0
-            add_sums(s0, s1, s2, s3, rest, 0)
-            for i in range((last - k) * HEIGHT):
-                out[place + i] += get(rest, i)
-        k += TOGETHER
-        place += TOGETHER * HEIGHT
+        by_column = s0[0], s1[0], s2[0], s3[0], s0[1], s1[1], s2[1], s3[1], s0[2], s1[2], s2[2], s3[2]
+        add_sums(out, place, end, by_column)
+        k += DOT_COLUMNS
+        place += DOT_COLUMNS * MR
 
 
 @jit
 def _pack_rows(x, x_strides, token0, tokens, row0, row1, height, n_rows, target):  # type: ignore[no-untyped-def]
-    """Pack a run of the rows of strips, some of which do not exist if blocks are not of whole strips."""
+    """Pack the rows of micro-panels; those that blocks do not have, and missing tokens, become zeros."""
     stride = _STRIDE_BYTES // target.itemsize
-    padded = (height + HEIGHT - 1) // HEIGHT * HEIGHT
+    padded = (height + MR - 1) // MR * MR
     together = row1 - row0 if padded == height else 1
     for r in range(row0, row1, together):
         first = r * height
@@ -102,34 +92,32 @@ def _cut_columns(columns, indptr, block_width, panel_columns, rectangle):  # typ
 
 
 @jit
-def _sample_share(  # type: ignore[no-untyped-def]
-    share, n_shares, rectangles, panel_columns, columns, indptr, height, block_width, n_rows, n_columns,
+def _sample_blocks(  # type: ignore[no-untyped-def]
+    worker, n_workers, rectangles, panel_columns, columns, indptr, height, block_width, n_rows, n_columns,
     r_at, r_strides, c_at, c_strides, n_tokens, step, most_rows, work, out, sums,
 ):  # fmt: skip
-    """Compute the share's rectangles, one after the other; those that begin a row also write its sum."""
-    if spread(share, n_shares):
+    """Compute the worker's rectangles, one after the other; those that begin a row also write its sum."""
+    if spread(worker, n_workers):
         return
-    memory = work[share]
-    stride, run = _STRIDE_BYTES // memory.itemsize, _RUN_BYTES // memory.itemsize
-    rest = memory[: TOGETHER * HEIGHT]
-    panel = memory[_REST : _REST + panel_columns * stride]
-    rows = memory[_REST + panel_columns * stride : _REST + (panel_columns + most_rows) * stride]
-    partial = memory[_REST + (panel_columns + most_rows) * stride :]
+    memory = work[worker]
+    stride, kc = _STRIDE_BYTES // memory.itemsize, _KC_BYTES // memory.itemsize
+    panel, rows = memory[: panel_columns * stride], memory[panel_columns * stride :]
+    partial = memory[(panel_columns + most_rows) * stride :]
     y, x = view_at(r_at, memory), view_at(c_at, memory)
-    strips = (height + HEIGHT - 1) // HEIGHT
+    panels = (height + MR - 1) // MR
     n = len(rectangles)
-    for i in range(share * n // n_shares, (share + 1) * n // n_shares):
+    for i in range(worker * n // n_workers, (worker + 1) * n // n_workers):
         row0, row1, panel0, panel1 = rectangles[i, 0], rectangles[i, 1], rectangles[i, 2], rectangles[i, 3]
         wants_sums = len(sums) > 0 and panel0 == 0
-        strip_rows = (row1 - row0) * strips * HEIGHT
-        partial[: strip_rows * 8] = 0
+        panel_rows = (row1 - row0) * panels * MR
+        partial[: panel_rows * 8] = 0
         cuts = _cut_columns(columns, indptr, block_width, panel_columns, rectangles[i])
-        for token0 in range(0, n_tokens, run):
-            tokens = min(run, n_tokens - token0)
+        for token0 in range(0, n_tokens, kc):
+            tokens = min(kc, n_tokens - token0)
             length = (tokens + step - 1) // step * step
             _pack_rows(y, r_strides, token0, tokens, row0, row1, height, n_rows, rows)
             if wants_sums:
-                add_tokens(rows, strip_rows, stride, partial)
+                add_tokens(rows, panel_rows, stride, partial)
             for p in range(panel0, panel1):
                 column0 = p * panel_columns
                 width = min(panel_columns, n_columns - column0)
@@ -139,17 +127,17 @@ def _sample_share(  # type: ignore[no-untyped-def]
                 for r in range(row0, row1):
                     first, end = indptr[r] * block_width, indptr[r + 1] * block_width
                     k0, k1 = cuts[r - row0, p - panel0], cuts[r - row0, p + 1 - panel0]
-                    for s in range(strips):
-                        place = (first * strips + s * (end - first) + k0 - first) * HEIGHT
-                        at = ((r - row0) * strips + s) * HEIGHT * stride
-                        _strip_dots(rows, at, panel, columns, k0, k1, column0, length, step, rest, out, place)
+                    for s in range(panels):
+                        place = (first * panels + s * (end - first) + k0 - first) * MR
+                        at = ((r - row0) * panels + s) * MR * stride
+                        _panel_dots(rows, at, panel, columns, k0, k1, column0, length, step, out, place)
         if wants_sums:
             for row in range(row0 * height, min(row1 * height, n_rows)):
-                at = (row // height - row0) * strips * HEIGHT + row % height
+                at = (row // height - row0) * panels * MR + row % height
                 sums[row] = partial[at * 8 : at * 8 + 8].sum()
 
 
-def _cut(plan: Strips, n_workers: int) -> tuple[Array, int]:
+def _cut(plan: PanelPlan, n_workers: int) -> tuple[Array, int]:
     """Rectangles ``(block row 0, block row 1, panel 0, panel 1)``, one row each, and blocks across a panel.
 
     The longer side of the matrix is cut first.
@@ -174,10 +162,10 @@ def _cut(plan: Strips, n_workers: int) -> tuple[Array, int]:
     return np.array(rectangles, np.int64), panel_blocks
 
 
-def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = None) -> None:
+def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None = None) -> None:
     """The dots of rows of `R` with rows of `C` for every entry of every block, written to `out` (flat).
 
-    R ``(rows, tokens)`` and C ``(columns, tokens)``, of the matrix M that the strips walk, may have any
+    R ``(rows, tokens)`` and C ``(columns, tokens)``, of the matrix M that the plan walks, may have any
     strides and are not checked. If `sums` (rows,) is given, it becomes ``sum_t R[:, t]``. Entries of `out`
     beyond the matrix are 0 times a number, which a NaN or infinity makes NaN.
     """
@@ -189,16 +177,16 @@ def sample(plan: Strips, R: Array, C: Array, out: Array, sums: Array | None = No
         sums.fill(0)
         return
     rectangles, panel_blocks = _cut(plan, worker_count(plan.work(n_tokens)))
-    most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.strips_per_row * HEIGHT
+    most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.panels_per_row * MR
     panel_columns = panel_blocks * plan.width
-    items = _REST + (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8
+    items = (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8
     work = scratch(len(rectangles), items, out.dtype)
     packed = out if plan.is_packed else aligned_empty(plan.packed_items, out.dtype)
     packed.fill(0)
     launch(
-        _sample_share, len(rectangles), rectangles, panel_columns, plan.columns, plan.indptr, plan.height,
-        plan.width, n_rows, n_columns, R.__array_interface__["data"][0], strides(R),
-        C.__array_interface__["data"][0], strides(C), n_tokens, VECTOR_BYTES // out.itemsize, most_rows, work,
+        _sample_blocks, len(rectangles), rectangles, panel_columns, plan.columns, plan.indptr, plan.height,
+        plan.width, n_rows, n_columns, address(R), strides(R),
+        address(C), strides(C), n_tokens, VECTOR_BYTES // out.itemsize, most_rows, work,
         packed, sums,
     )  # fmt: skip
     if not plan.is_packed:

@@ -1,11 +1,11 @@
-"""Dense blocks x dense for few tokens: ``Y = W X + b`` with at most `MOST_BLOCK_TOKENS` columns in X.
+"""Skinny dense blocks x dense: ``Y = W X + b`` for at most `MOST_BLOCK_TOKENS` tokens, and gemv for one.
 
-Loop order, from outside: shares of block rows on threads; block rows; four rows of them; blocks; their
+Loop order, from outside: workers, each with some block rows; block rows; four rows of them; blocks; their
 columns. The sums of the four rows stay in registers, and a loaded vector of X serves all of them. Its lanes
-are tokens; for one token, or two in turns, they are columns if a block has whole vectors of them, so that the
-weights are loaded as vectors too. No plan is needed, and nothing is packed but the tokens, which stay in the
-first two caches. The weights are read where they are, once: 4 bytes each, and 2 for the column of a block.
-The bandwidth at which they arrive is the limit for one token, the multiply-adds are for many.
+are tokens. For one token, or two one after the other, they are columns if a block has whole vectors of them,
+so that the weights are loaded as vectors too. No plan is needed, and nothing is packed but the tokens, which
+stay in the first two caches. The weights are read where they are, once: 4 bytes each, and 2 for the column of
+a block. The bandwidth at which they arrive is the limit for one token, the multiply-adds are for many.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.csr.skinny import Matrix, rows_of_share
-from sparselab.kernels.cpu.runtime.jit import CACHE_LINE, jit, launch, scratch
+from sparselab.kernels.cpu.csr.skinny import Matrix, rows_of_worker
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch
+from sparselab.kernels.cpu.runtime.memory import scratch
+from sparselab.kernels.cpu.runtime.target import CACHE_LINE
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import sum_of
 from sparselab.kernels.cpu.simd.vectors import (
-    add_rows,
-    fma_row,
+    add,
+    fma,
     get,
     half_line,
     lanes_of,
-    load_any,
-    load_like,
+    load,
+    load_unaligned,
     put,
     quarter_line,
-    splat_like,
-    store_row,
+    store,
     view_at,
     whole_line,
 )
@@ -37,23 +39,23 @@ from sparselab.kernels.cpu.tiles import pack
 #: Up to here weights read where they are beat packed ones.
 MOST_BLOCK_TOKENS = 64
 
-#: So many tokens in turns are faster than together, if lanes can be columns.
-_IN_TURNS = 2
+#: So many tokens one after the other are faster than together, if lanes can be columns.
+_ONE_BY_ONE = 2
 
 #: Weights that are worth a thread of their own.
-_MIN_SHARE = 32_768
+_MIN_PART = 32_768
 
 
 @jit
 def _columns(values, place, tile, column, total):  # type: ignore[no-untyped-def]
     """`total` plus weights times inputs, column by column."""
-    return fma_row(load_any(values, place, total), load_any(tile, column, total), total)
+    return fma(load_unaligned(values, place, total), load_unaligned(tile, column, total), total)
 
 
 @jit
 def _tokens(values, place, tile, at, total):  # type: ignore[no-untyped-def]
     """`total` plus a weight times its tokens."""
-    return fma_row(splat_like(get(values, place), total), load_like(tile, at, total), total)
+    return fma(get(values, place), load(tile, at, total), total)
 
 
 @jit
@@ -129,10 +131,10 @@ def _sums_of_four(values, start, indices, first, end, size, width, tile, sums, l
             d = _tokens(values, place + 3 * width, tile, at, d)
             place += 1
             at += lanes
-    store_row(sums, 0, a)
-    store_row(sums, lanes, b)
-    store_row(sums, 2 * lanes, c)
-    store_row(sums, 3 * lanes, d)
+    store(sums, 0, a)
+    store(sums, lanes, b)
+    store(sums, 2 * lanes, c)
+    store(sums, 3 * lanes, d)
 
 
 @jit
@@ -157,7 +159,7 @@ def _sum(values, start, indices, first, end, size, width, tile, sums, like):  # 
             at = np.int64(get(indices, k)) * step + j * lanes_of(like)
             a = _tokens(values, start + k * size + j, tile, at, a)
         k += 1
-    store_row(sums, 0, add_rows(add_rows(a, b), add_rows(c, d)))
+    store(sums, 0, add(add(a, b), add(c, d)))
 
 
 @jit
@@ -184,17 +186,17 @@ def _some_tokens(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _multiply_share(  # type: ignore[no-untyped-def]
-    share, n_shares, values_at, indices, indptr, height, width, bias_at, like,
+def _multiply_skinny_blocks(  # type: ignore[no-untyped-def]
+    worker, n_workers, values_at, indices, indptr, height, width, bias_at, like,
     x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
 ):  # fmt: skip
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
     values, bias = view_at(values_at, like), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
-    first, last = rows_of_share(share, n_shares, indptr[:-1], indptr[1:])
+    first, last = rows_of_worker(worker, n_workers, indptr[:-1], indptr[1:])
     items = 4 * lanes_of(whole_line(like))
-    sums, tile = work[share, :items], work[share, items:]
+    sums, tile = work[worker, :items], work[worker, items:]
     for token0 in range(0, n_tokens, lanes):
         tokens, start = min(lanes, n_tokens - token0), token0 * y_strides[1]
         pack(x, token0 * x_strides[1], x_strides[0], x_strides[1], n_columns, tokens, tile, lanes)
@@ -216,13 +218,13 @@ def _multiply_share(  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-def multiply_few_blocks(
+def multiply_skinny_blocks(
     values_at: int, indices: Array, indptr: Array, block_shape: tuple[int, int], bias_at: int, like: Array,
     X: Matrix, Y: Matrix, n_threads: int,
 ) -> None:  # fmt: skip
     """``Y = W X + b`` for 1 to `MOST_BLOCK_TOKENS` tokens, with the rows and the blocks of a `BlockCSR`.
 
-    All else is as for `multiply_few`.
+    All else is as for `multiply_skinny`.
     """
     x_at, x_strides, (n_columns, n_tokens) = X
     y_at, y_strides, (n_rows, _) = Y
@@ -230,13 +232,13 @@ def multiply_few_blocks(
         return
     height, width = block_shape
     line = CACHE_LINE // like.itemsize
-    if n_tokens <= _IN_TURNS and width % (line // 4) == 0:
+    if n_tokens <= _ONE_BY_ONE and width % (line // 4) == 0:
         lanes = 1
     else:
         lanes = line // 2 if n_tokens <= line // 2 else line
-    n_shares = min(n_threads, 1 + len(indices) * height * width // _MIN_SHARE)
-    work = scratch(n_shares, 4 * line + (n_columns + width) * lanes, like.dtype)
+    n_workers = min(n_threads, 1 + len(indices) * height * width // _MIN_PART)
+    work = scratch(n_workers, 4 * line + (n_columns + width) * lanes, like.dtype)
     launch(
-        _multiply_share, n_shares, values_at, indices, indptr, height, width, bias_at, like,
+        _multiply_skinny_blocks, n_workers, values_at, indices, indptr, height, width, bias_at, like,
         x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
     )  # fmt: skip

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.runtime.jit import CACHE_LINE, jit, launch, worker_count
-from sparselab.kernels.cpu.runtime.target import TILE_BYTES
+from sparselab.kernels.arrays import Array, address
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
+from sparselab.kernels.cpu.runtime.target import CACHE_LINE, TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put, view_at
 
@@ -135,16 +136,16 @@ def _copy(source, at, step, target, to, target_step, count):  # type: ignore[no-
 
 
 @jit
-def _move_share(  # type: ignore[no-untyped-def]
-    share, n_shares, fill, x_at, strides, n_images, phases, step, rows, pitch, planes, stride, margin
+def _move_pixels(  # type: ignore[no-untyped-def]
+    worker, n_workers, fill, x_at, strides, n_images, phases, step, rows, pitch, planes, stride, margin
 ):
     """Copy the pixels of some planes from the images, with zeros around them, or back to the images."""
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
     x = view_at(x_at, planes)
     per_channel = len(phases)
     n_planes = len(planes) // stride
-    for plane in range(share * n_planes // n_shares, (share + 1) * n_planes // n_shares):
+    for plane in range(worker * n_planes // n_workers, (worker + 1) * n_planes // n_workers):
         channel, phase = plane // per_channel, phases[plane % per_channel]
         if fill:
             planes[plane * stride : (plane + 1) * stride] = 0
@@ -176,7 +177,7 @@ def read_planes(images: Array, grid: Grid, planes: Array) -> None:
 def _move(fill: bool, images: Array, grid: Grid, planes: Array, margin: int) -> None:
     strides = tuple(step // images.itemsize for step in images.strides)
     launch(
-        _move_share, min(worker_count(planes.size), len(planes)), fill,
-        images.__array_interface__["data"][0], strides, len(images), grid.phases, grid.step, grid.rows,
+        _move_pixels, min(worker_count(planes.size), len(planes)), fill,
+        address(images), strides, len(images), grid.phases, grid.step, grid.rows,
         grid.pitch, planes.reshape(-1), planes.shape[1], margin,
     )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Sparse products with shifted rows of planes (see `_planes`), the arithmetic of a sparse convolution.
+"""Sparse products with shifted rows of planes (see `planes`), the arithmetic of a sparse convolution.
 
 ``Y[i, t] = sum_k v_k P[offset_k + t] + b_i`` over the connections k of row i, and its gradient by the values,
 ``dW_k = sum_t DY[i, t] P[offset_k + t]``. A column's tokens follow each other in memory, so nothing is
 packed: the rows of P are loaded where they are, at any alignment.
 
-Loop order of `multiply_shifted`, from outside: shares of (row group, tile of tokens) on threads; blocks of
+Loop order of `multiply_shifted`, from outside: (row group, tile of tokens) in a dynamic schedule; blocks of
 columns; rows. In registers: the tile of one sum, two tile rows. In the first-level cache: what the windows of
-the tile see of a block's planes. Loop order of `sample_shifted`: shares of rows; long tiles of tokens; rows;
+the tile see of a block's planes. Loop order of `sample_shifted`: workers; long tiles of tokens; rows;
 `_DOTS` connections at a time, whose sums stay in registers while they go along the tile and share the loads
 of DY. Per connection and tile row: one tile row loaded and multiplied; per connection and tile 4 + 2 bytes of
 value and column.
@@ -19,40 +19,42 @@ import numpy as np
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.csr.plan import Segments, product_groups
 from sparselab.kernels.cpu.partition import cut_rows
-from sparselab.kernels.cpu.runtime.jit import jit, launch, no_turns, worker_count
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import add_sums
 from sparselab.kernels.cpu.simd.vectors import (
-    fma_row,
+    fma,
     get,
     lanes_of,
-    load_any,
-    splat_row,
-    store_any,
-    take_turn,
+    load_unaligned,
+    next_item,
+    splat,
+    store_unaligned,
     tile_width,
     weight,
     zeros_register,
+    zeros_tile,
 )
 
 #: Connections whose dots are formed together.
 _DOTS = 8
 
-#: Bytes of a row of DY that a share goes along before it turns to the next row.
+#: Bytes of a row of DY that a worker goes along before it turns to the next row.
 _LONG_TILE_BYTES = 4096
 
 
 @jit
-def _multiply_share(  # type: ignore[no-untyped-def]
-    share, n_shares, turns, values, indices, bias, plan, groups, offsets, x, y, y_stride, n_tokens
+def _multiply_windows(  # type: ignore[no-untyped-def]
+    worker, n_workers, counter, values, indices, bias, plan, groups, offsets, x, y, y_stride, n_tokens
 ):
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
-    width = tile_width(y)
+    like, width = zeros_tile(y), tile_width(y)
     n_tiles = n_tokens // (2 * width)
     n_pairs = (len(groups) - 1) * n_tiles
-    pair = take_turn(turns)
+    pair = next_item(counter)
     while pair < n_pairs:
         chunk0, chunk1 = groups[pair // n_tiles], groups[pair // n_tiles + 1]
         token = pair % n_tiles * 2 * width
@@ -62,18 +64,18 @@ def _multiply_share(  # type: ignore[no-untyped-def]
                     row = np.int64(get(plan.row, p))
                     slot = np.int64(get(plan.start, p))
                     at = row * y_stride + token
-                    left = splat_row(get(bias, row))
+                    left = splat(get(bias, row), like)
                     right = left
                     if b > 0:
-                        left, right = load_any(y, at, left), load_any(y, at + width, left)
+                        left, right = load_unaligned(y, at, left), load_unaligned(y, at + width, left)
                     for k in range(slot, slot + np.int64(get(plan.length, p))):
                         place = np.int64(get(offsets, np.int64(get(indices, k)))) + token
-                        w = splat_row(weight(values, k))
-                        left = fma_row(w, load_any(x, place, left), left)
-                        right = fma_row(w, load_any(x, place + width, left), right)
-                    store_any(y, at, left)
-                    store_any(y, at + width, right)
-        pair = take_turn(turns)
+                        w = weight(values, k)
+                        left = fma(w, load_unaligned(x, place, left), left)
+                        right = fma(w, load_unaligned(x, place + width, left), right)
+                    store_unaligned(y, at, left)
+                    store_unaligned(y, at + width, right)
+        pair = next_item(counter)
 
 
 def multiply_shifted(
@@ -101,10 +103,10 @@ def multiply_shifted(
         return
     workers = worker_count(plan.n_connections * n_tokens)
     groups = product_groups(plan, n_tiles, workers, Y.itemsize + indices.itemsize)
-    n_shares = min(workers, (len(groups) - 1) * n_tiles)
+    n_workers = min(workers, (len(groups) - 1) * n_tiles)
     launch(
-        _multiply_share, n_shares, no_turns(), values, indices, bias, plan, groups, offsets, X.reshape(-1),
-        Y.reshape(-1), Y.shape[1], n_tokens,
+        _multiply_windows, n_workers, new_counter(), values, indices, bias, plan, groups, offsets,
+        X.reshape(-1), Y.reshape(-1), Y.shape[1], n_tokens,
     )  # fmt: skip
 
 
@@ -114,16 +116,16 @@ def _place(offsets, indices, slot, last):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _sample_share(  # type: ignore[no-untyped-def]
-    share, n_shares, edges, indices, begin, end, offsets, dy, dy_stride, x, n_tokens, long_tile, out
+def _sample_windows(  # type: ignore[no-untyped-def]
+    worker, n_workers, edges, indices, begin, end, offsets, dy, dy_stride, x, n_tokens, long_tile, out
 ):
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
     zero = zeros_register(x)
     lanes = lanes_of(zero)
     for token0 in range(0, n_tokens, long_tile):
         token1 = min(token0 + long_tile, n_tokens)
-        for i in range(edges[share], edges[share + 1]):
+        for i in range(edges[worker], edges[worker + 1]):
             row, last = i * dy_stride, end[i] - 1
             for slot in range(begin[i], end[i], _DOTS):
                 # The places past the last connection are its own again.
@@ -133,16 +135,16 @@ def _sample_share(  # type: ignore[no-untyped-def]
                 p6, p7 = _place(offsets, indices, slot + 6, last), _place(offsets, indices, slot + 7, last)
                 s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = zero
                 for t in range(token0, token1, lanes):
-                    d = load_any(dy, row + t, zero)
-                    s0 = fma_row(d, load_any(x, p0 + t, zero), s0)
-                    s1 = fma_row(d, load_any(x, p1 + t, zero), s1)
-                    s2 = fma_row(d, load_any(x, p2 + t, zero), s2)
-                    s3 = fma_row(d, load_any(x, p3 + t, zero), s3)
-                    s4 = fma_row(d, load_any(x, p4 + t, zero), s4)
-                    s5 = fma_row(d, load_any(x, p5 + t, zero), s5)
-                    s6 = fma_row(d, load_any(x, p6 + t, zero), s6)
-                    s7 = fma_row(d, load_any(x, p7 + t, zero), s7)
-                add_sums(out, slot, last + 1, s0, s1, s2, s3, s4, s5, s6, s7)
+                    d = load_unaligned(dy, row + t, zero)
+                    s0 = fma(d, load_unaligned(x, p0 + t, zero), s0)
+                    s1 = fma(d, load_unaligned(x, p1 + t, zero), s1)
+                    s2 = fma(d, load_unaligned(x, p2 + t, zero), s2)
+                    s3 = fma(d, load_unaligned(x, p3 + t, zero), s3)
+                    s4 = fma(d, load_unaligned(x, p4 + t, zero), s4)
+                    s5 = fma(d, load_unaligned(x, p5 + t, zero), s5)
+                    s6 = fma(d, load_unaligned(x, p6 + t, zero), s6)
+                    s7 = fma(d, load_unaligned(x, p7 + t, zero), s7)
+                add_sums(out, slot, last + 1, (s0, s1, s2, s3, s4, s5, s6, s7))
 
 
 def sample_shifted(
@@ -154,9 +156,9 @@ def sample_shifted(
     Row i is the connections ``begin[i] : end[i]``; DY (rows, tokens) and X are in C order.
     The sum over the tokens has the same order for any number of threads.
     """
-    n_shares = max(1, min(worker_count(len(indices) * n_tokens), len(DY)))
-    edges = cut_rows(np.append(begin, end[-1:]), n_shares)
+    n_workers = max(1, min(worker_count(len(indices) * n_tokens), len(DY)))
+    edges = cut_rows(np.append(begin, end[-1:]), n_workers)
     launch(
-        _sample_share, n_shares, edges, indices, begin, end, offsets, DY.reshape(-1), DY.shape[1],
+        _sample_windows, n_workers, edges, indices, begin, end, offsets, DY.reshape(-1), DY.shape[1],
         X.reshape(-1), n_tokens, _LONG_TILE_BYTES // X.itemsize, out,
     )  # fmt: skip

@@ -9,17 +9,18 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.runtime.jit import jit, launch, worker_count
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put, weight
 
 
 @jit
-def _expand_share(share, n_shares, values, indices, begin, end, row0, row1, n_columns, block):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _expand(worker, n_workers, values, indices, begin, end, row0, row1, n_columns, block):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
     rows = row1 - row0
-    for i in range(row0 + share * rows // n_shares, row0 + (share + 1) * rows // n_shares):
+    for i in range(row0 + worker * rows // n_workers, row0 + (worker + 1) * rows // n_workers):
         at = (i - row0) * n_columns
         block[at : at + n_columns] = 0
         for k in range(begin[i], end[i]):
@@ -27,11 +28,11 @@ def _expand_share(share, n_shares, values, indices, begin, end, row0, row1, n_co
 
 
 @jit
-def _collect_share(share, n_shares, block, indices, begin, end, row0, row1, n_columns, out):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _collect(worker, n_workers, block, indices, begin, end, row0, row1, n_columns, out):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
     rows = row1 - row0
-    for i in range(row0 + share * rows // n_shares, row0 + (share + 1) * rows // n_shares):
+    for i in range(row0 + worker * rows // n_workers, row0 + (worker + 1) * rows // n_workers):
         at = (i - row0) * n_columns
         for k in range(begin[i], end[i]):
             put(out, k, get(block, at + np.int64(get(indices, k))))
@@ -46,13 +47,13 @@ def expand_rows(
     Row i of W is the slots ``begin[i] : end[i]``. The values have the block's dtype, or are the bits of
     bfloat16 in uint16 beside float32.
     """
-    n_shares = max(1, min(worker_count(), row1 - row0))
-    launch(_expand_share, n_shares, values, indices, begin, end, row0, row1, n_columns, block)
+    n_workers = max(1, min(worker_count(), row1 - row0))
+    launch(_expand, n_workers, values, indices, begin, end, row0, row1, n_columns, block)
 
 
 def collect_rows(
     block: Array, indices: Array, begin: Array, end: Array, row0: int, row1: int, n_columns: int, out: Array
 ) -> None:
     """Copy the live positions of `block`, laid out as by `expand_rows`, to their slots in `out`."""
-    n_shares = max(1, min(worker_count(), row1 - row0))
-    launch(_collect_share, n_shares, block, indices, begin, end, row0, row1, n_columns, out)
+    n_workers = max(1, min(worker_count(), row1 - row0))
+    launch(_collect, n_workers, block, indices, begin, end, row0, row1, n_columns, out)

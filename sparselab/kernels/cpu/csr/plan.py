@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparselab.kernels.arrays import Array, index_dtype, slot_dtype
-from sparselab.kernels.cpu.partition import share_rows
-from sparselab.kernels.cpu.runtime.jit import jit, launch, mapped_empty, worker_count
-from sparselab.kernels.cpu.runtime.target import BLOCK_COLUMNS, CACHE_BUDGET_BYTES, TILE_BYTES
+from sparselab.kernels.cpu.partition import split_rows
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
+from sparselab.kernels.cpu.runtime.memory import mapped_empty
+from sparselab.kernels.cpu.runtime.target import TARGET, TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.layouts.padded_csr import RowTopology
 
@@ -34,7 +36,7 @@ _BLOCK_PLANES = 32
 _CHUNK_BYTES = 128 * 1024
 _MIN_CHUNKS = 16
 _MIN_CHUNK_ROWS = 8
-_MIN_SHARE = 1 << 15
+_MIN_PART = 1 << 15
 
 
 #: Keys of the plans of a topology.
@@ -97,18 +99,18 @@ def _plan_transpose(topology: RowTopology) -> TransposePlan:
     rows, cols = W.shape
     indices = mapped_empty(W.nnz, index_dtype(rows))
     slots = mapped_empty(W.nnz, slot_dtype(topology.capacity))
-    edges = share_rows(W)
-    n_shares = len(edges) - 1
-    fill = np.zeros((n_shares, cols), np.int64)
-    launch(_count_columns_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill)
+    edges = split_rows(W)
+    n_workers = len(edges) - 1
+    fill = np.zeros((n_workers, cols), np.int64)
+    launch(_count_columns, n_workers, edges, W.indptr, W.row_nnz, W.indices, fill)
     column_nnz = fill.sum(0)
     indptr = np.zeros(cols + 1, np.int64)
     np.cumsum(column_nnz, out=indptr[1:])
-    # A column's connections of one share follow those of the shares before it, so that rows ascend.
+    # A column's connections of one worker follow those of the shares before it, so that rows ascend.
     fill[1:] = np.cumsum(fill[:-1], axis=0)
     fill[:1] = 0
     fill += indptr[:-1]
-    launch(_transpose_share, n_shares, edges, W.indptr, W.row_nnz, W.indices, fill, indices, slots)
+    launch(_transpose, n_workers, edges, W.indptr, W.row_nnz, W.indices, fill, indices, slots)
     block = _product_block(W.nnz, (cols, rows))
     segments = _segments(indptr[:-1], column_nnz, indices, (cols, rows), block)
     return TransposePlan(indptr, indices, slots, segments)
@@ -128,7 +130,7 @@ def plan_shifted(
 
 
 def _product_block(nnz: int, shape: tuple[int, int]) -> int:
-    return int(min(max(_useful_block(nnz, shape), BLOCK_COLUMNS), max(shape[1], 1)))
+    return int(min(max(_useful_block(nnz, shape), TARGET.block_columns), max(shape[1], 1)))
 
 
 def _useful_block(nnz: int, shape: tuple[int, int]) -> int:
@@ -149,11 +151,11 @@ def _segments(
     chunk_rows = _chunks(row_nnz)
     n_blocks = max(-(-n_columns // block_columns), 1)
     n_chunks = len(chunk_rows) - 1
-    n_shares = max(1, min(worker_count(), n_chunks, len(indices) // _MIN_SHARE))
+    n_workers = max(1, min(worker_count(), n_chunks, len(indices) // _MIN_PART))
     ptr = np.zeros((n_chunks, n_blocks + 1), np.int64)
-    longest = np.zeros(n_shares, np.int64)
+    longest = np.zeros(n_workers, np.int64)
     launch(
-        _count_segments_share, n_shares, begin, row_nnz, indices, block_columns, chunk_rows,
+        _count_segments, n_workers, begin, row_nnz, indices, block_columns, chunk_rows,
         ptr, longest,
     )  # fmt: skip
     sizes = ptr[:, 1:]
@@ -165,7 +167,7 @@ def _segments(
     start = mapped_empty(n_segments, slot_dtype(int(begin[-1]) + int(row_nnz[-1]) if n_rows else 0))
     length = mapped_empty(n_segments, slot_dtype(block_columns))
     launch(
-        _fill_segments, n_shares, begin, row_nnz, indices, block_columns, chunk_rows, ptr,
+        _fill_segments, n_workers, begin, row_nnz, indices, block_columns, chunk_rows, ptr,
         longest.max(), row, start, length,
     )  # fmt: skip
     return Segments(int(row_nnz.sum()), block_columns, chunk_rows, ptr, row, start, length)
@@ -184,22 +186,22 @@ def _chunks(row_nnz: Array) -> Array:
 
 
 @jit
-def _count_columns_share(share, n_shares, edges, begin, row_nnz, indices, counts):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _count_columns(worker, n_workers, edges, begin, row_nnz, indices, counts):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
-    mine = counts[share]
-    for i in range(edges[share], edges[share + 1]):
+    mine = counts[worker]
+    for i in range(edges[worker], edges[worker + 1]):
         for slot in range(begin[i], begin[i] + row_nnz[i]):
             mine[np.int64(indices[slot])] += 1
 
 
 @jit
-def _transpose_share(share, n_shares, edges, begin, row_nnz, indices, fill, rows, slots):  # type: ignore[no-untyped-def]
-    """Counting sort of a share's connections by column; within a column rows ascend."""
-    if spread(share, n_shares):
+def _transpose(worker, n_workers, edges, begin, row_nnz, indices, fill, rows, slots):  # type: ignore[no-untyped-def]
+    """Counting sort of a worker's connections by column; within a column rows ascend."""
+    if spread(worker, n_workers):
         return
-    mine = fill[share]
-    for i in range(edges[share], edges[share + 1]):
+    mine = fill[worker]
+    for i in range(edges[worker], edges[worker + 1]):
         for slot in range(begin[i], begin[i] + row_nnz[i]):
             j = np.int64(indices[slot])
             at = mine[j]
@@ -209,15 +211,15 @@ def _transpose_share(share, n_shares, edges, begin, row_nnz, indices, fill, rows
 
 
 @jit
-def _count_segments_share(  # type: ignore[no-untyped-def]
-    share, n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest
+def _count_segments(  # type: ignore[no-untyped-def]
+    worker, n_workers, begin, row_nnz, indices, block, chunk_rows, ptr, longest
 ):
     """``ptr[c, b + 1]`` becomes the number of segments of chunk c in block b."""
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
     n_chunks = len(chunk_rows) - 1
     most = np.int64(0)
-    for c in range(share * n_chunks // n_shares, (share + 1) * n_chunks // n_shares):
+    for c in range(worker * n_chunks // n_workers, (worker + 1) * n_chunks // n_workers):
         for i in range(chunk_rows[c], chunk_rows[c + 1]):
             ptr[c, 1] += 1
             first = begin[i]
@@ -231,18 +233,18 @@ def _count_segments_share(  # type: ignore[no-untyped-def]
                     first = slot
                     limit = (b + 1) * block
             most = max(most, begin[i] + row_nnz[i] - first)
-    longest[share] = most
+    longest[worker] = most
 
 
 @jit
 def _fill_segments(  # type: ignore[no-untyped-def]
-    share, n_shares, begin, row_nnz, indices, block, chunk_rows, ptr, longest, row, start, length
+    worker, n_workers, begin, row_nnz, indices, block, chunk_rows, ptr, longest, row, start, length
 ):
-    """Write the segments of a share's chunks, those of each chunk and block sorted by length (stable)."""
-    if spread(share, n_shares):
+    """Write the segments of a worker's chunks, those of each chunk and block sorted by length (stable)."""
+    if spread(worker, n_workers):
         return
     n_chunks, n_blocks = ptr.shape[0], ptr.shape[1] - 1
-    first_chunk, last_chunk = share * n_chunks // n_shares, (share + 1) * n_chunks // n_shares
+    first_chunk, last_chunk = worker * n_chunks // n_workers, (worker + 1) * n_chunks // n_workers
     # For each block, first how many segments of each length there are, then where the next one goes.
     place = np.empty((n_blocks, longest + 2), np.int64)
     for c in range(first_chunk, last_chunk):
@@ -287,7 +289,7 @@ def _n_groups(plan: Segments, tile_bytes: int, n_tiles: int, connection_bytes: i
     bytes than reading the connections again for every tile, as in a layer of many more inputs than outputs.
     """
     kept, streamed = (
-        max(1, -(-size // CACHE_BUDGET_BYTES)) for size in (connection_bytes + tile_bytes, tile_bytes)
+        max(1, -(-size // TARGET.cache_budget_bytes)) for size in (connection_bytes + tile_bytes, tile_bytes)
     )
     tokens = (plan.ptr.shape[1] - 1) * plan.block_columns * TILE_BYTES * n_tiles
     return streamed if tokens * (kept - streamed) > connection_bytes * (n_tiles - 1) else kept
@@ -307,7 +309,7 @@ def product_groups(plan: Segments, n_tiles: int, n_workers: int, bytes_per_conne
     return split_evenly(n_chunks, n_groups)
 
 
-def gradient_shares(plan: Segments, n_tiles: int, n_workers: int, bytes_per_connection: int) -> Array:
+def gradient_rectangles(plan: Segments, n_tiles: int, n_workers: int, bytes_per_connection: int) -> Array:
     """Rectangles of chunks x blocks, one row ``(chunk0, chunk1, block0, block1)`` each.
 
     Each connection lies in one rectangle, so each gradient has one writer. Rows are split first: workers on
@@ -317,8 +319,8 @@ def gradient_shares(plan: Segments, n_tiles: int, n_workers: int, bytes_per_conn
     n_chunks, n_blocks = plan.ptr.shape[0], plan.ptr.shape[1] - 1
     # Half of the budget is left to the tokens that pass through.
     dy, connections = int(plan.chunk_rows[-1]) * TILE_BYTES, plan.n_connections * bytes_per_connection
-    turns = -(-_n_groups(plan, 2 * dy, n_tiles, 2 * connections) // n_workers)
-    row_parts = min(turns * n_workers, n_chunks)
+    rounds = -(-_n_groups(plan, 2 * dy, n_tiles, 2 * connections) // n_workers)
+    row_parts = min(rounds * n_workers, n_chunks)
     column_parts = min(-(-n_workers // row_parts), n_blocks)
     chunk_edges, block_edges = split_evenly(n_chunks, row_parts), split_evenly(n_blocks, column_parts)
     rectangles: list[Any] = [

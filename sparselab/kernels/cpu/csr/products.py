@@ -7,8 +7,8 @@ import numpy as np
 from sparselab.kernels.arrays import Array, address, for_kernels
 from sparselab.kernels.cpu.csr import sddmm_dw, spmm, spmm_t
 from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
-from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS, matrix, multiply_few
-from sparselab.kernels.cpu.runtime.jit import worker_count
+from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS, matrix, multiply_skinny
+from sparselab.kernels.cpu.runtime.launch import worker_count
 from sparselab.kernels.layouts.padded_csr import RowTopology
 
 
@@ -21,7 +21,7 @@ def product(topology: RowTopology, values: Array, X: Array, Y: Array, bias: Arra
         spmm.multiply(weights, rows.indices, product_plan(topology), X, Y, offsets)
         return
     begin = rows.indptr[:-1]
-    multiply_few(
+    multiply_skinny(
         address(weights), weights, rows.indices, begin, begin + rows.row_nnz, address(offsets), offsets,
         matrix(X), matrix(Y), worker_count(),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Dense x dense sampled at the connections: ``dW[i, j] = sum_t DY[i, t] X[j, t]`` for live (i, j).
 
-Loop order, from outside: shares of rectangles (rows x columns) on threads; tiles of tokens; blocks of
+Loop order, from outside: workers, each with rectangles (rows x columns); tiles of tokens; blocks of
 columns; segments. Per tile a rectangle packs its rows of DY and, block by block, its columns of X. In
 registers: one tile row of DY, and up to `DOTS` dots at a time, each a tile row of X loaded and multiplied;
 their lanes are summed together by a tree of shuffles. The sums over tiles stay in `out`, which has one writer
@@ -16,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sparselab.kernels.arrays import Array, index_dtype
-from sparselab.kernels.cpu.csr.plan import Segments, gradient_shares
+from sparselab.kernels.cpu.csr.plan import Segments, gradient_rectangles
 from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
-from sparselab.kernels.cpu.runtime.jit import jit, launch, scratch, worker_count
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
+from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
@@ -54,14 +56,14 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
 
 
 @jit
-def _sample_share(  # type: ignore[no-untyped-def]
-    share, n_shares, indices, plan, rectangles, dy_at, dy_strides,
+def _sample_rectangles(  # type: ignore[no-untyped-def]
+    worker, n_workers, indices, plan, rectangles, dy_at, dy_strides,
     x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
 ):  # fmt: skip
-    """Compute the share's rectangles, one after the other; those that begin a row also write its sum."""
-    if spread(share, n_shares):
+    """Compute the worker's rectangles, one after the other; those that begin a row also write its sum."""
+    if spread(worker, n_workers):
         return
-    memory = work[share]
+    memory = work[worker]
     width = tile_width(memory)
     rest = memory[:_REST]
     x_tile = memory[_REST : _REST + plan.block_columns * width]
@@ -69,7 +71,7 @@ def _sample_share(  # type: ignore[no-untyped-def]
     partial = memory[_REST + (plan.block_columns + most_rows) * width :]
     x, dy = view_at(x_at, memory), view_at(dy_at, memory)
     n = len(rectangles)
-    for r in range(share * n // n_shares, (share + 1) * n // n_shares):
+    for r in range(worker * n // n_workers, (worker + 1) * n // n_workers):
         chunk0, chunk1 = rectangles[r, 0], rectangles[r, 1]
         row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
         wants_sums = len(sums) > 0 and rectangles[r, 2] == 0
@@ -102,8 +104,8 @@ class GradientCut(NamedTuple):
     Attributes
     ----------
     rectangles : int64 array
-        From `gradient_shares`.
-    n_shares : int
+        From `gradient_rectangles`.
+    n_workers : int
         Workers.
     most_rows : int
         Rows of the highest rectangle.
@@ -112,7 +114,7 @@ class GradientCut(NamedTuple):
     """
 
     rectangles: Array
-    n_shares: int
+    n_workers: int
     most_rows: int
     items: int
 
@@ -122,7 +124,7 @@ def cut_gradient(plan: Segments, shape: tuple[int, int], n_tokens: int, itemsize
     width = TILE_BYTES // itemsize
     n_tiles = -(-n_tokens // width)
     workers = worker_count((plan.n_connections + sum(shape)) * n_tokens)
-    rectangles = gradient_shares(plan, n_tiles, workers, itemsize + index_dtype(shape[1]).itemsize)
+    rectangles = gradient_rectangles(plan, n_tiles, workers, itemsize + index_dtype(shape[1]).itemsize)
     most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
     items = _REST + plan.block_columns * width + most_rows * (width + 8)
     return GradientCut(rectangles, min(workers, len(rectangles)), most_rows, items)
@@ -150,8 +152,8 @@ def sample_cut(
 ) -> None:
     """As `sample`, for matrices by their addresses, of the dtype of `out`, with at least one token."""
     out.fill(0)
-    work = scratch(cut.n_shares, cut.items, out.dtype)
+    work = scratch(cut.n_workers, cut.items, out.dtype)
     launch(
-        _sample_share, cut.n_shares, indices, plan, cut.rectangles, DY[0], DY[1], X[0], X[1], X[2][0], X[2][1],
+        _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles, DY[0], DY[1], X[0], X[1], X[2][0], X[2][1],
         cut.most_rows, work, out, sums,
     )  # fmt: skip

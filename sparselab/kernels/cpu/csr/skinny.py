@@ -1,4 +1,4 @@
-"""Sparse x dense for few tokens: ``Y = W X + b`` with at most `MOST_TOKENS` columns in X.
+"""Skinny sparse x dense: ``Y = W X + b`` with at most `MOST_TOKENS` columns in X, and gemv for one.
 
 A whole tile would spend most of its arithmetic on padding. Here a row's sums are one narrow vector (or one
 number) that walks the row's connections once, in four independent chains, and no plan is needed. The limit is
@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, strides
+from sparselab.kernels.arrays import Array, address, strides
 from sparselab.kernels.cpu.partition import first_not_below
-from sparselab.kernels.cpu.runtime.jit import jit, launch, scratch
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch
+from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import (
-    add_rows,
-    fma_row,
+    add,
+    fma,
     get,
     lanes_of,
-    load_like,
+    load,
     put,
-    splat_like,
-    store_row,
+    splat,
+    store,
     view_at,
     weight,
     zeros8,
@@ -33,18 +35,20 @@ from sparselab.kernels.cpu.tiles import pack
 MOST_TOKENS = 16
 
 #: Connections that are worth a thread of their own (5 us); starting one takes half as long.
-_MIN_SHARE = 16_384
+_MIN_PART = 16_384
 
 
 @jit
-def rows_of_share(share, n_shares, begin, end):  # type: ignore[no-untyped-def]
-    """Rows of one share; the shares are cut where the connections are halved, not the rows."""
+def rows_of_worker(worker, n_workers, begin, end):  # type: ignore[no-untyped-def]
+    """Rows of one worker; workers have equally many connections, not rows."""
     n_rows = len(begin)
     if n_rows == 0:
         return 0, 0
     low, span = begin[0], end[n_rows - 1] - begin[0]
-    first = first_not_below(begin, low + span * share // n_shares) if share > 0 else 0
-    last = first_not_below(begin, low + span * (share + 1) // n_shares) if share + 1 < n_shares else n_rows
+    first = first_not_below(begin, low + span * worker // n_workers) if worker > 0 else 0
+    last = (
+        first_not_below(begin, low + span * (worker + 1) // n_workers) if worker + 1 < n_workers else n_rows
+    )
     return first, last
 
 
@@ -66,28 +70,18 @@ def _one_token(values, indices, begin, end, bias, first, last, x, step, y, y_ste
 def _row_sum(values, indices, k, end, tile, start):  # type: ignore[no-untyped-def]
     """`start` plus the products of connections k : end with their rows of the tile."""
     width = lanes_of(start)
-    a, b = start, splat_like(tile.dtype.type(0), start)
+    a, b = start, splat(tile.dtype.type(0), start)
     c, d = b, b
     while k + 4 <= end:
-        a = fma_row(
-            splat_like(weight(values, k), a), load_like(tile, np.int64(get(indices, k)) * width, a), a
-        )
-        b = fma_row(
-            splat_like(weight(values, k + 1), a), load_like(tile, np.int64(get(indices, k + 1)) * width, a), b
-        )
-        c = fma_row(
-            splat_like(weight(values, k + 2), a), load_like(tile, np.int64(get(indices, k + 2)) * width, a), c
-        )
-        d = fma_row(
-            splat_like(weight(values, k + 3), a), load_like(tile, np.int64(get(indices, k + 3)) * width, a), d
-        )
+        a = fma(weight(values, k), load(tile, np.int64(get(indices, k)) * width, a), a)
+        b = fma(weight(values, k + 1), load(tile, np.int64(get(indices, k + 1)) * width, a), b)
+        c = fma(weight(values, k + 2), load(tile, np.int64(get(indices, k + 2)) * width, a), c)
+        d = fma(weight(values, k + 3), load(tile, np.int64(get(indices, k + 3)) * width, a), d)
         k += 4
     while k < end:
-        a = fma_row(
-            splat_like(weight(values, k), a), load_like(tile, np.int64(get(indices, k)) * width, a), a
-        )
+        a = fma(weight(values, k), load(tile, np.int64(get(indices, k)) * width, a), a)
         k += 1
-    return add_rows(add_rows(a, b), add_rows(c, d))
+    return add(add(a, b), add(c, d))
 
 
 @jit
@@ -100,33 +94,33 @@ def _some_tokens(  # type: ignore[no-untyped-def]
     line, tile = memory[:width], memory[width:]
     pack(x, 0, x_strides[0], x_strides[1], n_columns, n_tokens, tile, width)
     for i in range(first, last):
-        start = splat_like(get(bias, i), zeros)
-        store_row(line, 0, _row_sum(values, indices, begin[i], end[i], tile, start))
+        start = splat(get(bias, i), zeros)
+        store(line, 0, _row_sum(values, indices, begin[i], end[i], tile, start))
         for t in range(n_tokens):
             put(y, i * y_strides[0] + t * y_strides[1], get(line, t))
 
 
 @jit
-def _multiply_share(  # type: ignore[no-untyped-def]
-    share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+def _multiply_skinny(  # type: ignore[no-untyped-def]
+    worker, n_workers, values_at, bits, indices, begin, end, bias_at, like,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
-    if spread(share, n_shares):
+    if spread(worker, n_workers):
         return
     values, bias = view_at(values_at, bits), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
-    first, last = rows_of_share(share, n_shares, begin, end)
+    first, last = rows_of_worker(worker, n_workers, begin, end)
     if n_tokens == 1:
         _one_token(values, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0])
     elif n_tokens <= 8:
         _some_tokens(
             values, indices, begin, end, bias, first, last,
-            x, x_strides, n_columns, y, y_strides, n_tokens, work[share], zeros8(like),
+            x, x_strides, n_columns, y, y_strides, n_tokens, work[worker], zeros8(like),
         )  # fmt: skip
     else:
         _some_tokens(
             values, indices, begin, end, bias, first, last,
-            x, x_strides, n_columns, y, y_strides, n_tokens, work[share], zeros16(like),
+            x, x_strides, n_columns, y, y_strides, n_tokens, work[worker], zeros16(like),
         )  # fmt: skip
 
 
@@ -140,15 +134,10 @@ def matrix(array: Array) -> Matrix:
     return address(array), strides(array), (rows, columns)
 
 
-def address(array: Array) -> int:
-    """Where an array begins."""
-    return int(array.__array_interface__["data"][0])
-
-
 _EMPTY = {np.dtype(name): np.empty((0, 0), name) for name in (np.float32, np.float64)}
 
 
-def multiply_few(
+def multiply_skinny(
     values_at: int, bits: Array, indices: Array, begin: Array, end: Array, bias_at: int, like: Array,
     X: Matrix, Y: Matrix, n_threads: int,
 ) -> None:  # fmt: skip
@@ -163,12 +152,12 @@ def multiply_few(
     y_at, y_strides, (n_rows, _) = Y
     if n_rows * n_tokens == 0:
         return
-    n_shares = min(n_threads, 1 + len(indices) // _MIN_SHARE)
+    n_workers = min(n_threads, 1 + len(indices) // _MIN_PART)
     if n_tokens == 1:
         work = _EMPTY[like.dtype]
     else:
-        work = scratch(n_shares, (n_columns + 1) * (8 if n_tokens <= 8 else 16), like.dtype)
+        work = scratch(n_workers, (n_columns + 1) * (8 if n_tokens <= 8 else 16), like.dtype)
     launch(
-        _multiply_share, n_shares, values_at, bits, indices, begin, end, bias_at, like,
+        _multiply_skinny, n_workers, values_at, bits, indices, begin, end, bias_at, like,
         x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
     )  # fmt: skip

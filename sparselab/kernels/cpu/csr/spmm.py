@@ -1,6 +1,6 @@
 """Sparse x dense: ``Y = W X + b``, and the loop it shares with the transpose product.
 
-Loop order, from outside: shares of (row group, tile of tokens) on threads; blocks of columns; segments, two
+Loop order, from outside: (row group, tile of tokens) in a dynamic schedule; blocks of columns; segments, two
 at a time. In registers: the tile rows of two sums. In first-level cache: one block of packed X. In the
 second-level cache: the sums of the group's rows and the group's connections, which stay there while the
 worker goes from tile to tile. Per connection and tile: one tile row loaded and multiplied, 4 + 2 bytes of
@@ -17,19 +17,22 @@ import numpy as np
 from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.csr.plan import Segments, product_groups
 from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
-from sparselab.kernels.cpu.runtime.jit import jit, launch, no_turns, scratch, worker_count
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
+from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import (
-    fma_row,
+    fma,
     get,
-    load_row,
-    splat_row,
-    store_row,
-    take_turn,
+    load,
+    next_item,
+    splat,
+    store,
     tile_width,
     view_at,
     weight,
+    zeros_tile,
 )
 from sparselab.kernels.cpu.tiles import pack, unpack
 
@@ -42,7 +45,7 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
     a multiply-add. Segments are sorted by length, so the first of the two is the shorter. The sums `begin`
     with the bias in the first block, in which every row has a segment.
     """
-    width = tile_width(x)
+    like, width = zeros_tile(x), tile_width(x)
     origin = column0 * width
     while p + 1 < q:
         a, b = np.int64(get(start, p)), np.int64(get(start, p + 1))
@@ -50,47 +53,47 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
         at_a = (np.int64(get(row, p)) - row0) * width
         at_b = (np.int64(get(row, p + 1)) - row0) * width
         if begin:
-            sum_a = splat_row(get(bias, np.int64(get(row, p))))
-            sum_b = splat_row(get(bias, np.int64(get(row, p + 1))))
+            sum_a = splat(get(bias, np.int64(get(row, p))), like)
+            sum_b = splat(get(bias, np.int64(get(row, p + 1))), like)
         else:
-            sum_a, sum_b = load_row(sums, at_a), load_row(sums, at_b)
+            sum_a, sum_b = load(sums, at_a, like), load(sums, at_b, like)
         for k in range(n):
-            x_a = load_row(x, np.int64(get(indices, a + k)) * width - origin)
-            x_b = load_row(x, np.int64(get(indices, b + k)) * width - origin)
-            sum_a = fma_row(splat_row(weight(values, a + k)), x_a, sum_a)
-            sum_b = fma_row(splat_row(weight(values, b + k)), x_b, sum_b)
+            x_a = load(x, np.int64(get(indices, a + k)) * width - origin, like)
+            x_b = load(x, np.int64(get(indices, b + k)) * width - origin, like)
+            sum_a = fma(weight(values, a + k), x_a, sum_a)
+            sum_b = fma(weight(values, b + k), x_b, sum_b)
         for k in range(n, m):
-            x_b = load_row(x, np.int64(get(indices, b + k)) * width - origin)
-            sum_b = fma_row(splat_row(weight(values, b + k)), x_b, sum_b)
-        store_row(sums, at_a, sum_a)
-        store_row(sums, at_b, sum_b)
+            x_b = load(x, np.int64(get(indices, b + k)) * width - origin, like)
+            sum_b = fma(weight(values, b + k), x_b, sum_b)
+        store(sums, at_a, sum_a)
+        store(sums, at_b, sum_b)
         p += 2
     if p < q:
         a, n = np.int64(get(start, p)), np.int64(get(length, p))
         at_a = (np.int64(get(row, p)) - row0) * width
-        sum_a = splat_row(get(bias, np.int64(get(row, p)))) if begin else load_row(sums, at_a)
+        sum_a = splat(get(bias, np.int64(get(row, p))), like) if begin else load(sums, at_a, like)
         for k in range(n):
-            x_a = load_row(x, np.int64(get(indices, a + k)) * width - origin)
-            sum_a = fma_row(splat_row(weight(values, a + k)), x_a, sum_a)
-        store_row(sums, at_a, sum_a)
+            x_a = load(x, np.int64(get(indices, a + k)) * width - origin, like)
+            sum_a = fma(weight(values, a + k), x_a, sum_a)
+        store(sums, at_a, sum_a)
 
 
 @jit
-def _multiply_share(  # type: ignore[no-untyped-def]
-    share, n_shares, turns, values, indices, bias, plan, groups,
+def _multiply_tiles(  # type: ignore[no-untyped-def]
+    worker, n_workers, counter, values, indices, bias, plan, groups,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
-    """Compute (row group, tile) pairs, group by group, in turns with the other workers."""
-    if spread(share, n_shares):
+    """Compute (row group, tile) pairs, group by group, in a dynamic schedule."""
+    if spread(worker, n_workers):
         return
-    memory = work[share]
+    memory = work[worker]
     width = tile_width(memory)
     tile = memory[: plan.block_columns * width]
     sums = memory[plan.block_columns * width :]
     x, y = view_at(x_at, memory), view_at(y_at, memory)
     n_tiles = (n_tokens + width - 1) // width
     n_pairs = (len(groups) - 1) * n_tiles
-    pair = take_turn(turns)
+    pair = next_item(counter)
     while pair < n_pairs:
         chunk0, chunk1 = groups[pair // n_tiles], groups[pair // n_tiles + 1]
         row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
@@ -109,7 +112,7 @@ def _multiply_share(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
         first = row0 * y_strides[0] + token0 * y_strides[1]
         unpack(sums, width, row1 - row0, tokens, y, first, y_strides[0], y_strides[1])
-        pair = take_turn(turns)
+        pair = next_item(counter)
 
 
 class ProductCut(NamedTuple):
@@ -119,14 +122,14 @@ class ProductCut(NamedTuple):
     ----------
     groups : int64 array
         Chunk boundaries of the row groups.
-    n_shares : int
+    n_workers : int
         Workers.
     items : int
         Scratch of each.
     """
 
     groups: Array
-    n_shares: int
+    n_workers: int
     items: int
 
 
@@ -137,8 +140,8 @@ def cut_product(plan: Segments, shape: tuple[int, int], n_tokens: int, itemsize:
     workers = worker_count((plan.n_connections + sum(shape)) * n_tokens)
     groups = product_groups(plan, n_tiles, workers, itemsize + index_dtype(shape[1]).itemsize)
     group_rows = int(np.diff(plan.chunk_rows[groups]).max())
-    n_shares = min(workers, (len(groups) - 1) * n_tiles)
-    return ProductCut(groups, n_shares, (plan.block_columns + group_rows) * width)
+    n_workers = min(workers, (len(groups) - 1) * n_tiles)
+    return ProductCut(groups, n_workers, (plan.block_columns + group_rows) * width)
 
 
 def multiply(
@@ -160,8 +163,8 @@ def multiply_cut(
     values: Array, indices: Array, plan: Segments, X: Matrix, Y: Matrix, bias: Array, cut: ProductCut
 ) -> None:
     """As `multiply`, for matrices of at least one entry by their addresses, of the dtype of the bias."""
-    work = scratch(cut.n_shares, cut.items, bias.dtype)
+    work = scratch(cut.n_workers, cut.items, bias.dtype)
     launch(
-        _multiply_share, cut.n_shares, no_turns(), values, indices, bias, plan, cut.groups,
+        _multiply_tiles, cut.n_workers, new_counter(), values, indices, bias, plan, cut.groups,
         X[0], X[1], X[2][0], Y[0], Y[1], Y[2][1], work,
     )  # fmt: skip

@@ -12,31 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array
+from sparselab.kernels.arrays import Array, address
 from sparselab.kernels.cpu.csr.plan import TransposePlan
-from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS, address, matrix, multiply_few
+from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS, matrix, multiply_skinny
 from sparselab.kernels.cpu.csr.spmm import multiply
-from sparselab.kernels.cpu.runtime.jit import aligned_empty, jit, launch, worker_count
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
+from sparselab.kernels.cpu.runtime.memory import aligned_empty
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, weight
 
-_MIN_SHARE = 16384
+_MIN_PART = 16384
 
 
 @jit
-def _gather_share(share, n_shares, values, slots, out):  # type: ignore[no-untyped-def]
-    if spread(share, n_shares):
+def _gather_values(worker, n_workers, values, slots, out):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
         return
     n = len(slots)
-    for k in range(share * n // n_shares, (share + 1) * n // n_shares):
+    for k in range(worker * n // n_workers, (worker + 1) * n // n_workers):
         out[k] = weight(values, np.int64(get(slots, k)))
 
 
 def gather(values: Array, slots: Array, dtype: np.dtype[Any]) -> Array:
     """The values, or those whose bits are given in uint16, in the order of the slots."""
     ordered = aligned_empty(len(slots), dtype)
-    n_shares = 1 if len(slots) < 2 * _MIN_SHARE else min(worker_count(), len(slots) // _MIN_SHARE)
-    launch(_gather_share, n_shares, values, slots, ordered)
+    n_workers = 1 if len(slots) < 2 * _MIN_PART else min(worker_count(), len(slots) // _MIN_PART)
+    launch(_gather_values, n_workers, values, slots, ordered)
     return ordered
 
 
@@ -46,7 +48,7 @@ def multiply_t(values: Array, plan: TransposePlan, DY: Array, DX: Array) -> None
     if DY.shape[1] <= MOST_TOKENS:
         offsets = np.zeros(DX.shape[0], DX.dtype)
         begin, end = plan.indptr[:-1], plan.indptr[1:]
-        multiply_few(
+        multiply_skinny(
             address(transposed), transposed, plan.indices, begin, end, address(offsets), offsets,
             matrix(DY), matrix(DX), worker_count(),
         )  # fmt: skip

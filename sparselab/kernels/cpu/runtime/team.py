@@ -1,8 +1,9 @@
-"""Running every share of a kernel on Numba's threads, from inside the kernel.
+"""Running every worker of a kernel on Numba's threads, from inside the kernel.
 
 A function with a ``prange`` around the kernel would optimise the kernel's loops once more, and be compiled
-even where threads are not worth it. Instead a kernel that is called with a *team* in place of a share gives
-itself to Numba's thread pool, which calls it back for each share: the same machine code, on threads or not.
+even where threads are not worth it. Instead a kernel that is called with a *team* in place of a worker's
+number gives itself to Numba's thread pool, which calls it back for each worker: the same machine code, on
+threads or not.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ _addresses = (ctypes.c_int64 * 2)()
 
 @functools.cache
 def team() -> int:
-    """What to call a kernel with in place of a share, so that it runs them all; starts the thread pool."""
+    """What to call a kernel with in place of a worker's number, to run them all; starts the thread pool."""
     numba.get_num_threads()
     _addresses[:] = [binding.address_of_symbol(name) for name in _SYMBOLS]
     return -ctypes.addressof(_addresses)
 
 
 @intrinsic
-def spread(_: Any, share: Any, n_shares: Any) -> Any:
-    """Run all the shares on threads if `share` is a `team`; False, and nothing else, if it is a share.
+def spread(_: Any, worker: Any, n_workers: Any) -> Any:
+    """Run all workers on threads if `worker` is a `team`; False, and nothing else, if it is a number.
 
     The first statement of a kernel, which is a function without a result whose first two parameters these
     are::
 
-        if spread(share, n_shares):
+        if spread(worker, n_workers):
             return
 
-    Threads are as many as `numba.get_num_threads` says. An error in a share is raised when all have returned.
+    Threads are as many as `numba.get_num_threads` says. The error of a worker is raised when all are done.
     """
-    if not (share == types.int64 and n_shares == types.int64):
+    if not (worker == types.int64 and n_workers == types.int64):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -63,8 +64,8 @@ def spread(_: Any, share: Any, n_shares: Any) -> Any:
             job = _store_job(builder, kernel)
             n_threads, parallel_for = _pool(builder, args[0])
             threads = builder.sext(n_threads, _I64)
-            # An index for each thread or share: one of the pools gives its last thread what it cannot divide.
-            # The pool adds the index to the address of the one argument, 0, and so hands over the share.
+            # An index for each thread or worker, for one of the pools gives its last thread what it cannot
+            # divide. The pool adds it to the address of the one argument, 0, and so hands over the worker.
             most = builder.select(builder.icmp_signed("<", threads, args[1]), args[1], threads)
             first, count, step = (
                 cgutils.alloca_once_value(builder, value)
@@ -79,11 +80,11 @@ def spread(_: Any, share: Any, n_shares: Any) -> Any:
                 builder.ret(RETCODE_USEREXC)
         return asked
 
-    return types.boolean(share, n_shares), codegen
+    return types.boolean(worker, n_workers), codegen
 
 
 def _store_job(builder: Any, kernel: Any) -> Any:
-    """Pointer to what the kernel's calls share: where an error goes, and the arguments after the share."""
+    """Pointer to what the kernel's calls share: where an error goes, and the arguments after the workers."""
     _, error_place, _, *arguments = kernel.args
     values = [ir.Constant(error_place.type.pointee, None), *arguments]
     job = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
@@ -103,20 +104,20 @@ def _pool(builder: Any, team: Any) -> tuple[Any, Any]:
 
 
 def _loop(module: Any, kernel: Any, job_type: Any) -> Any:
-    """The function that a thread runs: `kernel` for each of its shares."""
+    """The function that a thread runs: `kernel` for each of its workers."""
     loop = ir.Function(module, _LOOP, f"{kernel.name}.loop")
     loop.linkage = "internal"
     builder = ir.IRBuilder(loop.append_basic_block())
     job = builder.bitcast(loop.args[3], job_type)
-    _, n_shares, *arguments = (
+    _, n_workers, *arguments = (
         builder.load(cgutils.gep_inbounds(builder, job, 0, k)) for k in range(len(job_type.pointee.elements))
     )
     result, error = (cgutils.alloca_once(builder, place.type.pointee) for place in kernel.args[:2])
     first = builder.ptrtoint(builder.load(loop.args[0]), _I64)
     with cgutils.for_range(builder, builder.load(loop.args[1])) as index:
-        share = builder.add(first, index.index)
-        with builder.if_then(builder.icmp_signed("<", share, n_shares)):
-            code = builder.call(kernel, [result, error, share, n_shares, *arguments])
+        worker = builder.add(first, index.index)
+        with builder.if_then(builder.icmp_signed("<", worker, n_workers)):
+            code = builder.call(kernel, [result, error, worker, n_workers, *arguments])
             with builder.if_then(builder.icmp_signed(">=", code, RETCODE_USEREXC), likely=False):
                 builder.store(builder.load(error), cgutils.gep_inbounds(builder, job, 0, 0))
     builder.ret_void()

@@ -6,10 +6,11 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
-from sparselab.kernels.cpu.simd.vectors import FLAGS, I32, I64, Emit, Vector, item_bytes
+from sparselab.kernels.cpu.simd.emit import FLAGS, I32, I64, Emit, Vector, item_bytes
 
 
 def register_lanes(dtype: types.Type) -> int:
@@ -134,34 +135,35 @@ some_dots = _dots(SOME_DOTS, clamped=True)
 
 
 @intrinsic
-def add_sums(
-    _: Any, out: Any, slot: Any, end: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
-) -> Any:
-    """Add the sums of the lanes of eight registers to ``out[slot : min(slot + 8, end)]``."""
-    signature = types.void(out, slot, end, a, b, c, d, e, f, g, h)
+def add_sums(_: Any, out: Any, first: Any, end: Any, rows: Any) -> Any:
+    """Add the sums of the lanes of some registers to ``out[first : min(first + count, end)]``.
+
+    Their number is a multiple of 4, or of 8 to make the best of registers of 8 lanes and more.
+    """
+    if not (isinstance(rows, types.UniTuple) and isinstance(rows.dtype, Vector) and rows.count % 4 == 0):
+        return None
+    group = min(rows.dtype.lanes, 4 if rows.count % 8 else 8)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        group = min(8, register_lanes(out.dtype))
-        parts = [sum_lanes(emit, list(args[k : k + group])) for k in range(3, 11, group)]
-        while len(parts) > 1:
-            both = list(range(2 * parts[0].type.count))
-            parts = [emit.shuffle(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        (sums,) = parts
-        first, limit = emit.index(1), emit.index(2)
-        whole = builder.icmp_signed("<=", builder.add(first, ir.Constant(I64, 8)), limit)
+        vectors = cgutils.unpack_tuple(builder, args[3], rows.count)
+        sums = [sum_lanes(emit, vectors[k : k + group]) for k in range(0, rows.count, group)]
+        start, limit = emit.index(1), emit.index(2)
+        size = item_bytes(out.dtype)
+        whole = builder.icmp_signed("<=", builder.add(start, I64(rows.count)), limit)
         with builder.if_else(whole) as (then, otherwise):
             with then:
-                place = emit.at(emit.data(0), first)
-                size = item_bytes(out.dtype)
-                emit.store(builder.fadd(emit.load(place, sums.type, size), sums, flags=FLAGS), place, size)
+                for k, total in enumerate(sums):
+                    place = emit.at(emit.data(0), builder.add(start, I64(k * group)))
+                    before = emit.load(place, total.type, size)
+                    emit.store(builder.fadd(before, total, flags=FLAGS), place, size)
             with otherwise:
-                for k in range(7):
-                    slot_k = builder.add(first, ir.Constant(I64, k))
-                    with builder.if_then(builder.icmp_signed("<", slot_k, limit)):
-                        place = emit.at(emit.data(0), slot_k)
-                        one = builder.extract_element(sums, ir.Constant(I32, k))
+                for k in range(rows.count - 1):
+                    at = builder.add(start, I64(k))
+                    with builder.if_then(builder.icmp_signed("<", at, limit)):
+                        place = emit.at(emit.data(0), at)
+                        one = builder.extract_element(sums[k // group], I32(k % group))
                         builder.store(builder.fadd(builder.load(place), one, flags=FLAGS), place)
         return emit.nothing()
 
-    return signature, codegen
+    return types.void(out, first, end, rows), codegen

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sparselab.kernels.cpu.simd.vectors import I64, Emit, Vector, is_array, item_bytes
+from sparselab.kernels.cpu.simd.emit import I64, Emit, Vector, is_array, item_bytes
 
 
 @intrinsic

@@ -12,96 +12,11 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.datamodel import models
-from numba.extending import intrinsic, register_model
+from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from sparselab.kernels.cpu.runtime.jit import CACHE_LINE, FASTMATH
-from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
-
-I32 = ir.IntType(32)
-I64 = ir.IntType(64)
-FLAGS = tuple(sorted(FASTMATH))
-_NAMES = {types.float32: "f32", types.float64: "f64"}
-
-
-class Vector(types.Type):
-    """LLVM vector of `lanes` values of `dtype` (float32 or float64)."""
-
-    def __init__(self, dtype: types.Type, lanes: int) -> None:
-        if dtype not in _NAMES:
-            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-        self.dtype = dtype
-        self.lanes = lanes
-        super().__init__(name=f"Vector({dtype}, {lanes})")
-
-    @property
-    def llvm(self) -> ir.VectorType:
-        return ir.VectorType(_element(self.dtype), self.lanes)
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, vector.llvm)
-
-
-def _element(dtype: types.Type) -> ir.Type:
-    return ir.FloatType() if dtype == types.float32 else ir.DoubleType()
-
-
-def item_bytes(dtype: types.Type) -> int:
-    return int(dtype.bitwidth) // 8
-
-
-def tile_row(dtype: types.Type) -> Vector:
-    """The vector type of one tile row."""
-    return Vector(dtype, TILE_BYTES // item_bytes(dtype))
-
-
-def is_array(value: types.Type) -> bool:
-    return isinstance(value, types.Array) and value.ndim == 1 and value.layout == "C"
-
-
-class Emit:
-    """The few LLVM idioms that the intrinsics share, bound to one call site."""
-
-    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
-        self.context, self.builder, self.signature, self.args = context, builder, signature, args
-
-    def data(self, k: int) -> Any:
-        """Pointer to the first element of array argument k."""
-        array = self.context.make_array(self.signature.args[k])(self.context, self.builder, self.args[k])
-        return array.data
-
-    def index(self, k: int) -> Any:
-        """Integer argument k, widened to 64 bits."""
-        return self.context.cast(self.builder, self.args[k], self.signature.args[k], types.intp)
-
-    def at(self, pointer: Any, offset: Any) -> Any:
-        return self.builder.gep(pointer, [offset])
-
-    def load(self, pointer: Any, vector: ir.VectorType, align: int) -> Any:
-        return self.builder.load(self.builder.bitcast(pointer, vector.as_pointer()), align=align)
-
-    def store(self, value: Any, pointer: Any, align: int) -> None:
-        self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer()), align=align)
-
-    def shuffle(self, a: Any, b: Any, lanes: list[int]) -> Any:
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-    def fmuladd(self, a: Any, b: Any, c: Any) -> Any:
-        # fmuladd, not fma: without FMA hardware the latter becomes one libm call per lane.
-        name = "f32" if isinstance(a.type.element, ir.FloatType) else "f64"
-        function = cgutils.get_or_insert_function(
-            self.builder.module,
-            ir.FunctionType(a.type, [a.type] * 3),
-            f"llvm.fmuladd.v{a.type.count}{name}",
-        )
-        return self.builder.call(function, [a, b, c])
-
-    def nothing(self) -> Any:
-        return self.context.get_dummy_value()
+from sparselab.kernels.cpu.runtime.target import CACHE_LINE, TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels.cpu.simd.emit import FLAGS, I32, I64, Emit, Vector, is_array, item_bytes
 
 
 @intrinsic
@@ -198,121 +113,151 @@ def _items_in(n_bytes: int) -> Any:
 tile_width, line_width = _items_in(TILE_BYTES), _items_in(CACHE_LINE)
 
 
-@intrinsic
-def load_row(_: Any, tile: Any, index: Any) -> Any:
-    """The tile row that starts at ``tile[index]``; the place must lie on a cache line."""
-    if not (is_array(tile) and isinstance(index, types.Integer)):
-        return None
-    vector = tile_row(tile.dtype)
+def _zeros(lanes: int = 0, n_bytes: int = 0, registers: int = 0) -> Any:
+    """An intrinsic that makes zeros: so many lanes, so many bytes, or a tuple of so many registers."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-        return emit.load(emit.at(emit.data(0), emit.index(1)), vector.llvm, 64)
-
-    return vector(tile, index), codegen
-
-
-@intrinsic
-def store_row(_: Any, tile: Any, index: Any, row: Any) -> Any:
-    """Store a vector at ``tile[index]``, aligned to its size or a cache line."""
-    if not (is_array(tile) and isinstance(index, types.Integer) and isinstance(row, Vector)):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-        emit.store(args[2], emit.at(emit.data(0), emit.index(1)), _pointer_alignment(row))
-        return emit.nothing()
-
-    return types.void(tile, index, row), codegen
-
-
-def _pointer_alignment(vector: Vector) -> int:
-    return min(64, vector.lanes * item_bytes(vector.dtype))
-
-
-def _zeros(lanes: int = 0, n_bytes: int = 0) -> Any:
     @intrinsic
     def zeros(_: Any, array: Any) -> Any:
-        vector = Vector(array.dtype, lanes or n_bytes // item_bytes(array.dtype))
+        vector = Vector(array.dtype, lanes or (n_bytes or VECTOR_BYTES) // item_bytes(array.dtype))
+        row = types.UniTuple(vector, registers) if registers else vector
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return ir.Constant(vector.llvm, [0] * vector.lanes)
+            zero = ir.Constant(vector.llvm, [0] * vector.lanes)
+            return _join(builder, [zero] * (registers or 1), row)
 
-        return vector(array), codegen
+        return row(array), codegen
 
     return zeros
 
 
-#: ``zeros8(array)`` and ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they
-#: tell the functions below how many lanes to work on.
+def _vector(row: Any) -> Vector:
+    """The vector type of a row, which is a vector or a tuple of equal ones."""
+    vector: Vector = row if isinstance(row, Vector) else row.dtype
+    return vector
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Vector) or (
+        isinstance(value, types.UniTuple) and isinstance(value.dtype, Vector)
+    )
+
+
+def _split(builder: Any, value: Any, row: Any) -> list[Any]:
+    """The vectors of a row."""
+    return [value] if isinstance(row, Vector) else cgutils.unpack_tuple(builder, value, row.count)
+
+
+def _join(builder: Any, vectors: list[Any], row: Any) -> Any:
+    """The row of these vectors."""
+    return vectors[0] if isinstance(row, Vector) else cgutils.pack_array(builder, vectors)
+
+
+#: ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they tell
+#: the functions below what to work on.
 zeros8, zeros16 = _zeros(8), _zeros(16)
 
-#: The same, of so many bytes: a vector register, and parts of a cache line.
-zeros_register = _zeros(n_bytes=VECTOR_BYTES)
+#: The same as long as a row of a tile, a vector register, and parts of a cache line.
+zeros_tile, zeros_register = _zeros(n_bytes=TILE_BYTES), _zeros(n_bytes=VECTOR_BYTES)
 quarter_line, half_line = _zeros(n_bytes=CACHE_LINE // 4), _zeros(n_bytes=CACHE_LINE // 2)
 whole_line = _zeros(n_bytes=CACHE_LINE)
 
 
+def zero_registers(count: int) -> Any:
+    """An intrinsic of an array that makes a tuple of so many vector registers of zeros of its dtype.
+
+    LLVM keeps each of them in a register of its own; it has no vectors of three registers.
+    """
+    return _zeros(registers=count)
+
+
 @intrinsic
 def lanes_of(_: Any, like: Any) -> Any:
-    """Lanes of a vector, as a constant of the compiled code."""
+    """Numbers in a row, as a constant of the compiled code."""
+    if not _is_row(like):
+        return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.get_constant(types.intp, like.lanes)
+        return context.get_constant(types.intp, _vector(like).lanes * getattr(like, "count", 1))
 
     return types.intp(like), codegen
 
 
+def _alignment(vector: Vector, aligned: bool) -> int:
+    item = item_bytes(vector.dtype)
+    return min(CACHE_LINE, vector.lanes * item) if aligned else item
+
+
+def _places(emit: Emit, row: Any) -> list[Any]:
+    """Pointers to the vectors of a row at the index that is argument 1 in the array that is argument 0."""
+    start, lanes = emit.index(1), _vector(row).lanes
+    offsets = [emit.builder.add(start, I64(k * lanes)) for k in range(getattr(row, "count", 1))]
+    return [emit.at(emit.data(0), offset) for offset in offsets]
+
+
+def _load(aligned: bool) -> Any:
+    @intrinsic
+    def load(_: Any, array: Any, index: Any, like: Any) -> Any:
+        if not (is_array(array) and isinstance(index, types.Integer) and _is_row(like)):
+            return None
+        vector = _vector(like)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emit = Emit(context, builder, signature, args)
+            align = _alignment(vector, aligned)
+            return _join(builder, [emit.load(at, vector.llvm, align) for at in _places(emit, like)], like)
+
+        return like(array, index, like), codegen
+
+    return load
+
+
+def _store(aligned: bool) -> Any:
+    @intrinsic
+    def store(_: Any, array: Any, index: Any, row: Any) -> Any:
+        if not (is_array(array) and isinstance(index, types.Integer) and _is_row(row)):
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emit = Emit(context, builder, signature, args)
+            for vector, place in zip(_split(builder, args[2], row), _places(emit, row), strict=True):
+                emit.store(vector, place, _alignment(_vector(row), aligned))
+            return emit.nothing()
+
+        return types.void(array, index, row), codegen
+
+    return store
+
+
+#: ``load(array, index, like)`` and ``store(array, index, row)``: a row at ``array[index]``, a place that is
+#: aligned to the size of the row's vectors or to a cache line; the others work at any place.
+load, load_unaligned = _load(aligned=True), _load(aligned=False)
+store, store_unaligned = _store(aligned=True), _store(aligned=False)
+
+
+def _splat(emit: Emit, value: Any, vector: Vector) -> Any:
+    undefined = ir.Constant(vector.llvm, ir.Undefined)
+    one = emit.builder.insert_element(undefined, value, ir.Constant(I32, 0))
+    return emit.shuffle(one, undefined, [0] * vector.lanes)
+
+
 @intrinsic
-def load_like(_: Any, array: Any, index: Any, like: Any) -> Any:
-    """The vector at ``array[index]`` with as many lanes as `like`, aligned to its size or a cache line."""
+def splat(_: Any, value: Any, like: Any) -> Any:
+    """A row like `like` whose every number is `value`."""
+    if not (_is_row(like) and value == _vector(like).dtype):
+        return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-        return emit.load(emit.at(emit.data(0), emit.index(1)), like.llvm, _pointer_alignment(like))
-
-    return like(array, index, like), codegen
-
-
-@intrinsic
-def load_any(_: Any, array: Any, index: Any, like: Any) -> Any:
-    """As `load_like`, from a place of any alignment."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-        return emit.load(emit.at(emit.data(0), emit.index(1)), like.llvm, item_bytes(like.dtype))
-
-    return like(array, index, like), codegen
-
-
-@intrinsic
-def store_any(_: Any, array: Any, index: Any, row: Any) -> Any:
-    """Store a vector at ``array[index]``, a place of any alignment."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-        emit.store(args[2], emit.at(emit.data(0), emit.index(1)), item_bytes(row.dtype))
-        return emit.nothing()
-
-    return types.void(array, index, row), codegen
-
-
-@intrinsic
-def splat_like(_: Any, value: Any, like: Any) -> Any:
-    """A vector with as many lanes as `like`, each of them `value`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-        undefined = ir.Constant(like.llvm, ir.Undefined)
-        one = builder.insert_element(undefined, args[0], ir.Constant(I32, 0))
-        return emit.shuffle(one, undefined, [0] * like.lanes)
+        one = _splat(Emit(context, builder, signature, args), args[0], _vector(like))
+        return _join(builder, [one] * getattr(like, "count", 1), like)
 
     return like(value, like), codegen
 
 
 @intrinsic
-def add_rows(_: Any, a: Any, b: Any) -> Any:
+def add(_: Any, a: Any, b: Any) -> Any:
     """``a + b``, lane by lane."""
+    if not (isinstance(a, Vector) and a == b):
+        return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fadd(args[0], args[1], flags=FLAGS)
@@ -321,47 +266,36 @@ def add_rows(_: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def splat_row(_: Any, value: Any) -> Any:
-    """A tile row whose every lane is `value`."""
-    if value not in _NAMES:
+def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``, lane by lane; `a` is a row like the others, one of their vectors, or a number."""
+    if not (_is_row(b) and b == c and a in (b, _vector(b), _vector(b).dtype)):
         return None
-    vector = tile_row(value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        undefined = ir.Constant(vector.llvm, ir.Undefined)
-        one = builder.insert_element(undefined, args[0], ir.Constant(I32, 0))
-        return emit.shuffle(one, undefined, [0] * vector.lanes)
+        rows, totals = (_split(builder, args[k], c) for k in (1, 2))
+        if a == b:
+            factors = _split(builder, args[0], a)
+        else:
+            factors = [args[0] if isinstance(a, Vector) else _splat(emit, args[0], _vector(b))] * len(rows)
+        return _join(builder, [emit.fmuladd(*each) for each in zip(factors, rows, totals, strict=True)], c)
 
-    return vector(value), codegen
-
-
-@intrinsic
-def fma_row(_: Any, a: Any, b: Any, c: Any) -> Any:
-    """``a * b + c``, lane by lane."""
-    if not (isinstance(a, Vector) and a == b == c):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return Emit(context, builder, signature, args).fmuladd(*args)
-
-    return a(a, b, c), codegen
+    return c(a, b, c), codegen
 
 
 @intrinsic
-def take_turn(_: Any, turns: Any) -> Any:
-    """The number of turns taken before by all workers that share `turns`, from `no_turns`.
+def next_item(_: Any, counter: Any) -> Any:
+    """The next work item of a dynamic schedule, whose workers share the counter (see `new_counter`).
 
-    Workers that take turns share out work as they get done with it: they are seldom equally fast, where other
-    processes run or cores are of two kinds.
+    Workers are seldom equally fast, where other processes run or cores are of two kinds.
     """
-    if not (is_array(turns) and turns.dtype == types.int64):
+    if not (is_array(counter) and counter.dtype == types.int64):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", Emit(context, builder, signature, args).data(0), I64(1), "monotonic")
 
-    return types.int64(turns), codegen
+    return types.int64(counter), codegen
 
 
 def _prefetch(to_write: bool) -> Any:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparselab.kernels.cpu.bsr.plan import strips, wants_transpose
+from sparselab.kernels.cpu.bsr.plan import panel_plan, plan_key, wants_transpose
 from sparselab.kernels.cpu.bsr.sddmm_dw import sample
-from sparselab.kernels.cpu.bsr.skinny import multiply_few_blocks
+from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
 from sparselab.kernels.cpu.bsr.spmm import multiply
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.cpu.memory import LIKE, as_array, as_matrix, as_vector, zeros
@@ -47,13 +47,13 @@ def product(
     if variant == "skinny":
         weights, rows = values.contiguous(), own.blocks.rows
         offsets = zeros(own.shape[0], dtype) if bias is None else bias.contiguous()
-        multiply_few_blocks(
+        multiply_skinny_blocks(
             weights.data_ptr(), rows.indices, rows.indptr, own.block_shape,
             offsets.data_ptr(), LIKE[dtype], as_matrix(x), as_matrix(y), n_threads,
         )  # fmt: skip
         return y
     offset = None if bias is None else as_vector(bias)
-    multiply(as_vector(values), strips(own, False), False, as_array(x).T, as_array(y).T, offset)
+    multiply(as_vector(values), panel_plan(own, False), False, as_array(x).T, as_array(y).T, offset)
     return y
 
 
@@ -81,7 +81,7 @@ def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor
             weight = part.expand(values.detach(), own)
             torch.addmm(dx, grad[:, part.rows], weight, beta=min(part.rows.start, 1), out=dx)
         return dx
-    multiply(as_vector(values), strips(own, True), True, as_array(grad).T, as_array(dx).T)
+    multiply(as_vector(values), panel_plan(own, True), True, as_array(grad).T, as_array(dx).T)
     return dx
 
 
@@ -96,7 +96,7 @@ def values_grad(
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()
     result = torch.empty(topology.values_shape, dtype=dtype)
-    plan = strips(own, False)
+    plan = panel_plan(own, False)
     dense = choose_name("values_grad", len(grad), density(own), BLOCKS) == "dense blocks"
     fused = with_bias and not plan.transposed and not dense
     sums = torch.empty(own.shape[0] if fused else 0, dtype=dtype)
@@ -144,7 +144,7 @@ def keep_forward(topology: TensorTopology) -> None:
     """Let go of the plan of products with W^T, unless it is the same; it is made anew if needed."""
     own: BlockTopology = topology.own  # type: ignore[assignment]
     along = wants_transpose(own.block_shape, False)
-    own.forget(lambda key: key != ("cpu", "strips", not along))
+    own.forget(lambda key: key != plan_key(not along))
 
 
 class _Chunk(NamedTuple):

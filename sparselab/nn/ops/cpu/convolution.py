@@ -30,7 +30,7 @@ from sparselab.kernels.cpu.conv.shifted import multiply_shifted, sample_shifted
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows
 from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan, plan_shifted
 from sparselab.kernels.cpu.csr.spmm_t import gather
-from sparselab.kernels.cpu.runtime.jit import scratch
+from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.cpu.csr import dense_blocks, row_blocks
 from sparselab.nn.ops.cpu.memory import as_array, as_vector

@@ -25,7 +25,7 @@ from sparselab.kernels.cpu.csr.plan import (
     transpose_plan,
 )
 from sparselab.kernels.cpu.csr.sddmm_dw import GradientCut, cut_gradient, sample_cut
-from sparselab.kernels.cpu.csr.skinny import multiply_few
+from sparselab.kernels.cpu.csr.skinny import multiply_skinny
 from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.layouts.padded_csr import RowTopology
@@ -106,7 +106,7 @@ def product(
     X, Y = as_matrix(x), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens))
     if variant == "skinny":
         weights, offsets = values.contiguous(), rows.of_bias(bias, dtype)
-        multiply_few(
+        multiply_skinny(
             weights.data_ptr(), LIKE[values.dtype], rows.indices, rows.begin, rows.end,
             address(offsets), LIKE[dtype], X, Y, n_threads,
         )  # fmt: skip
@@ -154,7 +154,7 @@ def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor
     weights, nothing = gather(as_vector(values), plan.slots, LIKE[dtype].dtype), rows.zeros(dtype)
     DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens))
     if n_tokens <= SINGLE.skinny:
-        multiply_few(
+        multiply_skinny(
             address(weights), LIKE[dtype], plan.indices, plan.indptr[:-1], plan.indptr[1:],
             address(nothing), LIKE[dtype], DY, DX, n_threads,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import threading
 import numba
 import torch
 
-from sparselab.kernels.cpu.runtime.jit import allowed
+from sparselab.kernels.cpu.runtime.launch import allowed
 
 
 class _Count(threading.local):
