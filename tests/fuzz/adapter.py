@@ -150,3 +150,101 @@ def rewrite(W: Matrix, drop: Any, grow: Any, compact: bool) -> tuple[Matrix, Arr
     else:
         new, source = kernels.rewrite(W, drop, grow, compact=compact)
     return new, source
+
+
+# --- layers -----------------------------------------------------------------------------------------------
+
+
+def make_layer(kind: str, sizes: tuple[int, int], *, bias: bool, density: float, dtype: Any, **others: Any) -> Any:
+    """A layer of that class with random connections; `sizes` are inputs and outputs."""
+    import sparselab
+
+    if kind == "FanInLinear":
+        others = {"fan_in": round(density * sizes[0]), **others}
+    else:
+        others = {"sparsity": 1 - density, **others}
+    return getattr(sparselab, kind)(*sizes, bias=bias, dtype=dtype, **others)
+
+
+def masked(layer: Any) -> Any:
+    """The masked twin of a layer."""
+    import sparselab
+
+    kind = "MaskedConv2d" if "Conv2d" in type(layer).__name__ else "MaskedLinear"
+    return getattr(sparselab, kind).from_sparse(layer)
+
+
+def stored(layer: Any) -> Any:
+    """The Parameter of the weights."""
+    for name in ("weight_values", "values", "stored"):
+        found = layer._parameters.get(name)
+        if found is not None:
+            return found
+    return layer.stored
+
+
+def block_of(layer: Any) -> tuple[int, int]:
+    """Rows and columns of one connection."""
+    return tuple(getattr(layer, "block_shape", (1, 1)))  # type: ignore[return-value]
+
+
+def per_connection(layer: Any, entries: Any) -> Array:
+    """Entries laid out as `stored`, in the order of positions, (nnz, *block), float64."""
+    if hasattr(layer, "mask") and entries.shape == layer.mask.shape:
+        entries = entries[layer.mask]
+    return entries.detach().double().numpy().reshape(-1, *block_of(layer))  # type: ignore[no-any-return]
+
+
+def matrix_shape(layer: Any) -> tuple[int, int]:
+    """Rows and columns of W."""
+    return int(layer.shape[0]), int(layer.shape[1])
+
+
+def layer_positions(layer: Any) -> Array:
+    """Positions on the grid of connections."""
+    return layer.positions().numpy()  # type: ignore[no-any-return]
+
+
+def topology_tensors(layer: Any) -> dict[str, Any]:
+    """The integer buffers by name."""
+    return {name: tensor for name, tensor in layer.named_buffers() if not tensor.is_floating_point()}
+
+
+# --- operators --------------------------------------------------------------------------------------------
+
+#: Other names of an argument.
+ALIASES = {
+    "weight_values": "values", "grad_output": "grad", "dy": "grad", "input": "x", "numbers": "geometry",
+}  # fmt: skip
+
+
+def record_operators(run: Any) -> list[tuple[Any, list[Any]]]:
+    """The operators of the package that a function calls, with their arguments."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "sparselab":
+                names = [argument.name for argument in func._schema.arguments]
+                given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+                calls.append((func, [given[name] for name in names]))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        run()
+    return [
+        (func, [arg.detach().clone() if isinstance(arg, torch.Tensor) else arg for arg in args])
+        for func, args in calls
+    ]
+
+
+def named(func: Any, args: list[Any]) -> dict[str, Any]:
+    """The arguments of an operator by the names that the fuzzer knows."""
+    names = [argument.name for argument in func._schema.arguments]
+    found = {ALIASES.get(name, name): arg for name, arg in zip(names, args, strict=True)}
+    if "shape" in found:
+        found["out_features"], found["in_features"] = found["shape"]
+    return found

@@ -201,7 +201,8 @@ def stale_plan(case: Case, state: State) -> None:
     else:
         path, array = case.pick([each for each in adapter.plan_arrays(made) if each[1].size])
         changed = array.copy()
-        changed.flat[int(case.rng.integers(array.size))] += case.pick((1, 10**4, 10**7))
+        at = int(case.rng.integers(array.size))
+        changed.flat[at] = min(int(changed.flat[at]) + case.pick((1, 10**4, 10**7)), np.iinfo(array.dtype).max)
         made = adapter.replaced(made, path, changed)
         how = f"{how} {'.'.join(path)}"
     product = draw(case, now, name, case.pick((17, 33, 70, 100)), plain=True)
