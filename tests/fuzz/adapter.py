@@ -18,7 +18,11 @@ Array = np.ndarray[Any, Any]
 Matrix = Any
 
 #: Where the smallest work that is worth a thread has been kept.
-_LAUNCHERS = "sparselab.kernels.cpu.runtime.jit", "sparselab.kernels.cpu.runtime.launch", "sparselab.kernels._jit"
+_LAUNCHERS = (
+    "sparselab.kernels.cpu.runtime.jit",
+    "sparselab.kernels.cpu.runtime.launch",
+    "sparselab.kernels._jit",
+)
 
 
 def use_threads_for_little_work() -> None:
@@ -155,7 +159,9 @@ def rewrite(W: Matrix, drop: Any, grow: Any, compact: bool) -> tuple[Matrix, Arr
 # --- layers -----------------------------------------------------------------------------------------------
 
 
-def make_layer(kind: str, sizes: tuple[int, int], *, bias: bool, density: float, dtype: Any, **others: Any) -> Any:
+def make_layer(
+    kind: str, sizes: tuple[int, int], *, bias: bool, density: float, dtype: Any, **others: Any
+) -> Any:
     """A layer of that class with random connections; `sizes` are inputs and outputs."""
     import sparselab
 

@@ -106,6 +106,8 @@ class Case:
         try:
             return call()
         except Exception as error:
+            if isinstance(error, MemoryError) and not names:
+                return REFUSED
             if not isinstance(error, CLEAN):
                 raise Found("unclean", f"{describe(error)}") from error
             if names and not any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names):

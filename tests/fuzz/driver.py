@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +140,7 @@ class Driver:
         """Note a message; whether it is the last."""
         if "found" in message:
             kind, family, operation, mutation, detail = message["found"]
-            skip = tuple(Label(*label) for label in message["skip"])
+            skip = self._skipped(family, [Label(*label) for label in message["skip"]])
             self._add(
                 Finding(kind, family, operation, mutation, detail, message["seed"], message["step"], skip)
             )
@@ -149,6 +150,11 @@ class Driver:
         self.cases += message["cases"]
         self.seed = message["seed"]
         return bool(message.get("done"))
+
+    def _skipped(self, family: str, labels: Iterable[Label]) -> tuple[Label, ...]:
+        """Those of the labels that this family has."""
+        mine = {Label(found.operation, found.mutation) for found in self.findings if found.family == family}
+        return tuple(sorted(mine & set(labels)))
 
     def _add(self, finding: Finding) -> None:
         self.findings.append(finding)
@@ -167,7 +173,16 @@ class Driver:
         detail = f"no end after {self.hang_seconds:.0f} s" if hung else f"{name} in {_innermost(errors)}"
         kind = "hang" if hung else "crash"
         self._add(
-            Finding(kind, family, operation, mutation, detail, int(seed), int(step), tuple(sorted(self.skip)))
+            Finding(
+                kind,
+                family,
+                operation,
+                mutation,
+                detail,
+                int(seed),
+                int(step),
+                self._skipped(family, self.skip),
+            )
         )
         self.seed = int(seed) + 1
 
@@ -191,4 +206,5 @@ def _innermost(errors: str) -> str:
     frames = re.findall(r'File "[^"]*(sparselab/[^"]*)", line (\d+) in (\w+)', current)
     if frames:
         return f"{frames[0][0]}:{frames[0][1]} ({frames[0][2]})"
-    return errors.strip().splitlines()[-1][:200] if errors.strip() else "an unknown place"
+    elsewhere = re.findall(r'File "([^"]*)", line (\d+) in (\w+)', current)
+    return f"{elsewhere[0][0]}:{elsewhere[0][1]} ({elsewhere[0][2]})" if elsewhere else "an unknown place"

@@ -64,7 +64,9 @@ def draw(case: Case, state: State, name: str, tokens: int | None = None, *, plai
         exact = exact_product(twin.dense().T, DY.astype(float), twin.live().T)
         return Product(name, {"DY": DY}, exact, (columns, tokens))
     if name == "sddmm_dw":
-        return Product(name, {"DY": DY, "X": X}, twin.gradient(DY.astype(float), X.astype(float)), W.values.shape)
+        return Product(
+            name, {"DY": DY, "X": X}, twin.gradient(DY.astype(float), X.astype(float)), W.values.shape
+        )
     operands = {"X": X}
     bias = None
     if case.chance(0.5):
@@ -202,7 +204,9 @@ def stale_plan(case: Case, state: State) -> None:
         path, array = case.pick([each for each in adapter.plan_arrays(made) if each[1].size])
         changed = array.copy()
         at = int(case.rng.integers(array.size))
-        changed.flat[at] = min(int(changed.flat[at]) + case.pick((1, 10**4, 10**7)), np.iinfo(array.dtype).max)
+        changed.flat[at] = min(
+            int(changed.flat[at]) + case.pick((1, 10**4, 10**7)), np.iinfo(array.dtype).max
+        )
         made = adapter.replaced(made, path, changed)
         how = f"{how} {'.'.join(path)}"
     product = draw(case, now, name, case.pick((17, 33, 70, 100)), plain=True)

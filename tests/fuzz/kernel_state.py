@@ -83,9 +83,7 @@ def draw_pattern(case: Case, grid: tuple[int, int]) -> Array:
     counts = (
         case.rng.integers(0, 40, rows) if kind == "few" else PATTERNS[kind](case.rng, rows, columns)
     ).astype(np.int64)
-    chosen = [
-        i * columns + np.sort(case.rng.choice(columns, n, replace=False)) for i, n in enumerate(counts)
-    ]
+    chosen = [i * columns + np.sort(case.rng.choice(columns, n, replace=False)) for i, n in enumerate(counts)]
     return np.concatenate(chosen).astype(np.int64)
 
 

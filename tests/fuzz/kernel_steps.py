@@ -285,7 +285,12 @@ def with_values(case: Case, state: State) -> None:
     W, twin = state.W, state.twin
     values = case.rng.standard_normal(W.values.shape).astype(W.values.dtype)
     how = case.pick(("valid", "valid", "short", "int", "2-D", "beyond the matrix", "list"))
-    bad: Any = {"short": values[:-1], "int": values.astype(np.int64), "2-D": values[None], "list": values.tolist()}
+    bad: Any = {
+        "short": values[:-1],
+        "int": values.astype(np.int64),
+        "2-D": values[None],
+        "list": values.tolist(),
+    }
     if how == "beyond the matrix":
         beyond = twin.gather(np.ones(twin.shape)) == 0
         if not adapter.is_blocks(W) or not beyond.any():

@@ -23,24 +23,35 @@ class Invalid(Exception):
     """The arguments have no right result."""
 
 
+class TooLarge(Exception):
+    """The result is right, but too large to be computed here."""
+
+
 def need(condition: bool, what: str) -> None:
     """Raise `Invalid` unless the condition holds."""
     if not condition:
         raise Invalid(what)
 
 
+def written(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own, if it only stands for numbers."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return tensor.detach().resolve_neg()
+
+
 def dense(tensor: Any, what: str) -> Tensor:
     """A floating tensor in float64."""
     need(isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu", what)
     need(tensor.is_floating_point(), f"{what} is {tensor.dtype}")
-    return tensor.detach().resolve_neg().double()
+    return written(tensor).double()
 
 
 def integers(tensor: Any, what: str) -> Array:
     """An integer tensor as int64."""
     need(isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu", what)
     need(not tensor.is_floating_point() and tensor.dtype != torch.bool and not tensor.is_complex(), what)
-    return tensor.detach().numpy().astype(np.int64)  # type: ignore[no-any-return]
+    return written(tensor).numpy().astype(np.int64)  # type: ignore[no-any-return]
 
 
 def topology(args: dict[str, Any], shape: tuple[int, int], block: tuple[int, int]) -> Twin:
@@ -48,7 +59,8 @@ def topology(args: dict[str, Any], shape: tuple[int, int], block: tuple[int, int
     need(min(shape) >= 0 and min(block) >= 1, "sizes")
     twin = Twin(shape, block)
     rows, columns = twin.grid
-    need(rows * columns * math.prod(block) <= _MOST_ENTRIES, "too large to be meant")
+    if rows * columns * math.prod(block) > _MOST_ENTRIES:
+        raise TooLarge
     indptr, indices = integers(args["indptr"], "indptr"), integers(args["indices"], "indices").reshape(-1)
     need(indptr.shape == (rows + 1,), f"indptr of shape {indptr.shape} for {rows} rows")
     need(indptr[0] == 0 and indptr[-1] == len(indices) and bool(np.all(np.diff(indptr) >= 0)), "indptr")
@@ -112,7 +124,9 @@ def _linear(args: dict[str, Any]) -> Results:
 def _input_grad(args: dict[str, Any]) -> Results:
     grad = dense(args["grad"], "grad")
     need(grad.ndim == 2, f"grad of {grad.ndim} dimensions")
-    rows = args.get("out_features", _rows(args) if "values" in args and args["values"].ndim != 3 else grad.shape[1])
+    rows = args.get(
+        "out_features", _rows(args) if "values" in args and args["values"].ndim != 3 else grad.shape[1]
+    )
     need(grad.shape[1] == rows, f"grad of shape {tuple(grad.shape)} for {rows} outputs")
     W = torch.from_numpy(weighted(args, (rows, args["in_features"])).dense())
     return [(*_pair(lambda grad, W: grad @ W, grad, W), rows)]
@@ -129,7 +143,11 @@ def _values_grad(args: dict[str, Any]) -> Results:
     twin = topology(args, (rows, columns), block)
     full, magnitude = _pair(lambda grad, x: grad.T @ x, grad, x)
     outputs = [
-        (torch.from_numpy(twin.gather(full.numpy())), torch.from_numpy(twin.gather(magnitude.numpy())), len(x))
+        (
+            torch.from_numpy(twin.gather(full.numpy())),
+            torch.from_numpy(twin.gather(magnitude.numpy())),
+            len(x),
+        )
     ]
     if "with_bias" in args:
         sums = (grad.sum(0), grad.abs().sum(0)) if args["with_bias"] else (torch.zeros(0), torch.zeros(0))
@@ -208,7 +226,9 @@ def _conv_values_grad(args: dict[str, Any]) -> Results:
     geometry = _Geometry(args)
     x = _images(args["x"], "x", geometry.channels)
     grad = _images(args["grad"], "grad", geometry.rows)
-    need(len(x) == len(grad) and geometry.outputs(x.shape[2:]) == tuple(grad.shape[2:]), "sizes of grad and x")
+    need(
+        len(x) == len(grad) and geometry.outputs(x.shape[2:]) == tuple(grad.shape[2:]), "sizes of grad and x"
+    )
     twin = topology(args, (geometry.rows, geometry.columns), (1, 1))
     W = torch.zeros(twin.shape, dtype=torch.float64)
     full, magnitude = _pair(lambda x, grad: _by(geometry, x, W, grad, False), x, grad)
