@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -88,7 +89,7 @@ class Driver:
 
     def _run_worker(self, directory: Path, seconds: float) -> bool:
         """Run one worker to its end; False if it ended in order."""
-        status, errors = directory / "status", directory / "errors"
+        status, errors, before = directory / "status", directory / "errors", len(self.findings)
         status.write_bytes(b" " * STATUS_BYTES)
         job = {
             "families": self.families, "seconds": seconds, "seed": self.seed, "last_seed": self.last_seed,
@@ -105,7 +106,7 @@ class Driver:
         finally:
             _end(process)
         if not done:
-            self._note_death(process, hung, Status.read(status), errors.read_text(errors="replace"))
+            self._note_death(process, hung, Status.read(status), errors.read_text(errors="replace"), before)
         return not done
 
     def _listen(self, process: subprocess.Popen[str], status: Path) -> tuple[bool, bool]:
@@ -164,7 +165,8 @@ class Driver:
         if self._seen[label] >= (ENOUGH_CRASHES if deadly else ENOUGH):
             self.skip.add(label)
 
-    def _note_death(self, process: Any, hung: bool, status: str, errors: str) -> None:
+    def _note_death(self, process: Any, hung: bool, status: str, errors: str, before: int) -> None:
+        """Note the death of a worker that was started when there were so many findings."""
         if not status:
             raise RuntimeError(f"the worker did not start (exit status {process.returncode})\n{errors}")
         family, seed, step, operation, mutation = status.split("\t")
@@ -172,31 +174,19 @@ class Driver:
         name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         detail = f"no end after {self.hang_seconds:.0f} s" if hung else f"{name} in {_innermost(errors)}"
         kind = "hang" if hung else "crash"
-        self._add(
-            Finding(
-                kind,
-                family,
-                operation,
-                mutation,
-                detail,
-                int(seed),
-                int(step),
-                self._skipped(family, self.skip),
-            )
-        )
+        if faults := self.findings[before:]:
+            detail += f", where case {faults[-1].seed} of {faults[-1].family} had gone wrong before"
+        skip = self._skipped(family, self.skip)
+        self._add(Finding(kind, family, operation, mutation, detail, int(seed), int(step), skip))
         self.seed = int(seed) + 1
 
 
 def _end(process: subprocess.Popen[str]) -> None:
     """End a worker and what it forked."""
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

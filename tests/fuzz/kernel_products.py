@@ -154,8 +154,8 @@ def wrong_operand(case: Case, state: State) -> None:
     given = product.operands[target] if target != "out" else draw_out(case, product, state.dtype)
     other = np.float64 if state.dtype == np.float32 else np.float32
     wrong: Any = {
-        "dtype": lambda: given.astype(other), "rows": lambda: guarded(given[:-1]), "1-D": lambda: given.reshape(-1),
-        "3-D": lambda: given[None], "list": given.tolist, "int": lambda: 3, "None": lambda: object(),
+        "dtype": lambda: given.astype(other), "rows": lambda: guarded(given[:-1]),
+        "1-D": lambda: given.reshape(-1), "3-D": lambda: given[None], "list": given.tolist, "int": lambda: 3, "None": lambda: object(),
         "subclass": lambda: given.view(np.ma.MaskedArray), "empty": lambda: given[:0],
     }[how]()  # fmt: skip
     if how == "subclass" or (np.shape(wrong) == given.shape and how not in ("dtype", "list")):

@@ -78,12 +78,13 @@ def draw_pattern(case: Case, grid: tuple[int, int]) -> Array:
     kind = case.pick(sorted(PATTERNS))
     if rows == 0 or columns == 0:
         return np.empty(0, np.int64)
+    drawn = columns
     if columns > 1000:
-        kind = "few"
+        kind, drawn = "few", columns if case.chance(0.5) else min(columns, 1 << 16)
     counts = (
         case.rng.integers(0, 40, rows) if kind == "few" else PATTERNS[kind](case.rng, rows, columns)
     ).astype(np.int64)
-    chosen = [i * columns + np.sort(case.rng.choice(columns, n, replace=False)) for i, n in enumerate(counts)]
+    chosen = [i * columns + np.sort(case.rng.choice(drawn, n, replace=False)) for i, n in enumerate(counts)]
     return np.concatenate(chosen).astype(np.int64)
 
 

@@ -380,6 +380,6 @@ def empty_matrices(case: Case, state: State) -> None:
 
 STEPS: list[tuple[Step, float]] = [
     (construct_wrong, 2), (from_positions, 1), (from_scipy, 1), (edit, 1), (edit_given, 0.5),
-    (set_attribute, 0.2), (rewrite, 6), (rewrite_wrong, 2), (with_values, 2), (convert, 3), (giant, 0.1),
+    (set_attribute, 0.2), (rewrite, 6), (rewrite_wrong, 2), (with_values, 2), (convert, 3), (giant, 0.2),
     (empty_matrices, 0.2),
 ]  # fmt: skip

@@ -82,7 +82,8 @@ def wrong_input(case: Case, state: State) -> None:
     other = torch.float64 if x.dtype == torch.float32 else torch.float32
     wrong: Any = {
         "narrow": lambda: x.narrow(dim, 0, x.shape[dim] - 1), "wide": lambda: torch.cat([x, x], dim),
-        "dtype": lambda: x.to(other), "int": lambda: x.long(), "scalar": lambda: torch.ones((), dtype=x.dtype),
+        "dtype": lambda: x.to(other), "int": lambda: x.long(),
+        "scalar": lambda: torch.ones((), dtype=x.dtype),
         "numpy": x.numpy, "meta": lambda: x.to("meta"),
     }[how]()  # fmt: skip
     case.note(f"{state.kind} forward", f"input {how}")

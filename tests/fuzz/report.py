@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from tests.fuzz.driver import Driver, Finding
 
+KINDS_EXPLAINED = (
+    "wrong: a wrong number, or a wrong call that was accepted; refused: a right call that raised",
+    "unclean: an error that is no TypeError, ValueError or RuntimeError, or names no argument",
+)
 KINDS = "crash", "hang", "wrong", "unclean", "refused"
 
 
@@ -17,8 +21,7 @@ def tables(driver: Driver, triage: bool) -> str:
         for name in sorted({*driver.calls, *(finding.operation for finding in driver.findings)})
     ]
     lines += _aligned([header, *rows])
-    lines += ["", "kinds: wrong = a wrong number, or a wrong call that was accepted; unclean = an error that is no",
-              "TypeError, ValueError or RuntimeError or names no argument; refused = a right call that raised", ""]  # fmt: skip
+    lines += ["", *KINDS_EXPLAINED, ""]
     lines += _groups(driver) if triage else [_line(driver, finding) for finding in driver.findings]
     left_out = ", ".join("/".join(label) for label in sorted(driver.skip))
     lines += [f"left out after enough faults: {left_out}"] if left_out else []
