@@ -1,7 +1,8 @@
 """Many callers at once, bit for bit: ``python -m tests.fuzz concurrency --calls N``.
 
 The layers of every kind are run once by one caller. Then the same calls are made by 16 threads, by a parent
-and its forked child at the same time, and by the workers of a DataLoader; every result must have the same bits.
+and its forked child at the same time, and by the workers of a DataLoader; every result must have the same
+bits.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def by_fork(calls: list[Call], count: int) -> Counter[str]:
     for k in range(rounds):
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)  # torch's own threads do not survive a fork, as a DataLoader knows
             try:
                 os._exit(min(sum(repeat(calls, count // rounds // 2, 2 * k).values()), 200))
             except BaseException:
