@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tests.fuzz import planted
+
 KERNELS = "PaddedCSR", "BlockCSR"
 TORCH = "operators", "SparseLinear", "FanInLinear", "BlockSparseLinear", "SparseConv2d", "masked"
 
@@ -20,7 +22,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument(
-        "--layouts", nargs="+", choices=[*KERNELS, *TORCH], help="what to test (default: everything)"
+        "--layouts",
+        nargs="+",
+        choices=[*KERNELS, *TORCH, *planted.FAMILIES],
+        metavar="LAYOUT",
+        help=f"what to test, of {', '.join([*KERNELS, *TORCH])} (default: everything)",
     )
     parser.add_argument(
         "--operators", action=argparse.BooleanOptionalAction, default=True,

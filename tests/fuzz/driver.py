@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import re
+import select
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -69,8 +68,10 @@ class Driver:
         self, families: list[str], seconds: float, seed: int = 0, package: str | None = None,
         hang_seconds: float = 300, last_seed: int = 2**62,
     ) -> None:  # fmt: skip
-        self.families, self.seconds, self.seed, self.package = families, seconds, seed, package
-        self.hang_seconds, self.last_seed = hang_seconds, last_seed
+        self.families, self.seconds, self.package = families, seconds, package
+        self.hang_seconds = hang_seconds
+        #: The next case, counted over seeds and families, and the one to stop before.
+        self.at, self.stop = seed * len(families), last_seed * len(families)
         self.findings: list[Finding] = []
         self.skip: set[Label] = set()
         self.calls: Counter[str] = Counter()
@@ -82,7 +83,7 @@ class Driver:
         """All the faults that were found."""
         end = time.monotonic() + self.seconds
         with tempfile.TemporaryDirectory() as directory:
-            while time.monotonic() < end and self.seed < self.last_seed:
+            while time.monotonic() < end and self.at < self.stop:
                 if not self._run_worker(Path(directory), end - time.monotonic()):
                     break
         return self.findings
@@ -92,7 +93,7 @@ class Driver:
         status, errors, before = directory / "status", directory / "errors", len(self.findings)
         status.write_bytes(b" " * STATUS_BYTES)
         job = {
-            "families": self.families, "seconds": seconds, "seed": self.seed, "last_seed": self.last_seed,
+            "families": self.families, "seconds": seconds, "at": self.at, "stop": self.stop,
             "package": self.package, "status": str(status), "skip": sorted(self.skip), "enough": ENOUGH,
         }  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -101,41 +102,35 @@ class Driver:
                 [sys.executable, "-m", "tests.fuzz.worker", json.dumps(job)], cwd=ROOT, env=environment,
                 stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
             )  # fmt: skip
+        hung = True
         try:
             done, hung = self._listen(process, status)
         finally:
-            _end(process)
+            _end(process, 0 if hung else 30)
         if not done:
             self._note_death(process, hung, Status.read(status), errors.read_text(errors="replace"), before)
         return not done
 
     def _listen(self, process: subprocess.Popen[str], status: Path) -> tuple[bool, bool]:
         """Take in what a worker says. Whether it came to its end, and whether it hangs."""
-        lines: queue.Queue[str | None] = queue.Queue()
         assert process.stdout is not None
-        stdout = process.stdout
-
-        def read() -> None:
-            for line in stdout:
-                lines.put(line)
-            lines.put(None)
-
-        threading.Thread(target=read, daemon=True).start()
+        lines, text = process.stdout.fileno(), b""
         last, since = "", time.monotonic()
         while True:
-            try:
-                line = lines.get(timeout=min(1.0, self.hang_seconds))
-            except queue.Empty:
+            if not select.select([lines], [], [], min(1.0, self.hang_seconds))[0]:
                 now = Status.read(status)
                 if now != last:
                     last, since = now, time.monotonic()
                 elif now and time.monotonic() - since > self.hang_seconds:
                     return False, True
                 continue
-            if line is None:
+            came = os.read(lines, 1 << 16)
+            if not came:
                 return False, False
-            if self._take(json.loads(line)):
-                return True, False
+            *whole, text = (text + came).split(b"\n")
+            for line in whole:
+                if self._take(json.loads(line)):
+                    return True, False
 
     def _take(self, message: dict[str, Any]) -> bool:
         """Note a message; whether it is the last."""
@@ -149,7 +144,7 @@ class Driver:
         self.calls += Counter(message["calls"])
         self.refusals += Counter(message["refusals"])
         self.cases += message["cases"]
-        self.seed = message["seed"]
+        self.at = message["at"]
         return bool(message.get("done"))
 
     def _skipped(self, family: str, labels: Iterable[Label]) -> tuple[Label, ...]:
@@ -178,16 +173,18 @@ class Driver:
             detail += f", where case {faults[-1].seed} of {faults[-1].family} had gone wrong before"
         skip = self._skipped(family, self.skip)
         self._add(Finding(kind, family, operation, mutation, detail, int(seed), int(step), skip))
-        self.seed = int(seed) + 1
+        self.at = int(seed) * len(self.families) + self.families.index(family) + 1
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a worker and what it forked."""
+def _end(process: subprocess.Popen[str], patience: float) -> None:
+    """End a worker and what it forked, after so many seconds in which it may end by itself."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=5)
+        process.wait(timeout=patience)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 def _innermost(errors: str) -> str:

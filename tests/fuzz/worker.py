@@ -48,33 +48,32 @@ def work(job: dict[str, Any]) -> None:
     end, said = time.monotonic() + job["seconds"], time.monotonic()
     calls: Counter[str] = Counter()
     refusals: Counter[str] = Counter()
-    cases, seed = 0, job["seed"]
+    names = list(sequences)
+    cases, at = 0, job["at"]
 
     def say(**message: Any) -> None:
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
 
-    while time.monotonic() < end and seed < job["last_seed"]:
-        for name, sequence in sequences.items():
-            case = Case(name, seed, status, frozenset(skip))
-            found = run_case(case, sequence)
-            calls += case.calls
-            refusals += case.refusals
-            cases += 1
-            if found is not None:
-                say(
-                    found=[found.kind, name, *case.label, found.detail], seed=seed, step=case.step,
-                    skip=sorted(skip),
-                )  # fmt: skip
-                seen[case.label] += 1
-                if seen[case.label] >= job["enough"]:
-                    skip.add(case.label)
-        seed += 1
-        if time.monotonic() - said > 1 or seed == job["last_seed"]:
+    # Every family runs each seed, in turns.
+    while time.monotonic() < end and at < job["stop"]:
+        seed, family = divmod(at, len(names))
+        case = Case(names[family], seed, status, frozenset(skip))
+        found = run_case(case, sequences[names[family]])
+        calls += case.calls
+        refusals += case.refusals
+        cases, at = cases + 1, at + 1
+        if found is not None:
+            what = [found.kind, names[family], *case.label, found.detail]
+            say(found=what, seed=seed, step=case.step, skip=sorted(skip))
+            seen[case.label] += 1
+            if seen[case.label] >= job["enough"]:
+                skip.add(case.label)
+        if time.monotonic() - said > 1:
             said = time.monotonic()
-            say(calls=calls, refusals=refusals, cases=cases, seed=seed)
+            say(calls=calls, refusals=refusals, cases=cases, at=at)
             calls, refusals, cases = Counter(), Counter(), 0
-    say(calls=calls, refusals=refusals, cases=cases, seed=seed, done=True)
+    say(calls=calls, refusals=refusals, cases=cases, at=at, done=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Writes the kernels' assembly for CPUs that need not be the host.
 
 ``python -m tests.kernels.cpu.lower record FILE`` runs the kernels here and notes for which types.
-``python -m tests.kernels.cpu.lower compile FILE DIRECTORY TRIPLE:CPU DTYPE KERNEL ...`` compiles them for a
-CPU and writes one listing each. The second needs a process of its own: from the first optimisation on, LLVM is
-told of that CPU and never of the host, and nothing that it compiles can run here. How wide the kernels'
-vectors are is for ``SPARSELAB_VECTOR_BYTES`` to say.
+``python -m tests.kernels.cpu.lower compile FILE DIRECTORY TRIPLE:CPU DTYPE KERNEL ...`` compiles them for
+a CPU and writes one listing each, at the vector width of ``SPARSELAB_VECTOR_BYTES``. That needs a process
+of its own: from the first optimisation on, LLVM is told of that CPU and never of the host, and nothing runs.
 """
 
 from __future__ import annotations
