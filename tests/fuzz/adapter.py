@@ -70,6 +70,14 @@ def blocks(
     return _by_name(BlockCSR, {"shape": shape, "block_shape": block_shape, **arrays})
 
 
+def from_positions(kind: type, shape: tuple[int, int], block: tuple[Any, ...], positions: Array) -> Matrix:
+    """A matrix of zeros with connections at these positions; `block` holds the block shape, if any."""
+    if hasattr(kind, "from_positions"):
+        return kind.from_positions(shape, *block, positions)
+    topology = kind.topology_class.from_positions(shape, *block, positions)  # type: ignore[attr-defined]
+    return kind.of(topology, np.zeros(topology.values_shape, np.float32))  # type: ignore[attr-defined]
+
+
 def is_blocks(W: Matrix) -> bool:
     """Whether the connections of a matrix are blocks."""
     return isinstance(W, BlockCSR)
@@ -251,6 +259,8 @@ def named(func: Any, args: list[Any]) -> dict[str, Any]:
     """The arguments of an operator by the names that the fuzzer knows."""
     names = [argument.name for argument in func._schema.arguments]
     found = {ALIASES.get(name, name): arg for name, arg in zip(names, args, strict=True)}
-    if "shape" in found:
-        found["out_features"], found["in_features"] = found["shape"]
+    if "sizes" in found:  # outputs and inputs of the layer, and of a block
+        sizes = found["sizes"] if len(found["sizes"]) == 4 else [-1] * 4
+        found["out_features"], found["in_features"], *block = sizes
+        found["block_shape"] = block
     return found

@@ -105,7 +105,7 @@ def from_positions(case: Case, state: State) -> None:
         positions[0] = -1 - int(case.rng.integers(100))
     case.note(f"{type(W).__name__}.from_positions", how)
     block = (twin.block,) if adapter.is_blocks(W) else ()
-    make = lambda: type(W).from_positions(twin.shape, *block, positions)  # noqa: E731
+    make = lambda: adapter.from_positions(type(W), twin.shape, block, positions)  # noqa: E731
     if how != "valid":
         case.refuse(make, "positions", what=f"positions that are {how}")
         return
@@ -176,7 +176,7 @@ def edit_given(case: Case, state: State) -> None:
     name = case.pick(names)
     array = state.given[name]
     case.note("edit what was given", name)
-    before = array.copy()
+    before = np.array(adapter.part(state.W, name))
     case.attempt(lambda: array.__setitem__(int(case.rng.integers(array.size)), np.iinfo(array.dtype).max))
     after = adapter.part(state.W, name)
     if not np.array_equal(before, after):
@@ -357,7 +357,7 @@ def giant(case: Case, state: State) -> None:
     case.note("giant", f"{rows} x 2^{columns.bit_length() - 1}")
     position = (rows - 1) * columns + int(case.rng.integers(columns))
     before = np.array([0, columns - 1], np.int64)
-    W = case.attempt(lambda: PaddedCSR.from_positions((rows, columns), before), "shape")
+    W = case.attempt(lambda: adapter.from_positions(PaddedCSR, (rows, columns), (), before), "shape")
     if W is REFUSED:
         return
     made = case.attempt(lambda: adapter.rewrite(W, before[:0], np.array([position]), True), "shape", "grow")

@@ -169,6 +169,7 @@ class _Geometry:
         self.rows = _rows(args)
         need(self.channels % self.groups == 0 and self.rows % self.groups == 0, "groups")
         self.columns = self.channels // self.groups * math.prod(self.kernel)
+        need(args.get("in_features", self.columns) == self.columns, "geometry of another matrix")
 
     def outputs(self, size: Any) -> tuple[int, ...]:
         """Height and width of the outputs for images of this size."""

@@ -147,6 +147,8 @@ def change(case: Case, func: Any, args: list[Any]) -> tuple[str, list[Any]]:
         how = case.pick(("-1", "0", "1", "one more", "one less", "doubled", "2^31", "2^62"))
         new = {"-1": -1, "0": 0, "1": 1, "one more": given + 1, "one less": given - 1, "doubled": 2 * given,
                "2^31": 2**31, "2^62": 2**62}[how]  # fmt: skip
+    elif isinstance(given, str):
+        how, new = "unknown", case.pick(("", given + "s", "dense"))
     elif isinstance(given, (list, tuple)) and given:
         how, new = _changed_list(case, list(given))
     elif given is None:
