@@ -257,7 +257,9 @@ def _call(case: Case, func: Any, args: list[Any], how: str) -> None:
         names = []  # memory may be what is missing
     except (AttributeError, IndexError, TypeError) as why:  # a tensor where a number belongs, and so on
         invalid = Invalid(str(why))
-    names = [*names, "input", "Could not run"] if names else names
+    if how.endswith("sparse"):
+        names = []  # torch itself refuses such a tensor, in words of its own
+    names = [*names, "input", "size", "sizes", "shape", "block_shape"] if names else names
     with torch.set_grad_enabled(case.chance(0.3)):
         outputs = case.attempt(lambda: func(*args), *names)
     if outputs is REFUSED:
