@@ -8,14 +8,17 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt --editable
 ARGS ?=
 WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: help demo mnist test lint bench clean
+.PHONY: help demo mnist test test-all fuzz lint bench clean
 
 help:
 	@echo "make demo    train a small GPT dense and sparse, print a table, draw pictures (about 5 minutes)"
 	@echo "make mnist   compare algorithms on MNIST at several sparsities (ARGS=--quick: about 2 minutes)"
-	@echo "make test    run the whole test suite"
+	@echo "make test    run the test suite (up to 8 minutes on 2 cores)"
+	@echo "make test-all  run the slow tests too, try more examples, and every vector width (up to 20 minutes)"
+	@echo "make fuzz    look for faults with random calls (ARGS='--minutes 10 --triage')"
 	@echo "make lint    run the linter, the formatter's check and the type checker"
 	@echo "make bench   time sparse layers on this machine"
 	@echo "make clean   remove .venv, results and caches"
@@ -52,7 +55,17 @@ mnist: $(VENV)/.installed
 	@$(BIN)/python examples/mnist.py $(ARGS)
 
 test: $(VENV)/.installed-all
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	@$(PYTEST) -m 'not slow' $(ARGS)
+
+# Vector widths first, so that the last line is that of the whole suite.
+test-all: $(VENV)/.installed-all
+	@for width in 16 32 64; do \
+	  SPARSELAB_VECTOR_BYTES=$$width $(PYTEST) -q -m 'any_width and not slow' tests/kernels || exit 1; \
+	done
+	@$(PYTEST) --hypothesis-profile thorough $(ARGS)
+
+fuzz: $(VENV)/.installed-all
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.installed-all
 	@$(BIN)/python -m ruff check

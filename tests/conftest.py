@@ -1,21 +1,28 @@
-"""Settings of every test: hypothesis tries the same examples each time."""
+"""Settings of every test: what hypothesis tries, the marks, and what the processes of one run share."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from sparselab.kernels.cpu.runtime import launch as _launch
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=40)
+# The same examples each time; --hypothesis-profile thorough (make test-all) tries more of them.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.register_profile("thorough", settings.get_profile("repeatable"), max_examples=100)
 settings.load_profile("repeatable")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "any_width: also run in a process of its own for other vector widths")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads_for_the_least_work() -> None:
     """Small matrices run the code of several threads too."""
     _launch._MIN_WORK = 1
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A directory that all worker processes of this run have in common; see `tests.shared.once`."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent

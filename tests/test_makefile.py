@@ -51,7 +51,7 @@ def test_examples_install_only_what_they_need_and_once(clone: Path, target: str)
     assert calls(clone, target) == runs
 
 
-@pytest.mark.parametrize("target", ["test", "lint"])
+@pytest.mark.parametrize("target", ["test", "test-all", "fuzz", "lint"])
 def test_tests_and_checks_install_all_and_once(clone: Path, target: str) -> None:
     assert ALL in calls(clone, target)
     again = [*calls(clone, target), *calls(clone, "demo")]

@@ -1,81 +1,31 @@
-"""Writes the kernels' assembly for other CPUs: ``python -m tests.kernels.lower DIRECTORY TRIPLE:CPU ...``.
+"""Writes the kernels' assembly for CPUs that need not be the host.
 
-Run in a process of its own, with its own cache directory: what a cache holds was compiled before, and its
-intermediate code is not kept.
+``python -m tests.kernels.cpu.lower record FILE`` runs the kernels here and notes for which types.
+``python -m tests.kernels.cpu.lower compile FILE DIRECTORY TRIPLE:CPU DTYPE KERNEL ...`` compiles them for
+a CPU and writes one listing each, at the vector width of ``SPARSELAB_VECTOR_BYTES``. That needs a process
+of its own: from the first optimisation on, LLVM is told of that CPU and never of the host, and nothing runs.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from llvmlite import binding
-from numba.core import codegen
 
-
-def keep_optimized_code() -> None:
-    """Make every compiled library keep its optimised LLVM module, just before it becomes machine code."""
-    finalize = codegen.CPUCodeLibrary._finalize_final_module
-
-    def keep(library: Any) -> None:
-        library.optimized = str(library._final_module)
-        finalize(library)
-
-    codegen.CPUCodeLibrary._finalize_final_module = keep
-
-
-def for_any_cpu(module: str) -> str:
-    """The module without its target, and without the bodies of Numba's reference counting (inline x86)."""
-    module = re.sub(r'target (triple|datalayout) = ".*"', "", module)
-    module = re.sub(r'"(target-cpu|target-features|prefer-vector-width)"="[^"]*"', "", module)
-    return re.sub(r"(define [^\n]*@NRT_[^\n]*\{)\n.*?\n\}", r"\1\n  unreachable\n}", module, flags=re.DOTALL)
-
-
-def lower(module: str, triple: str, cpu: str) -> str:
-    """Assembly of an optimised module, with comments."""
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
-    machine.set_asm_verbosity(True)
-    return str(machine.emit_assembly(binding.parse_assembly(for_any_cpu(module))))
-
-
-def main(directory: str, *targets: str) -> None:
-    keep_optimized_code()
-    import numba
-
-    from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
+def kernels() -> dict[str, Any]:
+    """The compiled functions with the loops that matter, by name."""
     from sparselab.kernels.cpu.bsr import products as _block_products
     from sparselab.kernels.cpu.bsr import sddmm_dw as _block_gradient
     from sparselab.kernels.cpu.bsr import skinny as _block_few_tokens
     from sparselab.kernels.cpu.conv import shifted as _shifted
-    from sparselab.kernels.cpu.conv.planes import whole_tiles
     from sparselab.kernels.cpu.csr import sddmm_dw as _sddmm_dw
     from sparselab.kernels.cpu.csr import spmm as _spmm
-    from sparselab.kernels.cpu.csr.plan import plan_shifted
 
-    numba.set_num_threads(1)
-    for dtype in ("float32", "float64"):
-        W = PaddedCSR.random((16, 300), 0.8, 0, dtype=dtype)
-        X = np.ones((300, 70), dtype)
-        sddmm_dw(W, spmm(W, X), X)
-        begin, starts, bias = W.indptr[:-1], np.zeros(300, np.int64), np.zeros(16, dtype)
-        n_tokens = whole_tiles(70, X.itemsize)
-        planes, sums = np.ones((1, n_tokens), dtype), np.empty((16, n_tokens), dtype)
-        plan = plan_shifted(begin, W.row_nnz, W.indices, W.shape, 9)
-        _shifted.multiply_shifted(W.values, W.indices, plan, starts, planes, sums, n_tokens, bias)
-        _shifted.sample_shifted(
-            W.indices, begin, W.indptr[1:], starts, sums, planes, n_tokens, np.zeros(W.nnz, dtype)
-        )
-        blocks = BlockCSR.random((16, 300), 0.5, (4, 1), 0, dtype=dtype)
-        Y = spmm(blocks, X)
-        spmm(blocks, X[:, :1])
-        spmm_t(blocks, Y)
-        sddmm_dw(blocks, Y, X)
-    kernels = {
+    return {
         "spmm": _spmm._multiply_share,
         "sddmm_dw": _sddmm_dw._sample_share,
         "multiply_shifted": _shifted._multiply_share,
@@ -85,14 +35,105 @@ def main(directory: str, *targets: str) -> None:
         "block scatter": _block_products._scatter_share,
         "block gradient": _block_gradient._sample_share,
     }
-    for name, dispatcher in kernels.items():
-        for signature, compiled in dispatcher.overloads.items():
-            dtype = "float64" if "float64" in str(signature) else "float32"
-            for target in targets:
-                triple, cpu = target.split(":")
-                listing = lower(compiled.library.optimized, triple, cpu)
-                (Path(directory) / f"{name}-{dtype}-{cpu}.s").write_text(listing)
+
+
+def run_kernels(dtype: str) -> None:
+    """Call each of the `kernels`."""
+    import numpy as np
+
+    from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
+    from sparselab.kernels.cpu.conv import shifted as _shifted
+    from sparselab.kernels.cpu.conv.planes import whole_tiles
+    from sparselab.kernels.cpu.csr.plan import plan_shifted
+
+    W = PaddedCSR.random((16, 300), 0.8, 0, dtype=dtype)
+    X = np.ones((300, 70), dtype)
+    sddmm_dw(W, spmm(W, X), X)
+    begin, starts, bias = W.indptr[:-1], np.zeros(300, np.int64), np.zeros(16, dtype)
+    n_tokens = whole_tiles(70, X.itemsize)
+    planes, sums = np.ones((1, n_tokens), dtype), np.empty((16, n_tokens), dtype)
+    plan = plan_shifted(begin, W.row_nnz, W.indices, W.shape, 9)
+    _shifted.multiply_shifted(W.values, W.indices, plan, starts, planes, sums, n_tokens, bias)
+    _shifted.sample_shifted(
+        W.indices, begin, W.indptr[1:], starts, sums, planes, n_tokens, np.zeros(W.nnz, dtype)
+    )
+    blocks = BlockCSR.random((16, 300), 0.5, (4, 1), 0, dtype=dtype)
+    Y = spmm(blocks, X)
+    spmm(blocks, X[:, :1])
+    spmm_t(blocks, Y)
+    sddmm_dw(blocks, Y, X)
+
+
+def record(file: str) -> None:
+    """Write the types that each kernel is called with."""
+    import numba
+
+    numba.set_num_threads(1)
+    found: dict[tuple[str, str], Any] = {}
+    for dtype in ("float32", "float64"):
+        before = {name: set(kernel.nopython_signatures) for name, kernel in kernels().items()}
+        run_kernels(dtype)
+        for name, kernel in kernels().items():
+            (signature,) = set(kernel.nopython_signatures) - before[name]
+            found[name, dtype] = signature.args
+    Path(file).write_bytes(pickle.dumps(found))
+
+
+def compile_only_for(triple: str, cpu: str) -> None:
+    """Make Numba optimise for a CPU, and keep each library's optimised module in place of machine code."""
+    from llvmlite import binding
+    from numba.core import codegen
+    from numba.core.cpu import CPUContext
+    from numba.core.registry import cpu_target
+    from numba.core.runtime import rtsys
+
+    context = cpu_target.target_context
+    rtsys.initialize(context)  # this part runs here
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    machine.set_asm_verbosity(True)
+    generator = context.codegen()
+    generator._tm, generator._data_layout = machine, str(machine.target_data)
+    make_empty = generator._create_empty_module
+
+    def make_module(name: str) -> Any:
+        module = make_empty(name)
+        module.triple = triple
+        return module
+
+    def finalize(library: Any) -> None:
+        module = for_that_cpu(str(library._final_module))
+        library.listing = lambda: str(machine.emit_assembly(binding.parse_assembly(module)))
+        library._finalized = True
+
+    generator._create_empty_module = make_module
+    codegen.CPUCodeLibrary._finalize_final_module = finalize
+    # The dispatcher wants a builtin function, and finds each function it compiled by that object.
+    CPUContext.get_executable = lambda *_: [].append
+
+
+def for_that_cpu(module: str) -> str:
+    """The module without the bodies of Numba's reference counting, which are the host's inline assembly."""
+    module = re.sub(r'target (triple|datalayout) = ".*"', "", module)
+    return re.sub(r"(define [^\n]*@NRT_[^\n]*\{)\n.*?\n\}", r"\1\n  unreachable\n}", module, flags=re.DOTALL)
+
+
+def compile_kernels(file: str, directory: str, target: str, dtype: str, *names: str) -> None:
+    """Write the listings of some kernels."""
+    from numba.core.compiler_lock import global_compiler_lock
+
+    os.environ["SPARSELAB_CACHE_DIR"] = os.devnull  # what a cache holds was compiled before
+    signatures = pickle.loads(Path(file).read_bytes())
+    compile_only_for(*target.split(":"))
+    for name in names:
+        dispatcher = kernels()[name]
+        dispatcher.compile(signatures[name, dtype])
+        (compiled,) = dispatcher.overloads.values()
+        with global_compiler_lock:
+            compiled.library.finalize()
+        (Path(directory) / f"{name}-{dtype}.s").write_text(compiled.library.listing())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"record": record, "compile": compile_kernels}[sys.argv[1]](*sys.argv[2:])

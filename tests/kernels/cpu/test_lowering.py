@@ -8,11 +8,13 @@ import pytest
 
 from tests.kernels.cpu.assembly import Loop, innermost_loops
 from tests.kernels.process import run_python
+from tests.shared import once
 
 NEOVERSE = "aarch64-unknown-linux-gnu:neoverse-n1"
 APPLE = "arm64-apple-macosx:apple-m1"
 HASWELL = "x86_64-unknown-linux-gnu:haswell"
-AVX512 = "x86_64-unknown-linux-gnu:skylake-avx512"
+SKYLAKE = "x86_64-unknown-linux-gnu:skylake-avx512"
+ZEN4 = "x86_64-unknown-linux-gnu:znver4"
 
 #: Any multiply-add, and one on whole vector registers, by the width that the kernels are compiled for.
 ANY_FMA = r"\b(fmla[.\w]*|fmadd|vfmadd\w+)\s"
@@ -26,39 +28,6 @@ VECTOR_FMA = {
 ANY_VECTOR_FMA = rf"{VECTOR_FMA[16]}|\bvfmadd\w+p[sd]\s"
 
 
-#: CPUs of each vector width. The other CPUs at 64 show that spilling would be seen.
-TARGETS = {16: (NEOVERSE, APPLE), 32: (HASWELL,), 64: (AVX512, NEOVERSE, APPLE, HASWELL)}
-
-
-class Listings:
-    """Assembly of the kernels, compiled once per vector width for every target of that width."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def loops(self, width: int, kernel: str, dtype: str, target: str) -> list[Loop]:
-        directory = self.directory / str(width)
-        if not directory.exists():
-            directory.mkdir()
-            run_python(
-                "-m", "tests.kernels.cpu.lower", str(directory), *TARGETS[width],
-                SPARSELAB_VECTOR_BYTES=str(width), SPARSELAB_CACHE_DIR=str(directory / "cache"),
-            )  # fmt: skip
-        listing = (directory / f"{kernel}-{dtype}-{target.split(':')[1]}.s").read_text()
-        return [loop for loop in innermost_loops(listing) if loop.count(ANY_FMA)]
-
-
-@pytest.fixture(scope="module")
-def listings(tmp_path_factory: pytest.TempPathFactory) -> Listings:
-    return Listings(tmp_path_factory.mktemp("listings"))
-
-
-every_target = pytest.mark.parametrize(
-    ("width", "target"),
-    [(16, NEOVERSE), (16, APPLE), (32, HASWELL), (64, AVX512)],
-    ids=["neoverse-n1", "apple-m1", "haswell", "avx512"],
-)
-
 #: Loops with multiply-adds: two rows, the rest of the longer, one row; whole groups of dots, the others; the
 #: connections of one row; the tokens of eight connections; a wide and a narrow row of tokens of a strip; a
 #: wide one; three columns of a strip.
@@ -66,9 +35,56 @@ N_LOOPS = {
     "spmm": 3, "sddmm_dw": 2, "multiply_shifted": 1, "sample_shifted": 1,
     "block gather": 2, "block scatter": 1, "block gradient": 1,
 }  # fmt: skip
+KERNELS = (*N_LOOPS, "block few tokens")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+class Listings:
+    """Assembly of the kernels, compiled by one process for each CPU, vector width and dtype."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def types(self) -> Path:
+        """The file of what the kernels are called with."""
+        file = self.directory / "types"
+        with once(file) as missing:
+            if missing:
+                run_python("-m", "tests.kernels.cpu.lower", "record", str(file))
+        return file
+
+    def loops(
+        self, width: int, kernel: str, dtype: str, target: str, kernels: tuple[str, ...] = KERNELS
+    ) -> list[Loop]:
+        """The innermost loops that multiply; `kernels` are compiled together."""
+        types = self.types()
+        directory = self.directory / f"{target.split(':')[1]}-{width}-{dtype}"
+        with once(directory) as missing:
+            if missing:
+                directory.mkdir(exist_ok=True)
+                run_python(
+                    "-m", "tests.kernels.cpu.lower", "compile", str(types), str(directory), target, dtype,
+                    *kernels, SPARSELAB_VECTOR_BYTES=str(width),
+                )  # fmt: skip
+        listing = (directory / f"{kernel}-{dtype}.s").read_text()
+        return [loop for loop in innermost_loops(listing) if loop.count(ANY_FMA)]
+
+
+@pytest.fixture(scope="session")
+def listings(shared_directory: Path) -> Listings:
+    directory = shared_directory / "listings"
+    directory.mkdir(exist_ok=True)
+    return Listings(directory)
+
+
+every_target = pytest.mark.parametrize(
+    ("width", "target"),
+    [(16, NEOVERSE), (16, APPLE), (32, HASWELL), (64, SKYLAKE), (64, ZEN4)],
+    ids=["neoverse-n1", "apple-m1", "haswell", "skylake-avx512", "znver4"],
+)
+every_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+
+
+@every_dtype
 @pytest.mark.parametrize("kernel", N_LOOPS)
 @every_target
 def test_innermost_loops_work_on_vector_registers(
@@ -82,7 +98,7 @@ def test_innermost_loops_work_on_vector_registers(
         assert not loop.spills
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_dtype
 @every_target
 def test_few_tokens_of_blocks_are_multiplied_in_vectors(
     listings: Listings, width: int, target: str, dtype: str
@@ -100,7 +116,8 @@ def test_few_tokens_of_blocks_are_multiplied_in_vectors(
 @pytest.mark.parametrize("target", [NEOVERSE, APPLE, HASWELL], ids=["neoverse-n1", "apple-m1", "haswell"])
 def test_a_tile_row_too_wide_for_the_cpu_is_seen_to_spill(listings: Listings, target: str) -> None:
     for kernel in ("spmm", "sddmm_dw"):
-        assert any(loop.spills for loop in listings.loops(64, kernel, "float32", target))
+        loops = listings.loops(64, kernel, "float32", target, kernels=("spmm", "sddmm_dw"))
+        assert any(loop.spills for loop in loops)
 
 
 X86 = """\

@@ -1,0 +1,374 @@
+"""Sequences of what a user does with one layer, beside its dense twin."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.fuzz import adapter
+from tests.fuzz.case import REFUSED, Case, Found, Skipped
+from tests.fuzz.judge import expect_equal
+from tests.fuzz.layer_state import LayerTwin, draw_input, draw_layer
+from tests.fuzz.operator_judge import EPS, expect_tensor
+
+
+class State:
+    """The layer and its twin; copies and originals that must stay as they were."""
+
+    def __init__(self, kind: str, layer: Any, twin: LayerTwin) -> None:
+        self.kind, self.layer, self.twin = kind, layer, twin
+        self.kept: list[tuple[Any, LayerTwin]] = []
+
+    def check(self, what: str) -> None:
+        """Raise `Found` unless every layer holds what its twin does."""
+        self.twin.expect_state(self.layer, what)
+        for layer, twin in self.kept:
+            twin.expect_state(layer, f"{what}: a layer of before")
+
+    def replace(self, layer: Any) -> None:
+        """Go on with a copy of the layer, and keep the original."""
+        self.kept = [*self.kept[-1:], (self.layer, self.twin)]
+        self.layer, self.twin = layer, self.twin.copy()
+
+
+def train(case: Case, state: State) -> None:
+    """A forward and a backward pass."""
+    layer, twin = state.layer, state.twin
+    x = draw_input(case, layer).detach()
+    x.requires_grad_(case.chance(0.8))
+    stored = adapter.stored(layer)
+    trained = stored.requires_grad
+    layer.zero_grad(set_to_none=True)
+    case.note(f"{state.kind} forward")
+    y = case.valid(lambda: layer(x))
+    dy = torch.from_numpy(case.rng.standard_normal(tuple(y.shape))).to(y.dtype)
+    if case.chance(0.3) and dy.ndim == 2:
+        dy = dy.T.contiguous().T
+    outcome = twin.outcome(layer, x, dy)
+    twin.expect_output(layer, x, y, outcome)
+    if not y.requires_grad:
+        return
+    case.note(f"{state.kind} backward")
+    case.valid(lambda: y.backward(dy))
+    if trained:
+        twin.expect_gradients(layer, x, outcome)
+
+
+def infer(case: Case, state: State) -> None:
+    """A forward pass without gradients."""
+    x = draw_input(case, state.layer)
+    mode = case.pick((torch.no_grad, torch.inference_mode))
+    case.note(f"{state.kind} infer", mode.__name__)
+    outcome = state.twin.outcome(state.layer, x)
+    with mode():
+        y = case.valid(lambda: state.layer(x))
+    state.twin.expect_output(state.layer, x, y, outcome)
+
+
+def wrong_input(case: Case, state: State) -> None:
+    """An input that does not fit must be refused."""
+    x = draw_input(case, state.layer)
+    how = case.pick(("narrow", "wide", "dtype", "int", "scalar", "numpy", "meta"))
+    dim = 1 if hasattr(state.layer, "kernel_size") else -1
+    if (how == "narrow" and x.shape[dim] == 1) or (how == "meta" and state.kind == "masked"):
+        raise Skipped
+    other = torch.float64 if x.dtype == torch.float32 else torch.float32
+    wrong: Any = {
+        "narrow": lambda: x.narrow(dim, 0, x.shape[dim] - 1), "wide": lambda: torch.cat([x, x], dim),
+        "dtype": lambda: x.to(other), "int": lambda: x.long(),
+        "scalar": lambda: torch.ones((), dtype=x.dtype),
+        "numpy": x.numpy, "meta": lambda: x.to("meta"),
+    }[how]()  # fmt: skip
+    case.note(f"{state.kind} forward", f"input {how}")
+    names = () if how == "numpy" or state.kind == "masked" else ("input", "x")
+    if how == "numpy":
+        try:
+            state.layer(wrong)
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return
+        raise Found("wrong", "accepted a NumPy array")
+    case.refuse(lambda: state.layer(wrong), *names, what=f"an input that is {how}")
+
+
+def _choose(case: Case, state: State) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Slots to drop and positions to grow; of a `FanInLinear` as many in each row."""
+    matrix = state.twin.matrix
+    free, columns = matrix.free(), matrix.grid[1]
+    drop = np.flatnonzero(case.rng.random(matrix.nnz) < 0.3)
+    if state.kind != "FanInLinear":
+        n = int(case.rng.integers(len(drop) + 3))
+        return drop, np.sort(case.rng.permutation(free)[:n])
+    grow, used = [], []
+    for k, row in enumerate(matrix.positions[drop] // columns):
+        row_free = np.setdiff1d(free[free // columns == row], grow)
+        if len(row_free):
+            grow.append(case.pick(row_free))
+            used.append(k)
+    return drop[used], np.array(sorted(grow), np.int64)
+
+
+def rewrite(case: Case, state: State) -> None:
+    """A change of topology in place; the gradient follows."""
+    layer, matrix = state.layer, state.twin.matrix
+    drop, grow = _choose(case, state)
+    stored = adapter.stored(layer)
+    old = None if stored.grad is None else adapter.per_connection(layer, stored.grad).copy()
+    old_positions = matrix.positions
+    case.note(f"{state.kind} rewrite")
+    case.valid(lambda: layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow)))
+    state.twin.matrix = matrix.rewritten(drop, grow)
+    state.twin.expect_state(layer, "after a rewrite")
+    if old is not None and adapter.stored(layer).grad is not None:
+        new = adapter.per_connection(layer, adapter.stored(layer).grad)
+        positions = state.twin.matrix.positions
+        kept = np.isin(positions, old_positions)
+        moved = np.zeros_like(new)
+        moved[kept] = old[np.searchsorted(old_positions, positions[kept])]
+        expect_equal(new, moved, "the gradient after a rewrite")
+
+
+def rewrite_wrong(case: Case, state: State) -> None:
+    """Slots and positions that cannot be dropped or grown must be refused, and nothing change."""
+    matrix = state.twin.matrix
+    size = matrix.grid[0] * matrix.grid[1]
+    none, numbers = torch.empty(0, dtype=torch.int64), torch.tensor
+    wrong = {
+        "drop twice": (numbers([0, 0]) if matrix.nnz else none, none),
+        "drop huge": (numbers([matrix.nnz + 3]), none),
+        "drop negative": (numbers([-1]), none),
+        "grow live": (none, torch.from_numpy(matrix.positions[:1])),
+        "grow huge": (none, numbers([size])),
+        "grow negative": (none, numbers([-1])),
+        "grow float": (none, numbers([0.5])),
+    }
+    how = case.pick(sorted(wrong))
+    if sum(map(len, wrong[how])) == 0:
+        raise Skipped
+    case.note(f"{state.kind} rewrite", how)
+    case.refuse(lambda: state.layer.rewrite(*wrong[how]), how.split()[0], what=how)
+
+
+def backward_after_rewrite(case: Case, state: State) -> None:
+    """A graph from before a change of topology must not give gradients of the new one."""
+    layer = state.layer
+    if not adapter.stored(layer).requires_grad or state.kind == "masked":
+        raise Skipped
+    x = draw_input(case, layer).requires_grad_()
+    y = layer(x)
+    before = state.twin.matrix.positions
+    layer.zero_grad(set_to_none=True)
+    rewrite(case, state)
+    if np.array_equal(before, state.twin.matrix.positions) or y.numel() == 0:
+        raise Skipped
+    case.note(f"{state.kind} backward", "after a rewrite")
+    if case.attempt(lambda: y.sum().backward()) is not REFUSED:
+        raise Found("wrong", "a graph from before a rewrite gave gradients")
+    layer.zero_grad(set_to_none=True)
+
+
+def write_weights(case: Case, state: State) -> None:
+    """Weights changed in place, as optimizers do."""
+    stored = adapter.stored(state.layer)
+    if stored.dtype == torch.float32 and not stored.is_inference():
+        case.note(f"{state.kind} write")
+        with torch.no_grad():
+            stored.mul_(-2)
+        state.twin.matrix.weights = state.twin.matrix.weights * -2
+
+
+def copies(case: Case, state: State) -> None:
+    """Copies and files hold the same layer, and share nothing with it."""
+    how = case.pick(("deepcopy", "pickle", "torch.save", "state_dict"))
+    layer = state.layer
+    case.note(f"{state.kind} copy", how)
+    if how == "deepcopy":
+        new = case.valid(lambda: copy.deepcopy(layer))
+    elif how == "pickle":
+        new = case.valid(lambda: pickle.loads(pickle.dumps(layer)))
+    else:
+        file = io.BytesIO()
+        case.valid(lambda: torch.save(layer if how == "torch.save" else layer.state_dict(), file))
+        file.seek(0)
+        loaded = case.valid(lambda: torch.load(file, weights_only=False))
+        new = loaded if how == "torch.save" else _loaded(case, state, loaded)
+    state.replace(new)
+
+
+def _loaded(case: Case, state: State, saved: dict[str, Tensor]) -> Any:
+    """A layer of another topology that has loaded the state."""
+    new = copy.deepcopy(state.layer)
+    if case.chance(0.5):
+        case.valid(new.reset_parameters)
+    if case.chance(0.3) and state.twin.matrix.nnz:
+        other = State(state.kind, new, LayerTwin(new))
+        rewrite(case, other)
+    case.note(f"{state.kind} copy", "state_dict")
+    case.valid(lambda: new.load_state_dict(saved))
+    return new
+
+
+def load_wrong(case: Case, state: State) -> None:
+    """A damaged state must be refused, and change nothing."""
+    saved = {name: tensor.clone() for name, tensor in state.layer.state_dict().items()}
+    name = case.pick(sorted(saved))
+    how = case.pick(("short", "missing", "dtype", "entry", "one more dimension"))
+    tensor = saved[name]
+    if how == "missing":
+        del saved[name]
+    elif how == "short":
+        saved[name] = tensor[:-1]
+    elif how == "dtype":
+        saved[name] = tensor.to(torch.complex64)
+    elif how == "one more dimension":
+        saved[name] = tensor[None]
+    elif tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.numel() == 0:
+        raise Skipped
+    else:
+        array = tensor.numpy().copy()
+        array.flat[int(case.rng.integers(array.size))] = case.pick((np.iinfo(array.dtype).max, 2**15))
+        saved[name] = torch.from_numpy(array)
+    if how == "dtype" or (tensor.numel() == 0 and how == "short"):
+        raise Skipped
+    case.note(f"{state.kind} load_state_dict", f"{name} {how}")
+    case.refuse(lambda: state.layer.load_state_dict(saved), name, *saved, what=f"{name} {how}")
+
+
+def freeze(case: Case, state: State) -> None:
+    """Frozen, the layer gives the same outputs; thawed, it trains."""
+    if not hasattr(state.layer, "freeze"):
+        raise Skipped
+    case.note(f"{state.kind} freeze")
+    case.valid(state.layer.freeze)
+    infer(case, state)
+    state.layer.requires_grad_(True)
+
+
+def write_topology(case: Case, state: State) -> None:
+    """A topology buffer written over by the user: an error, or a right product of what it says now."""
+    buffers = {name: t for name, t in adapter.topology_tensors(state.layer).items() if t.numel()}
+    if not buffers or state.kind == "masked":
+        raise Skipped
+    name = case.pick(sorted(buffers))
+    tensor = buffers[name]
+    if case.chance(0.7):
+        with torch.no_grad():
+            state.layer(draw_input(case, state.layer))
+    before = tensor.clone()
+    array = tensor.numpy().copy()
+    array.flat[int(case.rng.integers(array.size))] = case.pick((np.iinfo(array.dtype).max, 2**15, 0))
+    case.note(f"{state.kind} write", f"{name} by the user")
+    if case.attempt(lambda: tensor.copy_(torch.from_numpy(array))) is REFUSED:
+        return
+    if torch.equal(tensor.long(), before.long()):
+        return
+    x = draw_input(case, state.layer)
+    y = case.attempt(lambda: state.layer(x), "indptr", "indices", "row_nnz", "topology")
+    if y is not REFUSED:
+        try:
+            twin = LayerTwin(state.layer)
+        except Exception:
+            raise Found("wrong", f"a product with {name} that is none") from None
+        twin.expect_output(state.layer, x, y, twin.outcome(state.layer, x))
+    with torch.no_grad():
+        tensor.copy_(before)
+
+
+def forward_mask(case: Case, state: State) -> None:
+    """Connections that the forward pass leaves out contribute nothing, whatever their weight."""
+    layer, matrix = state.layer, state.twin.matrix
+    if not hasattr(layer, "forward_mask") or matrix.nnz == 0 or state.kind == "masked":
+        raise Skipped
+    stored = adapter.stored(layer)
+    kept = case.rng.random(matrix.nnz) < 0.5
+    shape = (-1, *[1] * (stored.ndim - 1)) if len(stored) == matrix.nnz else stored.shape
+    number = case.pick((1.0, float("inf"), float("nan")))
+    mask = torch.from_numpy(kept).reshape(shape).expand(stored.shape).clone()
+    before = stored.detach().clone()
+    x = draw_input(case, layer)
+    case.note(f"{state.kind} forward_mask", "finite" if number == 1.0 else "not finite")
+    with torch.no_grad():
+        stored.masked_fill_(~mask, number)
+    layer.forward_mask = mask
+    masked = state.twin.copy()
+    masked.matrix.weights = matrix.weights * kept[:, None, None]
+    try:
+        y = case.valid(lambda: layer(x))
+        expect_tensor(
+            y, *masked.outcome(layer, x).y, matrix.shape[1] + 1, EPS[x.dtype], "with a forward_mask"
+        )
+    finally:
+        layer.forward_mask = None
+        with torch.no_grad():
+            stored.copy_(before)
+
+
+def short_saved_tensor(case: Case, state: State) -> None:
+    """A hook on saved tensors that returns another shape: an error, or the right gradients."""
+    layer = state.layer
+    if not adapter.stored(layer).requires_grad or state.kind == "masked":
+        raise Skipped
+    x = draw_input(case, layer).requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    which, count = int(case.rng.integers(5)), [0]
+
+    def unpack(tensor: Tensor) -> Tensor:
+        count[0] += 1
+        return tensor[: len(tensor) // 2].clone() if count[0] - 1 == which and tensor.ndim else tensor
+
+    case.note(f"{state.kind} backward", "short saved tensor")
+    outcome = state.twin.outcome(layer, x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        y = layer(x)
+    if case.attempt(lambda: y.sum().backward()) is not REFUSED:
+        state.twin.expect_gradients(layer, x, outcome)
+    layer.zero_grad(set_to_none=True)
+
+
+def to_masked(case: Case, state: State) -> None:
+    """The masked twin computes the same."""
+    if state.kind == "masked" or adapter.block_of(state.layer) != (1, 1):
+        raise Skipped
+    x = draw_input(case, state.layer)
+    case.note("masked from_sparse", state.kind)
+    twin = case.valid(lambda: adapter.masked(state.layer))
+    state.twin.expect_state(twin, "the masked twin")
+    state.twin.expect_output(twin, x, twin(x), state.twin.outcome(state.layer, x))
+
+
+STEPS: list[tuple[Callable[[Case, State], None], float]] = [
+    (train, 8), (infer, 4), (wrong_input, 2), (rewrite, 5), (rewrite_wrong, 2), (backward_after_rewrite, 0.5),
+    (write_weights, 1), (copies, 2), (load_wrong, 2), (freeze, 0.5), (write_topology, 0.5), (forward_mask, 1),
+    (short_saved_tensor, 1), (to_masked, 0.5),
+]  # fmt: skip
+_WEIGHTS = np.array([weight for _, weight in STEPS])
+_WEIGHTS /= _WEIGHTS.sum()
+
+
+def _sequence(kind: str) -> Callable[[Case], None]:
+    def run(case: Case) -> None:
+        masked = kind == "masked"
+        layer, twin = draw_layer(
+            case, case.pick(("SparseLinear", "SparseConv2d")) if masked else kind, masked=masked
+        )
+        state = State(kind, layer, twin)
+        for _ in range(int(case.rng.integers(4, 16))):
+            case.next_step()
+            step, _ = STEPS[int(case.rng.choice(len(STEPS), p=_WEIGHTS))]
+            try:
+                step(case, state)
+            except Skipped:
+                continue
+            state.check(f"after {case.label.operation}, {case.label.mutation}")
+
+    return run
+
+
+KINDS = "SparseLinear", "FanInLinear", "BlockSparseLinear", "SparseConv2d", "masked"
+FAMILIES: dict[str, Callable[[Case], None]] = {kind: _sequence(kind) for kind in KINDS}

@@ -1,0 +1,21 @@
+"""What the worker processes of one test run make once and share."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def once(path: Path) -> Iterator[bool]:
+    """Whether `path` is still to be made, with every other process waiting meanwhile.
+
+    A file or directory beside it, ``<name>.made``, says that it was made without an error.
+    """
+    made = path.with_name(f"{path.name}.made")
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not made.exists()
+        made.touch()
