@@ -32,6 +32,8 @@ class SparseLayer(nn.Module):
     dense_class: type[nn.Module] = nn.Linear
     #: Outputs and inputs that one connection joins.
     block_shape: tuple[int, int] = (1, 1)
+    #: Parameters and buffers that its class gives it; tools for whole models lose no others in silence.
+    tensor_names: tuple[str, ...] = ("values", "indptr", "indices", "forward_mask", "bias")
     #: What `to_dense` makes, and the arguments that both kinds take and keep under the same names.
     _dense: type[nn.Module] = nn.Linear
     _settings: tuple[str, ...] = ("in_features", "out_features")
@@ -92,22 +94,34 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def _like(
+    def like(
         cls: type[Layer],
         layer: Any,
-        sparsity: float,
+        sparsity: float | None = None,
         device: torch.device | str | None = None,
         **settings: Any,
     ) -> Layer:
-        """A new layer with the sizes, dtype, mode and trainability of another one, and random weights."""
+        """A new layer with the sizes, dtype, mode and trainability of another one, and random weights.
+
+        Parameters
+        ----------
+        layer : torch.nn.Module
+            Dense or sparse.
+        sparsity : float in [0, 1], optional
+            Where the settings do not say how sparse the layer is.
+        device : torch.device, optional
+            That of the other layer by default.
+        settings
+            Further arguments of the class.
+        """
         weight = layer.stored if isinstance(layer, SparseLayer) else layer.weight
         make: Any = cls
         new: Layer = make(
             **{name: getattr(layer, name) for name in cls._settings},
             bias=layer.bias is not None,
-            sparsity=sparsity,
             device=weight.device if device is None else device,
             dtype=weight.dtype,
+            **({} if sparsity is None else {"sparsity": sparsity}),
             **settings,
         )
         new._train_as(layer, weight)
@@ -159,7 +173,7 @@ class SparseLayer(nn.Module):
     def _begin_with(self, positions: Tensor, weights: Tensor | None) -> None:
         """As `_connect`, and draw the biases that go with the connections."""
         self._connect(positions, weights)
-        self._draw_bias(torch.from_numpy(self._matrix().indptr))
+        self._draw_bias(torch.from_numpy(self._matrix().indptr.copy()))
 
     def set_topology(self, pattern: Any) -> None:
         """Replace the connections, in place, by those of a matrix of the layer's shape.
@@ -285,6 +299,10 @@ class SparseLayer(nn.Module):
         if y.requires_grad:
             self.gradient_watcher.forward_seen()
         return y
+
+    def plan_bytes(self) -> int:
+        """Bytes of the kernel plans held now."""
+        return 0
 
     def extra_repr(self) -> str:
         return (

@@ -17,6 +17,7 @@ from sparselab.kernels.checks import ascending
 from sparselab.kernels.layouts.block_csr import BlockTopology, check_block_shape, grid_of
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.ops import block_linear as _block_functional
 from sparselab.nn.ops import linear as functional
@@ -330,3 +331,12 @@ def _read_sparsity(density: float | None, sparsity: float | None) -> float:
         raise ValueError(f"give density or sparsity, not both, got {density} and {sparsity}")
     check_fraction("density", density)
     return 1 - float(density)
+
+
+def _recognises(state: State) -> dict[str, object] | None:
+    if "indptr" not in state or state["values"].ndim != 3:
+        return None
+    return {"block_shape": tuple(state["values"].shape[1:])}
+
+
+register_kind(LayerKind("block", BlockSparseLinear, (nn.Linear,), ("block_shape",), recognises=_recognises))

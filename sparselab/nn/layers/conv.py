@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sparselab.kernels.arrays import Array, n_connections
 from sparselab.kernels.rewiring.rows import sample_rows, select_rows
 from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.layers.extras import refuse_to_lose
+from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.ops import linear as functional
 from sparselab.nn.ops.conv2d import sparse_conv2d
 from sparselab.nn.ops.cpu.convolution import Geometry
@@ -209,12 +211,13 @@ class SparseConv2d(Convolution, CompressedRows):
         rows, columns = len(conv.weight), conv.weight[0].numel()
         begin = np.arange(rows + 1) * columns
         largest = select_rows(as_scores(conv.weight), begin, np.full(rows, check_size("fan_in", fan_in)))
-        new = cls._from_positions(conv, torch.from_numpy(largest).long())
+        new = cls.from_positions(conv, torch.from_numpy(largest).long())
         new.fan_in = fan_in
         return new
 
     def to_dense(self) -> nn.Conv2d:
         """A `torch.nn.Conv2d` with the same outputs, mode and trainability."""
+        refuse_to_lose(self, "to_dense", self.tensor_names)
         new: nn.Conv2d = self._dense_twin()
         return new
 
@@ -273,3 +276,7 @@ def _geometry(conv: Any) -> tuple[Geometry, list[int] | None]:
         (top, left) if inside else (0, 0), conv.dilation,
     )  # fmt: skip
     return geometry, None if inside else [left, right, top, bottom]
+
+
+register_kind(LayerKind("sparse", SparseConv2d, (nn.Conv2d,)))
+register_kind(LayerKind("fan_in", SparseConv2d, (nn.Conv2d,), ("fan_in",)))

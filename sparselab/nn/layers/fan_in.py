@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparselab.kernels.arrays import Array, n_connections
 from sparselab.kernels.rewiring.rows import sample_rows, select_rows
 from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedLinear
 from sparselab.nn.storage.checks import check_fan_in, check_size, fan_in_pointers
@@ -107,7 +108,7 @@ class FanInLinear(SparseLinear):
         rows, columns = linear.out_features, linear.in_features
         each = np.full(rows, _read_fan_in(columns, fan_in, sparsity))
         positions = select_rows(as_scores(linear.weight), np.arange(rows + 1) * columns, each)
-        return cls._from_positions(linear, torch.from_numpy(positions).long().to(linear.weight.device))
+        return cls.from_positions(linear, torch.from_numpy(positions).long().to(linear.weight.device))
 
     @classmethod
     def from_sparse(cls, layer: SparseLinear | MaskedLinear) -> FanInLinear:
@@ -189,3 +190,12 @@ def _read_fan_in(in_features: int, fan_in: int | None, sparsity: float | None) -
     if fan_in > in_features:
         raise ValueError(f"fan_in must be at most in_features={in_features}, got {fan_in}")
     return fan_in
+
+
+def _recognises(state: State) -> dict[str, object] | None:
+    return {} if "indices" in state and "indptr" not in state else None
+
+
+register_kind(
+    LayerKind("fan_in", FanInLinear, (nn.Linear,), ("fan_in",), recognises=_recognises, condenses=True)
+)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.kernels.arrays import n_connections
+from sparselab.nn.layers.extras import refuse_to_lose
+from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.ops import linear as functional
 from sparselab.nn.ops.cpu.plans import TopologyPlans
 from sparselab.nn.ops.cpu.products import product
@@ -92,6 +94,7 @@ class SparseLinear(CompressedRows):
 
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` with the same outputs, mode and trainability."""
+        refuse_to_lose(self, "to_dense", self.tensor_names)
         new: nn.Linear = self._dense_twin()
         return new
 
@@ -155,3 +158,10 @@ class SparseLinear(CompressedRows):
         Variant(operation='forward', name='few tokens', reason='1 tokens (at most 16) do not fill a tile')
         """
         return self._plans.variant(operation, n_tokens, self.density)
+
+
+def _recognises(state: State) -> dict[str, object] | None:
+    return {} if "indptr" in state and state["values"].ndim == 1 else None
+
+
+register_kind(LayerKind("sparse", SparseLinear, (nn.Linear,), recognises=_recognises, condenses=True))

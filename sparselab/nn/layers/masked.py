@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sparselab.kernels.checks import ascending
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.conv import Convolution, Size, SparseConv2d
+from sparselab.nn.layers.extras import refuse_to_lose
+from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.ops.conv_operands import ConvolutionFactors
 from sparselab.nn.ops.linear import GradientWatcher
@@ -30,6 +32,7 @@ class MaskedLayer(SparseLayer):
 
     weight: nn.Parameter
     mask: Tensor
+    tensor_names = "weight", "mask", "forward_mask", "bias"
     #: The sparse layer that it is the twin of.
     _twin: type[CompressedRows]
 
@@ -63,7 +66,7 @@ class MaskedLayer(SparseLayer):
 
     def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
         # Made without memory, so that nothing is drawn but the weights.
-        twin = self._twin._like(self, 1.0, device="meta").to_empty(device=self.weight.device)
+        twin = self._twin.like(self, 1.0, device="meta").to_empty(device=self.weight.device)
         twin.bias = None
         twin._connect(positions, weights)
         self.weight.grad = None
@@ -83,7 +86,7 @@ class MaskedLayer(SparseLayer):
 
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
-        self._copy(self._twin._like(self, self.sparsity))
+        self._copy(self._twin.like(self, self.sparsity))
 
     @property
     def stored(self) -> nn.Parameter:
@@ -249,6 +252,7 @@ class MaskedLinear(MaskedLayer):
 
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` with the same outputs, mode and trainability."""
+        refuse_to_lose(self, "to_dense", self.tensor_names)
         return self.to_sparse().to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -329,6 +333,7 @@ class MaskedConv2d(Convolution, MaskedLayer):
 
     def to_dense(self) -> nn.Conv2d:
         """A `torch.nn.Conv2d` with the same outputs, mode and trainability."""
+        refuse_to_lose(self, "to_dense", self.tensor_names)
         return self.to_sparse().to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -364,3 +369,11 @@ class _Seen(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.watcher.backward_seen(ctx.factors(x.detach(), grads[0].detach()))
         return grads[0], None, None, None
+
+
+def _recognises(state: State) -> dict[str, object] | None:
+    return {} if "mask" in state else None
+
+
+register_kind(LayerKind("masked", MaskedLinear, (nn.Linear,), recognises=_recognises))
+register_kind(LayerKind("masked", MaskedConv2d, (nn.Conv2d,), recognises=_recognises))

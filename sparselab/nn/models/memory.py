@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselab.nn.storage.compressed import CompressedRows
-from sparselab.nn.storage.contract import SparseTopology, is_sparse
+from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.storage.contract import SparseTopology, find_sparse
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def memory_report(
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     parameters = list(model.parameters())
     weights = _bytes([*parameters, *model.buffers()])
-    sparse = [module for module in model.modules() if is_sparse(module)]
+    sparse = [layer for _, layer in find_sparse(model)]
     extra_positions = sum(layer.shape[0] * layer.shape[1] - layer.stored.numel() for layer in sparse)
     dense_bytes = sum(layer.shape[0] * layer.shape[1] * layer.stored.itemsize for layer in sparse)
     own_bytes = _bytes([tensor for layer in sparse for tensor in _weight_tensors(layer)])
@@ -80,7 +80,7 @@ def memory_report(
         weight_bytes=weights,
         dense_weight_bytes=weights - own_bytes + dense_bytes,
         gradient_bytes=_bytes([p.grad for p in parameters if p.grad is not None]),
-        plan_bytes=sum(m.plan_bytes() for m in model.modules() if isinstance(m, CompressedRows)),
+        plan_bytes=sum(each.plan_bytes() for each in model.modules() if isinstance(each, SparseLayer)),
         optimizer_bytes=_bytes([tensor for each in optimizers for tensor in _tensors(each.state)]),
     )
 

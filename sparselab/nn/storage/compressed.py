@@ -58,10 +58,10 @@ class CompressedRows(SparseLayer):
     def _from_largest(cls: type[Layer], dense: Any, sparsity: float) -> Layer:
         """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
         nnz = n_connections((1, dense.weight.numel()), sparsity)
-        return cls._from_positions(dense, largest_positions(dense.weight, nnz))
+        return cls.from_positions(dense, largest_positions(dense.weight, nnz))
 
     @classmethod
-    def _from_positions(cls: type[Layer], dense: Any, positions: Tensor) -> Layer:
+    def from_positions(cls: type[Layer], dense: Any, positions: Tensor) -> Layer:
         """The weights of a dense layer at these int64 positions, ascending."""
         return cls._holding(dense, positions, dense.weight.detach().reshape(-1)[positions])
 
@@ -77,7 +77,7 @@ class CompressedRows(SparseLayer):
     def _holding(cls: type[Layer], like: Any, positions: Tensor, weights: Tensor, **settings: Any) -> Layer:
         """A layer like a dense or sparse one, with its biases, and with these connections."""
         size = math.prod(like.shape) if isinstance(like, SparseLayer) else like.weight.numel()
-        new = cls._like(like, 1 - len(positions) / max(size, 1), device="meta", **settings)
+        new = cls.like(like, 1 - len(positions) / max(size, 1), device="meta", **settings)
         new = new.to_empty(device=weights.device)
         new._connect(positions, weights)
         if new.bias is not None:
