@@ -271,7 +271,8 @@ def _as_dense(layer: nn.Module) -> nn.Linear:
         if found := extras(layer, ("weight", "bias")):
             raise TypeError(f"to_dense must not lose what a projection has, got {' and '.join(found)}")
         return _copy_linear(cast(nn.Linear, layer))
-    dense = layer.to_dense() if hasattr(layer, "to_dense") else None
+    make = getattr(layer, "to_dense", None)
+    dense = None if make is None else make()
     if isinstance(dense, nn.Linear):
         return dense
     raise TypeError(f"projections must be linear layers to be packed, got {type(layer).__name__}")

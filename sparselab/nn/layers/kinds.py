@@ -15,7 +15,7 @@ State: TypeAlias = Mapping[str, Tensor]
 
 
 def _never(state: State) -> None:
-    return None
+    """Recognise nothing."""
 
 
 @dataclass(frozen=True)
