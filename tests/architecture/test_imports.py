@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.architecture.source import Source, cycles, graph, imports, read_sources
+from benchmarks.source import Source, cycles, graph, imports, read_sources
 from tests.kernels.process import run_python
 
 SOURCES = read_sources("sparselab")

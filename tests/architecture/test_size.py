@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.architecture.source import Function, Source, functions, imports, read_sources
+from benchmarks.source import Function, Source, functions, imports, read_sources
 
 PACKAGE = read_sources("sparselab")
 EVERYTHING = [*PACKAGE, *read_sources("tests", "benchmarks", "examples")]

@@ -1,4 +1,4 @@
-"""What the source says, read without importing it: modules, what they import, functions and their sizes."""
+"""What source says, read without importing it: modules, what they import, functions and their sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeGuard
 
-from tests.kernels.process import ROOT
+ROOT = Path(__file__).resolve().parents[1]
 
 #: What compiles a function; its parameters are operands of a kernel.
 COMPILERS = ("jit", "njit", "worker", "intrinsic", "overload")
@@ -146,6 +146,23 @@ def cycles(edges: Mapping[str, set[str]]) -> list[list[str]]:
         if module not in index:
             visit(module)
     return sorted(found)
+
+
+def n_floors(edges: Mapping[str, set[str]]) -> int:
+    """Modules on the longest way down from one import to the next; those of a circle stand on one floor."""
+    group_of = {module: group[0] for group in cycles(edges) for module in group}
+    below: dict[str, set[str]] = {}
+    for module, others in edges.items():
+        name = group_of.get(module, module)
+        below.setdefault(name, set()).update({group_of.get(other, other) for other in others} - {name})
+    heights: dict[str, int] = {}
+
+    def height(name: str) -> int:
+        if name not in heights:
+            heights[name] = 1 + max((height(other) for other in below.get(name, ())), default=0)
+        return heights[name]
+
+    return max((height(name) for name in below), default=0)
 
 
 def functions(source: Source) -> Iterator[Function]:
