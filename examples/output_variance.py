@@ -89,7 +89,7 @@ class Measured(NamedTuple):
 @torch.inference_mode()
 def squared_norms(layer: SparseLinear, k: int, tokens: int) -> Tensor:
     """Of the outputs for inputs on the unit sphere, with new weights: (tokens,)."""
-    layer.values.normal_(std=(2 / k) ** 0.5)
+    layer.weight_values.normal_(std=(2 / k) ** 0.5)
     x = torch.nn.functional.normalize(torch.randn(tokens, layer.in_features))
     return layer(x).relu().square().sum(1)
 

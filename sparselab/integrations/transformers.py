@@ -13,8 +13,8 @@ from sparselab.dst import Group, Monitor, SparsityAlgorithm
 from sparselab.dst.monitor.monitor import ScalarWriter
 from sparselab.integrations._driver import Driver
 from sparselab.nn import sparsify
+from sparselab.nn.layers.base import find_sparse
 from sparselab.nn.models.rules import rules_of_saved
-from sparselab.nn.storage.contract import find_sparse
 
 try:
     from safetensors.torch import load_file

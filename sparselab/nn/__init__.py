@@ -1,7 +1,10 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
 from sparselab.nn.layers.attention import SparseMultiheadAttention
+from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
+from sparselab.nn.layers.brf import brf_
+from sparselab.nn.layers.constant_fan_in import constant_fan_in_
 from sparselab.nn.layers.conv import SparseConv2d
 from sparselab.nn.layers.dense import DenseLayer, DenseType, LinearView, register_dense, whole
 from sparselab.nn.layers.fan_in import FanInLinear
@@ -15,11 +18,10 @@ from sparselab.nn.models.files import load_model, save_model
 from sparselab.nn.models.materialize import materialize
 from sparselab.nn.models.memory import MemoryReport, memory_report
 from sparselab.nn.models.tune import TuneReport, tune
-from sparselab.nn.ops.linear import GradientWatcher
-from sparselab.nn.ops.operands import GradientFactors
-from sparselab.nn.storage.brf import brf_
-from sparselab.nn.storage.contract import SparseTopology, find_sparse
-from sparselab.nn.storage.init import constant_fan_in_, fan_in_uniform_
+from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.ops.products import register_products
+from sparselab.nn.ops.topologies import GradientHook, register_layout
+from sparselab.nn.storage.init import fan_in_uniform_
 
 __all__ = [
     "BlockSparseLinear",
@@ -27,17 +29,17 @@ __all__ = [
     "DenseLayer",
     "DenseType",
     "FanInLinear",
-    "GradientFactors",
-    "GradientWatcher",
+    "GradientHook",
+    "GradientOperands",
     "LayerKind",
     "LinearView",
     "MaskedConv2d",
     "MaskedLinear",
     "MemoryReport",
     "SparseConv2d",
+    "SparseLayer",
     "SparseLinear",
     "SparseMultiheadAttention",
-    "SparseTopology",
     "SparsifyPlan",
     "TuneReport",
     "brf_",
@@ -53,6 +55,8 @@ __all__ = [
     "plan_sparsify",
     "register_dense",
     "register_kind",
+    "register_layout",
+    "register_products",
     "save_model",
     "sparsify",
     "tune",

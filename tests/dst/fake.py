@@ -1,4 +1,4 @@
-"""A sparse layer as plain as possible: dense arithmetic, but the topology interface of the real one."""
+"""A sparse layer as plain as possible: dense arithmetic, and a storage of its own that is one sorted list."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparselab.nn.ops.operands import LinearFactors
+from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.ops.operands import LinearOperands, is_of_graph
+from sparselab.nn.storage.base import Storage
 
 
 class _Function(torch.autograd.Function):
@@ -14,85 +16,74 @@ class _Function(torch.autograd.Function):
     def forward(ctx, x, values, layer):
         ctx.save_for_backward(x, values)
         ctx.layer = layer
-        ctx.watcher = layer.gradient_watcher
-        if ctx.watcher is not None and any(ctx.needs_input_grad):
-            ctx.watcher.forward_seen()
-        return x @ layer.dense(layer.in_use(values)).T
+        return x @ layer.dense(layer.in_use.detach()).T
 
     @staticmethod
     def backward(ctx, dy):
         x, values = ctx.saved_tensors
-        if ctx.watcher is not None:
-            ctx.watcher.backward_seen(LinearFactors(x.detach(), dy.detach()))
+        if ctx.layer.gradient_hook is not None:
+            ctx.layer.gradient_hook(LinearOperands(x.detach(), dy.detach(), is_of_graph(x)))
         dw = (dy.T @ x).reshape(-1)[ctx.layer.positions()]
-        return dy @ ctx.layer.dense(ctx.layer.in_use(values)), dw, None
+        return dy @ ctx.layer.dense(ctx.layer.in_use.detach()), dw, None
 
 
-class FakeSparse(nn.Module):
-    """``y = x W^T`` with ``nnz`` live connections at random positions."""
+class FakeStorage(Storage):
+    """Positions and values, nothing else."""
 
-    def __init__(self, in_features, out_features, sparsity=0.9, seed=0, dtype=torch.float32):
-        super().__init__()
-        self.shape = self.grid = (out_features, in_features)
-        self.block_shape = (1, 1)
-        n = in_features * out_features
-        rng = np.random.default_rng(seed)
-        nnz = round((1 - sparsity) * n)
-        live = np.sort(rng.choice(n, nnz, replace=False))
-        self.register_buffer("live", torch.from_numpy(live))
-        self.values = nn.Parameter(torch.from_numpy(rng.standard_normal(nnz)).to(dtype))
-        self.gradient_watcher = None
-        self.register_buffer("forward_mask", None)
+    parameter = "values"
+    saved = "values", "live"
 
-    @property
-    def stored(self):
-        return self.values
+    def nnz(self, layer):
+        return layer.values.numel()
 
-    @property
-    def nnz(self):
-        return self.values.numel()
+    def positions(self, layer):
+        return layer.live
 
-    @property
-    def sparsity(self):
-        return 1 - self.nnz / (self.shape[0] * self.shape[1])
-
-    def dense(self, values):
-        flat = torch.zeros(self.shape[0] * self.shape[1], dtype=values.dtype)
-        return flat.index_put((self.live,), values).reshape(self.shape)
-
-    def in_use(self, values):
-        return values if self.forward_mask is None else torch.where(self.forward_mask, values, 0)
-
-    def positions(self):
-        return self.live
-
-    def per_connection(self, entries):
+    def take(self, layer, entries):
         return entries
 
     @torch.no_grad()
-    def put(self, entries, slots, numbers):
+    def put(self, layer, entries, slots, numbers):
         entries[slots] = numbers
 
-    def moved(self, entries, source):
+    def move(self, layer, entries, source):
         moved = torch.where(source < 0, entries.new_zeros(()), entries[source])
         return entries.copy_(moved) if moved.shape == entries.shape else moved
 
-    def rewrite(self, drop, grow):
-        old = self.live.numpy()
+    def rewrite(self, layer, drop, grow):
+        old = layer.live.numpy()
         kept = np.delete(old, drop.numpy())
         new = np.concatenate((kept, grow.numpy()))
         assert np.unique(new).size == new.size, "a position was grown twice, or where one is kept"
         new.sort()
         slot = np.searchsorted(old, new).clip(max=max(old.size - 1, 0))
         source = torch.from_numpy(np.where(old[slot] == new, slot, -1))
-        gradient, self.values.grad = self.values.grad, None
-        self.values.data = self.moved(self.values.data, source)
+        gradient, layer.values.grad = layer.values.grad, None
+        layer.values.data = self.move(layer, layer.values.data, source)
         if gradient is not None:
-            self.values.grad = self.moved(gradient, source)
-        if self.forward_mask is not None:
-            self.forward_mask = self.moved(self.forward_mask, source)
-        self.live = torch.from_numpy(new)
+            layer.values.grad = self.move(layer, gradient, source)
+        if layer.forward_mask is not None:
+            layer.forward_mask = self.move(layer, layer.forward_mask, source)
+        layer.live = torch.from_numpy(new)
         return source
+
+
+class FakeSparse(SparseLayer):
+    """``y = x W^T`` with ``nnz`` live connections at random positions."""
+
+    def __init__(self, in_features, out_features, sparsity=0.9, seed=0, dtype=torch.float32):
+        super().__init__(FakeStorage((out_features, in_features)))
+        n = in_features * out_features
+        rng = np.random.default_rng(seed)
+        nnz = round((1 - sparsity) * n)
+        live = np.sort(rng.choice(n, nnz, replace=False))
+        self.register_buffer("live", torch.from_numpy(live))
+        self.values = nn.Parameter(torch.from_numpy(rng.standard_normal(nnz)).to(dtype))
+        self.bias = None
+
+    def dense(self, values):
+        flat = torch.zeros(self.shape[0] * self.shape[1], dtype=values.dtype)
+        return flat.index_put((self.live,), values).reshape(self.shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.values.data = torch.empty_like(state_dict[prefix + "values"])

@@ -17,7 +17,7 @@ from sparselab.nn import (
     SparseConv2d,
     SparseLinear,
 )
-from sparselab.nn.storage.contract import find_sparse
+from sparselab.nn.layers.base import find_sparse
 from tests.dst.fake import FakeSparse
 
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.

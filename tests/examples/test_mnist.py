@@ -54,7 +54,7 @@ def test_lenet_has_the_total_asked_for(sparsity, output):
 def test_the_wide_network_is_uniform_and_without_biases():
     model = mnist.make_model(dataclasses.replace(TINY, network="wide"), 0.9)
     assert model[0].nnz == round(0.1 * 784 * 512)
-    assert [name for name, _ in model.named_parameters()] == ["0.values", "2.weight"]
+    assert [name for name, _ in model.named_parameters()] == ["0.weight_values", "2.weight"]
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -35,5 +35,5 @@ def test_a_difference_is_found():
     batch = resnet.Batch(batch.images.double(), batch.labels)
     assert max(resnet.difference(*twins, batch)) < 1e-10
     with torch.no_grad():
-        twins[0].stages[1][0].conv1.values[0] += 1e-3
+        twins[0].stages[1][0].conv1.weight_values[0] += 1e-3
     assert min(resnet.difference(*twins, batch)) > 1e-8

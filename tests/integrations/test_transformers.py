@@ -7,7 +7,7 @@ import torch
 
 from sparselab import SparseLinear, sparsify
 from sparselab.dst import SET, Constant, Group, RigL
-from sparselab.nn.storage.contract import find_sparse
+from sparselab.nn.layers.base import find_sparse
 from tests.dst.harness import assert_same_state
 
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparselab import MaskedLinear, RigL, SparseLinear, densify, sparsify
-from sparselab.nn.storage.contract import find_sparse
+from sparselab.nn.layers.base import find_sparse
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 

@@ -10,7 +10,7 @@ from sparselab.dst.parts.drop import MagnitudeAndGradient
 from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.storage.contract import SparseTopology
+from sparselab.nn.layers.base import SparseLayer
 
 
 class MEST(DynamicSparsityAlgorithm):
@@ -113,7 +113,7 @@ class MEST(DynamicSparsityAlgorithm):
             )
         return delta
 
-    def _check_sparsity(self, layer: SparseTopology) -> None:
+    def _check_sparsity(self, layer: SparseLayer) -> None:
         if not self.soft_bound:
             super()._check_sparsity(layer)
 

@@ -12,7 +12,12 @@ import numpy.typing as npt
 from sparselab.dst.budget.rows import rows_of
 from sparselab.dst.checks import require_finite
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, summarise
+from sparselab.dst.parts.dense_gradient import (
+    GradientCollector,
+    GradientSummary,
+    PassCount,
+    summarise,
+)
 from sparselab.dst.parts.drop import Magnitude, lowest
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.view import LayerView
@@ -20,8 +25,9 @@ from sparselab.dst.schedules.schedule import Schedule
 from sparselab.kernels.arrays import Array, n_connections, slot_dtype
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
-from sparselab.nn.ops.operands import GradientFactors
-from sparselab.nn.storage.contract import SparseTopology, as_matrix, as_scores
+from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.storage.entries import as_scores
 
 Magnitudes = npt.NDArray[np.floating[Any]]
 
@@ -131,11 +137,11 @@ class SRigL(DynamicSparsityAlgorithm):
         """Outputs without a connection now, ascending, one array for each attached layer."""
         return [np.flatnonzero(as_matrix(layer).row_nnz == 0) for layer in self._layers]
 
-    def _budget(self, layer: SparseTopology) -> int:
+    def _budget(self, layer: SparseLayer) -> int:
         sparsity = cast("float | None", self.sparsity)
         return layer.nnz if sparsity is None else n_connections(layer.shape, sparsity)
 
-    def _check_sparsity(self, layer: SparseTopology) -> None:
+    def _check_sparsity(self, layer: SparseLayer) -> None:
         row_nnz = as_matrix(layer).row_nnz
         budget = self._budget(layer)
         if not 0 < len(row_nnz) <= budget:
@@ -151,7 +157,7 @@ class SRigL(DynamicSparsityAlgorithm):
                 f"draws the connections anew, before attaching"
             )
 
-    def _attached(self, layer: SparseTopology) -> None:
+    def _attached(self, layer: SparseLayer) -> None:
         self._budgets.append(self._budget(layer))
         super()._attached(layer)
 
@@ -224,7 +230,7 @@ class FanInGrowth(GradientGrowth):
         return collector.fan_in
 
     def _collector(
-        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+        self, layer: SparseLayer, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
         return FanInCollector(layer, most, self._passes, partial(self._decide, index))
 
@@ -242,37 +248,40 @@ class FanInCollector(GradientCollector):
 
     def __init__(
         self,
-        layer: SparseTopology,
+        layer: SparseLayer,
         most: Callable[[], int | Array],
-        passes: int,
+        passes: PassCount,
         decide: Callable[[Array], Array],
     ) -> None:
-        super().__init__(layer, most, passes)
         self._decide = decide
         self._magnitudes: Magnitudes | None = None
+        super().__init__(layer, most, passes)
 
-    def backward_seen(self, factors: GradientFactors) -> None:
-        """Take in the factors of one backward pass."""
-        super().backward_seen(factors)
+    def _hold(self, operands: list[GradientOperands]) -> None:
+        super()._hold(operands)
         layer = self._layer()
-        if self._summary is None and self._magnitudes is None and layer is not None:
+        if layer is not None:
             # The gradient is formed later, and the optimizer may have changed the weights by then.
             self._magnitudes = magnitudes(layer)
 
-    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
+    def _reset(self) -> None:
+        super()._reset()
+        self._magnitudes = None
+
+    def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
         W, dtype = as_matrix(layer), layer.stored.dtype
         k = self._most()
         if not isinstance(k, np.ndarray):
-            summary = summarise(factors, W, layer.shape, k, dtype)
+            summary = summarise(operands, W, layer.shape, k, dtype)
             if not summary.finite:
                 return summary
             weights = magnitudes(layer) if self._magnitudes is None else self._magnitudes
             k = self._decide(salient_per_row(W, weights, summary, k))
         self.fan_in = k
-        return summarise(factors, W, layer.shape, k, dtype)
+        return summarise(operands, W, layer.shape, k, dtype)
 
 
-def magnitudes(layer: SparseTopology) -> Magnitudes:
+def magnitudes(layer: SparseLayer) -> Magnitudes:
     """``|w|`` of each slot, as an array of its own."""
     return as_scores(layer.per_connection(layer.stored))
 

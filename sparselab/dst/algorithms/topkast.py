@@ -19,7 +19,8 @@ from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.kernels.arrays import Array, n_connections
 from sparselab.kernels.rewiring.select import select
-from sparselab.nn.storage.contract import SparseTopology, as_scores
+from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.storage.entries import as_scores
 
 Weights = npt.NDArray[np.floating[Any]]
 
@@ -175,10 +176,10 @@ class TopKAST(DynamicSparsityAlgorithm):
                 self._rewire(Vacancy(LayerView(index, self._step, self.seed, layer), unused), move)
                 layer.forward_mask = None
 
-    def _n_forward(self, layer: SparseTopology) -> int:
+    def _n_forward(self, layer: SparseLayer) -> int:
         return max(min(layer.nnz, 1), n_connections(layer.shape, self.forward_sparsity))
 
-    def _check_sparsity(self, layer: SparseTopology) -> None:
+    def _check_sparsity(self, layer: SparseLayer) -> None:
         super()._check_sparsity(layer)
         if self._n_forward(layer) > layer.nnz:
             raise ValueError(
@@ -186,14 +187,14 @@ class TopKAST(DynamicSparsityAlgorithm):
                 f"for a layer of shape {tuple(layer.shape)}, but it has {layer.nnz}; build it with more"
             )
 
-    def _attached(self, layer: SparseTopology) -> None:
+    def _attached(self, layer: SparseLayer) -> None:
         super()._attached(layer)
         self._masters.append(None)
         if layer.forward_mask is None:
             self._choose_forward(layer)
 
     @torch.no_grad()
-    def _choose_forward(self, layer: SparseTopology) -> None:
+    def _choose_forward(self, layer: SparseLayer) -> None:
         largest = select(as_scores(layer.per_connection(layer.stored)), self._n_forward(layer))
         mask = torch.zeros_like(layer.stored, dtype=torch.bool)
         layer.put(mask, torch.from_numpy(largest), torch.ones(largest.size, dtype=torch.bool))

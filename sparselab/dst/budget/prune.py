@@ -13,7 +13,7 @@ import torch
 from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.rewiring.select import select
 from sparselab.nn.models.convert import find_linear, keep_positions
-from sparselab.nn.storage.contract import as_scores, largest_positions
+from sparselab.nn.storage.entries import as_scores, largest_positions
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.storage.contract import SparseTopology, find_sparse, is_sparse
+from sparselab.nn.layers.base import SparseLayer, find_sparse, is_sparse
 
 # Which algorithm a layer belongs to. Neither is kept alive by it, and copies of a layer belong to nobody.
 _owners: weakref.WeakKeyDictionary[Any, weakref.ref[SparsityAlgorithm]] = weakref.WeakKeyDictionary()
@@ -47,12 +47,12 @@ class SparsityAlgorithm:
                     f"sparsity must lie in [0, 1], the fraction without a weight; got {sparsity!r}"
                 )
         self.sparsity = sparsity
-        self._layers: list[SparseTopology] = []
+        self._layers: list[SparseLayer] = []
         self._names: list[str] = []
         self._step = 0
 
     @property
-    def layers(self) -> tuple[SparseTopology, ...]:
+    def layers(self) -> tuple[SparseLayer, ...]:
         """The attached layers, in the order in which they were attached."""
         return tuple(self._layers)
 
@@ -125,7 +125,7 @@ class SparsityAlgorithm:
         if is_sparse(module):
             self._attach(module, "")
 
-    def _attach(self, layer: SparseTopology, name: str) -> None:
+    def _attach(self, layer: SparseLayer, name: str) -> None:
         for index, known in enumerate(self._layers):
             if layer is known:
                 self._names[index] = name or self._names[index]
@@ -143,10 +143,10 @@ class SparsityAlgorithm:
         self._names.append(name)
         self._attached(layer)
 
-    def _check_kind(self, layer: SparseTopology) -> None:
+    def _check_kind(self, layer: SparseLayer) -> None:
         """Raise TypeError if the algorithm cannot rewire layers of this kind."""
 
-    def _check_sparsity(self, layer: SparseTopology) -> None:
+    def _check_sparsity(self, layer: SparseLayer) -> None:
         if self.sparsity is None or isinstance(self.sparsity, Schedule):
             return
         expected = n_connections(layer.grid, self.sparsity)
@@ -180,7 +180,7 @@ class SparsityAlgorithm:
         self._step += 1
         self._prepare_step(self._step + 1)
 
-    def _attached(self, layer: SparseTopology) -> None:
+    def _attached(self, layer: SparseLayer) -> None:
         """Called once for every new layer."""
 
     def _finish_step(self, step: int) -> None:
@@ -266,7 +266,7 @@ def step_along(algorithm: Any, optimizer: Optimizer) -> RemovableHandle:
     return optimizer.register_step_post_hook(lambda *_: algorithm.step())
 
 
-def _name(layer: SparseTopology) -> str:
+def _name(layer: SparseLayer) -> str:
     return f"a layer of shape {tuple(layer.shape)}"
 
 

@@ -31,7 +31,8 @@ from sparselab.dst.parts.view import LayerView, UpdateReport, Vacancy, total_siz
 from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
 from sparselab.dst.schedules.when import UpdateSchedule, as_update_schedule
 from sparselab.kernels.arrays import Array, n_connections
-from sparselab.nn.storage.contract import SparseTopology, move_slots
+from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.storage.entries import move_slots
 
 UpdateHook = Callable[["DynamicSparsityAlgorithm"], None]
 
@@ -141,7 +142,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     _FOLLOWS_SCHEDULE = True
     _OF_BLOCKS = True  # the algorithm itself; its parts say it for themselves
 
-    def _check_kind(self, layer: SparseTopology) -> None:
+    def _check_kind(self, layer: SparseLayer) -> None:
         if layer.block_shape != (1, 1):
             parts = (self.drop, self.grow, self.redistribute)
             require_of_blocks(type(self).__name__, layer.block_shape, self._OF_BLOCKS, parts)
@@ -307,7 +308,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         why = self.drop.reason_to_skip(view) or self.grow.reason_to_skip(view.index)
         return why if why or self.redistribute is None else self.redistribute.reason_to_skip(view)
 
-    def _attached(self, layer: SparseTopology) -> None:
+    def _attached(self, layer: SparseLayer) -> None:
         self._slots.append({})
         self._tracker.watch()
         self._prepare_step(self._step + 1)
@@ -330,7 +331,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def _update(self, step: int) -> None:
         self._fraction(step)
-        self.grow.check()
         moves = [self._tracker.plan_move(layer) for layer in self._layers]
         views = self._views(step)
         if self.redistribute is not None:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparselab._names import first_match, listed
 from sparselab.dst.engine.base import SparsityAlgorithm, step_along
-from sparselab.nn.storage.contract import find_sparse
+from sparselab.nn.layers.base import find_sparse
 
 
 class Group:

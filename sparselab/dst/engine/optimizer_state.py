@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from sparselab.dst.parts.grown import GrownState
-from sparselab.nn.storage.contract import SparseTopology
+from sparselab.nn.layers.base import SparseLayer
 
 # Hooks whose tracker is gone. The garbage collector may take a tracker while torch walks over its hooks, and
 # removing one there would be an error in the middle of an optimizer step; so it waits.
@@ -37,7 +37,7 @@ class OptimizerTracker:
         Read at each step, so that layers may be added later, and ``stored`` replaced by loading.
     """
 
-    def __init__(self, layers: Sequence[SparseTopology]) -> None:
+    def __init__(self, layers: Sequence[SparseLayer]) -> None:
         self._layers = layers
         #: With the number of the note that was taken of each last.
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
@@ -83,7 +83,7 @@ class OptimizerTracker:
         ours = {id(layer.stored) for layer in self._layers}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
-    def find(self, layer: SparseTopology) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    def find(self, layer: SparseLayer) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Settings and state of the optimizer that stepped a layer last; both empty if none is known."""
         weights = layer.stored
         for optimizer in sorted(self._optimizers, key=self._optimizers.__getitem__, reverse=True):
@@ -92,7 +92,7 @@ class OptimizerTracker:
                     return group, optimizer.state.get(weights, {})
         return {}, {}
 
-    def plan_move(self, layer: SparseTopology) -> StateMove:
+    def plan_move(self, layer: SparseLayer) -> StateMove:
         """Find everything that must move with the connections of `layer`, before anything is changed.
 
         Raises
@@ -108,7 +108,7 @@ class StateMove:
 
     Parameters
     ----------
-    layer : SparseTopology
+    layer : SparseLayer
     optimizers : iterable of optimizers
         Those that may keep state for its weights.
 
@@ -119,7 +119,7 @@ class StateMove:
         has been changed then.
     """
 
-    def __init__(self, layer: SparseTopology, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    def __init__(self, layer: SparseLayer, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self._layer = layer
         self._places: list[tuple[dict[str, Any], str]] = []
         weights = layer.stored

@@ -19,7 +19,7 @@ from sparselab.dst.engine.group import Group
 from sparselab.dst.monitor.position_set import PositionSet
 from sparselab.dst.parts.view import UpdateReport
 from sparselab.dst.schedules.schedule import Schedule
-from sparselab.nn.storage.contract import SparseTopology, as_matrix
+from sparselab.nn.layers.base import SparseLayer, as_matrix
 
 TOTAL = "total"
 _COUNTS = ("nnz", "dropped", "grown", "regrown", "dead_neurons", "unused_inputs", "ablated_rows")
@@ -38,7 +38,7 @@ class ScalarWriter(Protocol):
 class _Watched:
     """One layer, and what is remembered of it."""
 
-    layer: SparseTopology
+    layer: SparseLayer
     first: PositionSet
     explored: PositionSet
 

@@ -1,19 +1,25 @@
 """The dense gradient of one step, looked at in blocks of rows and never held whole.
 
 Growing by gradient needs ``G = dY^T X`` at positions that have no weight. It is formed inside the backward
-pass, where X and dY are alive anyway, in blocks that fit a cache, and only on the steps that need it.
+pass, where X and dY are alive anyway, in blocks that fit a cache, and only on the steps that need it. What G
+is follows ``.grad``: it is what a dense layer with the same weights would have there.
 """
 
 from __future__ import annotations
 
+import abc
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
@@ -21,8 +27,8 @@ from sparselab.kernels.rewiring.positions import merge_candidates
 from sparselab.kernels.rewiring.rows import RowTopK, select_rows
 from sparselab.kernels.rewiring.stream import BlockStream
 from sparselab.kernels.rewiring.topk import StreamedTopK, largest
-from sparselab.nn.ops.operands import GradientFactors
-from sparselab.nn.storage.contract import SparseTopology, as_matrix
+from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.layers.base import SparseLayer, as_matrix
 
 _BLOCK_BYTES = 4 << 20
 
@@ -77,18 +83,18 @@ class GradientSummary:
 
 @torch.no_grad()
 def summarise(
-    factors: Sequence[GradientFactors],
+    operands: Sequence[GradientOperands],
     live: RowTopology | Array,
     shape: tuple[int, int],
     k: int | Array,
     dtype: torch.dtype,
     block_shape: tuple[int, int] = (1, 1),
 ) -> GradientSummary:
-    """Form G, the sum over `factors`, block by block and keep what growth needs; nothing if `k` is 0.
+    """Form G, the sum over `operands`, block by block and keep what growth needs; nothing if `k` is 0.
 
     Parameters
     ----------
-    factors : sequence of GradientFactors
+    operands : sequence of GradientOperands
         Of some backward passes. Read only.
     live : RowTopology, or int64 array (nnz,)
         The connections, or, where `k` is a number, their positions, ascending.
@@ -110,7 +116,7 @@ def summarise(
     if not np.any(k):
         none = np.empty(0)
         return GradientSummary(True, none, none.astype(np.int64), none)
-    factors = [each.to(dtype) for each in factors]
+    operands = [each.to(dtype) for each in operands]
     n_out, n_in = block_shape
     height = min(rows, max(1, _BLOCK_BYTES // max(1, n_out * cols * dtype.itemsize)) * n_out)
     buffer = torch.empty((height, cols), dtype=dtype)
@@ -123,7 +129,7 @@ def summarise(
     for row in range(0, rows, height):
         stop = min(row + height, rows)
         block = buffer[: stop - row]
-        for i, each in enumerate(factors):
+        for i, each in enumerate(operands):
             each.add_rows(row, block, beta=min(i, 1))
         top.push(row // n_out, (block if block_shape == (1, 1) else block_norms(block, block_shape)).numpy())
         if not top.finite:
@@ -141,95 +147,215 @@ def block_norms(matrix: torch.Tensor, block_shape: tuple[int, int]) -> torch.Ten
     return norms.to(matrix.dtype)
 
 
-class GradientCollector:
-    """Sits on a layer for one step and summarises its dense gradient once all of it has arrived.
+class PassCount:
+    """How many backward passes make up the gradient of one optimizer step, as far as that is known.
+
+    Attributes
+    ----------
+    told : int
+        What somebody said; 1 means that nobody said more.
+    learnt : int
+        The most passes that a finished step had; 0 before the first.
+    """
+
+    def __init__(self, told: int = 1) -> None:
+        self.told = told
+        self.learnt = 0
+
+    @property
+    def expected(self) -> int | None:
+        """Passes after which no other is expected; None while that is not known."""
+        return max(self.told, self.learnt) if self.told > 1 or self.learnt else None
+
+    def learn(self, passes: int) -> None:
+        """Take note of a finished step."""
+        self.learnt = max(self.learnt, passes)
+
+
+class PassWatcher(abc.ABC):
+    """Sees the operands of the backward passes that reach a layer's gradient, one pass at a time.
+
+    Operands come through the layer's gradient hook and wait until the pass adds to ``.grad``: those of a pass
+    that never does (`torch.autograd.grad`, a gradient by the input alone) are let go at its end. Passes are
+    told apart by the number that torch gives each; passes within a pass, as activation checkpointing makes
+    them, have numbers of their own.
 
     Parameters
     ----------
-    layer : SparseTopology
-        Held weakly, because the layer holds the collector.
+    layer : SparseLayer
+        Held weakly, because the layer holds the watcher.
+    """
+
+    def __init__(self, layer: SparseLayer) -> None:
+        self._layer = weakref.ref(layer)
+        self._waiting: dict[int, list[GradientOperands]] = {}
+        self._parameter: weakref.ref[torch.nn.Parameter] | None = None
+        self._handle: RemovableHandle | None = None
+        self._follow(layer)
+        layer.gradient_hook = self.see
+
+    def _follow(self, layer: SparseLayer) -> None:
+        """Watch the Parameter that the layer has now, if it is trained."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        parameter = layer.stored
+        if parameter.requires_grad:
+            self._parameter = weakref.ref(parameter)
+            self._handle = parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def release(self) -> None:
+        """Stop watching."""
+        layer = self._layer()
+        if layer is not None and layer.gradient_hook == self.see:
+            layer.gradient_hook = None
+        if self._handle is not None:
+            self._handle.remove()
+        self._waiting = {}
+
+    def see(self, operands: GradientOperands) -> None:
+        """The layer's gradient hook."""
+        layer, task = self._layer(), torch._C._current_graph_task_id()
+        if task < 0 or layer is None:  # not in a backward pass: somebody calls the operator
+            return
+        if self._parameter is None or self._parameter() is not layer.stored:
+            self._follow(layer)
+        if task not in self._waiting:
+            self._waiting[task] = []
+            self._begins(layer.stored)
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(self._waiting.pop, task, None))
+        self._waiting[task].append(operands)
+
+    def _arrived(self, parameter: Tensor) -> None:
+        self._ends(parameter, self._waiting.pop(torch._C._current_graph_task_id(), []))
+
+    @abc.abstractmethod
+    def _begins(self, parameter: Tensor) -> None:
+        """A pass brings its first operands, and has not yet added to ``parameter.grad``."""
+
+    @abc.abstractmethod
+    def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
+        """A pass has added to ``parameter.grad``; without operands that came another way, as from a penalty."""
+
+
+class GradientCollector(PassWatcher):
+    """Gathers what makes up a layer's ``.grad`` in one step, and summarises its dense gradient.
+
+    Parameters
+    ----------
+    layer : SparseLayer
     most : callable
         Says, once the gradient is there, how many candidates to keep, of the layer or of each row.
-    passes : int
-        Backward passes that one optimizer step sums over.
+    passes : PassCount
+        Shared by all layers of a growth.
+
+    Attributes
+    ----------
+    passes_seen : int
+        Backward passes in ``.grad`` now.
 
     Notes
     -----
-    The last backward call of the step is recognised by counting: as many backward as forward calls complete a
-    pass, and `passes` passes complete the step. Only then is the gradient formed, straight from the factors
-    of that call; factors of the calls before it are copied, since they are lent for the call only. A forward
-    call that is never followed by a backward one (an evaluation without ``torch.no_grad``, activation
-    checkpointing) hides the end; then all factors are copied and `summary` forms the gradient. The result
-    is the same.
+    The gradient is the sum over exactly the passes that are in ``.grad``: when that is cleared (None, another
+    tensor, or zeroed), what came before is forgotten. As soon as as many passes have come as are expected the
+    summary is formed, inside the last one, and the operands are let go. Until that is known, operands are
+    held: references to tensors of the graph, and copies of inputs that somebody may overwrite.
+
+    If a further pass adds to the same ``.grad`` after that, the gradient cannot be known any more: there is no
+    summary, and `reason` says why.
     """
 
-    def __init__(self, layer: SparseTopology, most: Callable[[], int | Array], passes: int) -> None:
-        self._layer = weakref.ref(layer)
+    def __init__(self, layer: SparseLayer, most: Callable[[], int | Array], passes: PassCount) -> None:
         self._most = most
-        self.passes = passes
-        self._forwards = 0
-        self._backwards = 0
-        self._passes_seen = 0
-        self._late = False
-        self._held: list[GradientFactors] = []
+        self._passes = passes
+        self._reset()
+        super().__init__(layer)
+
+    def _reset(self) -> None:
+        self.passes_seen = 0
+        #: Why the gradient cannot be known; empty if it can.
+        self.reason = ""
+        self._held: list[tuple[GradientOperands, tuple[int, ...]]] = []
         self._summary: GradientSummary | None = None
+        #: ``.grad`` after the last pass, and its version.
+        self._grad: tuple[weakref.ref[Tensor], int] | None = None
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        # Copies and pickles of a layer start without a collector: this one counts for this layer only.
-        return type(None), ()
+    def _begins(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if self._grad is None:
+            if grad is not None and bool(grad.any()):
+                self.reason = "part of the gradient is older than the step"
+            return
+        known, version = self._grad
+        if grad is None or grad is not known() or (grad._version != version and not bool(grad.any())):
+            self._reset()
 
-    def forward_seen(self) -> None:
-        """Count a forward pass of the layer."""
-        self._forwards += 1
-
-    def backward_seen(self, factors: GradientFactors) -> None:
-        """Take in the factors of one backward pass."""
-        self._backwards += 1
-        complete = self._backwards == self._forwards
-        self._passes_seen += complete
+    def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
+        grad, before = parameter.grad, self._grad
+        assert grad is not None
+        if not operands:
+            if before is not None and (grad is not before[0]() or grad._version > before[1] + 1):
+                self._reset()  # it was cleared before this pass
+            elif before is not None:
+                self._grad = before[0], grad._version
+            return
+        self._grad = weakref.ref(grad), grad._version
+        self.passes_seen += 1
         if self._summary is not None:
-            self._late = True
-        elif complete and self._passes_seen == self.passes:
-            self._finish([*self._held, factors])
-        else:
-            self._held.append(factors.clone())
-
-    def check(self) -> None:
-        """Make sure that the passes declared are the passes that came.
-
-        Raises
-        ------
-        RuntimeError
-            If there were more of them, or fewer but not none.
-        """
-        too_few = self._backwards == self._forwards and 0 < self._passes_seen < self.passes
-        if self._late or too_few:
-            raise RuntimeError(
-                f"the algorithm was told that {self.passes} backward pass(es) make one optimizer step "
-                f"(grad_accumulation={self.passes}), but a layer saw {self._passes_seen}. Pass "
-                f"grad_accumulation=<backward passes per optimizer.step()>, and call step() after every "
-                f"optimizer.step()"
+            self._summary = None
+            self.reason = (
+                f"{self.passes_seen} backward passes, after the gradient was formed from "
+                f"{self.passes_seen - 1}"
             )
+            self._warn()
+        elif not self.reason and self.passes_seen == self._passes.expected:
+            self._finish([*self._operands(), *operands])
+        elif not self.reason:
+            self._hold(operands)
+
+    def _hold(self, operands: list[GradientOperands]) -> None:
+        for each in operands:
+            kept = each if each.of_graph else each.with_input(each.tensors[0].clone())
+            self._held.append((kept, _versions(kept)))
+
+    def _operands(self) -> list[GradientOperands]:
+        """Those held; none if one was overwritten."""
+        if any(_versions(each) != versions for each, versions in self._held):
+            self.reason = "what the gradient is made of was overwritten"
+            return []
+        return [each for each, _ in self._held]
+
+    def _warn(self) -> None:
+        warnings.warn(
+            f"the update of a layer is skipped: an optimizer step had {self.passes_seen} backward passes "
+            f"where {self.passes_seen - 1} were expected. Pass grad_accumulation=<most backward passes in an "
+            "optimizer step> to the algorithm",
+            stacklevel=2,
+        )
 
     def summary(self) -> GradientSummary | None:
-        """What was seen of the gradient, or None if no backward pass reached the layer."""
-        if self._summary is None and self._held:
-            self._finish(self._held)
+        """What is known of the gradient, or None if nothing is."""
+        if self._summary is None and self._held and not self.reason:
+            self._finish(self._operands())
         return self._summary
 
-    def release(self) -> None:
+    def let_go(self) -> None:
         """Let go of what was seen, which takes as much room as the weights."""
         self._summary = None
         self._held = []
 
-    def _finish(self, factors: Sequence[GradientFactors]) -> None:
+    def _finish(self, operands: Sequence[GradientOperands]) -> None:
         layer = self._layer()
-        if layer is None:
-            return
-        self._summary = self._form(layer, factors)
         self._held = []
+        if layer is not None and not self.reason:
+            self._summary = self._form(layer, operands)
 
-    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
+    def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
         return summarise(
-            factors, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype, layer.block_shape
+            operands, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype, layer.block_shape
         )
+
+
+def _versions(operands: GradientOperands) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in operands.tensors)

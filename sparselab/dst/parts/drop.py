@@ -19,7 +19,7 @@ from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.rows import select_rows
 from sparselab.kernels.rewiring.select import select
-from sparselab.nn.storage.contract import slot_scores
+from sparselab.nn.storage.entries import slot_scores
 
 Scores = npt.NDArray[np.floating[Any]]
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sparselab.dst.checks import require_count
-from sparselab.dst.parts.dense_gradient import GradientCollector
+from sparselab.dst.parts.dense_gradient import GradientCollector, PassCount
 from sparselab.dst.parts.view import LayerView, Vacancy
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.rewiring.positions import kept_positions, skip_kept
 from sparselab.kernels.rewiring.rows import sample_rows
-from sparselab.nn.storage.contract import SparseTopology
+from sparselab.nn.layers.base import SparseLayer
 
 
 class Growth(abc.ABC):
     """Chooses the positions that a layer grows.
 
-    An algorithm calls `begin` and `prepare` before every optimizer step, and on a step that updates `check`,
+    An algorithm calls `begin` and `prepare` before every optimizer step, and on a step that updates
     `reason_to_skip` and `room` for each layer, and `choose` for each layer that grows.
 
     Attributes
@@ -43,7 +43,7 @@ class Growth(abc.ABC):
         """Take note of the number of the step to come, and of the seed that its draws depend on."""
 
     def prepare(  # noqa: B027
-        self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None
+        self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None
     ) -> None:
         """Get ready for the next optimizer step.
 
@@ -58,9 +58,6 @@ class Growth(abc.ABC):
 
     def expect_passes(self, passes: int) -> None:  # noqa: B027
         """Say how many backward passes the optimizer step under way sums over, and those after it."""
-
-    def check(self) -> None:  # noqa: B027
-        """Raise if the update that is due cannot be done; nothing has been changed yet."""
 
     def reason_to_skip(self, index: int) -> str:
         """Why layer number `index` cannot grow now; empty if it can."""
@@ -127,12 +124,19 @@ class GradientGrowth(Growth):
     Parameters
     ----------
     grad_accumulation : int
-        Backward passes per optimizer step; G is the sum over them.
+        The most backward passes in an optimizer step, if somebody knows that they are more than one. It need
+        not be given: the first update holds what G is made of until the step, and later ones go by what was
+        seen.
 
     Notes
     -----
-    G is formed only on the step that updates, inside its backward pass, in blocks of rows of at most 4 MiB:
-    O(nnz) memory beside one block, and the time of one dense weight gradient. Ties go to the lower position.
+    G is what a dense layer would have in ``.grad`` at the step: the sum over all passes since that was
+    cleared, whatever loop made them. `torch.autograd.grad` adds nothing to it.
+
+    It is formed only on the step that updates, inside its last backward pass, in blocks of rows of at most
+    4 MiB: O(nnz) memory beside one block, and the time of one dense weight gradient. If that pass turns out
+    not to be the last one, the layer's update is skipped, with a warning that names `grad_accumulation`.
+    Ties go to the lower position.
     """
 
     by_row = True
@@ -140,41 +144,41 @@ class GradientGrowth(Growth):
 
     def __init__(self, grad_accumulation: int = 1) -> None:
         self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)
-        self._passes = self.grad_accumulation
-        self._collectors: list[GradientCollector] = []
+        self._passes = PassCount(self.grad_accumulation)
+        self._collectors: dict[int, GradientCollector] = {}
 
-    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
+    def prepare(self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None) -> None:
         """Watch the next backward passes of every layer, or stop watching."""
-        self._collectors = []
-        for index, layer in enumerate(layers):
-            layer.gradient_watcher = None
-            if most is not None:
-                collector = self._collector(layer, index, partial(most, index))
-                self._collectors.append(collector)
-                layer.gradient_watcher = collector
+        self.watch(dict(enumerate(layers)), most)
+
+    def watch(
+        self, layers: Mapping[int, SparseLayer], most: Callable[[int], int | Array] | None
+    ) -> None:
+        """As `prepare`, of some layers by their numbers."""
+        for collector in self._collectors.values():
+            self._passes.learn(collector.passes_seen)
+            collector.release()
+        self._collectors = {}
+        if most is not None:
+            for index, layer in layers.items():
+                self._collectors[index] = self._collector(layer, index, partial(most, index))
 
     def expect_passes(self, passes: int) -> None:
         """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier."""
-        self._passes = require_count("passes", passes, minimum=1)
-        for collector in self._collectors:
-            collector.passes = passes
+        self._passes.told = require_count("passes", passes, minimum=1)
 
     def _collector(
-        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+        self, layer: SparseLayer, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
         return GradientCollector(layer, most, self._passes)
-
-    def check(self) -> None:
-        """Raise RuntimeError if there were other backward passes than declared."""
-        for collector in self._collectors:
-            collector.check()
 
     def reason_to_skip(self, index: int) -> str:
         """Why layer number `index` cannot grow now; empty if it can."""
         # Empty if the settings were changed since the last step, so that nobody knew an update was coming.
-        summary = self._collectors[index].summary() if self._collectors else None
+        collector = self._collectors.get(index)
+        summary = None if collector is None else collector.summary()
         if summary is None:
-            return "no gradient"
+            return (collector and collector.reason) or "no gradient"
         return "" if summary.finite else "gradient is not finite"
 
     def choose(self, vacancy: Vacancy) -> Array:
@@ -182,7 +186,7 @@ class GradientGrowth(Growth):
         collector = self._collectors[vacancy.view.index]
         summary = collector.summary()
         assert summary is not None
-        collector.release()
+        collector.let_go()
         k = vacancy.n_grow if vacancy.row_grow is None else vacancy.row_grow
         return summary.best(vacancy.view.matrix, vacancy.drop, k)
 

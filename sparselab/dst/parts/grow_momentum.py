@@ -8,23 +8,22 @@ from typing import Any
 import torch
 
 from sparselab.dst.checks import require_count, require_finite
+from sparselab.dst.parts.dense_gradient import PassWatcher
 from sparselab.dst.parts.grow import GradientGrowth, Growth
 from sparselab.dst.parts.view import Vacancy
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.topk import StreamedTopK
-from sparselab.nn.ops.operands import GradientFactors
-from sparselab.nn.storage.contract import SparseTopology
+from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.layers.base import SparseLayer
 
 
-class GradientAverage:
+class GradientAverage(PassWatcher):
     """Sits on a layer and keeps ``M <- momentum * M + G`` of its dense gradient, ``G = dY^T X``.
 
     Parameters
     ----------
-    shape : (int, int)
-        ``(out_features, in_features)``.
-    dtype : torch.dtype
-        Of the weights; M is at least float32.
+    layer : SparseLayer
+        M has its shape and dtype, but is at least float32.
     momentum : float
         What a step leaves of M, in [0, 1).
 
@@ -32,40 +31,47 @@ class GradientAverage:
     ----------
     entries : tensor, (out_features, in_features), or None
         M; None until a gradient has come.
+
+    Notes
+    -----
+    Every backward pass that adds to ``.grad`` counts, also one whose gradient is cleared before the step.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, momentum: float) -> None:
-        self.shape = shape
-        self.dtype = torch.promote_types(dtype, torch.float32)
+    def __init__(self, layer: SparseLayer, momentum: float) -> None:
+        self.shape = layer.shape
+        self.dtype = torch.promote_types(layer.stored.dtype, torch.float32)
         self.entries: torch.Tensor | None = None
         self._momentum = momentum
         self._remaining = momentum
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        # Copies and pickles of a layer start without: this one belongs to an algorithm.
-        return type(None), ()
+        super().__init__(layer)
 
     @property
     def nbytes(self) -> int:
         """Memory of M, whether or not it is there yet."""
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+        return average_bytes(self.shape, self.dtype)
 
     def start_step(self) -> None:
         """The next gradient is that of a new optimizer step; what follows it is added to it."""
         self._remaining = self._momentum
 
-    def forward_seen(self) -> None:
-        """Nothing to do: every backward pass counts, whichever forward pass it belongs to."""
+    def _begins(self, parameter: torch.Tensor) -> None:
+        pass
 
     @torch.no_grad()
-    def backward_seen(self, factors: GradientFactors) -> None:
+    def _ends(self, parameter: torch.Tensor, operands: list[GradientOperands]) -> None:
         """Add the gradient of one backward pass, unless it is not finite."""
-        if not factors.is_finite():
-            return
-        if self.entries is None:
-            self.entries = torch.zeros(self.shape, dtype=self.dtype, device=factors.device)
-        factors.to(self.dtype).add_rows(0, self.entries, beta=self._remaining)
-        self._remaining = 1.0
+        for each in operands:
+            if not each.is_finite():
+                continue
+            if self.entries is None:
+                self.entries = torch.zeros(self.shape, dtype=self.dtype, device=each.device)
+            each.to(self.dtype).add_rows(0, self.entries, beta=self._remaining)
+            self._remaining = 1.0
+
+
+def average_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Memory of an average of that shape, of weights of that dtype."""
+    return shape[0] * shape[1] * torch.promote_types(dtype, torch.float32).itemsize
 
 
 class MomentumGrowth(Growth):
@@ -108,25 +114,21 @@ class MomentumGrowth(Growth):
         self._averages: dict[int, GradientAverage] = {}
         self._n_seen = 0
 
-    def prepare(self, layers: Sequence[SparseTopology], most: Callable[[int], int | Array] | None) -> None:
+    def prepare(self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None) -> None:
         """Average the gradient of the layers that may, and watch the others if the step updates."""
-        self._gradient.prepare(layers, most)
         for index in range(self._n_seen, len(layers)):
-            average = GradientAverage(layers[index].shape, layers[index].stored.dtype, self.momentum)
-            if average.nbytes + sum(other.nbytes for other in self._averages.values()) <= self.momentum_bytes:
-                self._averages[index] = average
+            layer, taken = layers[index], sum(average.nbytes for average in self._averages.values())
+            if taken + average_bytes(layer.shape, layer.stored.dtype) <= self.momentum_bytes:
+                self._averages[index] = GradientAverage(layer, self.momentum)
         self._n_seen = len(layers)
-        for index, average in self._averages.items():
+        for average in self._averages.values():
             average.start_step()
-            layers[index].gradient_watcher = average
+        others = {i: layer for i, layer in enumerate(layers) if i not in self._averages}
+        self._gradient.watch(others, most)
 
     def expect_passes(self, passes: int) -> None:
         """Say how many backward passes the optimizer step under way sums over, and those after it."""
         self._gradient.expect_passes(passes)
-
-    def check(self) -> None:
-        """Raise RuntimeError if there were other backward passes than declared, where that matters."""
-        self._gradient.check()
 
     def reason_to_skip(self, index: int) -> str:
         """Why layer number `index` cannot grow now; empty if it can."""

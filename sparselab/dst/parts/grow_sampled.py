@@ -11,15 +11,15 @@ import numpy.typing as npt
 import torch
 
 from sparselab.dst.checks import require_count, require_finite
-from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary
+from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.view import LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
 from sparselab.kernels.rewiring.topk import largest
-from sparselab.nn.ops.operands import GradientFactors, Totals
-from sparselab.nn.storage.contract import SparseTopology, as_matrix
+from sparselab.nn.ops.operands import GradientOperands, Totals
+from sparselab.nn.layers.base import SparseLayer, as_matrix
 
 Sampler = Literal["uniform", "grabo", "graest"]
 
@@ -91,7 +91,7 @@ class SampledGradientGrowth(GradientGrowth):
         return f"SampledGradientGrowth({float(self.gamma)!r}, {self.sampler!r})"
 
     def _collector(
-        self, layer: SparseTopology, index: int, most: Callable[[], int | Array]
+        self, layer: SparseLayer, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
         rng = LayerView(index, self._step, self._seed, layer).rng()
         return _SampleCollector(layer, most, self._passes, self, rng)
@@ -102,31 +102,31 @@ class _SampleCollector(GradientCollector):
 
     def __init__(
         self,
-        layer: SparseTopology,
+        layer: SparseLayer,
         most: Callable[[], int | Array],
-        passes: int,
+        passes: PassCount,
         growth: SampledGradientGrowth,
         rng: np.random.Generator,
     ) -> None:
-        super().__init__(layer, most, passes)
         self._growth = growth
         self._rng = rng
+        super().__init__(layer, most, passes)
 
     @torch.no_grad()
-    def _form(self, layer: SparseTopology, factors: Sequence[GradientFactors]) -> GradientSummary:
+    def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
         rows, columns = layer.shape
         if 2 * layer.nnz >= rows * columns:
-            whole = super()._form(layer, factors)
+            whole = super()._form(layer, operands)
             return _Sample(whole.finite, whole.live_scores[:0], whole.free_positions, whole.free_scores)
         dtype = layer.stored.dtype
-        factors = [each.to(dtype) for each in factors]
+        operands = [each.to(dtype) for each in operands]
         nothing = np.empty(0, torch.empty(0, dtype=dtype).numpy().dtype)
-        if not all(each.is_finite() for each in factors):
+        if not all(each.is_finite() for each in operands):
             return _Sample(False, nothing, np.empty(0, np.int64), nothing)
         n_sample = math.ceil(self._growth.gamma * layer.nnz) if self._most() else 0
-        weights = _activity(factors, layer.shape, self._growth.sampler, self._rng)
+        weights = _activity(operands, layer.shape, self._growth.sampler, self._rng)
         positions = _draw(self._rng, as_matrix(layer), n_sample, *weights)
-        scores = np.abs(sum(each.sampled(positions) for each in factors))
+        scores = np.abs(sum(each.sampled(positions) for each in operands))
         return _Sample(bool(np.isfinite(scores).all()), nothing, positions, scores)
 
 
@@ -140,11 +140,11 @@ class _Sample(GradientSummary):
 
 
 def _activity(
-    factors: Sequence[GradientFactors], shape: tuple[int, int], sampler: Sampler, rng: np.random.Generator
+    operands: Sequence[GradientOperands], shape: tuple[int, int], sampler: Sampler, rng: np.random.Generator
 ) -> tuple[Totals, Totals]:
     """How likely each row and each column is to be drawn, up to a factor."""
     rows, columns = (np.zeros(length) for length in shape)
-    for each in factors:
+    for each in operands:
         signs = 2.0 * rng.integers(0, 2, each.n_tokens) - 1 if sampler == "graest" else None
         if sampler != "uniform":
             by_row, by_column = each.totals(signs)

@@ -14,7 +14,7 @@ from sparselab.dst.budget.rows import rows_of
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
-from sparselab.nn.storage.contract import SparseTopology, as_matrix
+from sparselab.nn.layers.base import SparseLayer, as_matrix
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LayerView:
         Finished optimizer steps.
     seed : int
         Of the algorithm.
-    layer : SparseTopology
+    layer : SparseLayer
     group, state : mapping
         Settings of the optimizer that trains the layer, and what it keeps for the weights; both are empty
         while none is known. Read only.
@@ -61,7 +61,7 @@ class LayerView:
     index: int
     step: int
     seed: int
-    layer: SparseTopology
+    layer: SparseLayer
     group: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
 

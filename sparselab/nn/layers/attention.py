@@ -20,22 +20,24 @@ from sparselab.nn.layers.dense import (
 )
 from sparselab.nn.layers.extras import extras, refuse_to_lose
 from sparselab.nn.layers.linear import SparseLinear
+from sparselab.nn.storage.checks import check_size
 
 
 class SparseMultiheadAttention(nn.Module):
     """`torch.nn.MultiheadAttention` with each projection a layer of its own, dense or sparse.
 
-    Takes the same arguments and computes the same function, in training and in evaluation.
-    `sparselab.sparsify` makes it from a dense one where a rule matches one of its projections; `from_dense`
-    makes a single one.
+    Takes the same arguments and computes the same function, in training and in evaluation. All projections
+    of a new one are `SparseLinear`. `sparselab.sparsify` makes it from a dense one where a rule matches one of
+    its projections; `from_dense` and `of_layers` make a single one.
 
     Parameters
     ----------
-    attention : torch.nn.MultiheadAttention
-        Whose settings and weights to copy.
-    layers : mapping of str to torch.nn.Module, optional
-        What projects instead of the attention's own weights: any of ``"q_proj"``, ``"k_proj"``, ``"v_proj"``
-        and ``"out_proj"``. The others become `torch.nn.Linear`.
+    embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        As of `torch.nn.MultiheadAttention`.
+    sparsity : float in [0, 1], optional
+        Of each projection; 0.9 if density is not given either.
+    density : float in [0, 1], optional
+        ``1 - sparsity``, in place of it.
 
     Attributes
     ----------
@@ -46,10 +48,8 @@ class SparseMultiheadAttention(nn.Module):
 
     Raises
     ------
-    TypeError
-        If attention is no `torch.nn.MultiheadAttention`.
-    ValueError
-        If a name in layers is no projection.
+    TypeError, ValueError, AssertionError
+        As `torch.nn.MultiheadAttention` and `SparseLinear`.
 
     Notes
     -----
@@ -59,8 +59,7 @@ class SparseMultiheadAttention(nn.Module):
     Examples
     --------
     >>> import torch
-    >>> dense = torch.nn.MultiheadAttention(64, 4, batch_first=True)
-    >>> sparse = SparseMultiheadAttention.from_dense(dense, 0.9)
+    >>> sparse = SparseMultiheadAttention(64, 4, batch_first=True, sparsity=0.9)
     >>> x = torch.randn(2, 10, 64)
     >>> sparse(x, x, x, need_weights=False)[0].shape
     torch.Size([2, 10, 64])
@@ -80,29 +79,75 @@ class SparseMultiheadAttention(nn.Module):
     _qkv_same_embed_dim = False
 
     def __init__(
-        self, attention: nn.MultiheadAttention, layers: Mapping[str, nn.Module] | None = None
-    ) -> None:
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True,
+        add_bias_kv: bool = False, add_zero_attn: bool = False, kdim: int | None = None,
+        vdim: int | None = None, batch_first: bool = False, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None, *, sparsity: float | None = None, density: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        _require_attention_size(embed_dim, num_heads)
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.kdim, self.vdim = (embed_dim if kdim is None else kdim), (embed_dim if vdim is None else vdim)
+        self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
+        inputs = embed_dim, self.kdim, self.vdim, embed_dim
+        for name, n_in in zip(PROJECTIONS, inputs, strict=True):
+            layer = SparseLinear(
+                n_in, embed_dim, bias, sparsity=sparsity, density=density, device=device, dtype=dtype
+            )
+            self.add_module(name, layer)
+        self.bias_k, self.bias_v = (
+            nn.Parameter(torch.empty((1, 1, embed_dim), device=device, dtype=dtype)) if add_bias_kv else None
+            for _ in range(2)
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(
+        cls, attention: nn.MultiheadAttention, sparsity: float | None = None, *, density: float | None = None
+    ) -> SparseMultiheadAttention:
+        """The largest weights of each projection of a dense one, by magnitude."""
+        _require_attention(attention)
+        own = projections(attention)
+        layers = {
+            name: SparseLinear.from_dense(own[name].linear, sparsity, density=density) for name in own
+        }
+        return cls.of_layers(attention, layers)
+
+    @classmethod
+    def of_layers(
+        cls, attention: nn.MultiheadAttention, layers: Mapping[str, nn.Module] | None = None
+    ) -> SparseMultiheadAttention:
+        """A dense attention's settings and weights, with layers in the place of some of its projections.
+
+        Parameters
+        ----------
+        attention : torch.nn.MultiheadAttention
+        layers : mapping of str to torch.nn.Module, optional
+            What projects instead of the attention's own weights: any of ``"q_proj"``, ``"k_proj"``,
+            ``"v_proj"`` and ``"out_proj"``. The others become `torch.nn.Linear`.
+
+        Raises
+        ------
+        TypeError
+            If attention is no `torch.nn.MultiheadAttention`.
+        ValueError
+            If a name in layers is no projection.
+        """
         _require_attention(attention)
         layers = layers or {}
         own = projections(attention)
         if unknown := sorted(set(layers) - set(own)):
             raise ValueError(f"layers must be named {', '.join(own)}, got {unknown[0]!r}")
-        self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
-        self.kdim, self.vdim = attention.kdim, attention.vdim
-        self.dropout, self.batch_first = attention.dropout, attention.batch_first
-        self.add_zero_attn = attention.add_zero_attn
-        self.bias_k, self.bias_v = _copy(attention.bias_k), _copy(attention.bias_v)
+        new = cls(
+            attention.embed_dim, attention.num_heads, attention.dropout, own["q_proj"].linear.bias is not None,
+            attention.bias_k is not None, attention.add_zero_attn, attention.kdim, attention.vdim,
+            attention.batch_first, "meta", sparsity=1.0,
+        )  # fmt: skip
+        new.bias_k, new.bias_v = _copy(attention.bias_k), _copy(attention.bias_v)
         for name in PROJECTIONS:
-            self.add_module(name, layers[name] if name in layers else _copy_linear(own[name].linear))
-        self.train(attention.training)
-
-    @classmethod
-    def from_dense(cls, attention: nn.MultiheadAttention, sparsity: float) -> SparseMultiheadAttention:
-        """The largest weights of each projection of a dense one, by magnitude."""
-        _require_attention(attention)
-        own = projections(attention)
-        return cls(attention, {name: SparseLinear.from_dense(own[name].linear, sparsity) for name in own})
+            layer = layers[name] if name in layers else _copy_linear(own[name].linear)
+            setattr(new, name, layer)
+        return new.train(attention.training)
 
     @torch.no_grad()
     def to_dense(self) -> nn.MultiheadAttention:
@@ -244,6 +289,11 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
+def _require_attention_size(embed_dim: int, num_heads: int) -> None:
+    if check_size("embed_dim", embed_dim) % max(check_size("num_heads", num_heads), 1) or not num_heads:
+        raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+
+
 def _require_attention(attention: object) -> None:
     if not isinstance(attention, nn.MultiheadAttention):
         raise TypeError(f"attention must be a torch.nn.MultiheadAttention, got {type(attention).__name__}")
@@ -286,6 +336,6 @@ register_dense(
             "in_proj_weight", *(f"{name}_weight" for name in PROJECTIONS[:3]), "in_proj_bias", "bias_k",
             "bias_v", "out_proj",
         ),
-        join=SparseMultiheadAttention,
+        join=SparseMultiheadAttention.of_layers,
     )
 )  # fmt: skip

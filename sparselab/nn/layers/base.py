@@ -1,19 +1,23 @@
-"""What all sparse layers have in common: sizes, counts, patterns, leading dimensions and a watcher."""
+"""The one contract that sparse layers answer to: algorithms and tools see layers only through it."""
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparselab.kernels import PaddedCSR
-from sparselab.nn.ops.linear import GradientWatcher
-from sparselab.nn.storage.checks import check_size
-from sparselab.nn.storage.contract import SparseTopology, as_matrix
+from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.ops.cpu.threads import use_torch_threads
+from sparselab.nn.ops.cpu.variants import Measured
+from sparselab.nn.ops.topologies import GradientHook
+from sparselab.nn.storage.base import Storage
 from sparselab.nn.storage.init import fan_in_bound
 from sparselab.nn.storage.patterns import read_pattern
 
@@ -24,74 +28,181 @@ Layer = TypeVar("Layer", bound="SparseLayer")
 
 
 class SparseLayer(nn.Module):
-    """A layer with the topology of a matrix W (out_features, in_features), which subclasses store."""
+    """A layer with a weight matrix W (out_features, in_features) of which some connections exist.
 
+    Parameters
+    ----------
+    storage : Storage
+        What holds W.
+
+    Attributes
+    ----------
+    storage : Storage
+    forward_mask : bool buffer laid out as `stored`, or None
+        The connections in use in the forward pass; None if all are. It follows a rewrite, with nothing grown
+        in it. The others are 0 in the output and in the gradient of the input, whatever is stored; the
+        gradient of `stored` is the same with a mask as without.
+    """
+
+    storage: Storage
     bias: nn.Parameter | None
     forward_mask: Tensor | None
     #: The kind of layer it was made from, which `sparselab.densify` makes of it again.
     dense_class: type[nn.Module] = nn.Linear
-    #: Outputs and inputs that one connection joins.
-    block_shape: tuple[int, int] = (1, 1)
     #: Parameters and buffers that its class gives it; tools for whole models lose no others in silence.
-    tensor_names: tuple[str, ...] = ("values", "indptr", "indices", "forward_mask", "bias")
+    tensor_names: tuple[str, ...] = ("weight_values", "indptr", "indices", "forward_mask", "bias")
     #: What `to_dense` makes, and the arguments that both kinds take and keep under the same names.
-    _dense: type[nn.Module] = nn.Linear
-    _settings: tuple[str, ...] = ("in_features", "out_features")
+    dense_type: type[nn.Module] = nn.Linear
+    settings: tuple[str, ...] = ("in_features", "out_features")
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, storage: Storage) -> None:
         super().__init__()
+        self.storage = storage
+        self.out_features, self.in_features = storage.shape
         self.register_buffer("forward_mask", None)
-        self.in_features = check_size("in_features", in_features)
-        self.out_features = check_size("out_features", out_features)
-        self.gradient_watcher: GradientWatcher | None = None
 
-    def _configure(self, layer: Any) -> None:
-        """Take over the settings of a layer that are more than the shape of W."""
+    @property
+    def gradient_hook(self) -> GradientHook | None:
+        """Called in backward passes with what the gradient of the weights is made of; None for nothing.
+
+        It gets `GradientOperands`, which are lent. Copies of a layer have none.
+        """
+        return self.storage.hook_place.hook
+
+    @gradient_hook.setter
+    def gradient_hook(self, hook: GradientHook | None) -> None:
+        self.storage.hook_place.hook = hook
 
     @property
     def stored(self) -> nn.Parameter:
-        """The Parameter that holds the weights."""
-        raise NotImplementedError
+        """The Parameter that holds the weights, as optimizers see it.
+
+        Raises
+        ------
+        TypeError
+            If the weights are computed, as under a parametrization.
+        """
+        return self.storage.held(self)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``, the shape of W."""
+        return self.storage.shape
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the positions that a connection may take: `shape`, or that in blocks."""
+        return self.storage.grid
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Outputs and inputs that one connection joins: (1, 1), unless it is a block of weights."""
+        return self.storage.block_shape
 
     @property
     def nnz(self) -> int:
-        """Live connections."""
-        raise NotImplementedError
+        """Live connections; a block of weights is one."""
+        return self.storage.nnz(self)
+
+    @property
+    def n_weights(self) -> int:
+        """Live weights."""
+        return self.storage.n_weights(self)
+
+    @property
+    def density(self) -> float:
+        """Live fraction of W, in weights (1 for a layer without positions)."""
+        size = math.prod(self.shape)
+        return self.n_weights / size if size else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """``1 - density``."""
+        return 1.0 - self.density
 
     def positions(self) -> Tensor:
-        """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
-        raise NotImplementedError
+        """int64 (nnz,): ``row * columns + column`` of each slot on the `grid`, ascending."""
+        return self.storage.positions(self)
+
+    def per_connection(self, entries: Tensor) -> Tensor:
+        """Entries in slot order of a tensor laid out as `stored`: weights, a gradient, a moment.
+
+        One for each connection, (nnz,), or (nnz, *block_shape) where a connection is a block.
+        """
+        return self.storage.take(self, entries)
+
+    def put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
+        """Set the entries of some slots, int64 (n,), in a tensor laid out as `stored`.
+
+        `numbers` is laid out as what `per_connection` returns.
+        """
+        self.storage.put(self, entries, slots, numbers)
+
+    def moved(self, entries: Tensor, source: Tensor) -> Tensor:
+        """A tensor laid out as `stored`, after a `rewrite` that returned `source`.
+
+        What survived keeps its entry; whatever was grown or has no connection gets 0. In place where the
+        shape stays, so that other references see it; else a new tensor.
+        """
+        return self.storage.move(self, entries, source)
+
+    def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
+        """Drop and grow connections in place.
+
+        Parameters
+        ----------
+        drop : int64 (n,)
+            Slots to remove.
+        grow : int64 (m,)
+            Positions ``row * columns + column`` of the `grid` to add with weight 0. A dropped position may
+            be grown again; it then keeps its weight.
+
+        Returns
+        -------
+        int64 (new nnz,)
+            The old slot of each new slot, or -1 where it was grown. Whatever lives per slot, such as the
+            state of an optimizer, follows by it; `stored` and its gradient have been moved.
+
+        Raises
+        ------
+        TypeError
+            If the weights are bfloat16, which is for inference, or computed.
+        ValueError
+            As `sparselab.kernels.rewrite`.
+        """
+        return self.storage.rewrite(self, drop, grow)
 
     def to_dense(self) -> nn.Module:
         """A dense layer with the same outputs, mode and trainability."""
-        raise NotImplementedError
-
-    def per_connection(self, entries: Tensor) -> Tensor:
-        """The entries at the connections, in the order of `positions`."""
         raise NotImplementedError
 
     def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
         """Replace the topology and the weights, by default with fresh ones; biases stay."""
         raise NotImplementedError
 
+    def _configure(self, layer: Any) -> None:
+        """Take over the settings of a layer that are more than the shape of W."""
+
     @property
-    def _in_use(self) -> Tensor:
-        """`stored`, with 0 for what `forward_mask` leaves out; its gradient reaches all of `stored`."""
-        if self.forward_mask is None:
-            return self.stored
-        return torch.where(self.forward_mask, self.stored, self.stored - self.stored.detach())
+    def in_use(self) -> Tensor:
+        """The weights, with 0 for what `forward_mask` leaves out; their gradient reaches all of them."""
+        values: Tensor = getattr(self, self.storage.parameter)
+        mask = self._buffers["forward_mask"]
+        if mask is None:
+            return values
+        used: Tensor = _Used.apply(values, mask)  # type: ignore[no-untyped-call]
+        return used
 
     def _fit_forward_mask(self, saved: Tensor | None) -> None:
         """Make room for a saved mask, or forget the mask if none was saved."""
         self.forward_mask = None if saved is None else torch.ones_like(self.stored, dtype=torch.bool)
 
-    def _product(self, x: Tensor) -> Tensor:
-        """The output for checked input: of linear layers (tokens, out_features) for (tokens, in_features)."""
-        raise NotImplementedError
+    def use_measured(self, measured: Measured | None) -> None:
+        """Let forward passes go by what was measured, as long as the density stays; None: by the rule."""
 
-    def _product_seen_by(self, watcher: GradientWatcher, x: Tensor) -> Tensor:
-        """As `_product`, and show `watcher` the operands of its backward passes."""
-        raise NotImplementedError
+    def plan_bytes(self) -> int:
+        """Bytes of the kernel plans held now."""
+        return 0
 
     @classmethod
     def like(
@@ -114,10 +225,10 @@ class SparseLayer(nn.Module):
         settings
             Further arguments of the class.
         """
-        weight = layer.stored if isinstance(layer, SparseLayer) else layer.weight
+        weight = weight_of(layer)
         make: Any = cls
         new: Layer = make(
-            **{name: getattr(layer, name) for name in cls._settings},
+            **{name: getattr(layer, name) for name in cls.settings},
             bias=layer.bias is not None,
             device=weight.device if device is None else device,
             dtype=weight.dtype,
@@ -127,53 +238,13 @@ class SparseLayer(nn.Module):
         new._train_as(layer, weight)
         return new
 
-    @classmethod
-    def from_dense(cls, dense: Any, sparsity: float) -> SparseLayer:
-        """The largest weights of a dense layer."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_pattern(
-        cls: type[Layer], pattern: Any, bias: bool = True, dtype: torch.dtype | None = None
-    ) -> Layer:
-        """A layer with the connections of a matrix (out_features, in_features).
-
-        The topology stays as it is: only an algorithm of `sparselab.dst` that is attached changes it.
-
-        Parameters
-        ----------
-        pattern : SciPy sparse matrix or array, bool array or tensor, or torch.sparse_csr tensor
-            Floating entries are taken as weights. A boolean pattern gets fresh ones, drawn as by
-            `fan_in_uniform_`. Every stored entry is a connection, zeros included, as ``pattern.tocsr()`` has
-            them; entries stored twice are summed.
-        bias : bool
-            Drawn as in a new layer.
-        dtype : torch.dtype, optional
-            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the pattern.
-
-        Raises
-        ------
-        TypeError
-            If the pattern is of another kind, its entries are neither boolean nor floating, or a layer
-            cannot have the dtype.
-        ValueError
-            If the pattern does not have two dimensions, or its compressed rows are not valid.
-
-        Examples
-        --------
-        >>> from sparselab import SparseLinear
-        >>> SparseLinear.from_pattern(np.tri(4, 6, dtype=bool)).indptr
-        tensor([ 0,  1,  3,  6, 10])
-        """
-        (rows, columns), positions, weights = read_pattern(pattern)
-        new = cls(columns, rows, bias, sparsity=1.0, dtype=dtype)  # type: ignore[call-arg]
-        new._begin_with(positions, weights)
-        return new
-
-    def _begin_with(self, positions: Tensor, weights: Tensor | None) -> None:
-        """As `_connect`, and draw the biases that go with the connections."""
-        self._connect(positions, weights)
-        self._draw_bias(torch.from_numpy(self._matrix().indptr.copy()))
+    def _train_as(self, layer: Any, weight: Tensor) -> None:
+        """Take over the mode, what is trained, and the kind of another layer with that weight."""
+        self.train(layer.training)
+        self.dense_class = getattr(layer, "dense_class", self.dense_type)
+        self.stored.requires_grad_(weight.requires_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(layer.bias.requires_grad)
 
     def set_topology(self, pattern: Any) -> None:
         """Replace the connections, in place, by those of a matrix of the layer's shape.
@@ -211,12 +282,17 @@ class SparseLayer(nn.Module):
             raise ValueError(f"pattern must have the shape of the layer, {self.shape}, got {shape}")
         return positions, weights
 
+    def _begin_with(self, positions: Tensor, weights: Tensor | None) -> None:
+        """As `_connect`, and draw the biases that go with the connections."""
+        self._connect(positions, weights)
+        self._draw_bias(torch.from_numpy(self._matrix().indptr.copy()))
+
     def _draw_bias(self, indptr: Tensor) -> None:
         if self.bias is not None:
             with torch.no_grad():
                 self.bias.uniform_(-1, 1).mul_(fan_in_bound(indptr, self.bias.dtype))
 
-    def to_scipy(self) -> scipy.sparse.csr_array:
+    def to_scipy(self) -> scipy.sparse.csr_array | scipy.sparse.bsr_array:
         """W as a SciPy array (out_features, in_features) in canonical form, a copy.
 
         Every connection is stored, also one whose weight is 0. bfloat16, which NumPy lacks, becomes float32.
@@ -239,70 +315,15 @@ class SparseLayer(nn.Module):
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
             return torch.sparse_csr_tensor(
                 torch.from_numpy(W.indptr.copy()), torch.from_numpy(W.indices.astype(np.int64)),
-                torch.from_numpy(W.values).to(self.stored.dtype, copy=True), self.shape,
+                torch.from_numpy(W.values).to(self.in_use.dtype, copy=True), self.shape,
                 check_invariants=False,
             )  # fmt: skip
 
     def _matrix(self) -> PaddedCSR:
         """W as it is in use, not to be written to; bfloat16 as float32."""
-        W, weights = as_matrix(cast(SparseTopology, self)), self.per_connection(self._in_use.detach()).cpu()
+        weights = self.per_connection(self.in_use.detach()).cpu()
         values = weights.float() if weights.dtype == torch.bfloat16 else weights
-        return PaddedCSR.of(W, values.numpy())
-
-    def _train_as(self, layer: Any, weight: Tensor) -> None:
-        """Take over the mode, what is trained, and the kind of another layer with that weight."""
-        self.train(layer.training)
-        self.dense_class = getattr(layer, "dense_class", self._dense)
-        self.stored.requires_grad_(weight.requires_grad)
-        if self.bias is not None:
-            self.bias.requires_grad_(layer.bias.requires_grad)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)``, the shape of W."""
-        return self.out_features, self.in_features
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the positions: `shape`, or where connections are blocks, that in blocks."""
-        return self.shape
-
-    @property
-    def density(self) -> float:
-        """Live fraction of W (1 for a layer without positions)."""
-        size = self.in_features * self.out_features
-        return self.nnz / size if size else 1.0
-
-    @property
-    def sparsity(self) -> float:
-        """``1 - density``."""
-        return 1.0 - self.density
-
-    def _forward(self, x: Tensor) -> Tensor:
-        """The output for checked input (..., in_features)."""
-        tokens = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        y = self._output(tokens)
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
-
-    def _output(self, x: Tensor) -> Tensor:
-        """The product, shown to the watcher if there is one and something to be seen."""
-        watched = self.gradient_watcher is not None and self.stored.requires_grad
-        product = self._watched_product if watched else self._product
-        if watched and torch.compiler.is_compiling():
-            # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
-            product = torch.compiler.disable(product)  # type: ignore[no-untyped-call]
-        return product(x)
-
-    def _watched_product(self, x: Tensor) -> Tensor:
-        assert self.gradient_watcher is not None
-        y = self._product_seen_by(self.gradient_watcher, x)
-        if y.requires_grad:
-            self.gradient_watcher.forward_seen()
-        return y
-
-    def plan_bytes(self) -> int:
-        """Bytes of the kernel plans held now."""
-        return 0
+        return PaddedCSR.of(as_matrix(self), values.numpy())
 
     def extra_repr(self) -> str:
         return (
@@ -311,5 +332,56 @@ class SparseLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A watcher belongs to the algorithm that set it, not to a copy.
-        return {**self.__dict__, "gradient_watcher": None}
+        # A hook belongs to the algorithm that set it, and plans to the tensors: a copy has neither.
+        return {**self.__dict__, "storage": copy.copy(self.storage)}
+
+
+class _Used(torch.autograd.Function):
+    """Weights with 0 where a mask is False; the gradient of all of them is that of the result."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, values.detach(), 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a dense layer, or what holds those of a sparse one."""
+    weight: Tensor = layer.stored if is_sparse(layer) else layer.weight
+    return weight
+
+
+def is_sparse(module: object) -> bool:
+    """Whether a module is a `SparseLayer`."""
+    return isinstance(module, SparseLayer)
+
+
+def find_sparse(module: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """The sparse layers of a module (itself included) with their qualified names."""
+    for name, child in module.named_modules():
+        if isinstance(child, SparseLayer):
+            yield name, child
+
+
+def as_matrix(layer: SparseLayer) -> RowTopology:
+    """The connections of a layer on its grid, for the compiled functions of `sparselab.kernels`.
+
+    Nothing is copied where the layer keeps compressed rows as `sparselab.SparseLinear` does; else they are
+    made from its positions. Kernels launched by this Python thread use as many threads as torch from now on.
+
+    Returns
+    -------
+    RowTopology
+        Without spare slots.
+    """
+    use_torch_threads()
+    return layer.storage.matrix(layer)

@@ -8,18 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselab.kernels.arrays import Array, n_connections
-from sparselab.kernels.rewiring.rows import sample_rows, select_rows
+from sparselab.kernels.arrays import n_connections
+from sparselab.kernels.rewiring.rows import select_rows
 from sparselab.nn.layers.base import SparseLayer
-from sparselab.nn.layers.extras import refuse_to_lose
+from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, register_kind
-from sparselab.nn.ops import linear as functional
-from sparselab.nn.ops.conv2d import sparse_conv2d
-from sparselab.nn.ops.cpu.convolution import Geometry
-from sparselab.nn.ops.linear import GradientWatcher
-from sparselab.nn.storage.checks import check_images, check_input, check_size
-from sparselab.nn.storage.compressed import CompressedRows
-from sparselab.nn.storage.contract import as_scores
+from sparselab.nn.ops.conv2d import conv2d
+from sparselab.nn.ops.geometry import Geometry
+from sparselab.nn.storage.checks import (
+    check_bias,
+    check_images,
+    check_input,
+    read_fan_in,
+    read_sparsity,
+)
+from sparselab.nn.storage.compressed import Compressed
+from sparselab.nn.storage.entries import as_scores
 from sparselab.nn.storage.patterns import read_pattern
 
 Layer = TypeVar("Layer", bound="Convolution")
@@ -33,8 +37,8 @@ class Convolution(SparseLayer):
     """What convolutions have in common, however W is stored: settings, images in and images out."""
 
     dense_class = nn.Conv2d
-    _dense = nn.Conv2d
-    _settings = (
+    dense_type = nn.Conv2d
+    settings = (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
         "padding_mode",
     )  # fmt: skip
@@ -52,13 +56,18 @@ class Convolution(SparseLayer):
 
     def _configure(self, conv: Any) -> None:
         """Take over the settings of a convolution."""
-        for name in self._settings:
+        for name in self.settings:
             setattr(self, name, getattr(conv, name))
-        self._geometry, self._pad = _geometry(conv)
+        self.geometry, self._pad = _geometry(conv)
 
     @classmethod
     def from_pattern(
-        cls: type[Layer], pattern: Any, bias: bool = True, dtype: torch.dtype | None = None, **settings: Any
+        cls: type[Layer],
+        pattern: Any,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
     ) -> Layer:
         """A layer with the connections of an array (out_channels, in_channels // groups, height, width).
 
@@ -107,33 +116,39 @@ class Convolution(SparseLayer):
         images = x if x.ndim == 4 else x.unsqueeze(0)
         if self._pad is not None:
             images = nn.functional.pad(images, self._pad, _MODES.get(self.padding_mode, self.padding_mode))
-        outputs = self._geometry.outputs((images.shape[2], images.shape[3]))
+        outputs = self.geometry.outputs((images.shape[2], images.shape[3]))
         if min(outputs) < 1:
             raise RuntimeError(
                 f"input must be as large as the kernel, {self.kernel_size} of dilation {self.dilation}, "
                 f"when it is padded; got {tuple(x.shape)}, which gives {outputs} outputs"
             )
-        y = self._output(images)
+        y = self._product(images)
         return y if x.ndim == 4 else y.squeeze(0)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """The output for checked and padded images."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         text = nn.Conv2d.extra_repr(cast("Any", self))  # type: ignore[no-untyped-call]
         return f"{text}, sparsity={self.sparsity:.4g}, nnz={self.nnz}"
 
 
-class SparseConv2d(Convolution, CompressedRows):
+class SparseConv2d(Convolution, CompressedLayer):
     """Drop-in for `torch.nn.Conv2d` with a sparse W.
 
     Parameters
     ----------
     in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
         As of `torch.nn.Conv2d`.
-    sparsity : float in [0, 1]
-        Fraction of W that does not exist. Exactly
+    sparsity : float in [0, 1], optional
+        Fraction of W that does not exist; 0.9 if nothing else says it. Exactly
         ``round((1 - sparsity) * out_channels * in_channels // groups * height * width)`` connections are
         drawn uniformly at random, from torch's random generator.
+    density : float in [0, 1], optional
+        ``1 - sparsity``, in place of it.
     fan_in : int, optional
-        Connections of each output channel, in place of `sparsity`.
+        In place of both: connections of each output channel.
     device : torch.device, optional
         Forward passes run on the CPU.
     dtype : torch.dtype, optional
@@ -141,7 +156,7 @@ class SparseConv2d(Convolution, CompressedRows):
 
     Attributes
     ----------
-    values : Parameter, (nnz,)
+    weight_values : Parameter, (nnz, 1, 1)
         Weights of the live connections, output channel by output channel. Connection (row, column) has the
         place of ``weight.reshape(out_channels, -1)[row, column]`` in the weight of a `torch.nn.Conv2d`:
         ``column = (channel * height + i) * width + j``, with channels counted in their group.
@@ -153,8 +168,8 @@ class SparseConv2d(Convolution, CompressedRows):
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `torch.nn.Conv2d`, and if the sparsity is not a number in [0, 1] or fan_in not one of 0 to
-        `in_features`.
+        As `torch.nn.Conv2d`, and if the sparsity or density is not a number in [0, 1], fan_in not one of 0 to
+        `in_features`, or more than one of them is given.
 
     Notes
     -----
@@ -163,8 +178,7 @@ class SparseConv2d(Convolution, CompressedRows):
     image of inputs and outputs), in which a window is a range of addresses. Any strides are read, so also
     channels_last; the output is contiguous.
 
-    The Parameter is one-dimensional; see `SparseLinear`. Batches that are far from 8 MiB, or layers of few
-    connections to an output, are quicker dense.
+    Batches that are far from 8 MiB, or layers of few connections to an output, are quicker dense.
 
     Examples
     --------
@@ -176,65 +190,70 @@ class SparseConv2d(Convolution, CompressedRows):
     7373
     """
 
-    fan_in: int | None
-
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
-        padding_mode: str = "zeros", sparsity: float = 0.9, fan_in: int | None = None,
-        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+        padding_mode: str = "zeros", *, sparsity: float | None = None, density: float | None = None,
+        fan_in: int | None = None, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
+        bias = check_bias(bias, f"SparseConv2d({in_channels}, {out_channels}, {kernel_size}")
         dense = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False,
             cast("Any", padding_mode), device="meta",
         )  # fmt: skip
-        columns = dense.weight[0].numel() if out_channels else 0
+        shape = out_channels, dense.weight[0].numel() if out_channels else 0
+        nnz = n_connections(shape, read_sparsity(sparsity, density, fan_in))
         if fan_in is not None:
-            if check_size("fan_in", fan_in) > columns:
-                raise ValueError(f"fan_in must be at most {columns}, the columns of W, got {fan_in}")
-            sparsity = 1 - fan_in / max(columns, 1)
-        super().__init__(columns, out_channels)
+            nnz = out_channels * read_fan_in(shape[1], fan_in)
+        super().__init__(Compressed(shape, fan_in=fan_in), nnz, bias, device, dtype)
         self._configure(dense)
-        self.fan_in = fan_in
-        self._allocate((n_connections(self.shape, sparsity),), bias, device, dtype)
+        self._draw_if_there()
 
     @classmethod
-    def from_dense(cls, conv: nn.Conv2d, sparsity: float = 0.9, fan_in: int | None = None) -> SparseConv2d:
+    def from_dense(
+        cls, conv: nn.Conv2d, sparsity: float | None = None, *, density: float | None = None,
+        fan_in: int | None = None,
+    ) -> SparseConv2d:  # fmt: skip
         """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order.
 
         With `fan_in`, those of each output channel.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
+        fraction = read_sparsity(sparsity, density, fan_in)
         if fan_in is None:
-            return cls._from_largest(conv, sparsity)
+            return cls._from_largest(conv, fraction)
         rows, columns = len(conv.weight), conv.weight[0].numel()
-        begin = np.arange(rows + 1) * columns
-        largest = select_rows(as_scores(conv.weight), begin, np.full(rows, check_size("fan_in", fan_in)))
+        each = np.full(rows, read_fan_in(columns, fan_in))
+        largest = select_rows(as_scores(conv.weight), np.arange(rows + 1) * columns, each)
         new = cls.from_positions(conv, torch.from_numpy(largest).long())
-        new.fan_in = fan_in
+        new.storage.fan_in = int(fan_in)
         return new
+
+    @property
+    def fan_in(self) -> int | None:
+        """Connections of each output channel; None if they do not have equally many."""
+        if self.indptr.is_meta:
+            return self.storage.fan_in
+        row_nnz = torch.diff(self.indptr)
+        if len(row_nnz) and bool((row_nnz == row_nnz[0]).all()):
+            return int(row_nnz[0])
+        return None
 
     def to_dense(self) -> nn.Conv2d:
         """A `torch.nn.Conv2d` with the same outputs, mode and trainability."""
-        refuse_to_lose(self, "to_dense", self.tensor_names)
         new: nn.Conv2d = self._dense_twin()
         return new
-
-    def _draw_positions(self, rng: np.random.Generator) -> Array:
-        rows, columns = self.shape
-        if self.fan_in is None or self.nnz != rows * self.fan_in:
-            return super()._draw_positions(rng)
-        return sample_rows(rng, np.full(rows, columns), np.full(rows, self.fan_in))
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x.
 
         Parameters
         ----------
-        x : (n, in_channels, height, width) or (in_channels, height, width), the dtype of `values`
+        x : (n, in_channels, height, width) or (in_channels, height, width), the dtype of `weight_values`
             Under CPU autocast any floating dtype; the product is then computed and returned in the dtype of
-            `values`.
+            `weight_values`.
 
         Returns
         -------
@@ -245,19 +264,13 @@ class SparseConv2d(Convolution, CompressedRows):
         RuntimeError
             If the shape, the dtype or the device does not fit.
         NotImplementedError
-            If the layer or x is not on the CPU, or forward-mode derivatives are asked for.
+            If the layer or x is on a device without products, or forward-mode derivatives are asked for.
         """
         check_images(x, self.in_channels)
-        return self._convolved(check_input(x, self.values))
+        return self._convolved(check_input(x, self.weight_values))
 
     def _product(self, x: Tensor) -> Tensor:
-        return sparse_conv2d(
-            x, self._in_use, self.bias, self.indptr, self.indices, self._plans, self._geometry
-        )
-
-    def _product_seen_by(self, watcher: GradientWatcher, x: Tensor) -> Tensor:
-        with functional.watching(watcher):
-            return self._product(x)
+        return conv2d(x, self.in_use, self.bias, self, self.geometry)
 
 
 def _geometry(conv: Any) -> tuple[Geometry, list[int] | None]:

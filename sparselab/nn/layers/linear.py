@@ -2,34 +2,99 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.layers.extras import refuse_to_lose
+from sparselab.nn.layers.base import Layer
+from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
-from sparselab.nn.ops import linear as functional
-from sparselab.nn.ops.cpu.plans import TopologyPlans
-from sparselab.nn.ops.cpu.products import product
-from sparselab.nn.ops.cpu.variants import Variant, possible
-from sparselab.nn.ops.linear import GradientWatcher
-from sparselab.nn.storage.checks import check_input, check_width
-from sparselab.nn.storage.compressed import CompressedRows
+from sparselab.nn.ops.cpu.variants import Variant
+from sparselab.nn.ops.linear import linear
+from sparselab.nn.storage.checks import (
+    check_bias,
+    check_size,
+    check_tokens,
+    read_sparsity,
+)
+from sparselab.nn.storage.compressed import Compressed
+from sparselab.nn.storage.patterns import read_pattern
 
 
-class SparseLinear(CompressedRows):
+class LinearLayer(CompressedLayer):
+    """What linear layers have in common, whatever their connections are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + b``.
+
+        Parameters
+        ----------
+        x : (..., in_features), the dtype of `weight_values`
+            Under CPU autocast any floating dtype; the product is then computed and returned in the dtype of
+            `weight_values`.
+
+        Returns
+        -------
+        (..., out_features)
+
+        Raises
+        ------
+        RuntimeError
+            As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
+        NotImplementedError
+            If the layer or x is on a device without products, or forward-mode derivatives are asked for.
+        """
+        values = self.weight_values if self._buffers["forward_mask"] is None else self.in_use
+        x = check_tokens(x, values, self.in_features)
+        if x.ndim == 2:
+            return linear(x, values, self.bias, self)
+        tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        return linear(tokens, values, self.bias, self).reshape(*x.shape[:-1], self.out_features)
+
+    def ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """Every way to compute the output for x (tokens, in_features), by the name of its variant."""
+        topology = self.topology()
+        return topology.products.ways(topology, self.in_use.detach(), x, self.bias)  # type: ignore[no-any-return]
+
+    def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
+        """How a batch of so many tokens is computed, and why: by a rule, or as `sparselab.tune` measured.
+
+        Parameters
+        ----------
+        n_tokens : int
+            Product of all leading dimensions of the input.
+        operation : {"forward", "input_grad", "values_grad"}
+
+        Examples
+        --------
+        >>> SparseLinear(3072, 768, sparsity=0.9).variant(1)
+        Variant(operation='forward', name='skinny', reason='1 tokens (at most 16) do not fill a tile')
+        """
+        topology = self.topology()
+        return topology.products.variant(topology, operation, n_tokens)  # type: ignore[no-any-return]
+
+    def to_dense(self) -> nn.Linear:
+        """A `torch.nn.Linear` with the same outputs, mode and trainability."""
+        new: nn.Linear = self._dense_twin()
+        return new
+
+
+class SparseLinear(LinearLayer):
     """Drop-in for `torch.nn.Linear`: ``y = x W^T + b`` with a sparse W.
 
     Parameters
     ----------
     in_features, out_features : int
     bias : bool
-    sparsity : float in [0, 1]
-        Fraction of W that does not exist. Exactly ``round((1 - sparsity) * out_features * in_features)``
-        connections are drawn uniformly at random, from torch's random generator.
+    sparsity : float in [0, 1], optional
+        Fraction of W that does not exist; 0.9 if density is not given either. Exactly
+        ``round((1 - sparsity) * out_features * in_features)`` connections are drawn uniformly at random, from
+        torch's random generator.
+    density : float in [0, 1], optional
+        ``1 - sparsity``, in place of it.
     device : torch.device, optional
         Forward passes run on the CPU.
     dtype : torch.dtype, optional
@@ -37,14 +102,14 @@ class SparseLinear(CompressedRows):
 
     Attributes
     ----------
-    values : Parameter, (nnz,)
+    weight_values : Parameter, (nnz, 1, 1)
         Weights of the live connections, row by row, columns ascending. There are no spare slots, so weight
         decay, noise and clipping touch live weights only.
     indptr : int64 buffer, (out_features + 1,)
-        ``values[indptr[i] : indptr[i + 1]]`` are the weights of output i.
+        ``weight_values[indptr[i] : indptr[i + 1]]`` are the weights of output i.
     indices : uint16, int32 or int64 buffer, (nnz,)
         Input of each connection; uint16 up to 65,536 inputs.
-    forward_mask : bool buffer, (nnz,), or None
+    forward_mask : bool buffer, (nnz, 1, 1), or None
         Connections that the output comes from; None means all. The others get gradients as if they were in
         use, and are 0 in the forward pass and in the gradient of x. Set by `sparselab.TopKAST`.
     bias : Parameter, (out_features,), or None
@@ -52,7 +117,8 @@ class SparseLinear(CompressedRows):
     Raises
     ------
     TypeError, ValueError
-        If a size is not a non-negative integer or the sparsity not a number in [0, 1].
+        If a size is not a non-negative integer, bias no bool, sparsity or density not a number in [0, 1], or
+        both are given.
 
     Notes
     -----
@@ -60,8 +126,9 @@ class SparseLinear(CompressedRows):
     with the plans that training keeps. The plans are
     derived from the topology when they are needed and are neither saved nor copied.
 
-    The Parameter is one-dimensional: code that finds weights by ``p.ndim >= 2`` (often to choose what decays)
-    should look for ``p.ndim >= 2 or name.endswith("values")``.
+    In every kind of layer the Parameter has three dimensions, (connections, outputs and inputs of one): code
+    that finds what decays by ``p.ndim >= 2`` finds it, and optimizers for matrices (`torch.optim.Muon`), which
+    would take packed entries for one, refuse it.
 
     Examples
     --------
@@ -78,90 +145,81 @@ class SparseLinear(CompressedRows):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        sparsity: float = 0.9,
+        *,
+        sparsity: float | None = None,
+        density: float | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features)
-        self._allocate((n_connections(self.shape, sparsity),), bias, device, dtype)
+        shape = check_size("out_features", out_features), check_size("in_features", in_features)
+        bias = check_bias(bias, f"SparseLinear({in_features}, {out_features}")
+        nnz = n_connections(shape, read_sparsity(sparsity, density))
+        super().__init__(Compressed(shape), nnz, bias, device, dtype)
+        self._draw_if_there()
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, sparsity: float) -> SparseLinear:
+    def from_dense(
+        cls, linear: nn.Linear, sparsity: float | None = None, *, density: float | None = None
+    ) -> SparseLinear:
         """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        return cls._from_largest(linear, sparsity)
+        require_linear(linear)
+        return cls._from_largest(linear, read_sparsity(sparsity, density))
 
-    def to_dense(self) -> nn.Linear:
-        """A `torch.nn.Linear` with the same outputs, mode and trainability."""
-        refuse_to_lose(self, "to_dense", self.tensor_names)
-        new: nn.Linear = self._dense_twin()
-        return new
+    @classmethod
+    def from_pattern(
+        cls, pattern: object, bias: bool = True, *, dtype: torch.dtype | None = None
+    ) -> SparseLinear:
+        """A layer with the connections of a matrix (out_features, in_features).
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x W^T + b``.
+        The topology stays as it is: only an algorithm of `sparselab.dst` that is attached changes it.
 
         Parameters
         ----------
-        x : (..., in_features), the dtype of `values`
-            Under CPU autocast any floating dtype; the product is then computed and returned in the dtype of
-            `values`.
-
-        Returns
-        -------
-        (..., out_features)
+        pattern : SciPy sparse matrix or array, bool array or tensor, or torch.sparse_csr tensor
+            Floating entries are taken as weights. A boolean pattern gets fresh ones, drawn as by
+            `fan_in_uniform_`. Every stored entry is a connection, zeros included, as ``pattern.tocsr()`` has
+            them; entries stored twice are summed.
+        bias : bool
+            Drawn as in a new layer.
+        dtype : torch.dtype, optional
+            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the pattern.
 
         Raises
         ------
-        RuntimeError
-            As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
-        NotImplementedError
-            If the layer or x is not on the CPU, or forward-mode derivatives are asked for.
-        """
-        y = self._shortcut(x)
-        if y is not None:
-            return y
-        check_width(x, self.in_features)
-        return self._forward(check_input(x, self.values))
-
-    def _shortcut(self, x: Tensor) -> Tensor | None:
-        return functional.infer(x, self._parameters, self._buffers, self._plans)
-
-    def _product(self, tokens: Tensor) -> Tensor:
-        return functional.sparse_linear(
-            tokens, self._in_use, self.bias, self.indptr, self.indices, self._plans
-        )
-
-    def _product_seen_by(self, watcher: GradientWatcher, tokens: Tensor) -> Tensor:
-        with functional.watching(watcher):
-            return self._product(tokens)
-
-    def _ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """Every way to compute the output for x (tokens, in_features), by the name of its variant."""
-        # Plans of their own: what only one of them needs is not kept.
-        plans = TopologyPlans(self.indptr, self.indices, self.in_features)
-        weights = self._in_use.detach()
-        return {name: partial(product, x, weights, self.bias, plans, name) for name in possible(len(x))}
-
-    def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
-        """How a batch of so many tokens is computed, and why: by a rule, or as `sparselab.tune` measured.
-
-        Parameters
-        ----------
-        n_tokens : int
-            Product of all leading dimensions of the input.
-        operation : {"forward", "input_grad", "values_grad"}
+        TypeError
+            If the pattern is of another kind, its entries are neither boolean nor floating, or a layer
+            cannot have the dtype.
+        ValueError
+            If the pattern does not have two dimensions, or its compressed rows are not valid.
 
         Examples
         --------
-        >>> SparseLinear(3072, 768, sparsity=0.9).variant(1)
-        Variant(operation='forward', name='few tokens', reason='1 tokens (at most 16) do not fill a tile')
+        >>> import numpy as np
+        >>> from sparselab import SparseLinear
+        >>> SparseLinear.from_pattern(np.tri(4, 6, dtype=bool)).indptr
+        tensor([ 0,  1,  3,  6, 10])
         """
-        return self._plans.variant(operation, n_tokens, self.density)
+        return connected(cls, pattern, bias, dtype)
+
+
+def connected(kind: type[Layer], pattern: object, bias: bool, dtype: torch.dtype | None) -> Layer:
+    """A layer of a kind with the connections of a matrix (out_features, in_features)."""
+    (rows, columns), positions, weights = read_pattern(pattern)
+    new = kind(columns, rows, bias, sparsity=1.0, dtype=dtype)  # type: ignore[call-arg, arg-type]
+    new._begin_with(positions, weights)
+    return new
+
+
+def require_linear(linear: object) -> None:
+    """Raise TypeError unless this is a `torch.nn.Linear`."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
 
 
 def _recognises(state: State) -> dict[str, object] | None:
-    return {} if "indptr" in state and state["values"].ndim == 1 else None
+    if "indptr" not in state or "weight_values" not in state:
+        return None
+    return {} if state["weight_values"].shape[1:] == (1, 1) else None
 
 
 register_kind(LayerKind("sparse", SparseLinear, (nn.Linear,), recognises=_recognises, condenses=True))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparselab.kernels.checks import ascending
 from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.conv import Convolution, Size, SparseConv2d
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
-from sparselab.nn.layers.linear import SparseLinear
-from sparselab.nn.ops.conv_operands import ConvolutionFactors
-from sparselab.nn.ops.linear import GradientWatcher
-from sparselab.nn.ops.operands import GradientFactors, LinearFactors
+from sparselab.nn.layers.linear import SparseLinear, connected
+from sparselab.nn.ops.conv_operands import ConvolutionOperands
+from sparselab.nn.ops.operands import GradientOperands, LinearOperands, is_of_graph
 from sparselab.nn.storage.checks import check_images, check_width
-from sparselab.nn.storage.compressed import CompressedRows
-from sparselab.nn.storage.contract import as_matrix
+from sparselab.nn.storage.masked import Masked
 
 Layer = TypeVar("Layer", bound="MaskedLayer")
 
@@ -28,55 +26,62 @@ class MaskedLayer(SparseLayer):
     """A layer whose weight is dense, with the topology in a mask; the twin of a sparse layer.
 
     W has two dimensions, those of the sparse layer's `shape`, whatever the dense layer's weight has.
+
+    Parameters
+    ----------
+    layer : CompressedLayer
+        The sparse layer, whose settings, connections, weights and biases it takes over.
     """
 
     weight: nn.Parameter
     mask: Tensor
     tensor_names = "weight", "mask", "forward_mask", "bias"
     #: The sparse layer that it is the twin of.
-    _twin: type[CompressedRows]
+    twin: type[CompressedLayer]
 
-    @classmethod
-    def from_sparse(cls: type[Layer], layer: Any) -> Layer:
-        """The twin of a sparse layer: the same topology, weights, biases, mode and trainability."""
-        if not isinstance(layer, cls._twin) or layer.grid != layer.shape:
-            raise TypeError(f"layer must be a {cls._twin.__name__}, got {type(layer).__name__}")
-        new = cls.__new__(cls)
-        SparseLayer.__init__(new, layer.in_features, layer.out_features)
-        new._hold(layer)
-        new._train_as(layer, layer.values)
-        return new
-
-    def _sparse(self) -> Any:
-        """The sparse layer with the same topology, weights, biases, mode and trainability."""
-        return self._twin._from_layer(self)
-
-    def _hold(self, layer: CompressedRows) -> None:
-        """Take over the settings of a sparse layer, make tensors for its connections, and copy them."""
+    def __init__(self, layer: CompressedLayer) -> None:
+        super().__init__(Masked(layer.shape))
         self._configure(layer)
-        if layer.values.is_meta:
+        values = layer.weight_values
+        if values.is_meta:
             raise NotImplementedError(
                 f"{type(self).__name__} counts its connections in its mask, which must hold data, "
                 "got the device meta"
             )
-        self.weight = nn.Parameter(layer.values.new_empty(self.shape))
-        self.register_buffer("mask", torch.empty(self.shape, dtype=torch.bool, device=layer.values.device))
+        self.weight = nn.Parameter(values.new_empty(self.shape))
+        self.register_buffer("mask", torch.empty(self.shape, dtype=torch.bool, device=values.device))
         self.bias = None if layer.bias is None else nn.Parameter(torch.empty_like(layer.bias))
         self._copy(layer)
+        self._train_as(layer, values)
+
+    @classmethod
+    def from_sparse(cls: type[Layer], layer: Any) -> Layer:
+        """The twin of a sparse layer: the same topology, weights, biases, mode and trainability."""
+        fits = isinstance(layer, CompressedLayer) and layer.dense_type is cls.twin.dense_type
+        if not fits or layer.block_shape != (1, 1):
+            raise TypeError(f"layer must be a {cls.twin.__name__}, got {type(layer).__name__}")
+        with torch.random.fork_rng(devices=()):  # what a new layer draws is overwritten
+            new = cls.like(layer, 1.0)
+        new._copy(layer)
+        return new
+
+    def _sparse(self) -> Any:
+        """The sparse layer with the same topology, weights, biases, mode and trainability."""
+        return self.twin._from_layer(self)
 
     def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
         # Made without memory, so that nothing is drawn but the weights.
-        twin = self._twin.like(self, 1.0, device="meta").to_empty(device=self.weight.device)
+        twin = self.twin.like(self, 1.0, device="meta").to_empty(device=self.weight.device)
         twin.bias = None
         twin._connect(positions, weights)
         self.weight.grad = None
         self._copy(twin)
 
     @torch.no_grad()
-    def _copy(self, layer: CompressedRows) -> None:
+    def _copy(self, layer: CompressedLayer) -> None:
         positions = layer.positions()
         self.mask.zero_().view(-1)[positions] = True
-        self.weight.zero_().view(-1)[positions] = layer.per_connection(layer.values)
+        self.weight.zero_().view(-1)[positions] = layer.per_connection(layer.weight_values)
         self.forward_mask = None
         if layer.forward_mask is not None:
             self.forward_mask = torch.zeros_like(self.mask)
@@ -86,84 +91,33 @@ class MaskedLayer(SparseLayer):
 
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
-        self._copy(self._twin.like(self, self.sparsity))
+        self._copy(self.twin.like(self, self.sparsity))
 
     @property
-    def stored(self) -> nn.Parameter:
-        """`weight`."""
-        return self.weight
-
-    @property
-    def nnz(self) -> int:
-        """Live connections, counted in the mask."""
-        return int(self.mask.count_nonzero())
-
-    def positions(self) -> Tensor:
-        """int64 (nnz,): ``row * in_features + column`` of each connection, ascending."""
-        return self.mask.reshape(-1).nonzero().reshape(-1)
-
-    def per_connection(self, entries: Tensor) -> Tensor:
-        """(nnz,): the entries (out_features, in_features) at the connections, in the order of `positions`."""
-        return entries[self.mask]
-
-    @torch.no_grad()
-    def put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
-        """Set the entries (out_features, in_features) of some connections."""
-        positions = self.positions()[slots]
-        entries[positions // self.in_features, positions % self.in_features] = numbers
-
-    @torch.no_grad()
-    def moved(self, entries: Tensor, source: Tensor) -> Tensor:
-        """`entries`, zeroed in place wherever a `rewrite` that returned `source` left nothing."""
-        survived = self.mask.clone()
-        survived.view(-1)[self.positions()[source < 0]] = False
-        return entries.masked_fill_(~survived, 0)
-
-    def rewrite(self, drop: Tensor, grow: Tensor) -> Tensor:
-        """Drop and grow connections in place.
-
-        Parameters
-        ----------
-        drop : int64 (n,)
-            Slots to remove: indices into `positions`.
-        grow : int64 (m,)
-            Positions ``row * in_features + column`` to add with weight 0. A dropped position may be grown
-            again; it then keeps its weight.
-
-        Returns
-        -------
-        int64 (new nnz,)
-            The old slot of each new slot, or -1 where it was grown; `weight` and its gradient have followed.
-
-        Raises
-        ------
-        ValueError
-            As `sparselab.kernels.rewrite`.
-        """
-        place = self.mask.device
-        topology, old_slots = as_matrix(self).rewrite(
-            ascending(drop.cpu().numpy()), ascending(grow.cpu().numpy()), compact=True
-        )
-        new, source = (torch.from_numpy(part).to(place) for part in (topology.positions(), old_slots))
-        self.mask.zero_().view(-1)[new] = True
-        for entries in (self.weight, self.weight.grad, self.forward_mask):
-            if entries is not None:
-                self.moved(entries, source)
-        return source
-
-    @property
-    def _weights(self) -> Tensor:
+    def weight_in_use(self) -> Tensor:
         """W in use, dense."""
         # Chosen, not multiplied: 0 times NaN is NaN, in the output and in the gradient.
-        return torch.where(self.mask, self._in_use, 0)
+        return torch.where(self.mask, self.in_use, 0)
 
-    def _factors(self, x: Tensor, dy: Tensor) -> GradientFactors:
-        """The factors of the dense gradient."""
+    def operands(self, x: Tensor, dy: Tensor, of_graph: bool) -> GradientOperands:
+        """What the dense gradient is made of."""
         raise NotImplementedError
 
-    def _product_seen_by(self, watcher: GradientWatcher, x: Tensor) -> Tensor:
-        y: Tensor = _Seen.apply(self._product(x), x, watcher, self._factors)  # type: ignore[no-untyped-call]
-        return y
+    def dense_product(self, x: Tensor) -> Tensor:
+        """The output for checked input."""
+        raise NotImplementedError
+
+    def _product(self, x: Tensor) -> Tensor:
+        """The output, whose gradient is shown to the hook if there is one and something to be seen."""
+        y = self.dense_product(x)
+        if self.gradient_hook is None or not self.stored.requires_grad or not y.requires_grad:
+            return y
+        show = _Shown.apply
+        if torch.compiler.is_compiling():
+            # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
+            show = torch.compiler.disable(show)  # type: ignore[no-untyped-call]
+        shown: Tensor = show(y, x, self)  # type: ignore[no-untyped-call]
+        return shown
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, and clear what another topology leaves behind: weights and gradients without a connection."""
@@ -186,8 +140,10 @@ class MaskedLinear(MaskedLayer):
     ----------
     in_features, out_features : int
     bias : bool
-    sparsity : float in [0, 1]
-        Fraction of W without a connection.
+    sparsity : float in [0, 1], optional
+        Fraction of W without a connection; 0.9 if density is not given either.
+    density : float in [0, 1], optional
+        ``1 - sparsity``, in place of it.
     device : torch.device, optional
     dtype : torch.dtype, optional
         float32, float64 or bfloat16.
@@ -226,34 +182,51 @@ class MaskedLinear(MaskedLayer):
     True
     """
 
-    _twin = SparseLinear
+    twin = SparseLinear
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
-        sparsity: float = 0.9,
+        *,
+        sparsity: float | None = None,
+        density: float | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features)
-        self._hold(SparseLinear(in_features, out_features, bias, sparsity, device, dtype))
+        super().__init__(
+            SparseLinear(
+                in_features, out_features, bias, sparsity=sparsity, density=density, device=device,
+                dtype=dtype,
+            )
+        )  # fmt: skip
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, sparsity: float) -> MaskedLinear:
+    def from_dense(
+        cls, linear: nn.Linear, sparsity: float | None = None, *, density: float | None = None
+    ) -> MaskedLinear:
         """The largest weights of a dense layer; the same as `SparseLinear.from_dense`."""
-        return cls.from_sparse(SparseLinear.from_dense(linear, sparsity))
+        return cls.from_sparse(SparseLinear.from_dense(linear, sparsity, density=density))
+
+    @classmethod
+    def from_pattern(
+        cls, pattern: object, bias: bool = True, *, dtype: torch.dtype | None = None
+    ) -> MaskedLinear:
+        """A layer with the connections of a matrix; as `SparseLinear.from_pattern`."""
+        return connected(cls, pattern, bias, dtype)
 
     def to_sparse(self) -> SparseLinear:
         """A `SparseLinear` with the same topology, weights, biases, mode and trainability."""
+        refuse_to_lose(self, "to_sparse", self.tensor_names)
         new: SparseLinear = self._sparse()
         return new
 
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` with the same outputs, mode and trainability."""
         refuse_to_lose(self, "to_dense", self.tensor_names)
-        return self.to_sparse().to_dense()
+        new: nn.Linear = self._sparse().to_dense()
+        return new
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (W * mask)^T + b`` for x (..., in_features): (..., out_features).
@@ -262,13 +235,18 @@ class MaskedLinear(MaskedLayer):
         reaches every output of its token.
         """
         check_width(x, self.in_features)
-        return self._forward(x)
+        if x.ndim == 2:
+            return self._product(x)
+        y = self._product(x.reshape(math.prod(x.shape[:-1]), self.in_features))
+        return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _product(self, tokens: Tensor) -> Tensor:
-        return nn.functional.linear(tokens, self._weights, self.bias)
+    def dense_product(self, x: Tensor) -> Tensor:
+        """``x (W * mask)^T + b`` for tokens."""
+        return nn.functional.linear(x, self.weight_in_use, self.bias)
 
-    def _factors(self, x: Tensor, dy: Tensor) -> GradientFactors:
-        return LinearFactors(x, dy)
+    def operands(self, x: Tensor, dy: Tensor, of_graph: bool) -> GradientOperands:
+        """Tokens and the gradients of their outputs."""
+        return LinearOperands(x, dy, of_graph)
 
 
 class MaskedConv2d(Convolution, MaskedLayer):
@@ -278,8 +256,10 @@ class MaskedConv2d(Convolution, MaskedLayer):
     ----------
     in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
         As of `torch.nn.Conv2d`.
-    sparsity : float in [0, 1]
-        Fraction of W without a connection.
+    sparsity : float in [0, 1], optional
+        Fraction of W without a connection; 0.9 if density is not given either.
+    density : float in [0, 1], optional
+        ``1 - sparsity``, in place of it.
     device, dtype
         As of `MaskedLinear`.
 
@@ -306,69 +286,77 @@ class MaskedConv2d(Convolution, MaskedLayer):
     True
     """
 
-    _twin = SparseConv2d
+    twin = SparseConv2d
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
-        padding_mode: str = "zeros", sparsity: float = 0.9,
+        padding_mode: str = "zeros", *, sparsity: float | None = None, density: float | None = None,
         device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        layer = SparseConv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-            sparsity, None, device, dtype,
+        super().__init__(
+            SparseConv2d(
+                in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+                sparsity=sparsity, density=density, device=device, dtype=dtype,
+            )
         )  # fmt: skip
-        super().__init__(layer.in_features, layer.out_features)
-        self._hold(layer)
 
     @classmethod
-    def from_dense(cls, conv: nn.Conv2d, sparsity: float = 0.9) -> MaskedConv2d:
+    def from_dense(
+        cls, conv: nn.Conv2d, sparsity: float | None = None, *, density: float | None = None
+    ) -> MaskedConv2d:
         """The largest weights of a dense layer; the same as `SparseConv2d.from_dense`."""
-        return cls.from_sparse(SparseConv2d.from_dense(conv, sparsity))
+        return cls.from_sparse(SparseConv2d.from_dense(conv, sparsity, density=density))
 
     def to_sparse(self) -> SparseConv2d:
         """A `SparseConv2d` with the same topology, weights, biases, mode and trainability."""
+        refuse_to_lose(self, "to_sparse", self.tensor_names)
         new: SparseConv2d = self._sparse()
         return new
 
     def to_dense(self) -> nn.Conv2d:
         """A `torch.nn.Conv2d` with the same outputs, mode and trainability."""
         refuse_to_lose(self, "to_dense", self.tensor_names)
-        return self.to_sparse().to_dense()
+        new: nn.Conv2d = self._sparse().to_dense()
+        return new
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x (n, in_channels, height, width), or of one image, as by `torch.nn.Conv2d`."""
         check_images(x, self.in_channels)
         return self._convolved(x)
 
-    def _product(self, x: Tensor) -> Tensor:
-        geometry = self._geometry
+    def dense_product(self, x: Tensor) -> Tensor:
+        """The convolution of padded images with ``W * mask``."""
+        geometry = self.geometry
         kernel = self.in_channels // self.groups, *geometry.kernel
         return nn.functional.conv2d(
-            x, self._weights.reshape(-1, *kernel), self.bias, geometry.stride, geometry.padding,
+            x, self.weight_in_use.reshape(-1, *kernel), self.bias, geometry.stride, geometry.padding,
             geometry.dilation, self.groups,
         )  # fmt: skip
 
-    def _factors(self, x: Tensor, dy: Tensor) -> GradientFactors:
-        return ConvolutionFactors(x, dy, self._geometry)
+    def _product(self, x: Tensor) -> Tensor:
+        return MaskedLayer._product(self, x)
+
+    def operands(self, x: Tensor, dy: Tensor, of_graph: bool) -> GradientOperands:
+        """Images and the gradients of their outputs."""
+        return ConvolutionOperands(x, dy, self.geometry, of_graph)
 
 
-class _Seen(torch.autograd.Function):
-    """y itself, whose backward passes show its gradient, and what it is a factor of with x, to a watcher."""
+class _Shown(torch.autograd.Function):
+    """y itself, whose backward passes show its gradient, and what it is multiplied with, to the layer's hook."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, watcher: GradientWatcher, factors: Callable[..., GradientFactors]
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, layer: MaskedLayer) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.watcher, ctx.factors = watcher, factors
+        ctx.layer = layer
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.watcher.backward_seen(ctx.factors(x.detach(), grads[0].detach()))
-        return grads[0], None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        if layer.gradient_hook is not None:
+            layer.gradient_hook(layer.operands(x.detach(), grads[0].detach(), is_of_graph(x)))
+        return grads[0], None, None
 
 
 def _recognises(state: State) -> dict[str, object] | None:

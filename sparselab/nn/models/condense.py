@@ -7,16 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.extras import extras
 from sparselab.nn.layers.kinds import LayerKind, find_kind, kind_of
 from sparselab.nn.models.dense import parameter_users
-from sparselab.nn.storage.contract import find_sparse
 
 #: Activations that treat each number by itself, and alike.
 _ELEMENTWISE = (
@@ -319,11 +318,12 @@ def _make(
 
 
 def _first_that_fits(kinds: Sequence[LayerKind], pattern: Tensor, settings: Mapping[str, Any]) -> Any:
+    first, other = (cast(Any, kind.cls) for kind in kinds)
     with torch.random.fork_rng(devices=()):
         try:
-            return kinds[0].cls.from_pattern(pattern, **settings)
+            return first.from_pattern(pattern, **settings)
         except ValueError:  # rows of unequal length, where a kind has none
-            return kinds[1].cls.from_pattern(pattern, **settings)
+            return other.from_pattern(pattern, **settings)
 
 
 def _parameter(bias: Tensor | None, before: Tensor | None, weight: Tensor) -> nn.Parameter | None:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from sparselab._names import Pattern
 from sparselab._table import aligned
-from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.dense import DenseLayer
 from sparselab.nn.layers.kinds import find_kind
 from sparselab.nn.models.dense import Choice, LeftLayer, choose, find_dense
 from sparselab.nn.models.rules import Given, Rule, read_rules
 from sparselab.nn.models.swap import swap
 from sparselab.nn.storage.checks import check_dtype
-from sparselab.nn.storage.contract import is_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -272,17 +271,12 @@ def measure_sparsity(model: nn.Module) -> float:
     >>> measure_sparsity(SparseLinear(100, 10, sparsity=0.75))
     0.75
     """
-    live = positions = 0
-    dense: dict[int, int] = {}
-    for module in model.modules():
-        if is_sparse(module):
-            size = module.shape[0] * module.shape[1]
-            live += size - round(size * module.sparsity)
-            positions += size
-        else:
-            dense.update(
-                (id(p), p.numel()) for p in module._parameters.values() if p is not None and p.ndim >= 2
-            )
-    positions += sum(dense.values())
-    live += sum(dense.values())
+    sparse = [layer for _, layer in find_sparse(model)]
+    positions = sum(math.prod(layer.shape) for layer in sparse)
+    live = sum(round(math.prod(layer.shape) * layer.density) for layer in sparse)
+    counted = {id(parameter) for layer in sparse for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        if parameter.ndim >= 2 and id(parameter) not in counted:
+            positions += parameter.numel()
+            live += parameter.numel()
     return 1 - live / positions if positions else 0.0

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from sparselab.nn.layers.base import find_sparse
 from sparselab.nn.layers.dense import dense_type
 from sparselab.nn.models.dense import parameter_users
 from sparselab.nn.models.swap import replace
-from sparselab.nn.storage.contract import find_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,7 +56,7 @@ def densify(model: Model) -> Model:
             "to_dense()"
         )
     for name, layer in find_sparse(model):
-        if layer.stored.is_meta:
+        if any(tensor.is_meta for tensor in layer.parameters()):
             raise ValueError(f"model must hold data, got {name!r} on the meta device; see materialize")
     _refuse_shared(model, found)
     replace(model, {layer: _to_dense_class(name, layer) for name, layer in found.items()})

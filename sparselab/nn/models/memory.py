@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselab.nn.layers.base import SparseLayer
-from sparselab.nn.storage.contract import SparseTopology, find_sparse
+from sparselab.nn.layers.base import SparseLayer, find_sparse
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def memory_report(
     parameters = list(model.parameters())
     weights = _bytes([*parameters, *model.buffers()])
     sparse = [layer for _, layer in find_sparse(model)]
-    extra_positions = sum(layer.shape[0] * layer.shape[1] - layer.stored.numel() for layer in sparse)
-    dense_bytes = sum(layer.shape[0] * layer.shape[1] * layer.stored.itemsize for layer in sparse)
+    extra_positions = sum(math.prod(layer.shape) - layer.in_use.numel() for layer in sparse)
+    dense_bytes = sum(math.prod(layer.shape) * layer.in_use.itemsize for layer in sparse)
     own_bytes = _bytes([tensor for layer in sparse for tensor in _weight_tensors(layer)])
     live = sum(parameter.numel() for parameter in parameters)
     return MemoryReport(
@@ -80,16 +80,15 @@ def memory_report(
         weight_bytes=weights,
         dense_weight_bytes=weights - own_bytes + dense_bytes,
         gradient_bytes=_bytes([p.grad for p in parameters if p.grad is not None]),
-        plan_bytes=sum(each.plan_bytes() for each in model.modules() if isinstance(each, SparseLayer)),
+        plan_bytes=sum(layer.plan_bytes() for layer in sparse),
         optimizer_bytes=_bytes([tensor for each in optimizers for tensor in _tensors(each.state)]),
     )
 
 
-def _weight_tensors(layer: SparseTopology) -> Iterator[Tensor]:
+def _weight_tensors(layer: SparseLayer) -> Iterator[Tensor]:
     """The weights and the topology of a layer, without its bias."""
-    yield layer.stored
-    if isinstance(layer, nn.Module):
-        yield from layer.buffers(recurse=False)
+    yield from (parameter for name, parameter in layer.named_parameters() if name != "bias")
+    yield from layer.buffers(recurse=False)
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparselab._table import aligned
-from sparselab.nn.layers.linear import SparseLinear
+from sparselab.nn.layers.linear import LinearLayer
 from sparselab.nn.ops.cpu.variants import FORWARD, Measured
 from sparselab.nn.storage.checks import check_size
 
@@ -109,21 +109,21 @@ def tune(model: nn.Module, n_tokens: Iterable[int] = (1, 4, 16, 64, 256, 1024)) 
     counts = sorted({_check_count(n) for n in n_tokens})
     if not counts:
         raise ValueError("n_tokens must have at least one count, got none")
-    alike: dict[tuple[Any, ...], dict[str, SparseLinear]] = {}
+    alike: dict[tuple[Any, ...], dict[str, LinearLayer]] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, SparseLinear):
+        if isinstance(layer, LinearLayer):
             alike.setdefault(_kind(name, layer), {})[name] = layer
     if not alike:
         raise ValueError(f"model must contain a SparseLinear to tune, got a {type(model).__name__} without")
     found: list[TunedProduct] = []
     for layers in alike.values():
         first = next(iter(layers.values()))
-        first._plans.remember(None)
+        first.use_measured(None)
         rules = {n: first.variant(n).name for n in counts}
         times = {n: _measure(first, n) for n in counts}
         measured = Measured(first.density, times)
         for layer in layers.values():
-            layer._plans.remember(measured)
+            layer.use_measured(measured)
         for n in counts:
             name = min(times[n], key=times[n].__getitem__)
             found.append(TunedProduct(tuple(layers), first.shape, n, times[n], name, rules[n]))
@@ -136,19 +136,19 @@ def _check_count(n: int) -> int:
     return int(n)
 
 
-def _kind(name: str, layer: SparseLinear) -> tuple[Any, ...]:
+def _kind(name: str, layer: LinearLayer) -> tuple[Any, ...]:
     """Equal for layers that take the same time."""
-    values = layer.values
+    values = layer.weight_values
     if values.device.type != "cpu":
         raise ValueError(f"model must be in the CPU's memory, got {name!r} on the device {values.device}")
     return type(layer), layer.shape, values.dtype, layer.nnz, layer.bias is None
 
 
-def _measure(layer: SparseLinear, n_tokens: int) -> dict[str, float]:
+def _measure(layer: LinearLayer, n_tokens: int) -> dict[str, float]:
     """Median microseconds of each variant, timed in turns."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(n_tokens, layer.in_features, generator=random).to(layer.values.dtype)
-    runs = layer._ways(x)
+    x = torch.randn(n_tokens, layer.in_features, generator=random).to(layer.weight_values.dtype)
+    runs = layer.ways(x)
     for run in runs.values():
         run()  # compiles, and makes the plan
     once = sum(_seconds(run) for run in runs.values())

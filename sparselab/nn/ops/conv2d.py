@@ -1,4 +1,4 @@
-"""Sparse convolutions as torch operators with gradients, as `functional` has them of linear layers."""
+"""Sparse convolutions as torch operators with gradients, as `linear` has them of linear layers."""
 
 from __future__ import annotations
 
@@ -7,124 +7,273 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselab.nn.ops.conv_operands import ConvolutionFactors
-from sparselab.nn.ops.cpu.convolution import ConvolutionPlans, Geometry, input_grad, product, values_grad
-from sparselab.nn.ops.cpu.plans import LayerPlans, find_plans
-from sparselab.nn.ops.linear import call, check_fit, keep_operands, plain_function, plain_gradient
+from sparselab.nn.ops.checks import DTYPES, refuse_misfits
+from sparselab.nn.ops.conv_operands import ConvolutionOperands
+from sparselab.nn.ops.geometry import Geometry, Pair
+from sparselab.nn.ops.linear import HasStorage, TopologyArguments
+from sparselab.nn.ops.operands import is_of_graph
+from sparselab.nn.ops.products import find_products
+from sparselab.nn.ops.topologies import TensorTopology, find_topology
+from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode
 
 
-def _conv2d(
-    x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: int,
-    geometry: list[int],
-) -> Tensor:  # fmt: skip
-    """The convolution of x (n, in_channels, height, width), any strides, by W in compressed rows; contiguous.
+def product(
+    topology: TensorTopology, x: Tensor, values: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The convolution of images by W, contiguous.
 
     Parameters
     ----------
-    x, values, bias, indptr, indices, plans
-        As of `functional.linear`; rows of W are output channels.
-    geometry : list of int
-        Of `Geometry.numbers`.
+    topology : TensorTopology
+        Its rows are output channels.
+    x : (n, in_channels, height, width), any strides
+    values : (nnz, 1, 1), the dtype of x
+    bias : (out_channels,), the dtype of x, or None
+    geometry : Geometry
+
+    Returns
+    -------
+    (n, out_channels, rows, columns)
 
     Raises
     ------
-    RuntimeError
-        If values or bias do not fit the topology or the dtype of x.
-    TypeError, ValueError
-        If the topology is not valid.
+    RuntimeError, TypeError, ValueError
+        If an operand does not fit.
     """
-    found = _plans_of(indptr, indices, plans, geometry)
-    check_fit(x, values, bias, found.indices.shape, found.shape[0])
-    return product(x, values, bias, found)
+    outputs = _outputs(topology, geometry, x)
+    rows = topology.shape[0]
+    _check(
+        topology, x=(x, (None, geometry.in_channels, *x.shape[2:])),
+        values=(values, topology.values_shape), bias=(bias, (rows,)),
+    )  # fmt: skip
+    if min(outputs) < 1:
+        raise RuntimeError(f"x must be as large as the kernel, {geometry.kernel}, got {tuple(x.shape)}")
+    return _products(topology).product(topology, values, x, bias, geometry)  # type: ignore[no-any-return]
 
 
-def _input_grad(
-    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, plans: int, geometry: list[int],
-    height: int, width: int,
-) -> Tensor:  # fmt: skip
-    return input_grad(grad, values, _plans_of(indptr, indices, plans, geometry), (height, width))
-
-
-def _values_grad(
-    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int, geometry: list[int]
+def input_grad(
+    topology: TensorTopology, grad: Tensor, values: Tensor, geometry: Geometry, size: Pair
 ) -> Tensor:
-    return values_grad(grad, x, _plans_of(indptr, indices, plans, geometry))
+    """The gradient by images of that size.
+
+    Parameters
+    ----------
+    topology : TensorTopology
+    grad : (n, out_channels, rows, columns), any strides
+    values : (nnz, 1, 1), the dtype of grad
+    geometry : Geometry
+    size : (int, int)
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        If an operand does not fit.
+    """
+    _check_geometry(topology, geometry)
+    _check(
+        topology, grad=(grad, (None, topology.shape[0], *_positive(geometry, size))),
+        values=(values, topology.values_shape),
+    )  # fmt: skip
+    return _products(topology).input_grad(topology, values, grad, geometry, size)  # type: ignore[no-any-return]
 
 
-def _plans_of(indptr: Tensor, indices: Tensor, plans: int, numbers: list[int]) -> ConvolutionPlans:
-    geometry = Geometry.of(numbers)
-    topology = find_plans(plans, indptr, indices, geometry.columns)
-    found = topology.others.get(geometry)
-    if found is None:
-        found = topology.others[geometry] = ConvolutionPlans(topology, geometry)
-    assert isinstance(found, ConvolutionPlans)
-    return found
+def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient by the values, (nnz, 1, 1); the layer's gradient hook sees the operands first.
+
+    Parameters
+    ----------
+    topology : TensorTopology
+    grad : (n, out_channels, rows, columns), any strides
+    x : (n, in_channels, height, width), any strides, the dtype of grad
+    geometry : Geometry
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        If an operand does not fit.
+    """
+    outputs = _outputs(topology, geometry, x)
+    _check(
+        topology, grad=(grad, (x.shape[0], topology.shape[0], *outputs)),
+        x=(x, (None, geometry.in_channels, *x.shape[2:])),
+    )  # fmt: skip
+    if topology.is_watched:
+        topology.show(ConvolutionOperands(x.detach(), grad.detach(), geometry, is_of_graph(x)))
+    return _products(topology).values_grad(topology, grad, x, geometry)  # type: ignore[no-any-return]
 
 
-conv2d = torch.library.custom_op("sparselab::conv2d", _conv2d, mutates_args=(), device_types="cpu")
-conv2d_input_grad = torch.library.custom_op(
-    "sparselab::conv2d_input_grad", _input_grad, mutates_args=(), device_types="cpu"
-)
-conv2d_values_grad = torch.library.custom_op(
-    "sparselab::conv2d_values_grad", _values_grad, mutates_args=(), device_types="cpu"
-)
+def _check(topology: TensorTopology, **operands: Any) -> None:
+    dtype = next(iter(operands.values()))[0].dtype
+    for tensor, shape in operands.values():
+        if tensor is not None and (
+            tensor.dtype is not dtype
+            or tensor.device != topology.device
+            or len(tensor.shape) != len(shape)
+            or any(m is not None and n != m for n, m in zip(tensor.shape, shape, strict=True))
+        ):
+            refuse_misfits(topology.device, dtype, **operands)
+    if dtype not in DTYPES:
+        refuse_misfits(topology.device, dtype, **operands)
 
 
-@conv2d.register_fake
-def _(
-    x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: int,
+def _check_geometry(topology: TensorTopology, geometry: Geometry) -> None:
+    rows, columns = topology.shape
+    if columns != geometry.columns or rows % geometry.groups:
+        raise ValueError(
+            f"geometry must have {columns} columns and groups that divide {rows} outputs, as the topology, "
+            f"got {geometry.columns} and {geometry.groups}"
+        )
+
+
+def _outputs(topology: TensorTopology, geometry: Geometry, x: Tensor) -> Pair:
+    _check_geometry(topology, geometry)
+    if x.ndim != 4:
+        raise RuntimeError(f"x must have shape (n, in_channels, height, width), got {tuple(x.shape)}")
+    return geometry.outputs((x.shape[2], x.shape[3]))
+
+
+def _positive(geometry: Geometry, size: Pair) -> Pair:
+    outputs = geometry.outputs(size)
+    if min(*size, *outputs) < 1:
+        raise RuntimeError(f"size must be that of images with outputs, got {size}")
+    return outputs
+
+
+def _products(topology: TensorTopology) -> Any:
+    return find_products("conv2d", topology.layout, topology.device.type)
+
+
+def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage, geometry: Geometry) -> Tensor:
+    """The convolution of images by W with gradients, by the shortest way.
+
+    Parameters
+    ----------
+    x : (n, in_channels, height, width), any strides
+    values : (nnz, 1, 1), the dtype of x
+    bias : (out_channels,) or None
+    layer : HasStorage
+        Asked for its topology.
+    geometry : Geometry
+    """
+    if not is_plain(x, values, bias):
+        refuse_forward_mode(x, values, bias)
+        return conv2d_operator(x, values, bias, *layer.storage.arguments(layer), geometry.numbers)
+    topology = layer.storage.topology(layer)
+    if torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (x, values, bias)
+    ):
+        y: Tensor = Conv2dFunction.apply(x, values, bias, topology, geometry)  # type: ignore[no-untyped-call]
+        return y
+    return product(topology, x, values, bias, geometry)
+
+
+class Conv2dFunction(torch.autograd.Function):
+    """`product` with its gradients, where autograd alone would see the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, topology: TensorTopology, geometry: Geometry
+    ) -> Tensor:
+        """The convolution; what its gradients need is kept."""
+        needs_x, needs_values, *_ = ctx.needs_input_grad
+        ctx.topology, ctx.geometry, ctx.size = topology, geometry, (x.shape[2], x.shape[3])
+        ctx.save_for_backward(x if needs_values else None, values if needs_x else None)
+        return product(topology, x, values, bias, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """The gradients that are asked for."""
+        (grad,), (x, values) = grads, ctx.saved_tensors
+        topology, geometry, size = ctx.topology, ctx.geometry, ctx.size
+        topology.require_unchanged()
+        if torch.is_grad_enabled() or not is_plain(grad, x, values):
+            arguments = *topology.tensors, list(topology.sizes), topology.layout
+            found = _by_operators(
+                ctx.needs_input_grad, grad, x, values, arguments, geometry.numbers, size
+            )
+            return *found, None, None
+        needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
+        dx = input_grad(topology, grad, values, geometry, size) if needs_x else None
+        dvalues = values_grad(topology, grad, x, geometry) if needs_values else None
+        return dx, dvalues, grad.sum((0, 2, 3)) if needs_bias else None, None, None
+
+
+@torch.library.custom_op("sparselab::conv2d", mutates_args=())
+def conv2d_operator(
+    x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, sizes: list[int],
+    layout: str, geometry: list[int],
+) -> Tensor:  # fmt: skip
+    """See `product`; the geometry as `Geometry.numbers`."""
+    topology = find_topology(indptr, indices, sizes, layout)
+    return product(topology, x, values, bias, Geometry.of(geometry))
+
+
+@torch.library.custom_op("sparselab::conv2d_input_grad", mutates_args=())
+def conv2d_input_grad(
+    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str,
+    geometry: list[int], height: int, width: int,
+) -> Tensor:  # fmt: skip
+    """See `input_grad`."""
+    topology = find_topology(indptr, indices, sizes, layout)
+    return input_grad(topology, grad, values, Geometry.of(geometry), (height, width))
+
+
+@torch.library.custom_op("sparselab::conv2d_values_grad", mutates_args=())
+def conv2d_values_grad(
+    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str,
     geometry: list[int],
 ) -> Tensor:  # fmt: skip
+    """See `values_grad`."""
+    topology = find_topology(indptr, indices, sizes, layout)
+    return values_grad(topology, grad, x, Geometry.of(geometry))
+
+
+@conv2d_operator.register_fake
+def _(
+    x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, sizes: list[int],
+    layout: str, geometry: list[int],
+) -> Tensor:  # fmt: skip
     rows, columns = Geometry.of(geometry).outputs((x.shape[2], x.shape[3]))
-    return x.new_empty((x.shape[0], indptr.shape[0] - 1, rows, columns))
+    return x.new_empty((x.shape[0], sizes[0], rows, columns))
 
 
 @conv2d_input_grad.register_fake
 def _(
-    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, plans: int, geometry: list[int],
-    height: int, width: int,
+    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str,
+    geometry: list[int], height: int, width: int,
 ) -> Tensor:  # fmt: skip
     return grad.new_empty((grad.shape[0], Geometry.of(geometry).in_channels, height, width))
 
 
 @conv2d_values_grad.register_fake
-def _(grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, plans: int, geometry: list[int]) -> Tensor:
-    return grad.new_empty(indices.shape[0])
-
-
-def sparse_conv2d(
-    x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, plans: LayerPlans,
-    geometry: Geometry,
+def _(
+    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str,
+    geometry: list[int],
 ) -> Tensor:  # fmt: skip
-    """As `conv2d`, by the shortest way; see `functional.call`."""
-    return call(
-        conv2d, _with_gradient, _conv2d, x, values, bias, indptr, indices, plans.number, geometry.numbers
-    )
+    return grad.new_empty((indices.shape[0], 1, 1))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, indptr, indices, ctx.plans, ctx.geometry = inputs
+    x, values, _, indptr, indices, ctx.sizes, ctx.layout, ctx.geometry = inputs
     ctx.size = x.shape[2], x.shape[3]
-    keep_operands(ctx, x, values, indptr, indices)
+    needs_x, needs_values = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_values else None, values if needs_x else None, indptr, indices)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, indptr, indices = ctx.saved_tensors
-    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-    dx = dvalues = None
-    if ctx.watcher is not None:
-        geometry = Geometry.of(ctx.geometry)
-        ctx.watcher.backward_seen(ConvolutionFactors(x.detach(), grad.detach(), geometry))
-    direct = plain_gradient(grad, x, values)
-    if needs_x:
-        by_input = _input_grad if direct else conv2d_input_grad
-        dx = by_input(grad, values, indptr, indices, ctx.plans, ctx.geometry, *ctx.size)
-    if needs_values:
-        by_values = _values_grad if direct else conv2d_values_grad
-        dvalues = by_values(grad, x, indptr, indices, ctx.plans, ctx.geometry)
-    dbias = grad.sum((0, 2, 3)) if needs_bias else None
-    return dx, dvalues, dbias, None, None, None, None
+    arguments = indptr, indices, ctx.sizes, ctx.layout
+    found = _by_operators(ctx.needs_input_grad, grad, x, values, arguments, ctx.geometry, ctx.size)
+    return *found, None, None, None, None, None
 
 
-_with_gradient = plain_function(_conv2d, _setup_context, _backward)
-conv2d.register_autograd(_backward, setup_context=_setup_context)
+def _by_operators(
+    needs: tuple[bool, ...], grad: Tensor, x: Tensor, values: Tensor, arguments: TopologyArguments,
+    geometry: list[int], size: Pair,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dx = conv2d_input_grad(grad, values, *arguments, geometry, *size) if needs[0] else None
+    dvalues = conv2d_values_grad(grad, x, *arguments, geometry) if needs[1] else None
+    return dx, dvalues, grad.sum((0, 2, 3)) if needs[2] else None
+
+
+conv2d_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""The factors of the dense gradient of a convolution, whose unfolded batch is never made."""
+"""The operands of the dense gradient of a convolution, whose unfolded batch is never made."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from sparselab.kernels.arrays import Array, index_dtype
-from sparselab.nn.ops.cpu.convolution import ConvolutionPlans, Geometry, values_grad
-from sparselab.nn.ops.cpu.plans import TopologyPlans
+from sparselab.nn.ops.geometry import Geometry
 from sparselab.nn.ops.operands import Totals, token_totals
+from sparselab.nn.ops.products import find_products
+from sparselab.nn.ops.topologies import TensorTopology
 
 
-class ConvolutionFactors:
+class ConvolutionOperands:
     """Of a convolution, ``G = dY^T X`` with the unfolded batch X.
 
     Parameters
@@ -21,26 +22,38 @@ class ConvolutionFactors:
     x : (n, in_channels, height, width)
     dy : (n, out_channels, rows, columns)
     geometry : Geometry
+    of_graph : bool
+        See `sparselab.nn.ops.operands.GradientOperands`.
     """
 
-    def __init__(self, x: Tensor, dy: Tensor, geometry: Geometry) -> None:
-        self.x, self.dy, self.geometry = x, dy, geometry
+    def __init__(self, x: Tensor, dy: Tensor, geometry: Geometry, of_graph: bool = False) -> None:
+        self.x, self.dy, self.geometry, self.of_graph = x, dy, geometry, of_graph
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """x and dy."""
+        return self.x, self.dy
 
     @property
     def device(self) -> torch.device:
+        """Where the operands are."""
         return self.x.device
 
     @property
     def n_tokens(self) -> int:
+        """Outputs of all images, of one channel."""
         return self.dy.shape[0] * self.dy.shape[2] * self.dy.shape[3]
 
-    def clone(self) -> ConvolutionFactors:
-        return ConvolutionFactors(self.x.clone(), self.dy.clone(), self.geometry)
+    def with_input(self, x: Tensor) -> ConvolutionOperands:
+        """The same with another tensor of the same images."""
+        return ConvolutionOperands(x, self.dy, self.geometry, True)
 
-    def to(self, dtype: torch.dtype) -> ConvolutionFactors:
-        return ConvolutionFactors(self.x.to(dtype), self.dy.to(dtype), self.geometry)
+    def to(self, dtype: torch.dtype) -> ConvolutionOperands:
+        """The operands in another dtype."""
+        return ConvolutionOperands(self.x.to(dtype), self.dy.to(dtype), self.geometry, self.of_graph)
 
     def is_finite(self) -> bool:
+        """Whether no operand holds a NaN or an infinity."""
         return bool(self.x.isfinite().all() and self.dy.isfinite().all())
 
     def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
@@ -61,12 +74,14 @@ class ConvolutionFactors:
             part.copy_(gradient if beta == 0 else part * beta + gradient)
 
     def sampled(self, positions: Array) -> Array:
+        """G at some positions, ascending, by the sparse kernels."""
         rows, columns = self.dy.shape[1], self.geometry.columns
         row, column = np.divmod(positions, columns)
         indptr = torch.from_numpy(np.searchsorted(row, np.arange(rows + 1)).astype(np.int64))
         indices = torch.from_numpy(column.astype(index_dtype(columns)))
-        plans = ConvolutionPlans(TopologyPlans(indptr, indices, columns), self.geometry)
-        gradient: Array = values_grad(self.dy, self.x, plans).numpy()
+        topology = TensorTopology(indptr, indices, (rows, columns, 1, 1), "csr")
+        products = find_products("conv2d", "csr", self.device.type)
+        gradient: Array = products.values_grad(topology, self.dy, self.x, self.geometry).numpy().reshape(-1)
         return gradient
 
     def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:

@@ -1,4 +1,4 @@
-"""The factors of a layer's dense gradient, from which its parts are formed and the whole never is."""
+"""The operands of a layer's dense gradient, from which its parts are formed and the whole never is."""
 
 from __future__ import annotations
 
@@ -14,36 +14,51 @@ from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 
 Totals = npt.NDArray[np.floating[Any]]
-Self = TypeVar("Self", bound="GradientFactors")
+Self = TypeVar("Self", bound="GradientOperands")
 
 _CHUNK_TOKENS = 64
 
 
-class GradientFactors(Protocol):
-    """What one backward pass knows of ``G = dL/dW``, a matrix of the layer's ``shape``, at all positions."""
+class GradientOperands(Protocol):
+    """What one backward pass knows of ``G = dL/dW``, a matrix of the layer's ``shape``, at all positions.
+
+    Detached, and not copied: tensors of the graph itself.
+
+    Attributes
+    ----------
+    of_graph : bool
+        Whether the inputs were computed within the graph; if not, they are somebody's, who may overwrite
+        them when the backward pass is over.
+    """
+
+    of_graph: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Inputs of the layer, and the gradient of its outputs."""
 
     @property
     def device(self) -> torch.device:
-        """Where the factors are."""
+        """Where the operands are."""
 
     @property
     def n_tokens(self) -> int:
         """Terms in each entry of G."""
 
-    def clone(self: Self) -> Self:
-        """A copy that may be kept; the factors themselves are lent for the time of a call."""
+    def with_input(self: Self, x: Tensor) -> Self:
+        """The same with another tensor of the same inputs."""
 
     def to(self: Self, dtype: torch.dtype) -> Self:
-        """The factors in another dtype, in which G is then formed."""
+        """The operands in another dtype, in which G is then formed."""
 
     def is_finite(self) -> bool:
-        """Whether no factor holds a NaN or an infinity."""
+        """Whether no operand holds a NaN or an infinity."""
 
     def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
-        """``out <- beta * out + G[start : start + len(out)]``; `out` (n, columns) has the factors' dtype."""
+        """``out <- beta * out + G[start : start + len(out)]``; `out` (n, columns) has the operands' dtype."""
 
     def sampled(self, positions: Array) -> Array:
-        """G at some positions, ascending, (n,); float32 or float64 factors on the CPU."""
+        """G at some positions, ascending, (n,); float32 or float64 operands on the CPU."""
 
     def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:
         """``(sum_t |dY|, sum_t |X|)``, (rows,) and (columns,); with signs (n_tokens,), sums of ``sign_t dY``.
@@ -52,21 +67,28 @@ class GradientFactors(Protocol):
         """
 
 
-class LinearFactors:
+class LinearOperands:
     """Of a linear layer, ``G = dY^T X``.
 
     Parameters
     ----------
     x : (tokens, in_features)
     dy : (tokens, out_features)
+    of_graph : bool
+        See `GradientOperands`.
     """
 
-    def __init__(self, x: Tensor, dy: Tensor) -> None:
-        self.x, self.dy = x, dy
+    def __init__(self, x: Tensor, dy: Tensor, of_graph: bool = False) -> None:
+        self.x, self.dy, self.of_graph = x, dy, of_graph
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """x and dy."""
+        return self.x, self.dy
 
     @property
     def device(self) -> torch.device:
-        """Where the factors are."""
+        """Where the operands are."""
         return self.x.device
 
     @property
@@ -74,16 +96,16 @@ class LinearFactors:
         """Terms in each entry of G."""
         return self.x.shape[0]
 
-    def clone(self) -> LinearFactors:
-        """A copy that may be kept."""
-        return LinearFactors(self.x.clone(), self.dy.clone())
+    def with_input(self, x: Tensor) -> LinearOperands:
+        """The same with another tensor of the same inputs."""
+        return LinearOperands(x, self.dy, True)
 
-    def to(self, dtype: torch.dtype) -> LinearFactors:
-        """The factors in another dtype."""
-        return LinearFactors(self.x.to(dtype), self.dy.to(dtype))
+    def to(self, dtype: torch.dtype) -> LinearOperands:
+        """The operands in another dtype."""
+        return LinearOperands(self.x.to(dtype), self.dy.to(dtype), self.of_graph)
 
     def is_finite(self) -> bool:
-        """Whether no factor holds a NaN or an infinity."""
+        """Whether no operand holds a NaN or an infinity."""
         return bool(self.x.isfinite().all() and self.dy.isfinite().all())
 
     def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
@@ -99,6 +121,12 @@ class LinearFactors:
     def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:
         """Sums over tokens of the magnitudes of dY and X, or of their entries times the `signs`."""
         return token_totals(self.dy, signs), token_totals(self.x, signs)
+
+
+def is_of_graph(x: Tensor) -> bool:
+    """Whether a tensor that autograd saved, or what it is a view of, was computed within the graph."""
+    base = x._base
+    return (x if base is None else base).grad_fn is not None
 
 
 def token_totals(tokens: Tensor, signs: Totals | None) -> Totals:

@@ -1,71 +1,107 @@
-"""Matrices as blocks, and patterns that consist of whole ones."""
+"""Dense blocks in compressed rows of the grid that covers W."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparselab.kernels.layouts.block_csr import grid_of
-from sparselab.nn.storage.patterns import read_pattern
-
-Shape = tuple[int, int]
-
-
-def cut(dense: Tensor, block_shape: Shape) -> Tensor:
-    """All blocks of a matrix, (blocks, *block_shape), row by row; what lies outside the matrix is 0."""
-    grid = grid_of((dense.shape[0], dense.shape[1]), block_shape)
-    (rows, columns), (height, width) = grid, block_shape
-    whole = dense.new_zeros((rows * height, columns * width))
-    whole[: dense.shape[0], : dense.shape[1]] = dense
-    return whole.view(-1, height, columns, width).transpose(1, 2).reshape(-1, height, width)
+from sparselab.kernels.layouts.block_csr import BlockTopology
+from sparselab.nn.ops.cutting import join
+from sparselab.nn.storage.checks import check_rows
+from sparselab.nn.storage.compressed import Compressed
+from sparselab.nn.storage.entries import move_blocks
 
 
-def join(blocks: Tensor, shape: Shape) -> Tensor:
-    """The matrix of that shape whose blocks these are: the inverse of `cut`."""
-    height, width = blocks.shape[1:]
-    rows, columns = grid_of(shape, (height, width))
-    whole = blocks.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, -1)
-    return whole[: shape[0], : shape[1]]
+class Blocks(Compressed):
+    """As `Compressed`, where a connection is a block of weights.
 
-
-def read_blocks(pattern: Any, shape: Shape, block_shape: Shape) -> tuple[Tensor, Tensor | None]:
-    """Positions of the blocks of a pattern in the grid, and their weights if the pattern has some.
-
-    Parameters
-    ----------
-    pattern : see `read_pattern`
-        Of the shape of the matrix, in whole blocks, or boolean, of the shape of the grid.
-    shape, block_shape : (int, int)
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `read_pattern`; and if the pattern has another shape, or part of a block is missing.
+    Blocks that reach beyond W are stored whole; what lies outside is 0.
     """
-    grid = grid_of(shape, block_shape)
-    given, positions, weights = read_pattern(pattern)
-    if given == grid and weights is None:
-        return positions, None
-    if given != shape:
-        raise ValueError(
-            f"pattern must have the shape of the layer, {shape}, or if it is boolean that of its grid, "
-            f"{grid}; got {given}"
-        )
-    (row, i), (column, j) = (
-        (at // size, at % size)
-        for at, size in zip((positions // shape[1], positions % shape[1]), block_shape, strict=True)
-    )
-    kept, slot, counts = torch.unique(row * grid[1] + column, return_inverse=True, return_counts=True)
+
+    layout: ClassVar[str] = "bsr"
+
+    def n_weights(self, layer: Any) -> int:
+        """Live weights: those of the blocks that lie within W."""
+        if layer.weight_values.is_meta:
+            return min(layer.weight_values.numel(), math.prod(self.shape))
+        return int(self.input_pointers(layer)[-1])
+
+    def take(self, layer: Any, entries: Tensor) -> Tensor:
+        """The entries themselves."""
+        return entries
+
+    @torch.no_grad()
+    def put(self, layer: Any, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
+        """Set the entries of some slots; what lies outside W becomes 0."""
+        entries[slots] = numbers.to(entries.dtype)
+        self._clear_outside(layer, entries)
+
+    def move(self, layer: Any, entries: Tensor, source: Tensor) -> Tensor:
+        """What lives per block, after a rewrite."""
+        return move_blocks(entries, source)
+
+    @torch.no_grad()
+    def draw_weights(self, layer: Any) -> None:
+        """Fresh weights, by the inputs that each output really has; 0 outside W."""
+        values = layer.weight_values
+        bound = self._fan_in(layer).clamp(min=1).to(values.dtype).rsqrt()
+        per_block = torch.repeat_interleave(bound, torch.diff(layer.indptr))
+        values.uniform_(-1, 1).mul_(per_block[:, None, None])
+        self._clear_outside(layer, values)
+
+    def _clear_outside(self, layer: Any, entries: Tensor) -> None:
+        slots, outside = self.outside(layer)
+        entries[slots] = entries[slots].masked_fill(outside, 0)
+
+    def blocks(self, layer: Any) -> BlockTopology:
+        """The topology as `sparselab.kernels` has it; nothing is copied."""
+        return BlockTopology(self.shape, self.block_shape, self.matrix(layer))
+
+    def outside(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """Blocks that reach beyond W, int64 (n,), and where, bool (n, block_out, block_in)."""
+        slots, outside = (torch.from_numpy(part) for part in self.blocks(layer).outside())
+        place = layer.indices.device
+        return slots.to(place), outside.to(place)
+
+    def _fan_in(self, layer: Any) -> Tensor:
+        """int64 (grid[0],): inputs of each output of a block row."""
+        width = self.block_shape[1]
+        columns = (self.shape[1] - layer.indices.long() * width).clamp(max=width)
+        ends = torch.cat((columns.new_zeros(1), columns.cumsum(0)))[layer.indptr]
+        return torch.diff(ends)
+
+    def input_pointers(self, layer: Any) -> Tensor:
+        """Row pointers (out_features + 1,) whose differences are the inputs that each output has."""
+        fan_in = self._fan_in(layer).repeat_interleave(self.block_shape[0])[: self.shape[0]]
+        return torch.cat((fan_in.new_zeros(1), fan_in.cumsum(0)))
+
+    def spread(self, layer: Any, values: Tensor) -> Tensor:
+        """Values as a dense matrix of the shape of W."""
+        blocks = values.new_zeros((math.prod(self.grid), *self.block_shape))
+        blocks[self.positions(layer)] = values
+        return join(blocks, self.shape)
+
+    def check_state(self, state: dict[str, Any], columns: torch.dtype) -> Tensor | None:
+        """`indices` of a saved state; None if it has nothing of W; TypeError or ValueError if not valid."""
+        indices = check_rows(state, self.grid, self.block_shape, columns)
+        if indices is None:
+            return None
+        row = torch.repeat_interleave(torch.arange(self.grid[0]), torch.diff(state["indptr"].cpu()))
+        inside = _inside(self.shape, self.block_shape, row, indices.cpu().long())
+        if bool((state["weight_values"].detach().cpu()[~inside] != 0).any()):
+            raise ValueError("weight_values must be 0 where blocks reach beyond W, got other numbers there")
+        return indices
+
+
+def _inside(
+    shape: tuple[int, int], block_shape: tuple[int, int], row: Tensor, column: Tensor
+) -> Tensor:
+    """bool (blocks, *block_shape): what of each block lies within a matrix of that shape."""
     rows, columns = (
-        (n - at * size).clamp(max=size)
-        for at, n, size in zip((kept // grid[1], kept % grid[1]), shape, block_shape, strict=True)
+        at[:, None] * size + torch.arange(size) < n
+        for at, size, n in zip((row, column), block_shape, shape, strict=True)
     )
-    if bool((counts != rows * columns).any()):
-        raise ValueError(f"pattern must consist of whole blocks of shape {block_shape}")
-    if weights is None:
-        return kept, None
-    values = weights.new_zeros((len(kept), *block_shape))
-    values[slot, i, j] = weights
-    return kept, values
+    return rows[:, :, None] & columns[:, None, :]

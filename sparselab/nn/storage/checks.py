@@ -8,21 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab.kernels import BlockCSR
-from sparselab.kernels.layouts.block_csr import grid_of
+from sparselab.kernels.arrays import check_fraction
 from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.ops.products import has_products
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+
+
+def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
+    """x (..., in_features), brought to the dtype of the values under autocast; errors as of `SparseLinear`."""
+    shape = x.shape
+    if shape and shape[-1] == in_features and x.dtype is values.dtype and x.dtype in _DTYPES:
+        device = x.device
+        if device == values.device and device.type == "cpu":
+            return x
+    check_width(x, in_features)
+    return check_input(x, values)
 
 
 def check_input(x: Tensor, values: Tensor) -> Tensor:
     """x, brought to the dtype of the values under autocast; errors as documented at `SparseLinear`."""
-    if x.dtype is values.dtype and x.dtype in _DTYPES and x.is_cpu and values.is_cpu:
-        return x
     for name, tensor in (("input", x), ("layer", values)):
-        if tensor.device.type not in ("cpu", "meta"):
+        if not has_products(tensor.device.type):
             raise NotImplementedError(
-                f"sparse layers have kernels for the CPU; the {name} must be there, got {tensor.device}"
+                f"sparse layers have products for the CPU; the {name} must be there, got {tensor.device}"
             )
     if x.device != values.device:
         raise RuntimeError(f"input must be on the layer's device, {values.device}, got {x.device}")
@@ -51,17 +60,21 @@ def check_images(x: Tensor, in_channels: int) -> None:
         )
 
 
-def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: torch.dtype) -> Tensor | None:
-    """The loaded columns in `index_dtype`; None if the state holds nothing of the topology.
+def check_rows(
+    state: dict[str, Any], grid: tuple[int, int], block_shape: tuple[int, int], columns: torch.dtype
+) -> Tensor | None:
+    """The loaded columns, in the dtype that the layer has them in; None if nothing of W is there.
 
     Parameters
     ----------
     state : dict
-        What was loaded under the names values, indptr and indices, or None.
-    shape : (int, int)
-        ``(out_features, in_features)`` of the layer that loads.
-    index_dtype : torch.dtype
-        Dtype of the layer's columns.
+        What was loaded under the names weight_values, indptr and indices, or None.
+    grid : (int, int)
+        Rows and columns of the positions of the layer that loads.
+    block_shape : (int, int)
+        Of its connections.
+    columns : torch.dtype
+        Of its columns.
 
     Raises
     ------
@@ -70,78 +83,59 @@ def check_topology(state: dict[str, Any], shape: tuple[int, int], index_dtype: t
     """
     if not _is_complete(state):
         return None
-    values, indptr, indices = (state[name].detach().cpu() for name in ("values", "indptr", "indices"))
-    if not values.is_floating_point() or values.ndim != 1:
-        raise TypeError(f"values must be a 1-D floating point tensor, got {_kind(values)}")
-    if indptr.dtype != torch.int64 or indptr.shape != (shape[0] + 1,):
-        raise ValueError(f"indptr must be int64 of shape ({shape[0] + 1},), got {_kind(indptr)}")
-    if indices.dtype not in (torch.uint16, torch.int32, torch.int64):
-        raise TypeError(f"indices must be uint16, int32 or int64, got {_kind(indices)}")
+    values, indptr, indices = (
+        state[name].detach().cpu() for name in ("weight_values", "indptr", "indices")
+    )
+    if indptr.dtype != torch.int64 or indptr.shape != (grid[0] + 1,):
+        raise ValueError(f"indptr must be int64 of shape ({grid[0] + 1},), got {_kind(indptr)}")
+    if indices.dtype not in (torch.uint16, torch.int32, torch.int64) or indices.ndim != 1:
+        raise TypeError(f"indices must be uint16, int32 or int64 of one dimension, got {_kind(indices)}")
+    expected = len(indices), *block_shape
+    if not values.is_floating_point() or values.shape != expected:
+        raise TypeError(f"weight_values must be floating point of shape {expected}, got {_kind(values)}")
     begin = indptr.numpy()
     if begin[0] != 0:
         raise ValueError(f"indptr must start at 0, got {begin[0]}")
-    if values.shape != indices.shape:
-        raise ValueError(f"values must have shape {tuple(indices.shape)}, as indices, got {_kind(values)}")
-    RowTopology(shape, begin, np.diff(begin), indices.numpy())
-    columns: Tensor = indices.to(index_dtype)
-    return columns
+    RowTopology(grid, begin, np.diff(begin), indices.numpy())
+    narrow: Tensor = indices.to(columns)
+    return narrow
 
 
-def check_fan_in(state: dict[str, Any], shape: tuple[int, int], index_dtype: torch.dtype) -> Tensor | None:
-    """As `check_topology`, for rows of equal length.
+def check_fan_in(
+    state: dict[str, Any], shape: tuple[int, int], columns: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """As `check_rows`, for rows of equal length, some of which may be empty: the row pointers, too.
 
     Parameters
     ----------
     state : dict
-        What was loaded under the names values, indices and rows, or None. Rows may be missing: then every
-        output has connections.
-    shape, index_dtype
-        As of `check_topology`.
+        What was loaded under the names weight_values, indices and rows, or None. Rows, the outputs that have
+        connections, may be missing: then every output has as many.
+    shape : (int, int)
+    columns : torch.dtype
     """
     given = {name: tensor for name, tensor in state.items() if name != "rows" or tensor is not None}
     if not _is_complete(given):
         return None
-    values, indices, rows = (state[name] for name in ("values", "indices", "rows"))
-    if values.ndim != 2 or (values.numel() == 0 and values.shape != (0, 0)):
-        raise ValueError(f"values must have shape (rows left, fan_in), got {_kind(values)}")
-    if indices.shape != values.shape:
-        raise ValueError(f"indices must have shape {tuple(values.shape)}, as values, got {_kind(indices)}")
-    left = torch.arange(shape[0]) if rows is None else rows
-    if left.dtype != torch.int64 or left.shape != (len(values),):
-        raise ValueError(f"rows must be int64 of shape ({len(values)},), got {_kind(left)}")
+    indices, rows = state["indices"], state["rows"]
+    if indices.ndim != 1:
+        raise ValueError(f"indices must have one dimension, got {_kind(indices)}")
+    left = torch.arange(shape[0]) if rows is None else rows.cpu()
+    if left.dtype != torch.int64 or left.ndim != 1:
+        raise ValueError(f"rows must be int64 of one dimension, got {_kind(left)}")
     if len(left) and not (left[0] >= 0 and left[-1] < shape[0] and bool((left[1:] > left[:-1]).all())):
         raise ValueError(f"rows must be strictly ascending outputs of 0..{shape[0] - 1}")
-    indptr = fan_in_pointers(rows, shape[0], values.shape[1])
-    flat = {"values": values.reshape(-1), "indptr": indptr, "indices": indices.reshape(-1)}
-    columns = check_topology(flat, shape, index_dtype)
-    return None if columns is None else columns.view(values.shape)
-
-
-def fan_in_pointers(rows: Tensor | None, out_features: int, fan_in: int) -> Tensor:
-    """int64 (out_features + 1,) row pointers where some outputs (None: all) have `fan_in` connections."""
-    row_nnz = torch.zeros(out_features + 1, dtype=torch.int64)
-    row_nnz[slice(1, None) if rows is None else rows.cpu() + 1] = fan_in
-    return row_nnz.cumsum(0)
-
-
-def check_blocks(
-    state: dict[str, Any], shape: tuple[int, int], block_shape: tuple[int, int], index_dtype: torch.dtype
-) -> Tensor | None:
-    """As `check_topology`, for a layer of dense blocks of that shape."""
-    if not _is_complete(state):
-        return None
-    values, indptr, indices = (state[name].detach().cpu() for name in ("values", "indptr", "indices"))
-    if not values.is_floating_point() or values.ndim != 3:
-        raise TypeError(f"values must be a 3-D floating point tensor, got {_kind(values)}")
-    rows, _ = grid_of(shape, block_shape)
-    if indptr.dtype != torch.int64 or indptr.shape != (rows + 1,):
-        raise ValueError(f"indptr must be int64 of shape ({rows + 1},), got {_kind(indptr)}")
-    if indices.dtype not in (torch.uint16, torch.int32, torch.int64):
-        raise TypeError(f"indices must be uint16, int32 or int64, got {_kind(indices)}")
-    known = values if values.dtype in (torch.float32, torch.float64) else values.float()
-    BlockCSR(shape, block_shape, indptr.numpy(), indices.numpy(), known.numpy())
-    narrow: Tensor = indices.to(index_dtype)
-    return narrow
+    fan_in, rest = divmod(len(indices), max(len(left), 1))
+    if rest or (len(indices) and not len(left)):
+        raise ValueError(
+            f"indices must have equally many columns for each of {len(left)} rows, got {len(indices)}"
+        )
+    row_nnz = torch.zeros(shape[0] + 1, dtype=torch.int64)
+    row_nnz[left + 1] = fan_in
+    indptr = row_nnz.cumsum(0)
+    parts = {"weight_values": state["weight_values"], "indptr": indptr, "indices": indices}
+    narrow = check_rows(parts, shape, (1, 1), columns)
+    return None if narrow is None else (narrow, indptr)
 
 
 def _is_complete(state: dict[str, Any]) -> bool:
@@ -176,3 +170,47 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise TypeError if a layer cannot have this dtype."""
     if dtype not in _DTYPES:
         raise TypeError(f"{name} must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}")
+
+
+def check_bias(bias: object, example: str) -> bool:
+    """Whether there are biases; TypeError, with the right call for what may have been meant, if it is no bool.
+
+    Parameters
+    ----------
+    bias : object
+    example : str
+        A call up to `bias`, without its closing parenthesis.
+    """
+    if isinstance(bias, (bool, np.bool_)):
+        return bool(bias)
+    meant = f"; for a sparsity write {example}, sparsity={bias!r})" if isinstance(bias, (int, float)) else ""
+    raise TypeError(f"bias must be True or False, got {bias!r}{meant}")
+
+
+def read_sparsity(sparsity: float | None, density: float | None, fan_in: int | None = None) -> float:
+    """The sparsity, from either way to say it; 0.9 if neither is given, or something else says it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If more than one is given, or one is not a finite number in [0, 1].
+    """
+    amounts = {"sparsity": sparsity, "density": density, "fan_in": fan_in}
+    said = {name: amount for name, amount in amounts.items() if amount is not None}
+    if len(said) > 1:
+        names, numbers = " or ".join(said), " and ".join(str(amount) for amount in said.values())
+        raise ValueError(f"only one of {names} must be given, got {numbers}")
+    if density is not None:
+        check_fraction("density", density)
+        return 1 - float(density)
+    if sparsity is None:
+        return 0.9
+    check_fraction("sparsity", sparsity)
+    return float(sparsity)
+
+
+def read_fan_in(columns: int, fan_in: int) -> int:
+    """The connections of each output; TypeError or ValueError unless there are so many inputs."""
+    if check_size("fan_in", fan_in) > columns:
+        raise ValueError(f"fan_in must be at most {columns}, the inputs of an output, got {fan_in}")
+    return int(fan_in)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparselab.kernels.layouts.block_csr import grid_of
+
 #: What `read_pattern` takes, in the words of its errors.
 _KNOWN = "a SciPy sparse matrix, a boolean NumPy array or tensor, or a torch.sparse_csr tensor"
 
@@ -119,3 +121,44 @@ def _read_rows(shape: tuple[int, int], indptr: Tensor, indices: Tensor, entries:
         if weights is not None:
             weights = weights.new_zeros(len(positions)).index_add_(0, slot, weights)
     return Pattern(shape, positions, weights)
+
+
+def read_blocks(pattern: Any, shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Positions of the blocks of a pattern in the grid, and their weights if the pattern has some.
+
+    Parameters
+    ----------
+    pattern : see `read_pattern`
+        Of the shape of the matrix, in whole blocks, or boolean, of the shape of the grid.
+    shape, block_shape : (int, int)
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `read_pattern`; and if the pattern has another shape, or part of a block is missing.
+    """
+    grid = grid_of(shape, block_shape)
+    given, positions, weights = read_pattern(pattern)
+    if given == grid and weights is None:
+        return positions, None
+    if given != shape:
+        raise ValueError(
+            f"pattern must have the shape of the layer, {shape}, or if it is boolean that of its grid, "
+            f"{grid}; got {given}"
+        )
+    (row, i), (column, j) = (
+        (at // size, at % size)
+        for at, size in zip((positions // shape[1], positions % shape[1]), block_shape, strict=True)
+    )
+    kept, slot, counts = torch.unique(row * grid[1] + column, return_inverse=True, return_counts=True)
+    rows, columns = (
+        (n - at * size).clamp(max=size)
+        for at, n, size in zip((kept // grid[1], kept % grid[1]), shape, block_shape, strict=True)
+    )
+    if bool((counts != rows * columns).any()):
+        raise ValueError(f"pattern must consist of whole blocks of shape {block_shape}")
+    if weights is None:
+        return kept, None
+    values = weights.new_zeros((len(kept), *block_shape))
+    values[slot, i, j] = weights
+    return kept, values

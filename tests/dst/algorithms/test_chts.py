@@ -56,7 +56,7 @@ def test_scores_as_products_of_the_released_program():
 def as_layer(live):
     layer = FakeSparse(live.shape[1], live.shape[0], 0.5)
     layer.live = torch.from_numpy(np.flatnonzero(live))
-    layer.values.data = torch.ones(layer.live.numel())
+    layer.weight_values.data = torch.ones(layer.live.numel())
     return layer
 
 
@@ -138,7 +138,7 @@ def test_a_hot_removal_is_certain():
     # At a high enough temperature the soft rule is that of the smallest weights.
     layer = FakeSparse(30, 20, 0.8)
     layer.apply(algorithm := CHTs(temperature=1e6, update=1))
-    weights = layer.values.detach().abs()
+    weights = layer.weight_values.detach().abs()
     weakest = set(layer.live[weights.argsort()[:36]].tolist())
     kept = set(layer.live.tolist()) - weakest
     algorithm.step()
@@ -148,7 +148,7 @@ def test_a_hot_removal_is_certain():
 def test_a_schedule_prunes_the_least_important_first():
     layer = FakeSparse(30, 20, 0.5)
     layer.apply(algorithm := CHTs(Linear(0.5, 0.7, 1), 0.0, 1, prune=Magnitude()))
-    weights = layer.values.detach().abs()
+    weights = layer.weight_values.detach().abs()
     strongest = sorted(layer.live[weights.argsort()[-180:]].tolist())
     algorithm.step()
     assert layer.live.tolist() == strongest
@@ -157,7 +157,7 @@ def test_a_schedule_prunes_the_least_important_first():
 def test_pruning_comes_before_the_soft_removal():
     layer = FakeSparse(30, 20, 0.5)
     layer.apply(algorithm := CHTs(Linear(0.5, 0.7, 1), 0.5, 1, temperature=0.0, prune=Magnitude()))
-    weights = layer.values.detach().abs()
+    weights = layer.weight_values.detach().abs()
     strongest = set(layer.live[weights.argsort()[-180:]].tolist())
     (drop,) = algorithm._drop([LayerView(0, 1, 0, layer)], 1)
     kept = np.delete(layer.live.numpy(), drop).tolist()

@@ -161,7 +161,7 @@ def test_where_little_is_empty_those_furthest_beyond_zero_go(scope):
     set_weights(layer, np.arange(1.0, 98.0))
     start(layer, algorithm := DeepR(temperature=0.0, l1=0.0, scope=scope))
     last = layer.positions()[-3:].tolist()
-    set_weights(layer, -layer.values)
+    set_weights(layer, -layer.weight_values)
     algorithm.step()
     assert algorithm.last_update == (UpdateReport(3, 3, 0, 97),)
     assert not set(last) & set(layer.positions().tolist())
@@ -170,10 +170,10 @@ def test_where_little_is_empty_those_furthest_beyond_zero_go(scope):
 def test_nan_ends_a_connection():
     layer = FakeSparse(10, 10, 0.5)
     start(layer, algorithm := DeepR(temperature=0.0))
-    set_weights(layer, [torch.nan, *layer.values.tolist()[1:]])
+    set_weights(layer, [torch.nan, *layer.weight_values.tolist()[1:]])
     algorithm.step()
     assert algorithm.last_update[0].dropped == 1
-    assert bool(layer.values.isfinite().all())
+    assert bool(layer.weight_values.isfinite().all())
 
 
 def test_the_walk_goes_on_between_updates():
@@ -183,9 +183,9 @@ def test_the_walk_goes_on_between_updates():
     born = layer.positions().clone()
     algorithm.step()
     assert algorithm.steps_done == 2
-    assert torch.equal(layer.values.detach().abs(), torch.full((50,), 0.75))
+    assert torch.equal(layer.weight_values.detach().abs(), torch.full((50,), 0.75))
     assert torch.equal(layer.positions(), born)
-    set_weights(layer, -layer.values)
+    set_weights(layer, -layer.weight_values)
     algorithm.step()
     assert algorithm.last_update[0].dropped == 50
 
@@ -193,7 +193,7 @@ def test_the_walk_goes_on_between_updates():
 def test_frozen_layers_do_not_walk():
     layer = FakeSparse(10, 10, 0.5)
     start(layer, algorithm := DeepR(temperature=1.0))
-    layer.values.requires_grad_(False)
+    layer.weight_values.requires_grad_(False)
     before = weights(layer)
     algorithm.step()
     assert algorithm.last_update == (UpdateReport(nnz=50, skipped="frozen"),)
@@ -219,7 +219,7 @@ def test_views_tell_of_the_optimizer_that_stepped_last():
     layer.apply(algorithm := DeepR())
     first, second = (torch.optim.SGD(layer.parameters(), lr=lr) for lr in (0.1, 0.2))
     for optimizer, expected in ((first, 0.1), (second, 0.2), (first, 0.1)):
-        layer.values.grad = torch.ones(8)
+        layer.weight_values.grad = torch.ones(8)
         optimizer.step()
         assert algorithm._views(1)[0].group["lr"] == expected
     assert LayerView(0, 1, 0, layer).group == {}

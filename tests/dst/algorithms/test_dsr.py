@@ -31,7 +31,7 @@ def network(kind, counts=COUNTS):
 
 def fill(layer, number):
     with torch.no_grad():
-        layer.values.fill_(number)
+        layer.weight_values.fill_(number)
 
 
 def slow_shares(total, weights, caps):
@@ -56,7 +56,7 @@ def test_one_update_against_a_slow_one(kind):
     grown = slow_shares(n_pruned, [len(layer) for layer in kept], [1000] * 3)
     algorithm.step()
     for i, layer in enumerate(layers):
-        after = dict(zip(layer.positions().tolist(), layer.values.tolist(), strict=True))
+        after = dict(zip(layer.positions().tolist(), layer.weight_values.tolist(), strict=True))
         assert kept[i].items() <= after.items()
         new = after.keys() - kept[i].keys()
         assert len(new) == grown[i]
@@ -75,7 +75,7 @@ def test_the_threshold_doubles_and_halves(n_below, expected, n_prune):
     layer = FakeSparse(40, 20, 0.5)
     fill(layer, 5.0)
     with torch.no_grad():
-        layer.values[:n_below] = -0.5
+        layer.weight_values[:n_below] = -0.5
     layer.apply(algorithm := DSR(update=1, threshold=1.0, n_prune=n_prune))
     algorithm.step()
     assert algorithm.last_update[0].dropped == n_below
@@ -121,7 +121,7 @@ def test_no_more_are_dropped_than_there_are_empty_positions():
     layers = network("fake", (350, 200, 83))
     with torch.no_grad():
         for layer in layers:
-            layer.values.copy_(torch.linspace(1, 2, layer.nnz))
+            layer.weight_values.copy_(torch.linspace(1, 2, layer.nnz))
         layers[1].values[50:60] = 1e-9
         layers[0].values[50:60] = 1e-8
     lost = set(layers[1].positions()[50:60].tolist())

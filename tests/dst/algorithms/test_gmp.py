@@ -14,7 +14,7 @@ from tests.dst.harness import LAYERS, backward, build, by_position, sparse_layer
 def network(*sparsities, size=12, scale=()):
     layers = [FakeSparse(size, size, s, seed=i, dtype=torch.float64) for i, s in enumerate(sparsities)]
     for layer, factor in zip(layers, scale, strict=False):
-        layer.values.data.mul_(factor)
+        layer.weight_values.data.mul_(factor)
     return torch.nn.ModuleList(layers)
 
 
@@ -226,7 +226,7 @@ def test_a_delta_out_of_range_is_named_with_its_step_before_anything_changes():
 def test_ties_keep_exact_counts():
     model = network(0.0, 0.0)
     for layer in model:
-        layer.values.data.fill_(0.5)
+        layer.weight_values.data.fill_(0.5)
     model.apply(algorithm := GMP(Linear(0.0, 0.5, 1), update=1, scope="network"))
     algorithm.step()
     assert np.array_equal(model[0].positions(), np.arange(143))

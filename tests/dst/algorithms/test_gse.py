@@ -14,7 +14,7 @@ from sparselab.dst.parts import dense_gradient as gradient
 from sparselab.dst.parts.grow_sampled import _activity, _draw
 from sparselab.kernels import PaddedCSR
 from sparselab.nn import SparseLinear
-from sparselab.nn.ops.operands import LinearFactors
+from sparselab.nn.ops.operands import LinearOperands
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import LAYERS
 
@@ -100,7 +100,7 @@ def test_grows_the_largest_gradients_of_the_sample(kind, sampler, gamma):
         if step % 2 == 0:
             n_sample = math.ceil(gamma * layer.nnz)
             sample = slow_sample(layer, [(x, dy)], sampler, n_sample, 5, 0, step)
-            expected = slow_update(expected, layer.values.tolist(), sample, dense([(x, dy)]), 0.3)
+            expected = slow_update(expected, layer.weight_values.tolist(), sample, dense([(x, dy)]), 0.3)
             n_grown = min(math.ceil(0.3 * layer.nnz), len(sample))
         algorithm.step()
         assert layer.positions().tolist() == expected
@@ -117,7 +117,7 @@ def test_the_gradient_is_the_sum_over_micro_batches(sampler):
     for x, dy in pairs:
         backward(layer, x, dy)
     sample = slow_sample(layer, pairs, sampler, layer.nnz, 0, 0, 1)
-    born, weights = layer.positions().tolist(), layer.values.tolist()
+    born, weights = layer.positions().tolist(), layer.weight_values.tolist()
     expected = slow_update(born, weights, sample, dense(pairs), 0.3)
     assert expected != slow_update(born, weights, sample, dense(pairs[-1:]), 0.3)
     algorithm.step()
@@ -133,7 +133,7 @@ def test_a_layer_of_half_its_connections_is_ranked_whole(sparsity):
     pair = operands(0)
     backward(layer, *pair)
     free = sorted(set(range(ROWS * COLS)) - set(layer.live.tolist()))
-    expected = slow_update(layer.live.tolist(), layer.values.tolist(), free, dense([pair]), 0.3)
+    expected = slow_update(layer.live.tolist(), layer.weight_values.tolist(), free, dense([pair]), 0.3)
     algorithm.step()
     assert layer.live.tolist() == expected
 
@@ -178,7 +178,7 @@ def test_the_sample_does_not_depend_on_the_threads(n_threads):
         torch.from_numpy(rng.standard_normal((300, COLS))),
         torch.from_numpy(rng.standard_normal((300, ROWS))),
     )
-    rows, columns = _activity([LinearFactors(x, dy)], (ROWS, COLS), "graest", np.random.default_rng(1))
+    rows, columns = _activity([LinearOperands(x, dy)], (ROWS, COLS), "graest", np.random.default_rng(1))
     torch.set_num_threads(before)
     signs = 2.0 * np.random.default_rng(1).integers(0, 2, 300) - 1
     np.testing.assert_allclose(columns, np.abs(signs @ x.numpy()), rtol=1e-10, atol=1e-12)
@@ -207,7 +207,7 @@ def test_without_activity_the_sample_is_uniform():
 def test_sampled_gradient_is_the_dense_one_at_the_sample(dtype):
     pairs = [operands(seed, dtype) for seed in range(2)]
     positions = np.arange(3, ROWS * COLS, 17)
-    found = sum(LinearFactors(*pair).sampled(positions) for pair in pairs)
+    found = sum(LinearOperands(*pair).sampled(positions) for pair in pairs)
     np.testing.assert_allclose(
         found, dense(pairs).reshape(-1)[positions], rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12
     )
@@ -251,7 +251,7 @@ def test_the_network_ranks_samples_together():
         scores = dense([pair]).abs().reshape(-1)
         sample = slow_sample(layer, [pair], "uniform", layer.nnz, 0, index, 1)
         candidates += [(float(scores[p]), index, p) for p in sample]
-        old += [(abs(w), index, p) for w, p in zip(layer.values.tolist(), layer.live.tolist(), strict=True)]
+        old += [(abs(w), index, p) for w, p in zip(layer.weight_values.tolist(), layer.live.tolist(), strict=True)]
     k = math.ceil(0.3 * len(old))
     after = sorted(old)[k:] + sorted(candidates)[-k:]
     algorithm.step()

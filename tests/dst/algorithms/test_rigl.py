@@ -15,7 +15,7 @@ from sparselab.dst.parts import dense_gradient as gradient
 from sparselab.dst.parts.dense_gradient import GradientCollector
 from sparselab.kernels.rewiring.topk import StreamedTopK
 from sparselab.nn import SparseLinear
-from sparselab.nn.ops.operands import LinearFactors
+from sparselab.nn.ops.operands import LinearOperands
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import LAYERS
 
@@ -51,7 +51,7 @@ def slow_update(positions, weights, dense_gradient, k):
 
 def expected_after(layer, pairs, fraction=0.3):
     dense = sum(dy.double().T @ x.double() for x, dy in pairs)
-    weights = layer.values.tolist()
+    weights = layer.weight_values.tolist()
     return slow_update(layer.positions().tolist(), weights, dense, int(fraction * layer.nnz))
 
 
@@ -286,7 +286,7 @@ def test_operands_of_the_only_backward_pass_are_not_copied(monkeypatch):
 def test_lower_precision_operands_are_widened():
     x, dy = operands(0)
     live = torch.arange(0, ROWS * COLS, 11).numpy()
-    low = [LinearFactors(x.bfloat16(), dy.bfloat16())]
+    low = [LinearOperands(x.bfloat16(), dy.bfloat16())]
     wide = [low[0].to(torch.float32)]
     results = [gradient.summarise(p, live, (ROWS, COLS), 20, torch.float32) for p in (low, wide)]
     assert results[0].free_positions.tolist() == results[1].free_positions.tolist()
@@ -307,7 +307,7 @@ def test_a_collector_outlives_its_layer_quietly():
     x, dy = operands(0)
     collector.forward_seen()
     del layer
-    collector.backward_seen(LinearFactors(x, dy))
+    collector.backward_seen(LinearOperands(x, dy))
     assert collector.summary() is None
 
 

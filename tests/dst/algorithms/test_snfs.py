@@ -13,7 +13,7 @@ from sparselab.dst import SET, SNFS, ByMagnitude, ByMomentum, ByRemaining, Linea
 from sparselab.dst.algorithms import snfs
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
-from sparselab.nn.ops.operands import LinearFactors
+from sparselab.nn.ops.operands import LinearOperands
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import assert_topology
 
@@ -56,7 +56,7 @@ def train_step(layers, optimizer, step, scales=(1.0, 1.5, 1.2)):
 
 
 def live_momentum(optimizer, layer):
-    state = {name: entry.numpy() for name, entry in optimizer.state[layer.values].items()}
+    state = {name: entry.numpy() for name, entry in optimizer.state[layer.weight_values].items()}
     if "momentum_buffer" in state:
         return state["momentum_buffer"]
     return state["exp_avg"] / (np.sqrt(state["exp_avg_sq"]) + 1e-8)
@@ -76,7 +76,7 @@ def slow_update(layers, momenta, dense, fraction):
     """Positions of each layer after an update, by sorting everything."""
     kept, n_dropped = [], 0
     for layer in layers:
-        positions, weights = layer.positions().tolist(), layer.values.tolist()
+        positions, weights = layer.positions().tolist(), layer.weight_values.tolist()
         order = sorted(range(len(positions)), key=lambda slot: (-abs(weights[slot]), slot))
         k = math.ceil(fraction * len(positions))
         n_dropped += k
@@ -182,7 +182,7 @@ def test_low_precision_is_averaged_in_float32():
     growth.prepare([layer], None)
     layer.gradient_watcher.dtype = torch.promote_types(torch.bfloat16, torch.float32)
     x, dy = (t.bfloat16() for t in operands(layer, 0))
-    layer.gradient_watcher.backward_seen(LinearFactors(x, dy))
+    layer.gradient_watcher.backward_seen(LinearOperands(x, dy))
     assert torch.allclose(growth.memory()["0"], dy.float().T @ x.float())
 
 
@@ -209,7 +209,7 @@ def test_averages_are_resumed_and_must_fit():
 
 def set_momentum(layers, optimizer, numbers):
     for layer, number in zip(layers, numbers, strict=True):
-        optimizer.state[layer.values]["momentum_buffer"] = torch.full_like(layer.values, number)
+        optimizer.state[layer.weight_values]["momentum_buffer"] = torch.full_like(layer.weight_values, number)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_the_rules_serve_any_algorithm(algorithm_type, rule):
     n_dropped = sum(int(0.3 * layer.nnz) for layer in layers)
     weight = {
         ByMomentum: lambda layer: np.abs(live_momentum(optimizer, layer)).mean(),
-        ByMagnitude: lambda layer: layer.values.detach().abs().mean().item(),
+        ByMagnitude: lambda layer: layer.weight_values.detach().abs().mean().item(),
         ByRemaining: lambda layer: layer.nnz - int(0.3 * layer.nnz),
     }[rule]
     expected = shares(n_dropped, [weight(layer) for layer in layers])

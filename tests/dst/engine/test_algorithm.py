@@ -96,7 +96,7 @@ def test_reports_count_what_happened():
     algorithm = SET(drop_fraction=0.3, update=1)
     layer.apply(algorithm)
     before = set(layer.positions().tolist())
-    smallest = layer.positions()[layer.values.abs().argsort()[:15]].tolist()
+    smallest = layer.positions()[layer.weight_values.abs().argsort()[:15]].tolist()
     algorithm.step()
     after = set(layer.positions().tolist())
     (report,) = algorithm.last_update
@@ -109,7 +109,7 @@ def test_reports_count_what_happened():
 def test_ties_drop_the_higher_positions():
     layer = FakeSparse(10, 10, 0.9)
     with torch.no_grad():
-        layer.values.zero_()
+        layer.weight_values.zero_()
     kept = layer.positions()[:7].tolist()
     algorithm = SET(drop_fraction=0.3, update=1)
     layer.apply(algorithm)
@@ -121,7 +121,7 @@ def test_ties_drop_the_higher_positions():
 def test_nan_weights_do_not_break_the_count():
     layer = FakeSparse(10, 10, 0.9)
     with torch.no_grad():
-        layer.values[[1, 4]] = torch.nan
+        layer.weight_values[[1, 4]] = torch.nan
     algorithm = SET(drop_fraction=0.2, update=1)
     layer.apply(algorithm)
     rotten = set(layer.positions()[[1, 4]].tolist())
@@ -173,11 +173,11 @@ def test_a_tracked_optimizer_follows_without_having_stepped():
     layer = FakeSparse(10, 10, 0.5)
     algorithm = SET(update=1)
     layer.apply(algorithm)
-    optimizer = torch.optim.SGD([layer.values], lr=0.1, momentum=0.9)
-    optimizer.state[layer.values]["momentum_buffer"] = torch.ones(50)
+    optimizer = torch.optim.SGD([layer.weight_values], lr=0.1, momentum=0.9)
+    optimizer.state[layer.weight_values]["momentum_buffer"] = torch.ones(50)
     algorithm.track(optimizer)
     algorithm.step()
-    fresh = 50 - optimizer.state[layer.values]["momentum_buffer"].sum()
+    fresh = 50 - optimizer.state[layer.weight_values]["momentum_buffer"].sum()
     (report,) = algorithm.last_update
     assert fresh == report.grown - report.regrown > 0
 

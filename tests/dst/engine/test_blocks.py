@@ -11,8 +11,9 @@ from sparselab.dst import GMP, SET, MagnitudeAndGradient, RelativeImportance, Ri
 from sparselab.dst.parts.dense_gradient import block_norms, summarise
 from sparselab.dst.parts.grown import FanInUniform, Normal
 from sparselab.nn import BlockSparseLinear
-from sparselab.nn.ops.operands import LinearFactors
-from sparselab.nn.storage.contract import as_matrix, slot_scores
+from sparselab.nn.ops.operands import LinearOperands
+from sparselab.nn.layers.base import as_matrix
+from sparselab.nn.storage.entries import slot_scores
 from tests.dst.contract_rows import COMMON, ROWS
 
 SHAPE, BLOCK = (10, 18), (3, 4)
@@ -50,7 +51,7 @@ def test_the_summary_of_a_gradient_ranks_blocks(monkeypatch):
     monkeypatch.setattr("sparselab.dst.parts.dense_gradient._BLOCK_BYTES", 500)  # one row of blocks at a time
     layer = layer_of(sparsity=0.7)
     x, dy = (torch.randn(30, n, dtype=torch.float64) for n in SHAPE[::-1])
-    found = summarise([LinearFactors(x, dy)], as_matrix(layer), SHAPE, 4, torch.float64, BLOCK)
+    found = summarise([LinearOperands(x, dy)], as_matrix(layer), SHAPE, 4, torch.float64, BLOCK)
     norms = slow_norms((dy.T @ x).numpy()).reshape(-1)
     live = layer.positions().numpy()
     np.testing.assert_allclose(found.live_scores, norms[live], rtol=1e-12)
@@ -127,10 +128,10 @@ def test_grown_blocks_start_as_asked_and_are_0_outside(value):
     grown = torch.tensor([p not in before for p in layer.positions().tolist()])
     assert grown.any()
     outside = layer.cut(torch.ones(SHAPE))[layer.positions()] == 0
-    for entries in (layer.values.detach(), optimizer.state[layer.values]["momentum_buffer"]):
+    for entries in (layer.weight_values.detach(), optimizer.state[layer.weight_values]["momentum_buffer"]):
         assert (entries[outside] == 0).all()
         assert (entries[grown][~outside[grown]] != 0).all()
-    weights = layer.values.detach()[grown][~outside[grown]]
+    weights = layer.weight_values.detach()[grown][~outside[grown]]
     if value == 0.5:
         assert (weights == 0.5).all()
     else:
@@ -144,7 +145,7 @@ def test_scores_of_weights_and_gradients_are_norms():
     nn.Sequential(layer).apply(algorithm)
     layer(torch.randn(5, SHAPE[1], dtype=torch.float64)).square().sum().backward()
     (view,) = algorithm._views(1)
-    norms = [part.flatten(1).norm(dim=1).numpy() for part in (layer.values.detach(), layer.values.grad)]
+    norms = [part.flatten(1).norm(dim=1).numpy() for part in (layer.weight_values.detach(), layer.weight_values.grad)]
     np.testing.assert_allclose(algorithm.drop(view), norms[0] + 2 * norms[1], rtol=1e-12)
 
 

@@ -45,8 +45,8 @@ def test_assert_same_state_sees_one_entry(where):
 def test_the_fake_layer_has_the_gradient_of_a_dense_one():
     layer = FakeSparse(5, 4, 0.5, dtype=torch.float64)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, values: _call(layer, x, values), (x, layer.values))
+    assert torch.autograd.gradcheck(lambda x, values: _call(layer, x, values), (x, layer.weight_values))
 
 
 def _call(layer, x, values):
-    return torch.func.functional_call(layer, {"values": values}, (x,))
+    return torch.func.functional_call(layer, {"weight_values": values}, (x,))

@@ -49,7 +49,7 @@ def rewire(layer, optimizers):
 @pytest.mark.parametrize("name", EVERY_ELEMENTWISE_OPTIMIZER)
 def test_state_moves_for_every_elementwise_optimizer(layer, name):
     settings = EVERY_ELEMENTWISE_OPTIMIZER[name]
-    optimizer = getattr(torch.optim, name.split()[0])([layer.values], **settings)
+    optimizer = getattr(torch.optim, name.split()[0])([layer.weight_values], **settings)
     for _ in range(3):
         step(layer, optimizer)
     before = by_position(layer, optimizer)
@@ -64,12 +64,12 @@ def test_state_moves_for_every_elementwise_optimizer(layer, name):
 
 
 def _scalars(optimizer, layer):
-    state = optimizer.state[layer.values]
+    state = optimizer.state[layer.weight_values]
     return {k: float(v) for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() == 0}
 
 
 def test_adam_has_moments_and_they_are_not_zero(layer):
-    optimizer = torch.optim.Adam([layer.values])
+    optimizer = torch.optim.Adam([layer.weight_values])
     step(layer, optimizer)
     moments = by_position(layer, optimizer)
     assert {"exp_avg", "exp_avg_sq", "gradient"} <= moments.keys()
@@ -77,7 +77,7 @@ def test_adam_has_moments_and_they_are_not_zero(layer):
 
 
 def test_a_changed_count_gets_new_state_tensors(layer):
-    optimizer = torch.optim.SGD([layer.values], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD([layer.weight_values], lr=0.1, momentum=0.9)
     step(layer, optimizer)
     before = by_position(layer, optimizer)
     move = StateMove(layer, [optimizer])
@@ -95,26 +95,26 @@ def test_a_changed_count_gets_new_state_tensors(layer):
     ],
 )
 def test_state_that_cannot_follow_is_refused(layer, entry, message):
-    optimizer = torch.optim.SGD([layer.values], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD([layer.weight_values], lr=0.1, momentum=0.9)
     step(layer, optimizer)
-    optimizer.state[layer.values]["extra"] = entry
+    optimizer.state[layer.weight_values]["extra"] = entry
     with pytest.raises(RuntimeError, match=message):
         StateMove(layer, [optimizer])
 
 
 @pytest.mark.parametrize("entry", [None, 3, 0.5, "name", [], [1, 2], torch.zeros(()), torch.zeros(1)])
 def test_state_that_is_not_per_connection_is_left_alone(layer, entry):
-    optimizer = torch.optim.SGD([layer.values], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD([layer.weight_values], lr=0.1, momentum=0.9)
     step(layer, optimizer)
-    optimizer.state[layer.values]["extra"] = entry
+    optimizer.state[layer.weight_values]["extra"] = entry
     rewire(layer, [optimizer])
-    assert optimizer.state[layer.values]["extra"] is entry
+    assert optimizer.state[layer.weight_values]["extra"] is entry
 
 
 @pytest.mark.parametrize("position", [0, 1])
 def test_lbfgs_is_refused_wherever_the_layer_is_among_its_parameters(layer, position):
     other = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.LBFGS([layer.values, other] if position == 0 else [other, layer.values])
+    optimizer = torch.optim.LBFGS([layer.weight_values, other] if position == 0 else [other, layer.weight_values])
     with pytest.raises(RuntimeError, match=r"LBFGS.*one vector over all parameters"):
         StateMove(layer, [optimizer])
     StateMove(FakeSparse(6, 5, 0.5), [optimizer])
@@ -123,7 +123,7 @@ def test_lbfgs_is_refused_wherever_the_layer_is_among_its_parameters(layer, posi
 def test_the_tracker_notes_optimizers_of_its_layers_only(layer):
     tracker = OptimizerTracker([layer])
     stranger = FakeSparse(6, 5, 0.5)
-    ours, theirs = (torch.optim.SGD([part.values], lr=0.1) for part in (layer, stranger))
+    ours, theirs = (torch.optim.SGD([part.weight_values], lr=0.1) for part in (layer, stranger))
     step(layer, ours)
     assert list(tracker._optimizers) == []
     tracker.watch()
@@ -137,7 +137,7 @@ def test_the_tracker_keeps_nothing_alive():
     layer = FakeSparse(6, 5, 0.5)
     tracker = OptimizerTracker([layer])
     tracker.watch()
-    optimizer = torch.optim.SGD([layer.values], lr=0.1)
+    optimizer = torch.optim.SGD([layer.weight_values], lr=0.1)
     step(layer, optimizer)
     alive = weakref.ref(optimizer)
     del optimizer
@@ -166,7 +166,7 @@ def test_a_tracker_may_die_during_an_optimizer_step(layer):
     handle = torch_optimizer.register_optimizer_step_post_hook(lambda *args: (trackers.clear(), gc.collect()))
     last = OptimizerTracker([layer])
     last.watch()
-    optimizer = torch.optim.SGD([layer.values], lr=0.1)
+    optimizer = torch.optim.SGD([layer.weight_values], lr=0.1)
     step(layer, optimizer)
     handle.remove()
     assert trackers == []

@@ -20,7 +20,7 @@ def peak(layer, algorithm, optimizer, x):
     optimizer.zero_grad()
     loss = layer(x).square().mean()
     tracemalloc.start()
-    before = layer.values.grad is None
+    before = layer.weight_values.grad is None
     loss.backward()
     optimizer.step()
     algorithm.step()

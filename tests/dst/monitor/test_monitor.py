@@ -29,7 +29,7 @@ class Scripted(SET):
 def fake(live, weights, shape=(3, 4)):
     layer = FakeSparse(shape[1], shape[0], 0.5)
     layer.live = torch.tensor(live)
-    layer.values = torch.nn.Parameter(torch.tensor(weights))
+    layer.weight_values = torch.nn.Parameter(torch.tensor(weights))
     return torch.nn.ModuleDict({"layer": layer})
 
 

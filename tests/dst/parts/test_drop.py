@@ -69,14 +69,14 @@ def test_lowest_of_network_ranks_all_layers_together_and_empties_none(layers, k)
 def test_signed_magnitude_takes_the_same_fraction_of_both_signs():
     layer = FakeSparse(6, 2, 0.0)
     with torch.no_grad():
-        layer.values.copy_(torch.tensor([0.1, 9, -1, 0.2, 8, -2, -3, 0.3, 7, -4, 0.3, 0]))
+        layer.weight_values.copy_(torch.tensor([0.1, 9, -1, 0.2, 8, -2, -3, 0.3, 7, -4, 0.3, 0]))
     score = SignedMagnitude()(LayerView(0, 1, 0, layer))
     rank = [1, 7, -1, 2, 6, -2, -3, 4, 5, -4, 3, 0]
     assert score.tolist() == [r / 7 if r >= 0 else -r / 4 for r in rank]
     # The zero, then 2 of the 7 positive and 1 of the 4 negative weights.
     assert lowest(score, 4).tolist() == [0, 2, 3, 11]
     with torch.no_grad():
-        layer.values[1] = torch.nan
+        layer.weight_values[1] = torch.nan
     assert lowest(SignedMagnitude()(LayerView(0, 1, 0, layer)), 2).tolist() == [1, 11]
 
 
@@ -86,7 +86,7 @@ def test_a_network_without_layers_drops_nothing():
 
 def test_relative_importance_is_the_share_of_row_and_column():
     layer = FakeSparse(6, 5, 0.4)
-    dense = layer.dense(layer.values).detach().double().numpy()
+    dense = layer.dense(layer.weight_values).detach().double().numpy()
     size = np.abs(dense)
     expected = [
         size[i, j] / size[i].sum() + size[i, j] / size[:, j].sum()
@@ -97,13 +97,13 @@ def test_relative_importance_is_the_share_of_row_and_column():
 
 def test_relative_importance_of_zeros_is_zero():
     layer = FakeSparse(6, 5, 0.4)
-    layer.values.data.zero_()
+    layer.weight_values.data.zero_()
     assert not RelativeImportance()(LayerView(0, 1, 0, layer)).any()
 
 
 def weights_of(*numbers):
     layer = FakeSparse(len(numbers), 1, 0.0)
-    layer.values.data = torch.tensor(numbers, dtype=torch.float64)
+    layer.weight_values.data = torch.tensor(numbers, dtype=torch.float64)
     return layer
 
 

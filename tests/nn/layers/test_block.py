@@ -19,7 +19,7 @@ from sparselab.nn.ops import block_linear as _block_functional
 from sparselab.nn.ops.cpu import block_products as _block_products
 from sparselab.nn.ops.cpu import variants
 from sparselab.nn.ops.cpu.variants import BLOCKS, FORWARD, possible
-from sparselab.nn.storage.contract import as_matrix, is_sparse
+from sparselab.nn.layers.base import as_matrix, is_sparse
 from tests.nn.blocks import SIZES, array, every_block, outside
 from tests.oracle import Exact, assert_close, product
 
@@ -45,11 +45,11 @@ def test_output_and_gradients_are_those_of_dense(
     value, magnitude = (
         array(layer.cut(torch.from_numpy(part))[layer.positions()]) for part in (full.value, full.magnitude)
     )
-    assert_close(array(layer.values.grad), Exact(value, magnitude, np.array(tokens)), kind)  # type: ignore[arg-type]
+    assert_close(array(layer.weight_values.grad), Exact(value, magnitude, np.array(tokens)), kind)  # type: ignore[arg-type]
     wide = array(dy).astype(np.float64)
     sums = Exact(wide.sum(0), np.abs(wide).sum(0), np.array(tokens))
     assert_close(array(layer.bias.grad), sums, kind)  # type: ignore[arg-type]
-    assert not layer.values.grad[outside(layer)].any()  # type: ignore[index]
+    assert not layer.weight_values.grad[outside(layer)].any()  # type: ignore[index]
 
 
 @pytest.mark.parametrize("block_shape", [(4, 1), (1, 8), (4, 4), (3, 5)], ids=str)
@@ -60,7 +60,7 @@ def test_gradients_are_true(block_shape: tuple[int, int], bias: bool) -> None:
     inside = (~outside(layer)).double()
 
     def run(x: Tensor, values: Tensor, *rest: Tensor) -> Any:
-        parameters = {"values": values * inside, **dict(zip(("bias",), rest, strict=False))}
+        parameters = {"weight_values": values * inside, **dict(zip(("bias",), rest, strict=False))}
         return torch.func.functional_call(layer, parameters, (x,))
 
     assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
@@ -70,12 +70,12 @@ def test_the_operators_satisfy_torch() -> None:
     layer = BlockSparseLinear(7, 9, sparsity=0.5, block_shape=(4, 4))
     x = torch.randn(3, 7, requires_grad=True)
     torch.library.opcheck(
-        _block_functional.block_linear, (x, layer.values, layer.bias, layer.indptr, layer.indices, 9, 0)
+        _block_functional.block_linear, (x, layer.weight_values, layer.bias, layer.indptr, layer.indices, 9, 0)
     )
     dy = torch.randn(3, 9)
     torch.library.opcheck(
         _block_functional.block_linear_input_grad,
-        (dy, layer.values.detach(), layer.indptr, layer.indices, 7, 0),
+        (dy, layer.weight_values.detach(), layer.indptr, layer.indices, 7, 0),
     )
     torch.library.opcheck(
         _block_functional.block_linear_values_grad,
@@ -106,8 +106,8 @@ def test_training_leaves_alone_what_lies_outside(block_shape: tuple[int, int]) -
         layer(x).nan_to_num().square().mean().backward()
         optimizer.step()
     edge = outside(layer)
-    state = optimizer.state[layer.values]
-    for entries in (layer.values, layer.values.grad, state["exp_avg"], state["exp_avg_sq"]):
+    state = optimizer.state[layer.weight_values]
+    for entries in (layer.weight_values, layer.weight_values.grad, state["exp_avg"], state["exp_avg_sq"]):
         assert not entries[edge].any()
 
 
@@ -161,9 +161,9 @@ def test_weights_are_drawn_by_the_inputs_that_an_output_has(block_shape: tuple[i
     fan_in = torch.bincount(((live[live > 0] - 1) // 70).long(), minlength=50)
     rows = ((live - 1).clamp(min=0) // 70).long()
     bound = fan_in.clamp(min=1)[rows].rsqrt()
-    assert (layer.values.abs() <= bound).all()
-    assert not layer.values[live == 0].any()
-    assert layer.values.detach().abs().div(bound)[live > 0].mean() == pytest.approx(0.5, abs=0.06)
+    assert (layer.weight_values.abs() <= bound).all()
+    assert not layer.weight_values[live == 0].any()
+    assert layer.weight_values.detach().abs().div(bound)[live > 0].mean() == pytest.approx(0.5, abs=0.06)
     assert layer.bias is not None
     assert (layer.bias.abs() <= fan_in.clamp(min=1).rsqrt()).all()
 
@@ -188,10 +188,10 @@ def test_precisions_and_modes() -> None:
     half = copy.deepcopy(layer).bfloat16()
     z = half(x.bfloat16().requires_grad_())
     z.float().square().mean().backward()
-    assert z.dtype == half.values.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert z.dtype == half.weight_values.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
     torch.testing.assert_close(z.float(), y, rtol=0.05, atol=0.05)
     torch.testing.assert_close(half.to_scipy().toarray(), array(half.to_dense().weight.float()))
-    doubled = torch.func.functional_call(layer, {"values": 2 * layer.values, "bias": 2 * layer.bias}, (x,))
+    doubled = torch.func.functional_call(layer, {"weight_values": 2 * layer.weight_values, "bias": 2 * layer.bias}, (x,))
     torch.testing.assert_close(doubled, 2 * y)
     for wrong in (x[..., :-1], x.double()):
         with pytest.raises(RuntimeError, match="input must have"):
@@ -218,7 +218,7 @@ def test_dense_products_of_chunks_give_the_same(
         y = layer(inputs)
         y.backward(dy)
         assert layer.bias is not None
-        results.append([y, inputs.grad, layer.values.grad, layer.bias.grad])
+        results.append([y, inputs.grad, layer.weight_values.grad, layer.bias.grad])
     torch.testing.assert_close(*results)
 
 
@@ -273,13 +273,13 @@ def test_what_is_masked_out_is_zero_in_the_output_and_gets_gradients() -> None:
     layer = BlockSparseLinear(*SIZES, sparsity=0.5, block_shape=(4, 4))
     x = torch.randn(3, 70)
     layer(x).sum().backward()
-    full = layer.values.grad
+    full = layer.weight_values.grad
     layer.zero_grad()
-    layer.forward_mask = torch.zeros_like(layer.values, dtype=torch.bool)
+    layer.forward_mask = torch.zeros_like(layer.weight_values, dtype=torch.bool)
     assert layer.bias is not None
     assert torch.equal(layer(x), layer.bias.expand(3, 50))
     layer(x).sum().backward()
-    assert torch.equal(layer.values.grad, full)  # type: ignore[arg-type]
+    assert torch.equal(layer.weight_values.grad, full)  # type: ignore[arg-type]
 
 
 def test_plans_are_counted_frozen_and_let_go() -> None:
@@ -289,7 +289,7 @@ def test_plans_are_counted_frozen_and_let_go() -> None:
     trained = layer.plan_bytes()
     assert memory_report(layer).plan_bytes == trained > 0
     assert 0 < layer.freeze().plan_bytes() < trained
-    assert not layer.values.requires_grad
+    assert not layer.weight_values.requires_grad
 
 
 def test_a_model_becomes_dense_again() -> None:
@@ -309,6 +309,6 @@ def test_the_masked_twin_knows_no_blocks() -> None:
 def test_the_layout_of_the_kernels_is_that_of_the_layer() -> None:
     layer = BlockSparseLinear(*SIZES, sparsity=0.5, block_shape=(3, 5))
     W = BlockCSR(
-        layer.shape, layer.block_shape, array(layer.indptr), array(layer.indices), array(layer.values)
+        layer.shape, layer.block_shape, array(layer.indptr), array(layer.indices), array(layer.weight_values)
     )
     np.testing.assert_array_equal(W.to_dense(), array(layer.to_dense().weight))

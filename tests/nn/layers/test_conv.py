@@ -70,7 +70,7 @@ def test_a_wrong_layer_is_found_out() -> None:
     twin = copy.deepcopy(layer)
     layer.to_dense = lambda: twin.to_dense()
     with torch.no_grad():
-        layer.values[3] += 1e-6
+        layer.weight_values[3] += 1e-6
     with pytest.raises(AssertionError):
         assert_as_dense(layer, x)
 
@@ -162,8 +162,8 @@ def test_gradcheck() -> None:
     layer = make(SparseConv2d, 2, 4, (2, 3), stride=(1, 2), groups=2)
     x = images(2, 2, 4, 5)
     torch.autograd.gradcheck(
-        lambda x, values, bias: functional_call(layer, {"values": values, "bias": bias}, x),
-        (x, layer.values, layer.bias),
+        lambda x, values, bias: functional_call(layer, {"weight_values": values, "bias": bias}, x),
+        (x, layer.weight_values, layer.bias),
     )
 
 
@@ -171,7 +171,7 @@ def test_operator_is_well_formed() -> None:
     from sparselab.nn.ops.conv2d import conv2d
 
     layer, x = make(), images(2, 4, 5, 5)
-    arguments = (x, layer.values, layer.bias, layer.indptr, layer.indices, 0, layer._geometry.numbers)
+    arguments = (x, layer.weight_values, layer.bias, layer.indptr, layer.indices, 0, layer._geometry.numbers)
     torch.library.opcheck(conv2d, arguments)
 
 
@@ -227,7 +227,7 @@ def test_the_masked_twin_has_the_same_everything() -> None:
     options = {"stride": 2, "groups": 2, "sparsity": 0.6, "dtype": torch.float64}
     sparse, masked = make(SparseConv2d, **options), make(MaskedConv2d, **options)
     assert torch.equal(sparse.positions(), masked.positions())
-    assert torch.equal(sparse.values, masked.per_connection(masked.weight))
+    assert torch.equal(sparse.weight_values, masked.per_connection(masked.weight))
     x = images(2, 4, 6, 6)
     for ours, theirs in zip(gradients(sparse, x), gradients(masked, x), strict=True):
         theirs = masked.per_connection(theirs) if theirs.shape == masked.shape else theirs
@@ -247,14 +247,14 @@ def test_the_largest_weights_stay() -> None:
     threshold = dense.weight.abs().flatten().sort().values[-54]
     assert torch.equal(layer.to_dense().weight, torch.where(dense.weight.abs() >= threshold, dense.weight, 0))
     assert not layer.training
-    assert not layer.values.requires_grad
+    assert not layer.weight_values.requires_grad
     assert torch.equal(layer.bias, dense.bias)
     per_row = SparseConv2d.from_dense(dense, fan_in=5)
     assert per_row.indptr.diff().tolist() == [5] * 6
     kept = dense.weight.flatten(1).abs().sort(1).values[:, -5:].sum()
     torch.testing.assert_close(per_row.values.abs().sum(), kept)
     masked = MaskedConv2d.from_dense(dense, 0.75)
-    assert torch.equal(masked.to_sparse().values, layer.values)
+    assert torch.equal(masked.to_sparse().values, layer.weight_values)
 
 
 def test_constant_fan_in() -> None:
@@ -317,7 +317,7 @@ def test_rewired_it_still_computes() -> None:
     free[layer.positions()] = False
     layer.rewrite(torch.arange(0, layer.nnz, 2), free.nonzero().reshape(-1)[:9])
     with torch.no_grad():
-        layer.values.add_(0.5)
+        layer.weight_values.add_(0.5)
     assert_as_dense(layer, x)
 
 

@@ -61,25 +61,25 @@ def test_a_device_without_kernels_is_named() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         with pytest.raises(NotImplementedError, match="the input must be there, got cuda:0"):
             layer(torch.zeros(2, 10, device="cuda"))
-        layer.values = torch.nn.Parameter(torch.zeros(layer.nnz, device="cuda"))
+        layer.weight_values = torch.nn.Parameter(torch.zeros(layer.nnz, device="cuda"))
         with pytest.raises(NotImplementedError, match="the layer must be there, got cuda:0"):
             layer(torch.zeros(2, 10))
 
 
 def test_an_operator_without_an_implementation_for_the_device_is_refused() -> None:
     layer = SparseLinear(10, 5)
-    arguments = layer.values, layer.bias, layer.indptr, layer.indices, 0
+    arguments = layer.weight_values, layer.bias, layer.indptr, layer.indices, 0
     with pytest.raises((NotImplementedError, RuntimeError), match="sparselab::linear"):
         functional.linear(torch.zeros(2, 10).to_mkldnn(), *arguments)
 
 
 WRONG_PARTS = {
     "few values": (
-        {"values": torch.zeros(4)},
+        {"weight_values": torch.zeros(4)},
         r"values must be torch.float32 of shape \(5,\), got .* \(4,\)",
     ),
     "more values": (
-        {"values": torch.zeros(6)},
+        {"weight_values": torch.zeros(6)},
         r"values must be torch.float32 of shape \(5,\), got .* \(6,\)",
     ),
     "flat bias": ({"bias": torch.zeros(1)}, r"bias must be torch.float32 of shape \(5,\), got .* \(1,\)"),

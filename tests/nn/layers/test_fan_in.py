@@ -43,13 +43,13 @@ def by_position(layer: FanInLinear, entries: Tensor) -> dict[int, float]:
 
 def check(layer: FanInLinear, n_tokens: int = 5) -> None:
     """Output and gradients are those of the oracle."""
-    x = torch.randn(n_tokens, layer.in_features, dtype=layer.values.dtype, requires_grad=True)
+    x = torch.randn(n_tokens, layer.in_features, dtype=layer.weight_values.dtype, requires_grad=True)
     layer.zero_grad()
     y = layer(x)
     dy = torch.randn_like(y)
     y.backward(dy)
-    assert layer.values.grad is not None
-    assert layer.values.grad.shape == layer.values.shape
+    assert layer.weight_values.grad is not None
+    assert layer.weight_values.grad.shape == layer.weight_values.shape
     check_gradients(layer, x, y, dy)
 
 
@@ -80,10 +80,10 @@ def test_gradcheck() -> None:
     x = torch.randn(2, 3, 30, dtype=torch.float64, requires_grad=True)
 
     def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(layer, {"values": values, "bias": bias}, (x,))
+        result: Tensor = torch.func.functional_call(layer, {"weight_values": values, "bias": bias}, (x,))
         return result
 
-    assert torch.autograd.gradcheck(call, (x, layer.values, layer.bias))
+    assert torch.autograd.gradcheck(call, (x, layer.weight_values, layer.bias))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_gradcheck() -> None:
 def test_every_output_has_the_fan_in(settings: dict[str, Any], fan_in: int) -> None:
     layer = FanInLinear(30, 20, **settings)
     assert layer.fan_in == fan_in
-    assert layer.values.shape == layer.indices.shape == ((20, fan_in) if fan_in else (0, 0))
+    assert layer.weight_values.shape == layer.indices.shape == ((20, fan_in) if fan_in else (0, 0))
     assert torch.diff(layer.indptr).tolist() == [fan_in] * 20
     assert bool((layer.indices.int().diff(dim=1) > 0).all())
     assert layer.indices.dtype == torch.uint16
@@ -103,9 +103,9 @@ def test_every_output_has_the_fan_in(settings: dict[str, Any], fan_in: int) -> N
 
 def test_the_fan_in_sets_the_range_of_weights_and_biases() -> None:
     layer = FanInLinear(400, 300, fan_in=25)
-    for numbers in (layer.values, layer.bias):
+    for numbers in (layer.weight_values, layer.bias):
         assert 0.98 < numbers.detach().abs().max() * 5 <= 1
-    assert layer.values.detach().std() * 5 == pytest.approx(3**-0.5, rel=0.02)
+    assert layer.weight_values.detach().std() * 5 == pytest.approx(3**-0.5, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ def test_bad_arguments_are_named(settings: dict[str, Any], error: type[Exception
 
 def test_ablated_outputs_are_gone_and_come_back() -> None:
     layer = make(0, 7)
-    assert layer.values.shape == layer.indices.shape == (18, 6)
+    assert layer.weight_values.shape == layer.indices.shape == (18, 6)
     assert set(range(20)) - set(layer.rows.tolist()) == {0, 7}
     x = torch.randn(40, 30)
     assert torch.equal(layer(x)[:, [0, 7]], layer.bias[[0, 7]].expand(40, 2))
     check(layer)
     source = layer.rewrite(torch.empty(0, dtype=torch.int64), 7 * 30 + torch.arange(6))
-    assert layer.values.shape == (19, 6)
+    assert layer.weight_values.shape == (19, 6)
     assert (source < 0).nonzero()[:, 0].tolist() == [36, 37, 38, 39, 40, 41]
     check(layer)
 
@@ -140,15 +140,15 @@ def test_ablated_outputs_are_gone_and_come_back() -> None:
 def test_a_rewrite_moves_weights_gradient_and_what_lives_beside_them() -> None:
     layer = make()
     layer(torch.randn(4, 30)).sum().backward()
-    beside = layer.values.detach() * 2
-    before, gradient = by_position(layer, layer.values), by_position(layer, layer.values.grad)
+    beside = layer.weight_values.detach() * 2
+    before, gradient = by_position(layer, layer.weight_values), by_position(layer, layer.weight_values.grad)
     free = sorted(set(range(600)) - set(before))
     grow = torch.tensor([next(p for p in free if p // 30 == row) for row in range(20)])
     source = layer.rewrite(torch.arange(0, 120, 3), grow)
     moved = layer.moved(beside, source)
     assert layer.fan_in == 5
-    assert moved.shape == layer.values.shape == layer.values.grad.shape == (20, 5)
-    weights, slopes = by_position(layer, layer.values), by_position(layer, layer.values.grad)
+    assert moved.shape == layer.weight_values.shape == layer.weight_values.grad.shape == (20, 5)
+    weights, slopes = by_position(layer, layer.weight_values), by_position(layer, layer.weight_values.grad)
     assert weights == {p: before.get(p, 0) for p in weights}
     assert slopes == {p: gradient.get(p, 0) for p in weights}
     assert by_position(layer, moved) == {p: 2 * weight for p, weight in weights.items()}
@@ -171,11 +171,11 @@ def test_a_rewrite_to_unequal_rows_is_refused_and_changes_nothing() -> None:
     layer = make()
     layer(torch.randn(4, 30)).sum().backward()
     before = copy.deepcopy(layer.state_dict())
-    gradient = layer.values.grad.clone()
+    gradient = layer.weight_values.grad.clone()
     with pytest.raises(ValueError, match=r"equally many connections, or none, got 5 for output 0 and 6 for"):
         layer.rewrite(torch.tensor([2]), torch.empty(0, dtype=torch.int64))
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
-    assert torch.equal(layer.values.grad, gradient)
+    assert torch.equal(layer.weight_values.grad, gradient)
     check(layer)
 
 
@@ -190,7 +190,7 @@ def test_from_dense_keeps_the_largest_of_each_output() -> None:
         [pytest.approx(0.1), 0, pytest.approx(-0.3), 0],
     ]
     assert torch.equal(layer.bias, linear.bias)
-    assert (layer.training, layer.bias.requires_grad, layer.values.requires_grad) == (False, False, True)
+    assert (layer.training, layer.bias.requires_grad, layer.weight_values.requires_grad) == (False, False, True)
     assert FanInLinear.from_dense(linear, fan_in=1).indices.tolist() == [[1], [2]]
     with pytest.raises(TypeError, match=r"linear must be .*, got Conv2d"):
         FanInLinear.from_dense(nn.Conv2d(1, 1, 1), 0.5)
@@ -199,7 +199,7 @@ def test_from_dense_keeps_the_largest_of_each_output() -> None:
 @pytest.mark.parametrize("gone", [(), (0, 19), range(20)])
 def test_conversions_lead_back(gone: tuple[int, ...]) -> None:
     layer = make(*gone).eval()
-    layer.values.requires_grad_(False)
+    layer.weight_values.requires_grad_(False)
     x = torch.randn(40, 30)
     expected = layer(x)
     for there in (
@@ -248,7 +248,7 @@ def test_patterns_with_unequal_rows_are_refused_and_change_nothing() -> None:
         layer.set_topology(pattern)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     layer.set_topology(np.eye(20, 30, dtype=bool))
-    assert layer.values.shape == (20, 1)
+    assert layer.weight_values.shape == (20, 1)
     check(layer)
 
 
@@ -267,10 +267,10 @@ def by_file(layer: FanInLinear) -> Any:
 
 def by_state(layer: FanInLinear) -> Any:
     other = ablated(FanInLinear(30, 20, fan_in=3), 2, 4)
-    parameter = other.values
+    parameter = other.weight_values
     other(torch.randn(2, 30))  # so that there are plans to go stale
     assert other.load_state_dict(layer.state_dict()) == ([], [])
-    assert other.values is parameter
+    assert other.weight_values is parameter
     return other
 
 
@@ -299,7 +299,7 @@ def test_a_model_comes_back_from_a_file(tmp_path: Any) -> None:
 def test_a_layer_of_the_meta_device_is_made_and_counted() -> None:
     with torch.device("meta"):
         model = nn.Sequential(FanInLinear(30, 20, fan_in=6))
-    assert model.state_dict().keys() == {"0.values", "0.indices", "0.bias"}
+    assert model.state_dict().keys() == {"0.weight_values", "0.indices", "0.bias"}
     layer = materialize(model)[0]
     check(layer)
     report = memory_report(model)
@@ -310,7 +310,7 @@ def test_a_layer_of_the_meta_device_is_made_and_counted() -> None:
 def test_drawn_anew_every_output_has_connections() -> None:
     layer = make(0, 7)
     layer.reset_parameters()
-    assert layer.values.shape == (20, 6)
+    assert layer.weight_values.shape == (20, 6)
     check(layer)
 
 
@@ -323,13 +323,13 @@ def test_life_inside_torch() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()))
     values, expected = torch.randn(2, 19, 6), expected.detach()
-    by_values = torch.func.vmap(lambda v: torch.func.functional_call(layer, {"values": v}, (x,)))(values)
+    by_values = torch.func.vmap(lambda v: torch.func.functional_call(layer, {"weight_values": v}, (x,)))(values)
     for each, y in zip(values, by_values, strict=True):
-        torch.testing.assert_close(y, torch.func.functional_call(layer, {"values": each}, (x,)))
+        torch.testing.assert_close(y, torch.func.functional_call(layer, {"weight_values": each}, (x,)))
     half = copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16())
     torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.05)
     with pytest.raises(RuntimeError, match=r"values must be torch.float32 of shape \(19, 6\)"):
-        torch.func.functional_call(layer, {"values": values[0].flatten()}, (x,))
+        torch.func.functional_call(layer, {"weight_values": values[0].flatten()}, (x,))
     assert layer.freeze() is layer
     assert torch.equal(layer(x), expected)
 

@@ -23,7 +23,7 @@ def test_freezing_lets_go_of_what_training_needs_and_keeps_the_forward_plan(bias
     x = train(layer).detach()
     expected, held = layer(x), layer.plan_bytes()
     plan = layer._plans.current.forward
-    assert layer.gradient_watcher is not None or layer.values.grad is not None
+    assert layer.gradient_watcher is not None or layer.weight_values.grad is not None
     assert layer.freeze() is layer
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert all(parameter.grad is None for parameter in layer.parameters())
@@ -45,7 +45,7 @@ def test_the_gradient_of_the_input_is_still_there() -> None:
     x.grad = None
     layer(x).square().sum().backward()
     assert torch.equal(x.grad, expected)
-    assert layer.values.grad is None
+    assert layer.weight_values.grad is None
     assert frozen < layer.plan_bytes() < held
 
 
@@ -63,7 +63,7 @@ def test_freezing_before_any_pass_and_in_a_copy() -> None:
     layer = SparseLinear(128, 96).freeze()
     assert layer.plan_bytes() == 0
     twin = copy.deepcopy(layer)
-    assert not twin.values.requires_grad
+    assert not twin.weight_values.requires_grad
     x = torch.randn(64, 128)
     assert torch.equal(twin(x), layer(x))
 
@@ -74,5 +74,5 @@ def test_a_frozen_layer_can_be_trained_again() -> None:
     held = layer.plan_bytes()
     layer.freeze().requires_grad_(True)
     train(layer)
-    assert layer.values.grad is not None
+    assert layer.weight_values.grad is not None
     assert layer.plan_bytes() == held

@@ -20,7 +20,7 @@ from sparselab.nn.ops import linear as functional
 def test_opcheck() -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)
     x, dy = torch.randn(4, 20, requires_grad=True), torch.randn(4, 10)
-    values = layer.values.detach().clone().requires_grad_()
+    values = layer.weight_values.detach().clone().requires_grad_()
     bias = layer.bias.detach().clone().requires_grad_()
     topology = layer.indptr, layer.indices
     for number in (layer._plans.number, 0):
@@ -55,7 +55,7 @@ def test_trains_after_inference_mode() -> None:
     trained = layer(x)
     trained.sum().backward()
     assert torch.equal(trained, y.clone())
-    assert layer.values.grad is not None
+    assert layer.weight_values.grad is not None
 
 
 def test_autocast_computes_in_the_layer_s_dtype() -> None:
@@ -71,8 +71,8 @@ def test_functional_call_uses_what_it_is_given() -> None:
     layer, other = SparseLinear(20, 10, sparsity=0.5), SparseLinear(20, 10, sparsity=0.8)
     x = torch.randn(4, 20)
     layer(x)
-    zeros = torch.zeros_like(layer.values)
-    assert torch.equal(torch.func.functional_call(layer, {"values": zeros}, (x,)), layer.bias.expand(4, 10))
+    zeros = torch.zeros_like(layer.weight_values)
+    assert torch.equal(torch.func.functional_call(layer, {"weight_values": zeros}, (x,)), layer.bias.expand(4, 10))
     everything = {**dict(other.named_parameters()), **dict(other.named_buffers())}
     assert torch.equal(torch.func.functional_call(layer, everything, (x,)), other(x))
     assert torch.equal(layer(x), copy.deepcopy(layer)(x))
@@ -121,7 +121,7 @@ def test_a_layer_used_twice_sums_its_gradients() -> None:
     layer(layer(x).tanh()).sum().backward()
     dense(dense(x).tanh()).sum().backward()
     wanted = dense.weight.grad.reshape(-1)[layer.positions()]
-    torch.testing.assert_close(layer.values.grad, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.weight_values.grad, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_dtype_changes_reach_the_kernel() -> None:
@@ -130,7 +130,7 @@ def test_dtype_changes_reach_the_kernel() -> None:
     before = layer(x)
     layer.double().float()
     with torch.no_grad():
-        layer.values.mul_(2)
+        layer.weight_values.mul_(2)
         layer.bias.mul_(2)
     assert torch.equal(layer(x), 2 * before)
     assert layer.double()(x.double()).dtype == torch.float64
@@ -153,7 +153,7 @@ def test_copies_compute_the_same_and_share_nothing(how: str, inputs: int) -> Non
     assert twin.indices.dtype == layer.indices.dtype
     assert torch.equal(twin(x), before)
     with torch.no_grad():
-        twin.values.zero_()
+        twin.weight_values.zero_()
     assert torch.equal(layer(x), before)
 
 
@@ -184,5 +184,5 @@ def test_a_topology_changed_between_forward_and_backward_is_refused() -> None:
 
 def test_meta_device_gives_shapes() -> None:
     layer = SparseLinear(1 << 17, 1 << 16, sparsity=0.999, device="meta")
-    assert layer.values.is_meta
+    assert layer.weight_values.is_meta
     assert layer(torch.empty(3, 1 << 17, device="meta")).shape == (3, 1 << 16)

@@ -31,7 +31,7 @@ def live_mask(layer: SparseLinear) -> np.ndarray[Any, Any]:
 
 def check_gradients(layer: SparseLinear, x: Tensor, y: Tensor, dy: Tensor) -> None:
     """Compare output and gradients, already computed, with the oracle."""
-    W, live, dtype = dense_weight(layer).numpy(), live_mask(layer), layer.values.detach().numpy().dtype
+    W, live, dtype = dense_weight(layer).numpy(), live_mask(layer), layer.weight_values.detach().numpy().dtype
     tokens, upstream = x.detach().reshape(-1, layer.in_features), dy.reshape(-1, layer.out_features)
     bias = None if layer.bias is None else layer.bias.detach().numpy()
     assert y.shape == (*x.shape[:-1], layer.out_features)
@@ -45,8 +45,8 @@ def check_gradients(layer: SparseLinear, x: Tensor, y: Tensor, dy: Tensor) -> No
     at = layer.positions().numpy()
     shape = layer.shape
     exact = [np.broadcast_to(part, shape).reshape(-1)[at] for part in dw]
-    assert layer.values.grad is not None
-    assert_close(layer.values.grad.reshape(-1).numpy(), type(dw)(*exact), dtype)
+    assert layer.weight_values.grad is not None
+    assert_close(layer.weight_values.grad.reshape(-1).numpy(), type(dw)(*exact), dtype)
     if layer.bias is not None:
         assert layer.bias.grad is not None
         ones = np.ones((1, len(tokens)))
@@ -88,7 +88,7 @@ def test_the_gradient_check_refuses_wrong_answers() -> None:
     dy = torch.randn_like(y)
     y.backward(dy)
     check_gradients(layer, x, y, dy)
-    for parameter in (x, layer.values, layer.bias):
+    for parameter in (x, layer.weight_values, layer.bias):
         right = parameter.grad.clone()
         parameter.grad.view(-1)[3] += 1e-3
         with pytest.raises(AssertionError):
@@ -136,10 +136,10 @@ def test_gradcheck() -> None:
     x = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
 
     def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(layer, {"values": values, "bias": bias}, (x,))
+        result: Tensor = torch.func.functional_call(layer, {"weight_values": values, "bias": bias}, (x,))
         return result
 
-    assert torch.autograd.gradcheck(call, (x, layer.values, layer.bias))
+    assert torch.autograd.gradcheck(call, (x, layer.weight_values, layer.bias))
 
 
 class CountOperators(TorchDispatchMode):
@@ -168,11 +168,11 @@ def test_only_the_gradients_asked_for_are_computed(
     x_needs: bool, values_need: bool, expected: list[str]
 ) -> None:
     layer = SparseLinear(20, 10)
-    layer.values.requires_grad_(values_need)
+    layer.weight_values.requires_grad_(values_need)
     with CountOperators() as operators:
         layer(torch.randn(4, 20, requires_grad=x_needs)).sum().backward()
     assert operators.called == expected
-    assert (layer.values.grad is not None) == values_need
+    assert (layer.weight_values.grad is not None) == values_need
 
 
 def test_no_grad_makes_no_gradient_plans() -> None:
@@ -207,7 +207,7 @@ def test_the_same_seed_draws_the_same_layer() -> None:
 def test_weights_fill_the_range_of_their_row_s_fan_in() -> None:
     layer = SparseLinear(400, 300, sparsity=0.9)
     fan_in = torch.diff(layer.indptr).clamp(min=1)
-    scaled = layer.values.detach() * torch.repeat_interleave(fan_in, torch.diff(layer.indptr)).sqrt()
+    scaled = layer.weight_values.detach() * torch.repeat_interleave(fan_in, torch.diff(layer.indptr)).sqrt()
     assert scaled.abs().max() <= 1
     assert scaled.abs().max() > 0.99
     # The mean of n uniform draws has standard deviation 1 / sqrt(3 n); six of them are never exceeded here.

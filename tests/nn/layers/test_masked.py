@@ -120,7 +120,7 @@ def test_weights_without_a_connection_stay_zero(name: str) -> None:
 
 def assert_twins(masked: MaskedLinear, sparse: SparseLinear) -> None:
     assert torch.equal(masked.positions(), sparse.positions())
-    assert torch.equal(masked.per_connection(masked.weight), sparse.values)
+    assert torch.equal(masked.per_connection(masked.weight), sparse.weight_values)
     assert (masked.nnz, masked.shape, masked.sparsity) == (sparse.nnz, sparse.shape, sparse.sparsity)
     assert masked.bias is None if sparse.bias is None else torch.equal(masked.bias, sparse.bias)
     assert_clean(masked)
@@ -152,7 +152,7 @@ def test_drawing_anew_keeps_the_parameter_and_the_count() -> None:
 
 def test_there_and_back() -> None:
     sparse = SparseLinear(30, 20, sparsity=0.8).eval()
-    sparse.values.requires_grad_(False)
+    sparse.weight_values.requires_grad_(False)
     generator = torch.get_rng_state()
     masked = MaskedLinear.from_sparse(sparse)
     back = masked.to_sparse()
@@ -195,7 +195,7 @@ def test_rewritten_as_the_sparse_layer_is(n_drop: int, n_grow: int) -> None:
     parameter, x = masked.weight, torch.randn(4, 30)
     for layer in (sparse, masked):
         layer(x).square().sum().backward()
-    masked.weight.grad[masked.mask] = sparse.values.grad  # equal bits, whatever the order of the sums
+    masked.weight.grad[masked.mask] = sparse.weight_values.grad  # equal bits, whatever the order of the sums
     drop = torch.randperm(60)[:n_drop]
     free = (~masked.mask).view(-1).nonzero().flatten()
     # Half of what is grown was just dropped, and comes back with what it had.
@@ -208,7 +208,7 @@ def test_rewritten_as_the_sparse_layer_is(n_drop: int, n_grow: int) -> None:
     assert torch.equal(masked.rewrite(drop, grow), source)
     assert masked.weight is parameter
     assert_twins(masked, sparse)
-    assert torch.equal(masked.per_connection(masked.weight.grad), sparse.values.grad)
+    assert torch.equal(masked.per_connection(masked.weight.grad), sparse.weight_values.grad)
     after = masked.moved(moments[1], source)
     assert after is moments[1]
     assert torch.equal(masked.per_connection(after), sparse.moved(moments[0], source))

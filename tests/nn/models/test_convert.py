@@ -175,7 +175,7 @@ def test_magnitude_keeps_the_largest_and_the_first_of_equals() -> None:
     assert layer.to_dense().weight.tolist() == [[0, -5, 2], [0, 3, 0]]
     assert torch.equal(layer.bias, linear.bias)
     model = sparsify(nn.Sequential(linear), {"0": 0.5}, init="magnitude")
-    assert torch.equal(model[0].values, layer.values)
+    assert torch.equal(model[0].values, layer.weight_values)
 
 
 def test_what_is_not_a_number_is_the_first_to_go() -> None:
@@ -189,7 +189,7 @@ def test_dense_and_back_is_the_same_layer() -> None:
     layer = SparseLinear(30, 20, sparsity=0.7)
     again = SparseLinear.from_dense(layer.to_dense(), layer.sparsity)
     assert torch.equal(again.positions(), layer.positions())
-    assert torch.equal(again.values, layer.values)
+    assert torch.equal(again.weight_values, layer.weight_values)
 
 
 def test_measured_sparsity_counts_dense_weights_as_live() -> None:
@@ -215,7 +215,7 @@ def test_counts_are_exact_and_ties_are_broken_by_position(sparsity: float) -> No
     weight = linear.weight.detach().reshape(-1).tolist()
     order = sorted(range(13 * 17), key=lambda at: (-abs(weight[at]), at))
     assert layer.positions().tolist() == sorted(order[: layer.nnz])
-    assert layer.values.tolist() == [weight[at] for at in layer.positions()]
+    assert layer.weight_values.tolist() == [weight[at] for at in layer.positions()]
 
 
 def test_memory_is_counted_by_hand() -> None:

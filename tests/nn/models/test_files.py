@@ -79,8 +79,8 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
     for name in ("inner", "nothing", "masked"):
         assert torch.equal(getattr(target, name)(x), getattr(source, name)(x))
     with torch.no_grad():
-        source.inner.values.zero_()
-    assert not torch.equal(target.inner.values, source.inner.values)
+        source.inner.weight_values.zero_()
+    assert not torch.equal(target.inner.weight_values, source.inner.weight_values)
 
 
 def test_a_model_comes_back_through_torch_with_weights_only(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_other_float_dtypes_and_gradients(tmp_path: Path) -> None:
     save_model(source, str(tmp_path / "layer.safetensors"))
     target(torch.randn(3, 30, dtype=torch.float64)).sum().backward()
     load_model(target, str(tmp_path / "layer.safetensors"))
-    assert target.values.dtype == torch.float64
-    assert torch.equal(target.values, source.values.double())
-    assert target.values.grad is None
+    assert target.weight_values.dtype == torch.float64
+    assert torch.equal(target.weight_values, source.weight_values.double())
+    assert target.weight_values.grad is None
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

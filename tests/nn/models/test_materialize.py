@@ -48,7 +48,7 @@ def test_draws_are_those_of_the_layers() -> None:
     torch.manual_seed(0)
     materialize(model)
     assert torch.equal(model[0].positions(), expected.positions())
-    assert torch.equal(model[0].values, expected.values)
+    assert torch.equal(model[0].values, expected.weight_values)
     assert torch.equal(model[0].bias, expected.bias)
 
 

@@ -49,8 +49,10 @@ class Doubled(SparseLinear):
         return linear
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, sparsity: float, gain: float = 2.0) -> Doubled:
-        layer = super().from_dense(linear, sparsity)
+    def from_dense(
+        cls, linear: nn.Linear, sparsity: float = 0.9, *, gain: float = 2.0, **others: Any
+    ) -> Doubled:
+        layer = super().from_dense(linear, sparsity, **others)
         assert isinstance(layer, Doubled)
         with torch.no_grad():
             for parameter in layer.parameters():

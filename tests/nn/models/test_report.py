@@ -80,7 +80,7 @@ def test_state_in_lists_is_found() -> None:
         return loss
 
     optimizer.step(closure)
-    entries = list(optimizer.state[layer.values].values())
+    entries = list(optimizer.state[layer.weight_values].values())
     lists = [entry for entry in entries if isinstance(entry, list)]
     assert any(tensor is not None and torch.is_tensor(tensor) for entry in lists for tensor in entry)
     report = memory_report(layer, optimizer)

@@ -73,7 +73,7 @@ def test_every_variant_equals_the_oracle(
     offset = layer.bias.detach() if layer.bias is not None else None
     exact = product(dense_weight(layer).numpy(), x.numpy().T, bias=offset)
     for name in possible(n_tokens):
-        y = _products.product(x, layer.values.detach(), offset, plans, name)
+        y = _products.product(x, layer.weight_values.detach(), offset, plans, name)
         assert_close(y.numpy().T, exact, y.numpy().dtype)
     assert tuple(taken) == possible(n_tokens)
     assert possible(n_tokens) == (FORWARD if n_tokens <= 16 else (TILES, DENSE))

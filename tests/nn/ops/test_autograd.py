@@ -30,7 +30,7 @@ def test_autocast_gives_the_input_a_gradient_of_its_dtype(dtype: torch.dtype) ->
     assert y.dtype == torch.float32
     assert x.grad.dtype == dtype
     assert torch.equal(x.grad, wanted[0].to(dtype))
-    assert torch.equal(layer.values.grad, wanted[1])
+    assert torch.equal(layer.weight_values.grad, wanted[1])
     with (
         pytest.raises(RuntimeError, match="input must have the dtype"),
         torch.autocast("cpu", torch.bfloat16),
@@ -73,9 +73,9 @@ def test_a_graph_kept_gives_the_same_again() -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)
     loss = layer(torch.randn(4, 20)).square().sum()
     loss.backward(retain_graph=True)
-    once = layer.values.grad.clone()
+    once = layer.weight_values.grad.clone()
     loss.backward()
-    assert torch.equal(layer.values.grad, 2 * once)
+    assert torch.equal(layer.weight_values.grad, 2 * once)
 
 
 def test_the_layer_may_go_before_the_backward_pass() -> None:
@@ -90,33 +90,33 @@ def test_the_layer_may_go_before_the_backward_pass() -> None:
 
 def test_two_layers_may_share_their_parameters_and_buffers() -> None:
     layer, other = SparseLinear(20, 10, sparsity=0.5), SparseLinear(20, 10, sparsity=0.5)
-    for name in ("values", "bias", "indptr", "indices"):
+    for name in ("weight_values", "bias", "indptr", "indices"):
         setattr(other, name, getattr(layer, name))
     x = torch.randn(4, 20)
     (layer(x) + other(x)).sum().backward()
-    both = layer.values.grad.clone()
+    both = layer.weight_values.grad.clone()
     layer.zero_grad()
     (2 * layer(x)).sum().backward()
-    torch.testing.assert_close(both, layer.values.grad)
+    torch.testing.assert_close(both, layer.weight_values.grad)
 
 
 def test_trainability_can_be_switched_at_any_time() -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)
     x = torch.randn(4, 20)
     for values, bias in [(False, True), (True, False), (True, True), (False, False)]:
-        layer.values.requires_grad_(values)
+        layer.weight_values.requires_grad_(values)
         layer.bias.requires_grad_(bias)
         layer.zero_grad()
         y = layer(x)
         assert y.requires_grad == (values or bias)
         if values or bias:
             y.sum().backward()
-        assert (layer.values.grad is not None, layer.bias.grad is not None) == (values, bias)
+        assert (layer.weight_values.grad is not None, layer.bias.grad is not None) == (values, bias)
 
 
 EDITS: dict[str, Callable[[SparseLinear, Tensor], Any]] = {
     "input": lambda layer, x: x.mul_(2),
-    "values": lambda layer, x: layer.values.mul_(2),
+    "values": lambda layer, x: layer.weight_values.mul_(2),
     "columns": lambda layer, x: layer.indices.copy_(layer.indices.clone()),
     "rows": lambda layer, x: layer.indptr.copy_(layer.indptr.clone()),
     "loaded": lambda layer, x: layer.load_state_dict(SparseLinear(20, 10, sparsity=0.5).state_dict()),
@@ -155,7 +155,7 @@ def test_vmap_computes_each_alone() -> None:
     torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
 
     def call(values: Tensor) -> Any:
-        return torch.func.functional_call(layer, {"values": values}, (x[0],))
+        return torch.func.functional_call(layer, {"weight_values": values}, (x[0],))
 
     torch.testing.assert_close(torch.func.vmap(call)(values), torch.stack([call(each) for each in values]))
 
@@ -163,9 +163,9 @@ def test_vmap_computes_each_alone() -> None:
 FORWARD_MODE: dict[str, Callable[[SparseLinear, Tensor], Any]] = {
     "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
     "jvp by values": lambda layer, x: torch.func.jvp(
-        lambda values: torch.func.functional_call(layer, {"values": values}, (x,)),
-        (layer.values,),
-        (layer.values,),
+        lambda values: torch.func.functional_call(layer, {"weight_values": values}, (x,)),
+        (layer.weight_values,),
+        (layer.weight_values,),
     ),
     "jacfwd": lambda layer, x: torch.func.jacfwd(layer)(x),
 }
@@ -204,8 +204,8 @@ def test_frozen_values_with_strides_are_read_right() -> None:
     strided = torch.randn(layer.nnz, 2)[:, 0]
     bias = torch.randn(1).expand(10)
     x = torch.randn(4, 20, requires_grad=True)
-    y = torch.func.functional_call(layer, {"values": strided, "bias": bias}, (x,))
-    packed = {"values": strided.clone(), "bias": bias.clone()}
+    y = torch.func.functional_call(layer, {"weight_values": strided, "bias": bias}, (x,))
+    packed = {"weight_values": strided.clone(), "bias": bias.clone()}
     assert torch.equal(y, torch.func.functional_call(layer, packed, (x,)))
     (got,) = torch.autograd.grad(y.sum(), x)
     (wanted,) = torch.autograd.grad(torch.func.functional_call(layer, packed, (x,)).sum(), x)

@@ -43,7 +43,7 @@ def move(layer: SparseLinear, n_drop: int, n_grow: int) -> None:
     free[layer.positions()] = False
     layer.rewrite(torch.arange(n_drop), free.nonzero().flatten()[-n_grow:] if n_grow else torch.tensor([]))
     with torch.no_grad():
-        layer.values.normal_()
+        layer.weight_values.normal_()
 
 
 def load(layer: SparseLinear, sparsity: float) -> None:

@@ -26,7 +26,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=["single", "fan-in", "bl
 def ready(kind: Kind = SparseLinear, **settings: Any) -> SparseLinear:
     """A layer that has computed something, so that its plans are there."""
     layer = kind(20, 10, **settings)
-    layer(torch.zeros(1, 20, dtype=layer.values.dtype))
+    layer(torch.zeros(1, 20, dtype=layer.weight_values.dtype))
     return layer
 
 
@@ -58,8 +58,8 @@ def test_it_follows_weights_and_topology() -> None:
     layer = ready()
     x = torch.randn(3, 20)
     changes: list[Callable[[], object]] = [
-        lambda: layer.values.mul_(2),
-        lambda: setattr(layer.values, "data", torch.randn(layer.nnz)),
+        lambda: layer.weight_values.mul_(2),
+        lambda: setattr(layer.weight_values, "data", torch.randn(layer.nnz)),
         lambda: layer.rewrite(torch.arange(3), torch.empty(0, dtype=torch.int64)),
         layer.reset_parameters,
         lambda: layer.load_state_dict(SparseLinear(20, 10, sparsity=0.5).state_dict()),
@@ -68,7 +68,7 @@ def test_it_follows_weights_and_topology() -> None:
     with torch.no_grad():
         for change in changes:
             change()
-            x = x.to(layer.values.dtype)
+            x = x.to(layer.weight_values.dtype)
             for _ in range(2):  # the second time there is a plan
                 torch.testing.assert_close(layer(x), layer.to_dense()(x))
             assert infer(layer, x) is not None
@@ -112,11 +112,11 @@ def swap(name: str, tensor: Callable[[Tensor], Any]) -> Callable[[SparseLinear],
 
 
 LAYERS: dict[str, Callable[[SparseLinear], object]] = {
-    "a forward mask": lambda layer: setattr(layer, "forward_mask", layer.values > 0),
+    "a forward mask": lambda layer: setattr(layer, "forward_mask", layer.weight_values > 0),
     "computed values": lambda layer: layer._parameters.pop("values"),
     "values of a subclass": swap("values", lambda t: t.as_subclass(Mine)),
     "values of another dtype": swap("values", lambda t: t.double()),
-    "trained values": lambda layer: layer.values.requires_grad_(),
+    "trained values": lambda layer: layer.weight_values.requires_grad_(),
     "a trained bias": lambda layer: layer.bias.requires_grad_(),
     "other columns": swap("indices", lambda t: t.clone()),
     "edited columns": lambda layer: layer.indices.copy_(layer.indices.clone()),

@@ -145,7 +145,7 @@ if child == 0:
     torch.set_num_threads(1)
     y = layer(x)
     y.sum().backward()
-    os._exit(0 if torch.equal(y, expected) and layer.values.grad is not None else 3)
+    os._exit(0 if torch.equal(y, expected) and layer.weight_values.grad is not None else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
@@ -158,7 +158,7 @@ def test_a_forked_child_can_train() -> None:
 def train_in_child(layer: SparseLinear, x: Tensor, results: Queue[Any]) -> None:
     results.put(layer(x).detach().numpy())
     with torch.no_grad():
-        layer.values.mul_(2)
+        layer.weight_values.mul_(2)
         layer.bias.mul_(2)
     results.put(None)
 

@@ -86,7 +86,7 @@ def test_bfloat16_is_float32_arithmetic_on_rounded_weights(tokens: int, sparsity
         return gradient.to(torch.bfloat16)
 
     assert torch.equal(rounded(narrow.grad), rounded(full.grad))
-    assert torch.equal(rounded(layer.values.grad), rounded(wide.values.grad))
+    assert torch.equal(rounded(layer.weight_values.grad), rounded(wide.weight_values.grad))
 
 
 def test_a_weight_in_bfloat16_is_four_bytes() -> None:
@@ -130,7 +130,7 @@ def test_a_sign_that_is_still_to_be_turned_is_turned(tokens: int) -> None:
 @pytest.mark.parametrize("width", [10, 100])
 def test_plans_of_another_width_are_not_taken(width: int) -> None:
     layer = SparseLinear(40, 30, sparsity=0.5)
-    operands = layer.values.detach(), layer.bias, layer.indptr, layer.indices
+    operands = layer.weight_values.detach(), layer.bias, layer.indptr, layer.indices
     with torch.no_grad():
         layer(torch.randn(70, 40))
         if width < 40:

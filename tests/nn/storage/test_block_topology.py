@@ -30,7 +30,7 @@ def test_from_dense_keeps_the_blocks_of_largest_norm() -> None:
     expected[:4] = dense.weight[:4]
     assert torch.equal(layer.to_dense().weight, expected)
     assert torch.equal(layer.bias, dense.bias)  # type: ignore[arg-type]
-    assert (layer.training, layer.values.requires_grad) == (False, False)
+    assert (layer.training, layer.weight_values.requires_grad) == (False, False)
     assert BlockSparseLinear.from_dense(dense, 0.0, (4, 4)).to_dense().weight.equal(dense.weight)
     with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv2d"):
         BlockSparseLinear.from_dense(nn.Conv2d(1, 1, 1), 0.5)  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def test_patterns_of_every_form_give_their_blocks(block_shape: tuple[int, int]) 
     for pattern in (old.to_scipy(), old.to_sparse_csr()):
         new = BlockSparseLinear.from_pattern(pattern, block_shape=block_shape)
         assert torch.equal(new.positions(), old.positions())
-        assert torch.equal(new.values, old.values)
+        assert torch.equal(new.values, old.weight_values)
     grid = np.zeros(old.grid, np.bool_)
     grid.reshape(-1)[old.positions()] = True
     patterns = [live, array(live.to_dense()), live.to_dense()]
@@ -71,7 +71,7 @@ def test_a_bsr_matrix_brings_its_blocks_along() -> None:
         [0, 1, 2, 2],
         [1, 0],
     )
-    np.testing.assert_array_equal(array(layer.values), data)
+    np.testing.assert_array_equal(array(layer.weight_values), data)
     back = layer.to_scipy()
     assert back.format == "bsr"
     np.testing.assert_array_equal(back.toarray(), matrix.toarray())
@@ -101,20 +101,20 @@ def test_patterns_that_do_not_fit_change_nothing() -> None:
 def test_rewriting_moves_values_gradient_and_mask(block_shape: tuple[int, int]) -> None:
     layer = BlockSparseLinear(*SIZES, sparsity=0.4, block_shape=block_shape)
     layer(torch.randn(4, 70)).sum().backward()
-    layer.forward_mask = torch.rand_like(layer.values) < 0.5
-    assert layer.values.grad is not None
-    before = [each.detach().clone() for each in (layer.values, layer.values.grad, layer.forward_mask)]
-    old, parameter = layer.positions(), layer.values
+    layer.forward_mask = torch.rand_like(layer.weight_values) < 0.5
+    assert layer.weight_values.grad is not None
+    before = [each.detach().clone() for each in (layer.weight_values, layer.weight_values.grad, layer.forward_mask)]
+    old, parameter = layer.positions(), layer.weight_values
     free = torch.tensor([p for p in range(layer.grid[0] * layer.grid[1]) if p not in old][:1])
     for grow in (free, free[:0]):
         source = layer.rewrite(torch.tensor([0]), grow)
-        now = [layer.values, layer.values.grad, layer.forward_mask]
+        now = [layer.weight_values, layer.weight_values.grad, layer.forward_mask]
         for new, earlier in zip(now, before, strict=True):
             assert new is not None
             assert torch.equal(new[source >= 0], earlier[source[source >= 0]])
             assert not new[source < 0].any()
         before = [each.detach().clone() for each in now if each is not None]
-        assert layer.values is parameter
+        assert layer.weight_values is parameter
         layer.zero_grad(set_to_none=False)
         before[1].zero_()
     layer(torch.randn(4, 70)).sum().backward()
@@ -124,7 +124,7 @@ def test_rewriting_moves_values_gradient_and_mask(block_shape: tuple[int, int]) 
 
 def test_entries_move_in_place_if_there_are_as_many() -> None:
     layer = BlockSparseLinear(16, 16, sparsity=0.5, block_shape=(4, 4))
-    entries = torch.randn_like(layer.values)
+    entries = torch.randn_like(layer.weight_values)
     layer.put(entries, torch.tensor([2]), torch.full((1, 4, 4), 7.0))
     assert (layer.per_connection(entries)[2] == 7).all()
     old = entries.clone()
@@ -159,18 +159,18 @@ def test_a_wrong_state_is_refused_and_named() -> None:
     edge = good["values"].clone()
     edge[:, :, 3] = 1
     for changed, message in (
-        ({"values": good["values"][:, :2]}, r"values must have shape \(3, 4, 4\), got \(3, 2, 4\)"),
-        ({"values": good["values"][0]}, "values must be a 3-D floating point tensor"),
-        ({"values": edge, "indices": torch.tensor([0, 1, 2])[:3]}, "0 outside the matrix|ascending"),
+        ({"weight_values": good["values"][:, :2]}, r"values must have shape \(3, 4, 4\), got \(3, 2, 4\)"),
+        ({"weight_values": good["values"][0]}, "values must be a 3-D floating point tensor"),
+        ({"weight_values": edge, "indices": torch.tensor([0, 1, 2])[:3]}, "0 outside the matrix|ascending"),
         ({"indptr": good["indptr"] + 1}, r"indices must have shape \(4,\)|must start at 0"),
         ({"indptr": good["indptr"][:-1]}, r"indptr must be int64 of shape \(3,\)"),
         ({"indices": torch.full((3,), 3)}, r"columns of 0\.\.2, got 3"),
         ({"indices": torch.zeros(3)}, "indices must be uint16, int32 or int64"),
-        ({"values": None}, "must be loaded together, got no values"),
+        ({"weight_values": None}, "must be loaded together, got no values"),
     ):
         state = {name: entry for name, entry in {**good, **changed}.items() if entry is not None}
         layer = BlockSparseLinear(10, 8, sparsity=0.5, block_shape=(4, 4))
-        before = layer.values.clone()
+        before = layer.weight_values.clone()
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(state)
-        assert torch.equal(layer.values, before)
+        assert torch.equal(layer.weight_values, before)

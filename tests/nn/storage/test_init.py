@@ -43,14 +43,14 @@ def test_the_dense_layer_draws_from_the_same_range() -> None:
     """At sparsity 0 both bounds are 1 / sqrt(in_features); the largest of 40,000 draws is within 0.1%."""
     dense, sparse = torch.nn.Linear(200, 200), SparseLinear(200, 200, sparsity=0.0)
     bound = 200**-0.5
-    for weights in (dense.weight, sparse.values):
+    for weights in (dense.weight, sparse.weight_values):
         assert 0.999 * bound < weights.abs().max() <= bound * (1 + 1e-6)
 
 
 def test_the_variance_check_would_see_the_dense_bound() -> None:
     layer = SparseLinear(2000, 500, sparsity=0.9, bias=False)
     with torch.no_grad():
-        layer.values.uniform_(-(2000**-0.5), 2000**-0.5)
+        layer.weight_values.uniform_(-(2000**-0.5), 2000**-0.5)
     assert layer(torch.randn(500, 2000)).var().item() != pytest.approx(1 / 3, rel=0.04)
 
 
@@ -95,9 +95,9 @@ def test_torch_s_seed_decides_everything_and_numpy_s_nothing() -> None:
 def test_drawing_anew_keeps_the_count_and_changes_the_rest() -> None:
     layer = SparseLinear(300, 200)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    parameter, nnz = layer.values, layer.nnz
+    parameter, nnz = layer.weight_values, layer.nnz
     layer.reset_parameters()
-    assert layer.values is parameter
+    assert layer.weight_values is parameter
     assert layer.nnz == nnz
     for name, tensor in layer.state_dict().items():
         assert not torch.equal(tensor, before[name])

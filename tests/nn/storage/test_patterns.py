@@ -100,9 +100,9 @@ def test_stored_zeros_are_connections_and_duplicates_are_summed_without_touching
         pattern = torch.sparse_csr_tensor(*parts, (2, 5), check_invariants=False)
     layer = SparseLinear.from_pattern(pattern)
     assert layer.positions().tolist() == [5, 6, 8]
-    assert layer.values.tolist() == [2, 0, 5]
+    assert layer.weight_values.tolist() == [2, 0, 5]
     with torch.no_grad():
-        layer.values.zero_()
+        layer.weight_values.zero_()
     assert data.tolist() == [1, 2, 0, 4]
     assert indices.tolist() == [3, 0, 1, 3]
 
@@ -135,7 +135,7 @@ def test_wide_patterns(columns: int) -> None:
 )
 def test_dtypes(given_dtype: type, asked: torch.dtype | None, expected: torch.dtype) -> None:
     layer = SparseLinear.from_pattern(sp.csr_array(np.eye(3, dtype=given_dtype)), dtype=asked)
-    assert layer.values.dtype == expected
+    assert layer.weight_values.dtype == expected
     assert layer.bias is not None
     assert layer.bias.dtype == expected
 
@@ -221,7 +221,7 @@ def test_both_layers_draw_the_same() -> None:
 def test_training_leaves_the_topology_and_an_algorithm_moves_it() -> None:
     layer = SparseLinear.from_pattern(draw() != 0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    positions, weights = layer.positions(), layer.values.detach().clone()
+    positions, weights = layer.positions(), layer.weight_values.detach().clone()
 
     def train() -> None:
         for _ in range(3):
@@ -231,7 +231,7 @@ def test_training_leaves_the_topology_and_an_algorithm_moves_it() -> None:
 
     train()
     assert torch.equal(layer.positions(), positions)
-    assert not torch.equal(layer.values, weights)
+    assert not torch.equal(layer.weight_values, weights)
     SET(drop_fraction=0.5, update=1).attach(layer, optimizer)
     train()
     assert not torch.equal(layer.positions(), positions)

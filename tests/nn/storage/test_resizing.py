@@ -44,7 +44,7 @@ def test_trains_on_while_the_last_loss_is_held(how: str) -> None:
     assert layer.nnz != before
     layer.zero_grad()
     layer(x).square().sum().backward()
-    torch.testing.assert_close(layer.values.grad, dense_gradient(layer, x))
+    torch.testing.assert_close(layer.weight_values.grad, dense_gradient(layer, x))
     assert held.requires_grad
 
 
@@ -52,8 +52,8 @@ def test_trains_on_while_the_last_loss_is_held(how: str) -> None:
 def test_hooks_on_the_parameter_stay(how: str) -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)
     shapes: list[torch.Size] = []
-    layer.values.register_hook(lambda gradient: shapes.append(gradient.shape))
-    layer.values.register_post_accumulate_grad_hook(lambda parameter: shapes.append(parameter.grad.shape))
+    layer.weight_values.register_hook(lambda gradient: shapes.append(gradient.shape))
+    layer.weight_values.register_post_accumulate_grad_hook(lambda parameter: shapes.append(parameter.grad.shape))
     RESIZE[how](layer)
     layer(torch.randn(4, 20)).sum().backward()
     assert shapes == [(layer.nnz,)] * 2
@@ -63,7 +63,7 @@ def test_loading_another_count_drops_the_gradient_of_the_old_connections() -> No
     layer = SparseLinear(20, 10, sparsity=0.5)
     layer(torch.randn(4, 20)).sum().backward()
     RESIZE["loaded"](layer)
-    assert layer.values.grad is None
+    assert layer.weight_values.grad is None
 
 
 @pytest.mark.parametrize("how", RESIZE)
@@ -73,7 +73,7 @@ def test_a_layer_resized_in_inference_mode_can_train(how: str) -> None:
         RESIZE[how](layer)
     x = torch.randn(4, 20)
     layer(x).square().sum().backward()
-    torch.testing.assert_close(layer.values.grad, dense_gradient(layer, x))
+    torch.testing.assert_close(layer.weight_values.grad, dense_gradient(layer, x))
 
 
 @pytest.mark.parametrize("how", RESIZE)
@@ -98,4 +98,4 @@ def test_an_optimizer_goes_on_after_its_state_is_loaded_too() -> None:
         optimizer.zero_grad()
         layer(x).square().sum().backward()
         optimizer.step()
-    assert torch.equal(source.values, target.values)
+    assert torch.equal(source.weight_values, target.weight_values)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparselab import SparseLinear
-from sparselab.nn.ops.operands import GradientFactors, LinearFactors
+from sparselab.nn.ops.operands import GradientOperands, LinearOperands
 
 
 def keyed(layer: SparseLinear, tensor: Tensor) -> dict[int, float]:
@@ -23,36 +23,36 @@ def free_positions(layer: SparseLinear, n: int) -> Tensor:
 @pytest.mark.parametrize(("n_drop", "n_grow"), [(0, 0), (10, 10), (10, 3), (3, 10), (60, 0), (0, 40)])
 def test_values_and_gradient_follow_their_connection(n_drop: int, n_grow: int) -> None:
     layer = SparseLinear(30, 20, sparsity=0.9)
-    parameter = layer.values
+    parameter = layer.weight_values
     layer(torch.randn(4, 30)).sum().backward()
-    values, gradient = keyed(layer, layer.values), keyed(layer, layer.values.grad)
+    values, gradient = keyed(layer, layer.weight_values), keyed(layer, layer.weight_values.grad)
     old = layer.positions()
     drop = torch.randperm(layer.nnz)[:n_drop]
     grow = free_positions(layer, n_grow)
     source = layer.rewrite(drop, grow)
     new = layer.positions()
-    assert layer.values is parameter
+    assert layer.weight_values is parameter
     assert sorted(new.tolist()) == sorted({*old.tolist()} - {*old[drop].tolist()} | {*grow.tolist()})
     assert torch.equal(torch.where(source >= 0, old[source], new), new)
-    for now, before in ((layer.values, values), (layer.values.grad, gradient)):
+    for now, before in ((layer.weight_values, values), (layer.weight_values.grad, gradient)):
         for position, number in keyed(layer, now).items():
             assert number == (0 if position in grow.tolist() else before[position])
 
 
 def test_a_gradient_is_moved_in_place_and_a_rotten_one_spreads_nothing() -> None:
     layer = SparseLinear(30, 20, sparsity=0.9)
-    gradient = layer.values.grad = torch.full((60,), torch.nan)
+    gradient = layer.weight_values.grad = torch.full((60,), torch.nan)
     source = layer.rewrite(torch.arange(20), free_positions(layer, 20))
-    assert layer.values.grad is gradient
+    assert layer.weight_values.grad is gradient
     assert torch.equal(gradient.isnan(), source >= 0)
     assert not gradient[source < 0].any()
 
 
 def test_a_regrown_connection_keeps_its_weight() -> None:
     layer = SparseLinear(30, 20, sparsity=0.9)
-    before = layer.values.clone()
+    before = layer.weight_values.clone()
     source = layer.rewrite(torch.tensor([5]), layer.positions()[5:6])
-    assert torch.equal(layer.values, before)
+    assert torch.equal(layer.weight_values, before)
     assert torch.equal(source, torch.arange(layer.nnz))
 
 
@@ -63,7 +63,7 @@ def test_the_next_forward_uses_the_new_topology() -> None:
     x.grad = None
     layer.rewrite(torch.arange(20), free_positions(layer, 20))
     with torch.no_grad():
-        layer.values.normal_()
+        layer.weight_values.normal_()
     layer(x).sum().backward()
     dense, y = layer.to_dense(), x.detach().requires_grad_()
     dense(y).sum().backward()
@@ -103,8 +103,8 @@ class Watcher:
     def forward_seen(self) -> None:
         self.forwards += 1
 
-    def backward_seen(self, factors: GradientFactors) -> None:
-        assert isinstance(factors, LinearFactors)
+    def backward_seen(self, factors: GradientOperands) -> None:
+        assert isinstance(factors, LinearOperands)
         self.seen.append((factors.x.clone(), factors.dy.clone()))
 
 
@@ -123,7 +123,7 @@ def test_a_watcher_sees_both_factors_of_the_gradient() -> None:
     for seen_x, seen_dy in watcher.seen:
         assert torch.equal(seen_x, x.reshape(6, 6))
         assert torch.equal(seen_dy, torch.full((6, 4), 2.0))
-    layer.values.requires_grad_(False)
+    layer.weight_values.requires_grad_(False)
     layer(x.requires_grad_()).sum().backward()
     assert watcher.forwards == 1
 

@@ -18,15 +18,15 @@ def make_pair() -> tuple[SparseLinear, SparseLinear]:
 
 def test_loads_into_a_layer_with_another_topology() -> None:
     source, target = make_pair()
-    parameter = target.values
+    parameter = target.weight_values
     target(torch.randn(2, 30))  # so that there are plans to go stale
     assert target.load_state_dict(source.state_dict()) == ([], [])
-    assert target.values is parameter
+    assert target.weight_values is parameter
     assert target.nnz == source.nnz
     x = torch.randn(5, 30)
     assert torch.equal(target(x), source(x))
     with torch.no_grad():
-        source.values.zero_()
+        source.weight_values.zero_()
     assert not torch.equal(target(x), source(x))
 
 
@@ -59,7 +59,7 @@ def test_loads_while_an_optimizer_holds_the_parameter() -> None:
     target.load_state_dict(source.state_dict())
     target(torch.ones(1, 30)).sum().backward()
     optimizer.step()
-    assert torch.equal(target.values, source.values - 1)
+    assert torch.equal(target.weight_values, source.weight_values - 1)
 
 
 def test_a_state_may_be_strided_and_read_only() -> None:
@@ -89,9 +89,9 @@ def test_missing_and_unexpected_keys_are_reported_as_by_torch() -> None:
     assert target.load_state_dict(state, strict=False).missing_keys == ["bias"]
     with pytest.raises(RuntimeError, match="Unexpected key"):
         target.load_state_dict({**source.state_dict(), "more": torch.zeros(1)})
-    before = target.values.clone()
+    before = target.weight_values.clone()
     assert set(target.load_state_dict({}, strict=False).missing_keys) == set(state) | {"bias"}
-    assert torch.equal(target.values, before)
+    assert torch.equal(target.weight_values, before)
 
 
 def edit(name: str, change: Any) -> Any:

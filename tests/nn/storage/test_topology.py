@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparselab import MaskedLinear, SparseLinear
-from sparselab.nn.ops.operands import GradientFactors
+from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.storage import contract as topology
-from sparselab.nn.storage.contract import SparseTopology, find_sparse, is_sparse, move_slots
+from sparselab.nn.layers.base import SparseLayer, find_sparse, is_sparse
+from sparselab.nn.storage.entries import move_slots
 from tests.nn.storage.test_rewrite import Watcher
 
 LAYERS = [SparseLinear, MaskedLinear]
@@ -24,8 +25,8 @@ LAYERS = [SparseLinear, MaskedLinear]
 def test_a_sparse_layer_has_everything_an_algorithm_may_use(kind: Any) -> None:
     layer = kind(6, 4)
     assert is_sparse(layer)
-    members = {name for name in dir(SparseTopology) if not name.startswith("_")}
-    members |= set(SparseTopology.__annotations__)
+    members = {name for name in dir(SparseLayer) if not name.startswith("_")}
+    members |= set(SparseLayer.__annotations__)
     assert members == set(topology._MEMBERS)
     assert all(hasattr(layer, name) for name in members)
 
@@ -95,7 +96,7 @@ def test_a_module_that_lacks_one_part_is_not_sparse() -> None:
 def test_nobody_asks_by_isinstance() -> None:
     """Since Python 3.12 isinstance with a protocol misses the parameters of a module."""
     with pytest.raises(TypeError, match="runtime_checkable"):
-        isinstance(SparseLinear(6, 4), SparseTopology)
+        isinstance(SparseLinear(6, 4), SparseLayer)
 
 
 def test_find_sparse_names_each_layer_once() -> None:
@@ -148,7 +149,7 @@ def test_a_watcher_sees_the_dense_gradient_of_all_tokens() -> None:
 
 def test_a_watcher_that_fails_stops_the_backward_pass_and_nothing_else() -> None:
     class Failing(Watcher):
-        def backward_seen(self, factors: GradientFactors) -> None:
+        def backward_seen(self, factors: GradientOperands) -> None:
             raise ValueError("seen enough")
 
     layer = SparseLinear(6, 4)
@@ -157,7 +158,7 @@ def test_a_watcher_that_fails_stops_the_backward_pass_and_nothing_else() -> None
         layer(torch.randn(3, 6)).sum().backward()
     layer.gradient_watcher = None
     layer(torch.randn(3, 6)).sum().backward()
-    assert layer.values.grad is not None
+    assert layer.weight_values.grad is not None
 
 
 def test_a_watcher_does_not_watch_the_layer_beside() -> None:

@@ -11,10 +11,13 @@ The sums of DY over tokens, the gradient of a bias, are made from the packed row
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from sparselab.kernels.arrays import Array, strides
+from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.csr.plan import Segments, gradient_shares
+from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.runtime.jit import jit, launch, scratch, worker_count
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
@@ -93,6 +96,38 @@ def _sample_share(  # type: ignore[no-untyped-def]
                 sums[i] = partial[(i - row0) * 8 : (i - row0 + 1) * 8].sum()
 
 
+class GradientCut(NamedTuple):
+    """How a gradient over so many tokens is cut, which depends on nothing else that a call brings.
+
+    Attributes
+    ----------
+    rectangles : int64 array
+        From `gradient_shares`.
+    n_shares : int
+        Workers.
+    most_rows : int
+        Rows of the highest rectangle.
+    items : int
+        Scratch of each worker.
+    """
+
+    rectangles: Array
+    n_shares: int
+    most_rows: int
+    items: int
+
+
+def cut_gradient(plan: Segments, shape: tuple[int, int], n_tokens: int, itemsize: int) -> GradientCut:
+    """The cut of the gradient of a matrix of this shape over at least one token, for the threads of now."""
+    width = TILE_BYTES // itemsize
+    n_tiles = -(-n_tokens // width)
+    workers = worker_count((plan.n_connections + sum(shape)) * n_tokens)
+    rectangles = gradient_shares(plan, n_tiles, workers, itemsize + index_dtype(shape[1]).itemsize)
+    most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
+    items = _REST + plan.block_columns * width + most_rows * (width + 8)
+    return GradientCut(rectangles, min(workers, len(rectangles)), most_rows, items)
+
+
 def sample(
     indices: Array, plan: Segments, DY: Array, X: Array, out: Array, sums: Array | None = None
 ) -> None:
@@ -101,22 +136,22 @@ def sample(
     DY ``(rows, tokens)`` and X ``(columns, tokens)`` may have any strides and are not checked. If `sums`
     (rows,) is given, it becomes ``sum_t DY[:, t]``.
     """
-    out.fill(0)
     sums = np.empty(0, out.dtype) if sums is None else sums
-    n_columns, n_tokens = X.shape
-    if n_tokens == 0 or (plan.n_connections == 0 and sums.size == 0):
+    if X.shape[1] == 0 or (plan.n_connections == 0 and sums.size == 0):
+        out.fill(0)
         sums.fill(0)
         return
-    width = TILE_BYTES // out.itemsize
-    n_tiles = -(-n_tokens // width)
-    workers = worker_count((plan.n_connections + n_columns + len(DY)) * n_tokens)
-    rectangles = gradient_shares(plan, n_tiles, workers, out.itemsize + indices.itemsize)
-    n_shares = min(workers, len(rectangles))
-    most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
-    items = _REST + plan.block_columns * width + most_rows * (width + 8)
-    work = scratch(n_shares, items, out.dtype)
+    cut = cut_gradient(plan, (len(DY), len(X)), X.shape[1], out.itemsize)
+    sample_cut(indices, plan, matrix(DY), matrix(X), out, sums, cut)
+
+
+def sample_cut(
+    indices: Array, plan: Segments, DY: Matrix, X: Matrix, out: Array, sums: Array, cut: GradientCut
+) -> None:
+    """As `sample`, for matrices by their addresses, of the dtype of `out`, with at least one token."""
+    out.fill(0)
+    work = scratch(cut.n_shares, cut.items, out.dtype)
     launch(
-        _sample_share, n_shares, indices, plan, rectangles,
-        DY.__array_interface__["data"][0], strides(DY), X.__array_interface__["data"][0], strides(X),
-        n_columns, n_tokens, most_rows, work, out, sums,
+        _sample_share, cut.n_shares, indices, plan, cut.rectangles, DY[0], DY[1], X[0], X[1], X[2][0], X[2][1],
+        cut.most_rows, work, out, sums,
     )  # fmt: skip

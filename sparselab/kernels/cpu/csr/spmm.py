@@ -10,10 +10,13 @@ first-level cache.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from sparselab.kernels.arrays import Array, strides
+from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.csr.plan import Segments, product_groups
+from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.runtime.jit import jit, launch, no_turns, scratch, worker_count
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
@@ -109,6 +112,35 @@ def _multiply_share(  # type: ignore[no-untyped-def]
         pair = take_turn(turns)
 
 
+class ProductCut(NamedTuple):
+    """How a product with so many tokens is cut, which depends on nothing else that a call brings.
+
+    Attributes
+    ----------
+    groups : int64 array
+        Chunk boundaries of the row groups.
+    n_shares : int
+        Workers.
+    items : int
+        Scratch of each.
+    """
+
+    groups: Array
+    n_shares: int
+    items: int
+
+
+def cut_product(plan: Segments, shape: tuple[int, int], n_tokens: int, itemsize: int) -> ProductCut:
+    """The cut of a product of a matrix of this shape with at least one token, for the threads of now."""
+    width = TILE_BYTES // itemsize
+    n_tiles = -(-n_tokens // width)
+    workers = worker_count((plan.n_connections + sum(shape)) * n_tokens)
+    groups = product_groups(plan, n_tiles, workers, itemsize + index_dtype(shape[1]).itemsize)
+    group_rows = int(np.diff(plan.chunk_rows[groups]).max())
+    n_shares = min(workers, (len(groups) - 1) * n_tiles)
+    return ProductCut(groups, n_shares, (plan.block_columns + group_rows) * width)
+
+
 def multiply(
     values: Array, indices: Array, plan: Segments, X: Array, Y: Array, bias: Array | None = None
 ) -> None:
@@ -117,20 +149,19 @@ def multiply(
     X ``(columns, tokens)`` and Y ``(rows, tokens)``, of one dtype, may have any strides and are not checked;
     Y is overwritten. The values have that dtype too, or are the bits of bfloat16 in uint16 beside float32.
     """
-    n_columns, n_tokens = X.shape
-    dtype = Y.dtype
     if Y.size == 0:
         return
-    width = TILE_BYTES // dtype.itemsize
-    n_tiles = -(-n_tokens // width)
-    workers = worker_count((plan.n_connections + n_columns + len(Y)) * n_tokens)
-    groups = product_groups(plan, n_tiles, workers, dtype.itemsize + indices.itemsize)
-    n_shares = min(workers, (len(groups) - 1) * n_tiles)
-    group_rows = int(np.diff(plan.chunk_rows[groups]).max())
-    work = scratch(n_shares, (plan.block_columns + group_rows) * width, dtype)
+    offsets = np.zeros(Y.shape[0], Y.dtype) if bias is None else bias
+    cut = cut_product(plan, (len(Y), len(X)), X.shape[1], Y.itemsize)
+    multiply_cut(values, indices, plan, matrix(X), matrix(Y), offsets, cut)
+
+
+def multiply_cut(
+    values: Array, indices: Array, plan: Segments, X: Matrix, Y: Matrix, bias: Array, cut: ProductCut
+) -> None:
+    """As `multiply`, for matrices of at least one entry by their addresses, of the dtype of the bias."""
+    work = scratch(cut.n_shares, cut.items, bias.dtype)
     launch(
-        _multiply_share, n_shares, no_turns(), values, indices,
-        np.zeros(Y.shape[0], dtype) if bias is None else bias, plan, groups,
-        X.__array_interface__["data"][0], strides(X), n_columns,
-        Y.__array_interface__["data"][0], strides(Y), n_tokens, work,
+        _multiply_share, cut.n_shares, no_turns(), values, indices, bias, plan, cut.groups,
+        X[0], X[1], X[2][0], Y[0], Y[1], Y[2][1], work,
     )  # fmt: skip

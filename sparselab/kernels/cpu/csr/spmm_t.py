@@ -35,7 +35,7 @@ def _gather_share(share, n_shares, values, slots, out):  # type: ignore[no-untyp
 def gather(values: Array, slots: Array, dtype: np.dtype[Any]) -> Array:
     """The values, or those whose bits are given in uint16, in the order of the slots."""
     ordered = aligned_empty(len(slots), dtype)
-    n_shares = max(1, min(worker_count(), len(slots) // _MIN_SHARE))
+    n_shares = 1 if len(slots) < 2 * _MIN_SHARE else min(worker_count(), len(slots) // _MIN_SHARE)
     launch(_gather_share, n_shares, values, slots, ordered)
     return ordered
 

@@ -1,15 +1,15 @@
 """The three products of a sparse convolution on CPU tensors, chunk by chunk of images.
 
-Tensors here are plain and checked, as those of `_products`. A chunk is laid out in planes
-(`kernels._planes`), in which the unfolded batch is a matter of addresses.
+Operands have been checked; see `sparselab.nn.ops.products.ConvolutionProducts`. A chunk is laid out in planes
+(`sparselab.kernels.cpu.conv.planes`), in which the unfolded batch is a matter of addresses.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.conv.planes import (
     Grid,
-    Pair,
     fill_planes,
     input_grid,
     output_grid,
@@ -32,68 +31,27 @@ from sparselab.kernels.cpu.csr.dense_rows import collect_rows
 from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan, plan_shifted
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.cpu.runtime.jit import scratch
-from sparselab.nn.ops.cpu.plans import TopologyPlans, nbytes
-from sparselab.nn.ops.cpu.products import _array, _vector, dense_blocks, row_blocks
+from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.ops.cpu.csr import dense_blocks, row_blocks
+from sparselab.nn.ops.cpu.memory import as_array, as_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import CONVOLUTIONS, choose_name
+from sparselab.nn.ops.geometry import Geometry, Pair
+from sparselab.nn.ops.topologies import TensorTopology, nbytes
 
 #: Planes of one chunk, unless one image takes more.
 _CHUNK_BYTES = 8 << 20
 
 
-class Geometry(NamedTuple):
-    """What a convolution is beside its weights: W is (out_channels, in_channels // groups * elements)."""
-
-    in_channels: int
-    groups: int
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> Geometry:
-        """That of its `numbers`."""
-        in_channels, groups, a, b, c, d, e, f, g, h = numbers
-        return cls(in_channels, groups, (a, b), (c, d), (e, f), (g, h))
-
-    @property
-    def numbers(self) -> list[int]:
-        """All of them, as an operator takes them."""
-        return [*self[:2], *itertools.chain(*self[2:])]
-
-    @property
-    def elements(self) -> int:
-        """Elements of the kernel."""
-        return self.kernel[0] * self.kernel[1]
-
-    @property
-    def columns(self) -> int:
-        """Columns of W."""
-        return self.in_channels // self.groups * self.elements
-
-    def grid(self, size: Pair) -> Grid:
-        """Where the pixels of images of this size go."""
-        return input_grid(size, self.kernel, self.stride, self.padding, self.dilation)
-
-    def outputs(self, size: Pair) -> Pair:
-        """Rows and columns of outputs for images of this size; not positive if they are too small."""
-        down, right = (
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        )
-        return down, right
-
-
 class ConvolutionPlans:
     """Plans of one topology for one geometry, each made when it is first needed."""
 
-    def __init__(self, topology: TopologyPlans, geometry: Geometry) -> None:
+    def __init__(self, topology: RowTopology, geometry: Geometry) -> None:
         self.geometry = geometry
-        self.begin, self.end = topology.begin, topology.end
+        self.begin, self.end = topology.rows.indptr[:-1], topology.rows.indptr[1:]
         rows, columns = topology.shape
         self.shape = rows, geometry.in_channels * geometry.elements
-        self.indices = topology.indices
+        self.indices = topology.rows.indices
         self._transposed: TransposePlan | None = None
         if geometry.groups > 1:
             # The matrix of all groups, each on its own channels.
@@ -150,90 +108,95 @@ class ConvolutionPlans:
         return TransposePlan(indptr, indices, slots.astype(np.int32), segments)
 
 
-def product(x: Tensor, values: Tensor, bias: Tensor | None, plans: ConvolutionPlans) -> Tensor:
+def product(
+    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
     """The convolution of x (n, in_channels, height, width), contiguous, in the dtype of x."""
     if x.dtype == torch.bfloat16:
         wide = None if bias is None else bias.detach().float()
-        return product(x.float(), values, wide, plans).to(torch.bfloat16)
+        return product(topology, values, x.float(), wide, geometry).to(torch.bfloat16)
     use_torch_threads()
-    grid = plans.geometry.grid((x.shape[2], x.shape[3]))
+    plans, grid = _plans(topology, geometry), _grid(geometry, (x.shape[2], x.shape[3]))
     outputs = output_grid(grid)
     y = x.new_empty((len(x), plans.shape[0], *grid.outputs))
     if plans.is_dense("forward", y):
         for first, last, kernels in _kernels(values, plans, x):
             part = None if bias is None else bias.detach()[first:last]
-            y[:, first:last] = torch.conv2d(x.detach(), kernels, part, *plans.geometry[3:])
+            y[:, first:last] = torch.conv2d(x.detach(), kernels, part, *geometry[3:])
         return y
-    weights, offset = _vector(values), _vector(x.new_zeros(y.shape[1]) if bias is None else bias)
+    weights, offset = as_vector(values), as_vector(x.new_zeros(y.shape[1]) if bias is None else bias)
     for first, last in _chunks(x, y, grid):
         n_tokens = whole_tiles((last - first) * grid.tokens, x.itemsize)
-        X, Y = _planes(_array(x).dtype, (_n_planes(x, grid), n_tokens + grid.tail), (y.shape[1], n_tokens))
-        fill_planes(_array(x[first:last]), grid, X)
+        X, Y = _planes(as_array(x).dtype, (_n_planes(x, grid), n_tokens + grid.tail), (y.shape[1], n_tokens))
+        fill_planes(as_array(x[first:last]), grid, X)
         multiply_shifted(
             weights, plans.indices, plans.forward, _starts(X, grid), X, Y, n_tokens, offset
         )  # fmt: skip
-        read_planes(_array(y[first:last]), outputs, Y)
+        read_planes(as_array(y[first:last]), outputs, Y)
     return y
 
 
-def input_grad(grad: Tensor, values: Tensor, plans: ConvolutionPlans, size: Pair) -> Tensor:
+def input_grad(
+    topology: TensorTopology, values: Tensor, grad: Tensor, geometry: Geometry, size: Pair
+) -> Tensor:
     """The gradient by x (n, in_channels, height, width), in the dtype of dy."""
     if grad.dtype == torch.bfloat16:
-        return input_grad(grad.float(), values, plans, size).to(torch.bfloat16)
+        return input_grad(topology, values, grad.float(), geometry, size).to(torch.bfloat16)
     use_torch_threads()
-    grid = plans.geometry.grid(size)
+    plans, grid = _plans(topology, geometry), _grid(geometry, size)
     outputs = output_grid(grid)
-    dx = grad.new_empty((len(grad), plans.geometry.in_channels, *size))
+    dx = grad.new_empty((len(grad), geometry.in_channels, *size))
     if not grid.is_onto(size):
         dx.zero_()
     if plans.is_dense("input_grad", grad):
         dx.zero_()
         for first, last, kernels in _kernels(values, plans, grad):
             dx += conv2d_input(  # type: ignore[no-untyped-call]
-                dx.shape, kernels, grad.detach()[:, first:last], *plans.geometry[3:]
+                dx.shape, kernels, grad.detach()[:, first:last], *geometry[3:]
             )
         return dx
     plan = plans.input_grad(grid)
-    weights = gather(_vector(values), plan.slots, _array(dx).dtype)
-    nothing = _vector(dx.new_zeros(_n_planes(dx, grid)))
+    weights = gather(as_vector(values), plan.slots, as_array(dx).dtype)
+    nothing = as_vector(dx.new_zeros(_n_planes(dx, grid)))
     for first, last in _chunks(dx, grad, grid):
         n_tokens = whole_tiles((last - first) * grid.tokens + grid.tail, dx.itemsize)
         DY, DX = _planes(weights.dtype, (grad.shape[1], grid.tail + n_tokens), (len(nothing), n_tokens))
-        fill_planes(_array(grad[first:last]), outputs, DY, grid.tail)
+        fill_planes(as_array(grad[first:last]), outputs, DY, grid.tail)
         # What an output reads `shift` further on gets its gradient from `shift` before.
         starts = np.add.outer(np.arange(len(DY)) * DY.shape[1], grid.tail - grid.shift).reshape(-1)
         multiply_shifted(weights, plan.indices, plan.segments, starts, DY, DX, n_tokens, nothing)
-        read_planes(_array(dx[first:last]), grid, DX)
+        read_planes(as_array(dx[first:last]), grid, DX)
     return dx
 
 
-def values_grad(grad: Tensor, x: Tensor, plans: ConvolutionPlans) -> Tensor:
-    """The gradient by the values, (nnz,), in the dtype of dy."""
+def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient by the values, (nnz, 1, 1), in the dtype of dy."""
     if grad.dtype == torch.bfloat16:
-        return values_grad(grad.float(), x.float(), plans).to(torch.bfloat16)
+        return values_grad(topology, grad.float(), x.float(), geometry).to(torch.bfloat16)
     use_torch_threads()
-    grid = plans.geometry.grid((x.shape[2], x.shape[3]))
+    plans, grid = _plans(topology, geometry), _grid(geometry, (x.shape[2], x.shape[3]))
     outputs = output_grid(grid)
-    result = grad.new_zeros(len(plans.indices))
+    result = grad.new_zeros(topology.values_shape)
+    flat = as_vector(result)
     if plans.is_dense("values_grad", grad):
         for first, last, kernels in _kernels(None, plans, grad):
             dense = conv2d_weight(  # type: ignore[no-untyped-call]
-                x.detach(), kernels.shape, grad.detach()[:, first:last], *plans.geometry[3:]
+                x.detach(), kernels.shape, grad.detach()[:, first:last], *geometry[3:]
             )
-            flat = _array(dense.reshape(-1))
             collect_rows(
-                flat, plans.indices, plans.begin, plans.end, first, last, plans.shape[1], _array(result)
-            )
+                as_array(dense.reshape(-1)), plans.indices, plans.begin, plans.end, first, last,
+                plans.shape[1], flat,
+            )  # fmt: skip
         return result
     for first, last in _chunks(x, grad, grid):
         n_tokens = whole_tiles((last - first) * grid.tokens, x.itemsize)
         X, DY = _planes(
-            _array(x).dtype, (_n_planes(x, grid), n_tokens + grid.tail), (grad.shape[1], n_tokens)
+            as_array(x).dtype, (_n_planes(x, grid), n_tokens + grid.tail), (grad.shape[1], n_tokens)
         )
-        fill_planes(_array(x[first:last]), grid, X)
-        fill_planes(_array(grad[first:last]), outputs, DY)
+        fill_planes(as_array(x[first:last]), grid, X)
+        fill_planes(as_array(grad[first:last]), outputs, DY)
         sample_shifted(
-            plans.indices, plans.begin, plans.end, _starts(X, grid), DY, X, n_tokens, _array(result)
+            plans.indices, plans.begin, plans.end, _starts(X, grid), DY, X, n_tokens, flat
         )  # fmt: skip
     return result
 
@@ -246,6 +209,16 @@ def _kernels(
     blocks = row_blocks(plans, like) if values is None else dense_blocks(values, plans, like)
     for first, last, block in blocks:
         yield first, last, block.view(last - first, geometry.in_channels, *geometry.kernel)
+
+
+def _plans(topology: TensorTopology, geometry: Geometry) -> ConvolutionPlans:
+    own: RowTopology = topology.own  # type: ignore[assignment]
+    return own.plan(("cpu", "conv2d", geometry), partial(ConvolutionPlans, geometry=geometry))
+
+
+def _grid(geometry: Geometry, size: Pair) -> Grid:
+    """Where the pixels of images of this size go."""
+    return input_grid(size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
 
 
 def _n_planes(x: Tensor, grid: Grid) -> int:

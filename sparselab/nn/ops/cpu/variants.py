@@ -31,11 +31,11 @@ class Rules(NamedTuple):
     """When a layer computes a product in another way than by tiles.
 
     From a density on (`dense_from`, by operation) it expands blocks of rows for the dense library; the
-    forward pass of up to `few` tokens has a kernel of its own.
+    forward pass of up to `skinny` tokens has a kernel of its own.
     """
 
     dense_from: Mapping[str, float]
-    few: int = -1
+    skinny: int = -1
 
 
 SINGLE = Rules(DENSE_FROM, MOST_TOKENS)
@@ -43,11 +43,11 @@ BLOCKS = Rules(BLOCK_DENSE_FROM, MOST_BLOCK_TOKENS)
 CONVOLUTIONS = Rules(DENSE_CONVOLUTION_FROM)
 
 #: The ways to compute the forward pass.
-FORWARD = ("few tokens", "tiles", "dense blocks")
+FORWARD = ("skinny", "tiles", "dense blocks")
 
 
 class Variant(NamedTuple):
-    """How one product is computed: `name` is ``"few tokens"``, ``"tiles"`` or ``"dense blocks"``."""
+    """How one product is computed: `name` is ``"skinny"``, ``"tiles"`` or ``"dense blocks"``."""
 
     operation: str
     name: str
@@ -95,7 +95,7 @@ class Measured:
 
 def possible(n_tokens: int, rules: Rules = SINGLE) -> tuple[str, ...]:
     """The forward variants that can compute so many tokens."""
-    return FORWARD if n_tokens <= rules.few else FORWARD[1:]
+    return FORWARD if n_tokens <= rules.skinny else FORWARD[1:]
 
 
 def _time(microseconds: float) -> str:
@@ -134,8 +134,8 @@ def choose(
     if operation == "forward" and measured is not None and (name := measured.name(n_tokens)) is not None:
         return Variant(operation, name, measured.reason(n_tokens))
     name = choose_name(operation, n_tokens, density, rules)
-    if name == "few tokens":
-        reason = f"{n_tokens} tokens (at most {rules.few}) do not fill a tile"
+    if name == "skinny":
+        reason = f"{n_tokens} tokens (at most {rules.skinny}) do not fill a tile"
     elif name == "dense blocks":
         reason = f"density {density:.2f} is at least {dense_from[operation]:.2f}, where a dense product wins"
     elif density >= dense_from[operation]:
@@ -147,8 +147,8 @@ def choose(
 
 def choose_name(operation: str, n_tokens: int, density: float, rules: Rules = SINGLE) -> str:
     """The name alone of what `choose` returns by the rule; costs a fraction of a microsecond."""
-    if operation == "forward" and n_tokens <= rules.few:
-        return "few tokens"
+    if operation == "forward" and n_tokens <= rules.skinny:
+        return "skinny"
     if density >= rules.dense_from[operation] and n_tokens >= _DENSE_TOKENS:
         return "dense blocks"
     return "tiles"

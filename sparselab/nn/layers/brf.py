@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sparselab.kernels.arrays import Array
-from sparselab.nn.storage.contract import find_sparse
+from sparselab.nn.layers.base import find_sparse
+from sparselab.nn.storage.base import draw_seed
 
 _BLOCK_ITEMS = 1 << 20
 
@@ -61,7 +62,7 @@ def brf_(model: nn.Module, r: float = 0.0) -> nn.Module:
     if not layers:
         raise ValueError(f"model must have sparse layers, got a {type(model).__name__} without any")
     for layer in layers:
-        rng = np.random.default_rng(int(torch.randint(2**62, (), device="cpu").item()))
+        rng = np.random.default_rng(draw_seed())
         rows, columns = layer.shape
         small, large = min(rows, columns), max(rows, columns)
         unit, place = np.divmod(_fields(rng, small, large, layer.nnz, r), max(large, 1))

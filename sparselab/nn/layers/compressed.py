@@ -1,0 +1,196 @@
+"""What layers have in common that keep their live connections, and only those, in compressed rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparselab.kernels.arrays import n_connections
+from sparselab.nn.layers.base import SparseLayer, is_sparse, weight_of
+from sparselab.nn.layers.extras import refuse_to_lose
+from sparselab.nn.ops.cpu.variants import Measured
+from sparselab.nn.ops.topologies import TensorTopology
+from sparselab.nn.storage.base import draw_seed
+from sparselab.nn.storage.checks import check_dtype
+from sparselab.nn.storage.compressed import Compressed
+from sparselab.nn.storage.entries import largest_positions
+
+Layer = TypeVar("Layer", bound="CompressedLayer")
+
+
+class CompressedLayer(SparseLayer):
+    """A sparse layer that keeps compressed rows; subclasses say what is computed with W.
+
+    Parameters
+    ----------
+    storage : Compressed
+    nnz : int
+        Connections.
+    bias : bool
+    device, dtype
+        As of `sparselab.SparseLinear`.
+    """
+
+    storage: Compressed
+    weight_values: nn.Parameter
+    indptr: Tensor
+    indices: Tensor
+
+    def __init__(
+        self,
+        storage: Compressed,
+        nnz: int,
+        bias: bool,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(storage)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_dtype("dtype", dtype)
+        storage.register(self, nnz, device, dtype)
+        place = self.weight_values.device
+        self.bias = nn.Parameter(torch.empty(self.out_features, device=place, dtype=dtype)) if bias else None
+
+    def _draw_if_there(self) -> None:
+        """First values, unless the layer is on the device "meta"."""
+        if not self.weight_values.is_meta:
+            self.reset_parameters()
+
+    def topology(self) -> TensorTopology:
+        """The topology that the layer has now, with its plans."""
+        return self.storage.topology(self)
+
+    def topology_arguments(self) -> tuple[Tensor, Tensor, list[int], str]:
+        """The topology in the words of torch's operators."""
+        return self.storage.arguments(self)
+
+    @classmethod
+    def _from_largest(cls: type[Layer], dense: Any, sparsity: float) -> Layer:
+        """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
+        nnz = n_connections((1, dense.weight.numel()), sparsity)
+        return cls.from_positions(dense, largest_positions(dense.weight, nnz))
+
+    @classmethod
+    def from_positions(cls: type[Layer], dense: Any, positions: Tensor) -> Layer:
+        """The weights of a dense layer at these int64 positions, ascending."""
+        return cls._holding(dense, positions, dense.weight.detach().reshape(-1)[positions])
+
+    @classmethod
+    def _from_layer(cls: type[Layer], layer: SparseLayer) -> Layer:
+        """The same connections, weights, biases, mode and trainability."""
+        new = cls._holding(layer, layer.positions(), layer.per_connection(layer.stored.detach()))
+        if layer.forward_mask is not None:
+            mask = layer.per_connection(layer.forward_mask)
+            new.forward_mask = mask.reshape(new.weight_values.shape).clone()
+        return new
+
+    @classmethod
+    def _holding(cls: type[Layer], like: Any, positions: Tensor, weights: Tensor, **settings: Any) -> Layer:
+        """A layer like a dense or sparse one, with its biases, and with these connections."""
+        size = math.prod(like.shape) if is_sparse(like) else weight_of(like).numel()
+        new = cls.like(like, 1 - len(positions) / max(size, 1), device="meta", **settings)
+        new = new.to_empty(device=weights.device)
+        new._connect(positions, weights)
+        if new.bias is not None:
+            with torch.no_grad():
+                new.bias.copy_(like.bias)
+        return new
+
+    def _dense_twin(self) -> Any:
+        """A dense layer with the same outputs, mode and trainability."""
+        refuse_to_lose(self, "to_dense", self.tensor_names)
+        settings = {name: getattr(self, name) for name in self.settings}
+        values = self.in_use
+        new: Any = self.dense_type(
+            **settings, bias=self.bias is not None, device=values.device, dtype=values.dtype
+        )
+        with torch.no_grad():
+            self._spread(new.weight)
+            if self.bias is not None:
+                new.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
+        new.weight.requires_grad_(values.requires_grad)
+        return new.train(self.training)
+
+    def _spread(self, weight: Tensor) -> None:
+        """Fill the weight of a dense twin."""
+        weight.zero_().view(-1)[self.positions()] = self.per_connection(self.in_use)
+
+    def reset_parameters(self) -> None:
+        """Draw a new random topology of the same count, and new weights and biases."""
+        storage = self.storage
+        storage.set_positions(self, storage.draw(self, np.random.default_rng(draw_seed())))
+        self.forward_mask = None
+        storage.draw_weights(self)
+        self._draw_bias(storage.input_pointers(self))
+
+    def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
+        self.storage.connect(self, positions, weights)
+
+    def freeze(self: Layer) -> Layer:
+        """Let go of what only training needs, in place, and return the layer itself.
+
+        That is: ``requires_grad`` of `weight_values` and `bias`, their gradients, the `gradient_hook` of an
+        algorithm (which must take no more steps), and the plans of the backward passes. The plan of the
+        forward pass stays. A gradient by x can still be had; its plan is then made anew, and kept.
+
+        Examples
+        --------
+        >>> from sparselab import SparseLinear
+        >>> SparseLinear(64, 32).freeze().weight_values.requires_grad
+        False
+        """
+        self.requires_grad_(False)
+        self.zero_grad(set_to_none=True)
+        self.gradient_hook = None
+        if not self.indices.is_meta:
+            self.topology().keep_forward()
+        return self
+
+    def use_measured(self, measured: Measured | None) -> None:
+        """Let forward passes go by what was measured, as long as the density stays; None: by the rule."""
+        self.storage.measured = measured
+        if not self.indices.is_meta:
+            self.topology().measured = measured
+
+    def plan_bytes(self) -> int:
+        """Bytes of the kernel plans held now."""
+        return self.storage.plan_bytes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        if self.indices.dtype == torch.uint16:
+            # pickle cannot load a uint16 tensor (torch.save can), so the columns travel as int16 bits.
+            state["_buffers"] = {**self._buffers, "indices": self.indices.view(torch.int16)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.indices.dtype == torch.int16:
+            self.indices = self.indices.view(torch.uint16)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.storage.save(self, destination, prefix)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Load into whatever topology this layer has now: the saved one is checked and replaces it."""
+        storage = self.storage
+        saved = {name: state_dict.get(prefix + name) for name in storage.saved}
+        try:
+            loaded = storage.check_state(saved, self.indices.dtype)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            return
+        if loaded is not None:
+            state_dict = storage.load(self, state_dict, prefix, loaded)
+            self._fit_forward_mask(state_dict.get(prefix + "forward_mask"))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,47 @@
+"""What every operator checks of its operands, before a kernel that checks no bounds sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+
+
+def refuse_misfits(device: torch.device, dtype: torch.dtype, **operands: Any) -> None:
+    """Raise RuntimeError or TypeError for the first operand that is not what it must be.
+
+    Parameters
+    ----------
+    device : torch.device
+        Of the topology.
+    dtype : torch.dtype
+        Of the first operand, which all have.
+    operands
+        ``name=(tensor, shape)``; None in a shape stands for any number of tokens, and for the tensor if there
+        is none.
+    """
+    first = next(iter(operands))
+    if dtype not in DTYPES:
+        raise TypeError(f"{first} must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}")
+    for name, (tensor, shape) in operands.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or not _is(tensor.shape, shape):
+            expected = tuple("tokens" if n is None else n for n in shape)
+            raise RuntimeError(
+                f"{name} must be {dtype} of shape ({', '.join(map(str, expected))}"
+                f"{',' if len(expected) == 1 else ''}), got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+        if tensor.device != device:
+            raise RuntimeError(f"{name} must be on the device of the topology, {device}, got {tensor.device}")
+    raise RuntimeError(f"{first} must fit the topology, got {operands[first][0].shape}")
+
+
+def _is(shape: Any, expected: Any) -> bool:
+    return len(shape) == len(expected) and all(
+        m is None or n == m for n, m in zip(shape, expected, strict=True)
+    )
+

@@ -1,0 +1,180 @@
+"""The products of dense blocks on CPU tensors, each by the variant that suits it.
+
+Operands have been checked; see `sparselab.nn.ops.products.LinearProducts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparselab.kernels.cpu.bsr.plan import strips, wants_transpose
+from sparselab.kernels.cpu.bsr.sddmm_dw import sample
+from sparselab.kernels.cpu.bsr.skinny import multiply_few_blocks
+from sparselab.kernels.cpu.bsr.spmm import multiply
+from sparselab.kernels.layouts.block_csr import BlockTopology
+from sparselab.nn.ops.cpu.memory import LIKE, as_array, as_matrix, as_vector, zeros
+from sparselab.nn.ops.cpu.threads import use_torch_threads
+from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
+from sparselab.nn.ops.topologies import TensorTopology
+from sparselab.nn.ops.cutting import cut, join
+
+_CHUNK_BYTES = 8 << 20
+
+
+def product(
+    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None
+) -> Tensor:
+    """``x W^T + b``, by a variant or the one that suits it."""
+    dtype, n_tokens = x.dtype, x.shape[0]
+    if dtype is torch.bfloat16:
+        wide = None if bias is None else bias.detach().float()
+        return product(topology, values.float(), x.float(), wide, variant).to(dtype)
+    own: BlockTopology = topology.own  # type: ignore[assignment]
+    n_threads = use_torch_threads()
+    y = torch.empty((n_tokens, own.shape[0]), dtype=dtype)
+    measured = topology.measured
+    if variant is None and measured is not None:
+        variant = measured.name(n_tokens)
+    if variant is None:
+        variant = choose_name("forward", n_tokens, density(own), BLOCKS)
+    if variant == "dense blocks":
+        return _product_of_chunks(own, values.detach(), x.detach(), bias, y)
+    if variant == "skinny":
+        weights, rows = values.contiguous(), own.blocks.rows
+        offsets = zeros(own.shape[0], dtype) if bias is None else bias.contiguous()
+        multiply_few_blocks(
+            weights.data_ptr(), rows.indices, rows.indptr, own.block_shape,
+            offsets.data_ptr(), LIKE[dtype], as_matrix(x), as_matrix(y), n_threads,
+        )  # fmt: skip
+        return y
+    offset = None if bias is None else as_vector(bias)
+    multiply(as_vector(values), strips(own, False), False, as_array(x).T, as_array(y).T, offset)
+    return y
+
+
+def _product_of_chunks(
+    own: BlockTopology, values: Tensor, x: Tensor, bias: Tensor | None, y: Tensor
+) -> Tensor:
+    for part in _chunks(own):
+        out, weight = y[:, part.rows], part.expand(values, own)
+        torch.mm(x, weight.T, out=out)
+        if bias is not None:
+            out += bias.detach()[part.rows]
+    return y
+
+
+def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor:
+    """``dy W``."""
+    dtype = grad.dtype
+    if dtype is torch.bfloat16:
+        return input_grad(topology, values.float(), grad.float()).to(dtype)
+    own: BlockTopology = topology.own  # type: ignore[assignment]
+    use_torch_threads()
+    dx = torch.empty((grad.shape[0], own.shape[1]), dtype=dtype)
+    if choose_name("input_grad", len(grad), density(own), BLOCKS) == "dense blocks":
+        for part in _chunks(own):
+            weight = part.expand(values.detach(), own)
+            torch.addmm(dx, grad[:, part.rows], weight, beta=min(part.rows.start, 1), out=dx)
+        return dx
+    multiply(as_vector(values), strips(own, True), True, as_array(grad).T, as_array(dx).T)
+    return dx
+
+
+def values_grad(
+    topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient of every block, 0 outside the matrix, and ``sum_t dy[t]`` or an empty tensor."""
+    dtype = grad.dtype
+    if dtype is torch.bfloat16:
+        values, bias = values_grad(topology, grad.float(), x.float(), with_bias)
+        return values.to(dtype), bias.to(dtype)
+    own: BlockTopology = topology.own  # type: ignore[assignment]
+    use_torch_threads()
+    result = torch.empty(topology.values_shape, dtype=dtype)
+    plan = strips(own, False)
+    dense = choose_name("values_grad", len(grad), density(own), BLOCKS) == "dense blocks"
+    fused = with_bias and not plan.transposed and not dense
+    sums = torch.empty(own.shape[0] if fused else 0, dtype=dtype)
+    if dense:
+        for part in _chunks(own):
+            part.collect(grad[:, part.rows].T @ x, result, own)
+    elif plan.transposed:
+        sample(plan, as_array(x).T, as_array(grad).T, as_vector(result))
+    else:
+        of_bias = as_vector(sums) if fused else None
+        sample(plan, as_array(grad).T, as_array(x).T, as_vector(result), of_bias)
+    slots, outside = (torch.from_numpy(part) for part in own.outside())
+    if len(slots):
+        result[slots] = result[slots].masked_fill(outside, 0)
+    return result, grad.sum(0) if with_bias and not fused else sums
+
+
+def density(own: BlockTopology) -> float:
+    """Live fraction of the weights."""
+    return own.plan(("cpu", "density"), _density)
+
+
+def _density(own: BlockTopology) -> float:
+    size, (height, width) = own.shape[0] * own.shape[1], own.block_shape
+    live = own.nnz * height * width - int(own.outside()[1].sum())
+    return live / size if size else 1.0
+
+
+def variant(topology: TensorTopology, operation: str, n_tokens: int) -> Variant:
+    """Which way a product of so many tokens takes, and why."""
+    own: BlockTopology = topology.own  # type: ignore[assignment]
+    return choose(operation, n_tokens, density(own), topology.measured, BLOCKS)
+
+
+def ways(
+    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None
+) -> dict[str, Callable[[], Tensor]]:
+    """Every way to compute `product`, by the name of its variant."""
+    return {
+        name: partial(product, topology, values, x, bias, name) for name in possible(len(x), BLOCKS)
+    }
+
+
+def keep_forward(topology: TensorTopology) -> None:
+    """Let go of the plan of products with W^T, unless it is the same; it is made anew if needed."""
+    own: BlockTopology = topology.own  # type: ignore[assignment]
+    along = wants_transpose(own.block_shape, False)
+    own.forget(lambda key: key != ("cpu", "strips", not along))
+
+
+class _Chunk(NamedTuple):
+    """Some block rows, which are expanded for dense products."""
+
+    rows: slice
+    slots: slice
+    positions: Tensor
+    grid: tuple[int, int]
+
+    def expand(self, values: Tensor, own: BlockTopology) -> Tensor:
+        """Their weights as a dense matrix (rows, in_features)."""
+        blocks = values.new_zeros((self.grid[0] * self.grid[1], *own.block_shape))
+        blocks[self.positions] = values[self.slots]
+        return join(blocks, (self.rows.stop - self.rows.start, own.shape[1]))
+
+    def collect(self, dense: Tensor, out: Tensor, own: BlockTopology) -> None:
+        """Copy their blocks from a dense matrix (rows, in_features)."""
+        out[self.slots] = cut(dense, own.block_shape)[self.positions]
+
+
+def _chunks(own: BlockTopology) -> Iterator[_Chunk]:
+    """All block rows, a few megabytes of dense weights at a time."""
+    rows, columns = own.grid
+    height = own.block_shape[0]
+    step = max(1, _CHUNK_BYTES // (4 * height * max(own.shape[1], 1)))
+    indptr, positions = own.blocks.indptr, torch.from_numpy(own.positions())
+    for r0 in range(0, rows, step):
+        r1 = min(r0 + step, rows)
+        slots = slice(int(indptr[r0]), int(indptr[r1]))
+        inside = slice(r0 * height, min(r1 * height, own.shape[0]))
+        yield _Chunk(inside, slots, positions[slots] - r0 * columns, (r1 - r0, columns))
+

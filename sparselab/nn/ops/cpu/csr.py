@@ -1,0 +1,239 @@
+"""The products of single connections on CPU tensors, each by the variant that suits it.
+
+Operands have been checked; see `sparselab.nn.ops.products.LinearProducts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselab.kernels.arrays import Array, address
+from sparselab.kernels.cpu.csr.dense_rows import collect_rows, expand_rows
+from sparselab.kernels.cpu.csr.plan import (
+    GRADIENT,
+    PRODUCT_T,
+    Segments,
+    TransposePlan,
+    gradient_plan,
+    product_plan,
+    transpose_plan,
+)
+from sparselab.kernels.cpu.csr.sddmm_dw import GradientCut, cut_gradient, sample_cut
+from sparselab.kernels.cpu.csr.skinny import multiply_few
+from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
+from sparselab.kernels.cpu.csr.spmm_t import gather
+from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector
+from sparselab.nn.ops.cpu.threads import use_torch_threads
+from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
+from sparselab.nn.ops.topologies import TensorTopology
+
+_BLOCK_BYTES = 8 << 20
+
+
+class Rows(Protocol):
+    """Connections in compressed rows: row i is the slots ``begin[i] : end[i]``."""
+
+    shape: tuple[int, int]
+    begin: Array
+    end: Array
+    indices: Array
+
+
+class RowProducts:
+    """What the products of one topology read again and again, and their plans once they are made."""
+
+    def __init__(self, topology: RowTopology) -> None:
+        rows = topology.rows
+        self.topology, self.shape, self.indices = topology, topology.shape, rows.indices
+        self.begin, self.end = rows.indptr[:-1], rows.indptr[1:]
+        self.density = topology.density
+        self.forward: Segments | None = None
+        self.transpose: TransposePlan | None = None
+        self.gradient: Segments | None = None
+        #: How products of so many tokens, on so many threads, in a dtype are cut.
+        self.products: Cuts[ProductCut] = Cuts()
+        self.input_grads: Cuts[ProductCut] = Cuts()
+        self.gradients: Cuts[GradientCut] = Cuts()
+        self._zeros: dict[torch.dtype, Array] = {}
+
+    def zeros(self, dtype: torch.dtype) -> Array:
+        """Zeros, as many as the longer side has rows; to be read only."""
+        found = self._zeros.get(dtype)
+        if found is None:
+            found = self._zeros[dtype] = np.zeros(max(self.shape), LIKE[dtype].dtype)
+        return found
+
+    def of_bias(self, bias: Tensor | None, dtype: torch.dtype) -> Array:
+        """What a product adds to each row."""
+        return self.zeros(dtype) if bias is None else as_vector(bias)
+
+
+def _rows(topology: TensorTopology) -> RowProducts:
+    """What is kept, made when it is first needed."""
+    own: Any = topology.own
+    kept: RowProducts = RowProducts(own)
+    topology.kept = kept
+    return kept
+
+
+def product(
+    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None
+) -> Tensor:
+    """``x W^T + b``, by a variant or the one that suits it."""
+    dtype, n_tokens = x.dtype, x.shape[0]
+    if dtype is torch.bfloat16:
+        wide = None if bias is None else bias.detach().float()
+        return product(topology, values, x.float(), wide, variant).to(dtype)
+    rows: RowProducts = topology.kept or _rows(topology)
+    n_threads = use_torch_threads()
+    n_rows = rows.shape[0]
+    y = torch.empty((n_tokens, n_rows), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    if variant is None and topology.measured is not None:
+        variant = topology.measured.name(n_tokens)
+    if variant is None:
+        variant = choose_name("forward", n_tokens, rows.density, SINGLE)
+    if variant == "dense blocks":
+        return _product_of_blocks(rows, values, x, bias, y)
+    X, Y = as_matrix(x), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens))
+    if variant == "skinny":
+        weights, offsets = values.contiguous(), rows.of_bias(bias, dtype)
+        multiply_few(
+            weights.data_ptr(), LIKE[values.dtype], rows.indices, rows.begin, rows.end,
+            address(offsets), LIKE[dtype], X, Y, n_threads,
+        )  # fmt: skip
+        return y
+    plan = rows.forward
+    if plan is None:
+        plan = rows.forward = product_plan(rows.topology)
+    key = n_tokens, n_threads, dtype
+    cut = rows.products.get(key) or rows.products.add(
+        key, cut_product(plan, rows.shape, n_tokens, dtype.itemsize)
+    )
+    multiply_cut(as_vector(values), rows.indices, plan, X, Y, rows.of_bias(bias, dtype), cut)
+    return y
+
+
+def _product_of_blocks(rows: Rows, values: Tensor, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    x, b = x.detach(), None if bias is None else bias.detach()
+    for row0, row1, block in dense_blocks(values, rows, x):
+        part = y[:, row0:row1]
+        if b is None:
+            torch.mm(x, block.T, out=part)
+        else:
+            torch.addmm(b[row0:row1], x, block.T, out=part)
+    return y
+
+
+def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor:
+    """``dy W``."""
+    dtype, n_tokens = grad.dtype, grad.shape[0]
+    if dtype is torch.bfloat16:
+        return input_grad(topology, values, grad.float()).to(dtype)
+    rows: RowProducts = topology.kept or _rows(topology)
+    n_threads = use_torch_threads()
+    n_rows, n_columns = rows.shape
+    dx = torch.empty((n_tokens, n_columns), dtype=dtype)
+    if n_rows == 0 or dx.numel() == 0:
+        return dx.zero_()
+    if choose_name("input_grad", n_tokens, rows.density, SINGLE) == "dense blocks":
+        for row0, row1, block in dense_blocks(values, rows, grad):
+            torch.addmm(dx, grad[:, row0:row1], block, beta=min(row0, 1), out=dx)
+        return dx
+    plan = rows.transpose
+    if plan is None:
+        plan = rows.transpose = transpose_plan(rows.topology)
+    weights, nothing = gather(as_vector(values), plan.slots, LIKE[dtype].dtype), rows.zeros(dtype)
+    DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens))
+    if n_tokens <= SINGLE.skinny:
+        multiply_few(
+            address(weights), LIKE[dtype], plan.indices, plan.indptr[:-1], plan.indptr[1:],
+            address(nothing), LIKE[dtype], DY, DX, n_threads,
+        )  # fmt: skip
+        return dx
+    key = n_tokens, n_threads, dtype
+    cut = rows.input_grads.get(key) or rows.input_grads.add(
+        key, cut_product(plan.segments, (n_columns, n_rows), n_tokens, dtype.itemsize)
+    )
+    multiply_cut(weights, plan.indices, plan.segments, DY, DX, nothing, cut)
+    return dx
+
+
+def values_grad(
+    topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """``sum_t dy[t, i] x[t, j]`` for each connection (i, j), and ``sum_t dy[t]`` or an empty tensor."""
+    dtype, n_tokens = grad.dtype, grad.shape[0]
+    if dtype is torch.bfloat16:
+        values, bias = values_grad(topology, grad.float(), x.float(), with_bias)
+        return values.to(dtype), bias.to(dtype)
+    rows: RowProducts = topology.kept or _rows(topology)
+    n_threads = use_torch_threads()
+    result = torch.empty(topology.values_shape, dtype=dtype)
+    flat: Array = result.view(-1).numpy()
+    if choose_name("values_grad", n_tokens, rows.density, SINGLE) == "dense blocks":
+        for row0, row1, block in row_blocks(rows, grad):
+            torch.mm(grad[:, row0:row1].T, x, out=block)
+            dense = block.view(-1).numpy()
+            collect_rows(dense, rows.indices, rows.begin, rows.end, row0, row1, rows.shape[1], flat)
+        return result, grad.sum(0) if with_bias else grad.new_empty(0)
+    sums = torch.empty(rows.shape[0] if with_bias else 0, dtype=dtype)
+    if n_tokens == 0 or (flat.size == 0 and not with_bias):
+        return result.zero_(), sums.zero_()
+    plan = rows.gradient
+    if plan is None:
+        plan = rows.gradient = gradient_plan(rows.topology)
+    key = n_tokens, n_threads, dtype
+    cut = rows.gradients.get(key) or rows.gradients.add(
+        key, cut_gradient(plan, rows.shape, n_tokens, dtype.itemsize)
+    )
+    sample_cut(rows.indices, plan, as_matrix(grad), as_matrix(x), flat, sums.numpy(), cut)
+    return result, sums
+
+
+def variant(topology: TensorTopology, operation: str, n_tokens: int) -> Variant:
+    """Which way a product of so many tokens takes, and why."""
+    return choose(operation, n_tokens, topology.own.density, topology.measured, SINGLE)
+
+
+def ways(
+    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None
+) -> dict[str, Callable[[], Tensor]]:
+    """Every way to compute `product`, by the name of its variant."""
+    return {
+        name: partial(product, topology, values, x, bias, name) for name in possible(len(x), SINGLE)
+    }
+
+
+def keep_forward(topology: TensorTopology) -> None:
+    """Let go of the plans of backward passes; they are made anew if they are needed."""
+    topology.own.forget(lambda key: key not in (PRODUCT_T, GRADIENT))
+    if topology.kept is not None:
+        topology.kept.transpose = topology.kept.gradient = None
+
+
+def row_blocks(rows: Rows, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows and uninitialised dense blocks for them, all in the same memory."""
+    n_rows, n_columns = rows.shape
+    height = max(1, min(n_rows, _BLOCK_BYTES // max(1, n_columns * like.element_size())))
+    memory = like.new_empty((height, n_columns))
+    for row0 in range(0, n_rows, height):
+        row1 = min(n_rows, row0 + height)
+        yield row0, row1, memory[: row1 - row0]
+
+
+def dense_blocks(values: Tensor, rows: Rows, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows and their dense weights; a block is lent until the next one is made."""
+    weights = as_vector(values)
+    for row0, row1, block in row_blocks(rows, like):
+        flat = block.view(-1).numpy()
+        expand_rows(weights, rows.indices, rows.begin, rows.end, row0, row1, rows.shape[1], flat)
+        yield row0, row1, block

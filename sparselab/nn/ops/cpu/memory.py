@@ -1,0 +1,64 @@
+"""CPU tensors as compiled code takes them, and small things that calls need again and again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselab.kernels.arrays import Array
+from sparselab.kernels.cpu.csr.skinny import Matrix
+
+Cut = TypeVar("Cut")
+
+#: Arrays that only tell a kernel the dtype of an address; bfloat16 as its bits.
+LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+    torch.bfloat16: np.empty(0, np.uint16),
+}
+
+#: Counts of tokens for which a topology keeps how it cuts their products.
+_MOST_CUTS = 32
+
+
+class Cuts(dict[Hashable, Cut], Generic[Cut]):
+    """How products are cut, by what that depends on beside the topology; the oldest ones are let go."""
+
+    def add(self, key: Hashable, cut: Cut) -> Cut:
+        """Keep a cut, and return it."""
+        if len(self) >= _MOST_CUTS:
+            self.pop(next(iter(self)), None)
+        self[key] = cut
+        return cut
+
+
+def as_matrix(tokens: Tensor) -> Matrix:
+    """Tokens (n, features) of any strides as a matrix with a column for each."""
+    (n_tokens, n_features), (step, stride) = tokens.shape, tokens.stride()
+    return tokens.data_ptr(), (stride, step), (n_features, n_tokens)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The tensor's memory, of its shape and strides."""
+    array: Array = tensor.detach().numpy()
+    return array
+
+
+def as_vector(tensor: Tensor) -> Array:
+    """The entries in C order, copied only if they lie otherwise; the bits of bfloat16, which NumPy lacks."""
+    tensor = tensor.detach().reshape(-1)
+    array: Array = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    # A reshaped vector may be one that is read with a stride.
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+@functools.lru_cache(maxsize=64)
+def zeros(n: int, dtype: torch.dtype) -> Tensor:
+    """So many zeros, to be read only."""
+    with torch.inference_mode(False):
+        return torch.zeros(n, dtype=dtype)

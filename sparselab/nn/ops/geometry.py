@@ -1,0 +1,62 @@
+"""What a convolution is beside its weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Pair = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """What a convolution is beside its weights: W is (out_channels, in_channels // groups * elements)."""
+
+    in_channels: int
+    groups: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """That of its `numbers`.
+
+        Raises
+        ------
+        ValueError
+            If they are not what a convolution can have.
+        """
+        if len(numbers) != 10:
+            raise ValueError(f"geometry must be ten numbers, got {list(numbers)}")
+        in_channels, groups, a, b, c, d, e, f, g, h = (int(number) for number in numbers)
+        if min(groups, a, b, c, d, g, h) < 1 or min(in_channels, e, f) < 0 or in_channels % groups:
+            raise ValueError(
+                "geometry must be in_channels, groups that divide them, and two numbers each of kernel, "
+                f"stride, padding (from 0) and dilation, got {list(numbers)}"
+            )
+        return cls(in_channels, groups, (a, b), (c, d), (e, f), (g, h))
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of them, as an operator takes them."""
+        return [*self[:2], *itertools.chain(*self[2:])]
+
+    @property
+    def elements(self) -> int:
+        """Elements of the kernel."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def columns(self) -> int:
+        """Columns of W."""
+        return self.in_channels // self.groups * self.elements
+
+    def outputs(self, size: Pair) -> Pair:
+        """Rows and columns of outputs for images of this size; not positive if they are too small."""
+        down, right = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return down, right

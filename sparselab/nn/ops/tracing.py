@@ -1,0 +1,58 @@
+"""Whether anything but autograd would see a call of an operator.
+
+A call through torch's dispatcher takes 20 us, 100 with gradients, which is more than many products. Where
+nobody would see it, an operator's function is called by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether tensors (or None) are ordinary ones that hold data, and nothing traces or transforms.
+
+    A tensor whose sign is still to be turned (`Tensor.is_neg`), or of zeros without memory, is not ordinary:
+    the dispatcher makes it so.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _ORDINARY
+            or tensor.is_meta
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
+        ):
+            return False
+    return True
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise if a tensor carries a forward-mode tangent, which torch drops at an operator of Python's.
+
+    Raises
+    ------
+    NotImplementedError
+        If one does.
+    """
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                "sparse layers have no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
+                "use reverse mode, as backward() and torch.autograd.grad do"
+            )
