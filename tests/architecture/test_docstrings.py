@@ -70,8 +70,6 @@ PUBLIC = sorted(
 #: needs fails.
 UNDOCUMENTED = {
     "sparselab.kernels.cpu.simd.vectors.",
-    "sparselab.nn.ops.conv_operands.",
-    "sparselab.nn.ops.cpu.plans.",
 }
 
 

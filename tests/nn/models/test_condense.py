@@ -108,8 +108,8 @@ def test_a_fan_in_that_becomes_unequal_is_stored_in_compressed_rows() -> None:
 
 def test_connections_that_are_not_in_use_go_too() -> None:
     first, second = sparse(8, 4), sparse(4, 3)
-    first.forward_mask = first.positions() // 8 != 2
-    second.forward_mask = torch.rand(second.nnz) > 0.3
+    first.forward_mask = (first.positions() // 8 != 2).view(-1, 1, 1)
+    second.forward_mask = torch.rand_like(second.weight_values) > 0.3
     model = nn.Sequential(first, nn.GELU(), second).eval()
     (found,) = check(model)
     assert found.outputs_after == 3
@@ -231,7 +231,7 @@ def test_an_activation_may_be_used_in_several_places() -> None:
 
 def test_modes_trainability_and_dtype_stay() -> None:
     model = nn.Sequential(fan_in(8, 6, 1), nn.ReLU(), nn.Linear(6, 2)).eval().to(torch.bfloat16)
-    model[0].values.requires_grad_(False)
+    model[0].weight_values.requires_grad_(False)
     model[2].bias.requires_grad_(False)
     condense(model)
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, False]
