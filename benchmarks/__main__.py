@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import memory, models, peers, revisions, startup
+from benchmarks import calls, memory, models, peers, revisions, startup, structure
 from benchmarks.turns import TurnError
 from sparselab.bench.contenders.linear import SHAPES
 from sparselab.bench.measure import machine
@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     start.add_argument("--processes", type=positive, default=3, help="of each (default: %(default)s)")
     add_models(commands)
     add_turns(commands)
+    add_source(commands)
     return parser.parse_args()
 
 
@@ -57,19 +58,36 @@ def add_turns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="virtual environment of the peers, made when absent (default: %(default)s)",
     )  # fmt: skip
     others.add_argument("--no-install", action="store_true", help="neither make it nor install anything")
-    two = commands.add_parser("revisions", help="time one layer in two revisions of this repository")
-    two.add_argument("revisions", nargs=2, metavar="REVISION", help="such as main, HEAD~3 or a hash")
-    for command in (others, two):
+    two = commands.add_parser("revisions", help="time layers and a model in two revisions of this repository")
+    two.add_argument(
+        "revisions", nargs=2, metavar="REVISION", help="such as main, HEAD~3, a hash or a folder"
+    )
+    names = list(revisions.groups([0.9]))
+    two.add_argument("--cases", nargs="+", choices=names, default=names, help="(default: all)")
+    for command, default in ((others, [(*shape, tokens) for shape, tokens in SHAPES.items()]), (two, None)):
         command.add_argument(
             "--shapes",
             type=parse_shape,
             nargs="+",
             metavar="INxOUTxTOKENS",
-            default=[(*shape, tokens) for shape, tokens in SHAPES.items()],
+            default=default,
+            help="layers in place of the usual cases",
         )
         command.add_argument("--sparsity", type=fraction, nargs="+", default=[0.9])
         command.add_argument("--turns", type=positive, default=7, help="turns of each (default: %(default)s)")
         command.add_argument("--calls", type=positive, default=5, help="per turn (default: %(default)s)")
+
+
+def add_source(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for name, text in (
+        ("calls", "count the Python calls of a pass through a small layer"),
+        ("structure", "count lines, files, floors of imports, and find the longest functions"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument(
+            "checkouts", nargs="*", metavar="CHECKOUT", default=[str(revisions.ROOT)],
+            help="folders or revisions (default: this one)",
+        )  # fmt: skip
 
 
 def positive(text: str) -> int:
@@ -116,9 +134,8 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "memory": run_memory,
-        "models": models.report, "peers": peers.report, "revisions": revisions.report,
-        "startup": startup.report,
+        "calls": calls.report, "memory": run_memory, "models": models.report, "peers": peers.report,
+        "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)

@@ -8,7 +8,9 @@ environment or for another revision of the repository. So it imports only torch,
 
 from __future__ import annotations
 
+import copy
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -24,6 +26,9 @@ from torch import Tensor, nn
 #: Calls before the timed ones of a turn go on for so long: the workers of the process whose turn it was may
 #: still be spinning.
 WARM_UP_S = 0.05
+
+#: Characters of the transformer's text.
+VOCABULARY = 65
 
 #: A layer, and the gradient of its live weights, row by row, columns ascending.
 Built = tuple[nn.Module, Callable[[], Any]]
@@ -46,10 +51,21 @@ def sparsity_of(weight: Tensor) -> float:
     return 1 - int(torch.count_nonzero(weight)) / weight.numel()
 
 
-def this_sparselab(weight: Tensor, bias: Tensor) -> Built:
+def this_sparselab(weight: Tensor, bias: Tensor, block_shape: tuple[int, int] | None = None) -> Built:
+    """A layer of this project, of whatever revision: single connections, or the blocks that are not 0."""
     package = importlib.import_module("sparselab")
-    layer = package.SparseLinear.from_dense(dense(weight, bias)[0], sparsity_of(weight))
-    return layer, lambda: layer.values.grad
+    kind = package.SparseLinear if block_shape is None else package.BlockSparseLinear
+    settings = {} if block_shape is None else {"block_shape": block_shape}
+    layer = kind.from_dense(dense(weight, bias)[0], sparsity=sparsity_of(weight), **settings)
+    return layer, lambda: layer.stored.grad
+
+
+def rigl(package: Any) -> Any:
+    """An algorithm that updates every 100 steps; the argument has had two names."""
+    try:
+        return package.RigL(update_freq=100)
+    except TypeError:
+        return package.RigL(update=100)
 
 
 def other_sparselab(weight: Tensor, bias: Tensor) -> Built:
@@ -71,12 +87,39 @@ def sparseprop(weight: Tensor, bias: Tensor) -> Built:
     return layer, lambda: layer.W_val.grad
 
 
-CONTENDERS: dict[str, tuple[str, Callable[[Tensor, Tensor], Built]]] = {
+CONTENDERS: dict[str, tuple[str, Callable[..., Built]]] = {
     "dense": ("torch", dense),
     "this_sparselab": ("sparselab", this_sparselab),
     "other_sparselab": ("sparselab", other_sparselab),
     "sparseprop": ("sparseprop", sparseprop),
 }
+
+
+def count_calls(run: Callable[[], object], inside: str) -> int:
+    """Calls of Python functions whose source is below a folder, while something runs in this thread."""
+    count = 0
+
+    def seen(frame: Any, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(inside)
+
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def _difference_from_dense(package: Any, model: nn.Module, tokens: Tensor) -> float:
+    """Largest difference of the logits from those of dense layers with the same weights."""
+    twin = copy.deepcopy(model)
+    for name, layer in package.nn.find_sparse(model):
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, layer.to_dense())
+    with torch.no_grad():
+        actual, expected = model(tokens), twin(tokens)
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 class Session:
@@ -91,10 +134,11 @@ class Session:
         torch.set_num_threads(threads)
         return {"file": importlib.import_module(self.package).__file__, "torch": torch.__version__}
 
-    def load(self, case: str, answers: str) -> dict[str, Any]:
+    def load(self, case: str, answers: str, block_shape: list[int] | None = None) -> dict[str, Any]:
         """Build the layer of a case; leave its output and its gradients as files, for the parent to judge."""
         weight, bias, x, dy = (torch.from_numpy(np.load(Path(case, f"{name}.npy"))) for name in "wbxd")
-        module, weight_gradient = self.build(weight, bias)
+        settings = {} if block_shape is None else {"block_shape": tuple(block_shape)}
+        module, weight_gradient = self.build(weight, bias, **settings)
         leaf = x.clone().requires_grad_()
 
         def forward() -> Tensor:
@@ -109,10 +153,59 @@ class Session:
 
         self.calls = {"forward": forward, "forward + backward": forward_backward}
         forward_backward()
-        results = {"y": forward(), "dx": leaf.grad, "dw": weight_gradient()}
+        results = {"y": forward(), "dx": leaf.grad, "dw": weight_gradient().reshape(-1)}
         for name, tensor in results.items():
             np.save(Path(answers, f"{name}.npy"), tensor.numpy())
         return {}
+
+    def load_model(self, source: str, size: dict[str, int], rules: dict[str, float]) -> dict[str, Any]:
+        """Build a transformer from a file of Python, sparse, and its training step.
+
+        Its logits must be those of its own weights in dense layers.
+        """
+        package = importlib.import_module("sparselab")
+        code = importlib.util.spec_from_file_location("gpt", source)
+        assert code is not None
+        assert code.loader is not None
+        module = importlib.util.module_from_spec(code)
+        code.loader.exec_module(module)
+        torch.manual_seed(0)
+        shape = (size["batch"], size["context"])
+        sizes = (size[name] for name in ("context", "n_layer", "d_model", "d_ff", "n_head"))
+        model = package.sparsify(module.GPT(VOCABULARY, *sizes, bias=False), rules)
+        tokens, targets = torch.randint(VOCABULARY, (2, *shape))
+        error = _difference_from_dense(package, model, tokens)
+        algorithm = rigl(package)
+        model.apply(algorithm)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+        def step() -> None:
+            loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+            loss.backward()
+            optimizer.step()
+            algorithm.step()
+            optimizer.zero_grad()
+
+        self.calls = {"training step": step}
+        return {"error": f"logits are off by {error:.1e} of the largest"} if not error <= 1e-4 else {}
+
+    def count(self) -> dict[str, Any]:
+        """Python calls inside the package in one forward pass with gradients, and in its backward pass.
+
+        Of a 64 -> 64 `SparseLinear` and 64 tokens, after passes that made plans and compiled.
+        """
+        package = importlib.import_module("sparselab")
+        inside = str(Path(package.__file__).parent)
+        layer = package.SparseLinear(64, 64, sparsity=0.9)
+        x = torch.randn(64, 64, requires_grad=True)
+        for _ in range(3):
+            layer(x).sum().backward()
+        counts = {}
+        y: list[Tensor] = []
+        dy = torch.ones(64, 64)
+        for name, run in (("forward", lambda: y.append(layer(x))), ("backward", lambda: y[0].backward(dy))):
+            counts[name] = count_calls(run, inside)
+        return {"calls": counts}
 
     def time(self, operation: str, calls: int) -> dict[str, Any]:
         """Seconds of each of so many calls, after some that are not counted."""

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,9 @@ from sparselab.bench.contenders.linear import Case
 from sparselab.bench.measure.timing import Timing, plain_timings
 
 OPERATIONS = ("forward", "forward + backward")
+#: A turn goes on for at least so long, whatever the number of calls, so that short ones are not noise; and
+#: for at most so many calls.
+TURN_S, MOST_CALLS = 0.03, 300
 #: Largest difference from float64, relative to the largest entry. float32 sums of a few thousand terms stay
 #: near 1e-6 in any order; a lost connection or token is off by 1e-2.
 TOLERANCE = 1e-5
@@ -175,16 +178,26 @@ def cases(shapes: Iterable[tuple[int, int, int]], sparsities: Sequence[float]) -
     ]
 
 
-def write_case(case: Case, folder: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Write w (dense, with zeros), b, x and d (dy) to ``.npy`` files; return what must come out."""
+def write_case(
+    case: Case, folder: Path, block_shape: tuple[int, int] = (1, 1)
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Write w (dense, with zeros), b, x and d (dy) to ``.npy`` files; return what must come out.
+
+    Connections are blocks of that shape, which must divide the layer's; gradients of weights come block by
+    block, in the order of the grid.
+    """
     random = np.random.default_rng(0)
-    size = case.out_features * case.in_features
+    height, width = block_shape
+    grid = case.out_features // height, case.in_features // width
+    size = grid[0] * grid[1]
     live = np.sort(random.choice(size, round((1 - case.sparsity) * size), replace=False))
     fan_in = max(1.0, (1 - case.sparsity) * case.in_features)
-    w = np.zeros((case.out_features, case.in_features), np.float32)
+    blocks = np.zeros((size, height, width), np.float32)
     # Bounded away from zero: peers know the connections by their values.
-    signs = random.choice((-1, 1), len(live))
-    w.reshape(-1)[live] = signs * random.uniform(0.5, 1.5, len(live)) / math.sqrt(fan_in)
+    shape = (len(live), height, width)
+    signs = random.choice((-1, 1), shape)
+    blocks[live] = signs * random.uniform(0.5, 1.5, shape) / math.sqrt(fan_in)
+    w = blocks.reshape(*grid, height, width).swapaxes(1, 2).reshape(case.out_features, case.in_features)
     b = random.standard_normal(case.out_features, np.float32)
     x = random.standard_normal((case.tokens, case.in_features), np.float32)
     d = random.standard_normal((case.tokens, case.out_features), np.float32)
@@ -193,7 +206,8 @@ def write_case(case: Case, folder: Path) -> dict[str, np.ndarray[Any, Any]]:
         np.save(folder / f"{name}.npy", array)
     w64, b64, x64, d64 = (torch.from_numpy(array).double() for array in (w, b, x, d))
     y, dx, dw = x64 @ w64.T + b64, d64 @ w64, d64.T @ x64
-    return {"y": y.numpy(), "dx": dx.numpy(), "dw": dw.numpy().reshape(-1)[live]}
+    by_block = dw.numpy().reshape(grid[0], height, grid[1], width).swapaxes(1, 2).reshape(blocks.shape)
+    return {"y": y.numpy(), "dx": dx.numpy(), "dw": by_block[live].reshape(-1)}
 
 
 def check(name: str, folder: Path, expected: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -236,6 +250,81 @@ def as_rows(case: Case, results: Timings) -> list[dict[str, Any]]:
     ]
 
 
+class Contest:
+    """Drivers that are loaded with the same work and timed in turns.
+
+    Parameters
+    ----------
+    drivers : mapping
+        Processes that answer as `benchmarks/driver.py` does; they are not closed.
+    optional : collection of str
+        Drivers that may fail: a text saying why takes the place of their timings.
+    """
+
+    def __init__(self, drivers: Mapping[str, Driver], optional: Collection[str] = ()) -> None:
+        self.drivers, self.optional = drivers, optional
+        self.failures: dict[str, str] = {}
+
+    def ask(self, name: str, do: str, **arguments: object) -> dict[str, Any]:
+        """The answer of a driver; nothing if it has failed and may.
+
+        Raises
+        ------
+        TurnError
+            If a driver fails that must not.
+        """
+        if name in self.failures:
+            return {}
+        with self.excused(name):
+            return self.drivers[name].ask(do, **arguments)
+        return {}
+
+    @contextlib.contextmanager
+    def excused(self, name: str) -> Iterator[None]:
+        """Remember why a driver failed that may."""
+        try:
+            yield
+        except TurnError as error:
+            if name not in self.optional:
+                raise
+            self.failures[name] = str(error)
+
+    def time(self, operations: Iterable[str], turns: int, calls: int, label: str) -> Timings:
+        """Milliseconds of each operation and driver.
+
+        Parameters
+        ----------
+        operations : iterable of str
+        turns, calls : int
+            Turns that count (one before them does not), and timed calls in each: more of those that are over
+            in less than `TURN_S`, equally many for every driver.
+        label : str
+            What the progress bar says.
+        """
+        results: Timings = {}
+        for operation in operations:
+            seconds: dict[str, list[float]] = {name: [] for name in self.drivers}
+            first = [self._seconds(name, operation, calls) for name in self.drivers]
+            slowest = max((max(each) for each in first if each), default=TURN_S)
+            more = max(calls, min(MOST_CALLS, math.ceil(TURN_S / max(slowest, 1e-9))))
+            for _ in tqdm(range(turns), desc=f"{label}, {operation}", leave=False):
+                for name, found in seconds.items():
+                    found += self._seconds(name, operation, more)
+            results[operation] = {
+                name: self.failures[name] if name in self.failures else Timing.of(found)
+                for name, found in seconds.items()
+            }
+        return results
+
+    def _seconds(self, name: str, operation: str, calls: int) -> list[float]:
+        answer = self.ask(name, "time", operation=operation, calls=calls)
+        found: list[float] = answer.get("seconds", [])
+        if len(found) != calls and name not in self.failures:
+            with self.excused(name):
+                raise TurnError(f"{name} answered 'time' with {answer}, not the seconds of {calls} calls")
+        return found
+
+
 def compare(
     case: Case,
     drivers: Mapping[str, Driver],
@@ -243,19 +332,21 @@ def compare(
     turns: int,
     calls: int,
     optional: Collection[str] = (),
+    block_shape: tuple[int, int] | None = None,
 ) -> Timings:
     """Time the operations of one case, every driver in turns, after a check of what each computes.
 
     Parameters
     ----------
-    drivers : mapping
-        Processes that answer as `benchmarks/driver.py` does; they are not closed.
+    case : Case
+    drivers, optional
+        As of `Contest`.
     folder : Path
         Where the case and the answers are written.
     turns, calls : int
-        Turns that count (one before them does not), and timed calls in each.
-    optional : collection of str
-        Drivers that may fail: a text saying why takes the place of their timings.
+        As of `Contest.time`.
+    block_shape : (int, int), optional
+        Of layers whose connections are blocks; drivers are told.
 
     Returns
     -------
@@ -267,38 +358,14 @@ def compare(
     TurnError
         If a driver that is not optional fails, or is refused by `check`.
     """
-    expected = write_case(case, folder / "case")
-    failures: dict[str, str] = {}
-
-    def attempt(name: str, do: str, **arguments: object) -> dict[str, Any]:
-        if name in failures:
-            return {}
-        try:
-            answer = drivers[name].ask(do, **arguments)
-            if do == "load":
-                check(name, drivers[name].folder, expected)
-            elif len(answer.get("seconds", ())) != calls:
-                raise TurnError(f"{name} answered {do!r} with {answer}, not the seconds of {calls} calls")
-        except TurnError as error:
-            if name not in optional:
-                raise
-            failures[name] = str(error)
-            return {}
-        return answer
-
+    expected = write_case(case, folder / "case", block_shape or (1, 1))
+    contest = Contest(drivers, optional)
+    blocks = {} if block_shape is None else {"block_shape": list(block_shape)}
     for name, driver in drivers.items():
         for quantity in expected:
             (driver.folder / f"{quantity}.npy").unlink(missing_ok=True)
-        attempt(name, "load", case=str(folder / "case"), answers=str(driver.folder))
-    results: Timings = {}
-    for operation in OPERATIONS:
-        seconds: dict[str, list[float]] = {name: [] for name in drivers}
-        for turn in tqdm(range(1 + turns), desc=f"{case}, {operation}", leave=False):
-            for name in drivers:
-                answer = attempt(name, "time", operation=operation, calls=calls)
-                if turn > 0:
-                    seconds[name] += answer.get("seconds", ())
-        results[operation] = {
-            name: failures[name] if name in failures else Timing.of(seconds[name]) for name in drivers
-        }
-    return results
+        contest.ask(name, "load", case=str(folder / "case"), answers=str(driver.folder), **blocks)
+        if name not in contest.failures:
+            with contest.excused(name):
+                check(name, driver.folder, expected)
+    return contest.time(OPERATIONS, turns, calls, str(case))

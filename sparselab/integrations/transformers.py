@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import zlib
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import torch
 
-from sparselab._names import Pattern
 from sparselab.dst import Group, Monitor, SparsityAlgorithm
 from sparselab.dst.monitor.monitor import ScalarWriter
 from sparselab.integrations._driver import Driver
 from sparselab.nn import sparsify
-from sparselab.nn.models.kinds import Given, rule_of_saved
 from sparselab.nn.layers.base import find_sparse
+from sparselab.nn.models.rules import rules_of_saved
 
 try:
     from safetensors.torch import load_file
@@ -174,7 +172,7 @@ def from_pretrained(model_class: Any, folder: str | os.PathLike[str]) -> Any:
     for path in sorted(Path(folder).glob("*.safetensors")):
         weights.update(load_file(path))
     model = model_class(model_class.config_class.from_pretrained(folder))
-    sparsify(model, _rules_of(weights))
+    sparsify(model, rules_of_saved(weights))
     found = model.load_state_dict(weights, strict=False)
     # Tied weights are saved once.
     loaded = {parameter.data_ptr() for name, parameter in model.state_dict().items() if name in weights}
@@ -185,16 +183,6 @@ def from_pretrained(model_class: Any, folder: str | os.PathLike[str]) -> Any:
             f"are no {missing}, and {found.unexpected_keys} are left over"
         )
     return model.eval()
-
-
-def _rules_of(weights: dict[str, torch.Tensor]) -> dict[Pattern, Given]:
-    """Rules for `sparsify` that make the sparse layers whose weights these are."""
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in weights.items():
-        layer, _, part = name.rpartition(".")
-        layers.setdefault(layer, {})[part] = tensor
-    rules = {layer: rule_of_saved(parts) for layer, parts in layers.items()}
-    return {glob.escape(layer): rule for layer, rule in rules.items() if rule is not None}
 
 
 def _folder(args: Any, state: Any) -> Path:

@@ -6,12 +6,14 @@ from sparselab.nn.layers.block import BlockSparseLinear
 from sparselab.nn.layers.brf import brf_
 from sparselab.nn.layers.constant_fan_in import constant_fan_in_
 from sparselab.nn.layers.conv import SparseConv2d
+from sparselab.nn.layers.dense import DenseLayer, DenseType, LinearView, register_dense, whole
 from sparselab.nn.layers.fan_in import FanInLinear
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedConv2d, MaskedLinear
 from sparselab.nn.models.condense import CondensedLayer, condense
-from sparselab.nn.models.convert import SparsifyPlan, densify, measure_sparsity, plan_sparsify, sparsify
+from sparselab.nn.models.convert import SparsifyPlan, measure_sparsity, plan_sparsify, sparsify
+from sparselab.nn.models.densify import densify
 from sparselab.nn.models.files import load_model, save_model
 from sparselab.nn.models.materialize import materialize
 from sparselab.nn.models.memory import MemoryReport, memory_report
@@ -24,10 +26,13 @@ from sparselab.nn.storage.init import fan_in_uniform_
 __all__ = [
     "BlockSparseLinear",
     "CondensedLayer",
+    "DenseLayer",
+    "DenseType",
     "FanInLinear",
     "GradientHook",
     "GradientOperands",
     "LayerKind",
+    "LinearView",
     "MaskedConv2d",
     "MaskedLinear",
     "MemoryReport",
@@ -48,10 +53,12 @@ __all__ = [
     "measure_sparsity",
     "memory_report",
     "plan_sparsify",
+    "register_dense",
     "register_kind",
     "register_layout",
     "register_products",
     "save_model",
     "sparsify",
     "tune",
+    "whole",
 ]

@@ -36,6 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         ("models --rounds 0", "expected a positive integer, got '0'"),
         ("models --batch two", "expected a positive integer, got 'two'"),
         ("revisions HEAD", "the following arguments are required: REVISION|expected 2 arguments"),
+        ("revisions HEAD HEAD --cases everything", "invalid choice: 'everything'"),
         ("revisions HEAD HEAD --turns -1", "expected one argument|expected a positive integer"),
         ("revisions HEAD HEAD --sparsity 1", "expected a number from 0 up to, not including, 1, got '1'"),
         ("peers --sparsity half", "expected a number from 0 up to, not including, 1, got 'half'"),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,30 @@ def test_one_that_does_not_answer_is_ended(stack: ExitStack, tmp_path: Path) -> 
 def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(TurnError, match="nobody cannot be started"):
         Driver("nobody", [str(tmp_path / "nothing")], tmp_path)
+
+
+@pytest.mark.parametrize("block_shape", [(4, 4), (2, 3), (1, 1)])
+def test_blocks_of_this_environment_pass(block_shape: tuple[int, int], tmp_path: Path) -> None:
+    expected = turns.write_case(CASE, tmp_path, block_shape)
+    live = round(0.25 * 24 * 16 / (block_shape[0] * block_shape[1])) * block_shape[0] * block_shape[1]
+    assert np.count_nonzero(np.load(tmp_path / "w.npy")) == len(expected["dw"]) == live
+    session = driver.Session("this_sparselab")
+    session.load(str(tmp_path), str(tmp_path), list(block_shape))
+    turns.check("blocks", tmp_path, expected)
+
+
+def test_short_calls_are_made_more_often(stack: ExitStack, tmp_path: Path) -> None:
+    asked: list[int] = []
+    contest = turns.Contest({"one": fake(stack, tmp_path, "one")})
+    ask = contest.ask
+
+    def record(name: str, do: str, **arguments: Any) -> dict[str, Any]:
+        asked.append(arguments["calls"])
+        return ask(name, do, **arguments)
+
+    contest.ask = record  # type: ignore[method-assign]
+    contest.time(["forward"], turns=2, calls=3, label="x")
+    assert asked == [3, 30, 30]
 
 
 @pytest.mark.parametrize("contender", ["dense", "this_sparselab"])

@@ -14,7 +14,8 @@ from torch import nn
 from sparselab._names import first_match, listed, matches
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.models.dense import DenseLayer, dense_parts, find_dense
+from sparselab.nn.layers.dense import DenseLayer, dense_parts
+from sparselab.nn.models.dense import find_dense
 
 Shape: TypeAlias = Sequence[int]
 #: Counts of connections from the shapes of all layers and the sparsity of the whole.

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.layers.dense import (
+    PROJECTIONS,
+    DenseType,
+    attention_parts,
+    projections,
+    register_dense,
+)
+from sparselab.nn.layers.extras import extras, refuse_to_lose
 from sparselab.nn.layers.linear import SparseLinear
-from sparselab.nn.models.dense import PROJECTIONS, projections
 from sparselab.nn.storage.checks import check_size
 
 
@@ -62,6 +69,9 @@ class SparseMultiheadAttention(nn.Module):
     k_proj: nn.Module
     v_proj: nn.Module
     out_proj: nn.Module
+
+    #: What `to_dense` makes.
+    dense_class = nn.MultiheadAttention
 
     # What torch's Transformer layers ask for before their fused path; these answers keep them off it.
     in_proj_weight = None
@@ -142,6 +152,7 @@ class SparseMultiheadAttention(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> nn.MultiheadAttention:
         """A `torch.nn.MultiheadAttention` with the same outputs."""
+        refuse_to_lose(self, "to_dense", (*PROJECTIONS, "bias_k", "bias_v"))
         q, k, v, out = (_as_dense(getattr(self, name)) for name in PROJECTIONS)
         new = nn.MultiheadAttention(
             self.embed_dim, self.num_heads, self.dropout, q.bias is not None, self.bias_k is not None,
@@ -306,7 +317,25 @@ def _copy_linear(linear: nn.Linear) -> nn.Linear:
 
 
 def _as_dense(layer: nn.Module) -> nn.Linear:
-    dense = layer.to_dense() if isinstance(layer, SparseLayer) else layer
+    if type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear):
+        if found := extras(layer, ("weight", "bias")):
+            raise TypeError(f"to_dense must not lose what a projection has, got {' and '.join(found)}")
+        return _copy_linear(cast(nn.Linear, layer))
+    make = getattr(layer, "to_dense", None)
+    dense = None if make is None else make()
     if isinstance(dense, nn.Linear):
-        return dense if dense is not layer else _copy_linear(dense)
+        return dense
     raise TypeError(f"projections must be linear layers to be packed, got {type(layer).__name__}")
+
+
+register_dense(
+    DenseType(
+        nn.MultiheadAttention,
+        attention_parts,
+        known=(
+            "in_proj_weight", *(f"{name}_weight" for name in PROJECTIONS[:3]), "in_proj_bias", "bias_k",
+            "bias_v", "out_proj",
+        ),
+        join=SparseMultiheadAttention.of_layers,
+    )
+)  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import SparseLayer, is_sparse, weight_of
+from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.ops.cpu.variants import Measured
 from sparselab.nn.ops.topologies import TensorTopology
 from sparselab.nn.storage.base import draw_seed
@@ -101,6 +102,7 @@ class CompressedLayer(SparseLayer):
 
     def _dense_twin(self) -> Any:
         """A dense layer with the same outputs, mode and trainability."""
+        refuse_to_lose(self, "to_dense", self.tensor_names)
         settings = {name: getattr(self, name) for name in self.settings}
         values = self.in_use
         new: Any = self.dense_type(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.conv import Convolution, Size, SparseConv2d
+from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear, connected
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
@@ -217,12 +218,15 @@ class MaskedLinear(MaskedLayer):
 
     def to_sparse(self) -> SparseLinear:
         """A `SparseLinear` with the same topology, weights, biases, mode and trainability."""
+        refuse_to_lose(self, "to_sparse", self.tensor_names)
         new: SparseLinear = self._sparse()
         return new
 
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` with the same outputs, mode and trainability."""
-        return self.to_sparse().to_dense()
+        refuse_to_lose(self, "to_dense", self.tensor_names)
+        new: nn.Linear = self._sparse().to_dense()
+        return new
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (W * mask)^T + b`` for x (..., in_features): (..., out_features).
@@ -306,12 +310,15 @@ class MaskedConv2d(Convolution, MaskedLayer):
 
     def to_sparse(self) -> SparseConv2d:
         """A `SparseConv2d` with the same topology, weights, biases, mode and trainability."""
+        refuse_to_lose(self, "to_sparse", self.tensor_names)
         new: SparseConv2d = self._sparse()
         return new
 
     def to_dense(self) -> nn.Conv2d:
         """A `torch.nn.Conv2d` with the same outputs, mode and trainability."""
-        return self.to_sparse().to_dense()
+        refuse_to_lose(self, "to_dense", self.tensor_names)
+        new: nn.Conv2d = self._sparse().to_dense()
+        return new
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x (n, in_channels, height, width), or of one image, as by `torch.nn.Conv2d`."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sparselab.nn.layers.fan_in import FanInLinear
-from sparselab.nn.layers.linear import LinearLayer, SparseLinear
+from sparselab.nn.layers.base import SparseLayer, find_sparse
+from sparselab.nn.layers.extras import extras
+from sparselab.nn.layers.kinds import LayerKind, find_kind, kind_of
+from sparselab.nn.models.dense import parameter_users
 
 #: Activations that treat each number by itself, and alike.
 _ELEMENTWISE = (
@@ -20,8 +23,6 @@ _ELEMENTWISE = (
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus,
     nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
-
-_SPARSE = (SparseLinear, FanInLinear)
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,20 @@ def condense(model: nn.Module) -> tuple[CondensedLayer, ...]:
     ValueError
         If a sparse layer is on the meta device. Nothing has been changed then.
 
+    Warns
+    -----
+    UserWarning
+        If outputs could go but for what a layer is or has: its kind does not allow it (see
+        `sparselab.nn.LayerKind`), it is of a subclass, or it has hooks, parametrizations, tensors beside
+        those of its class or shared parameters. The layer is named and left as it is.
+
     Notes
     -----
-    Looked for are, in each `torch.nn.Sequential` (nested ones as if they were one), a `SparseLinear` or
-    `FanInLinear`; then any number of elementwise activations, `torch.nn.Identity` and, in eval mode, dropout;
-    then a `SparseLinear`, `FanInLinear` or `torch.nn.Linear`. All else is left as it is: the last layer of a
-    model, layers behind which something else comes, layers used in several places, subclasses, and what has
-    hooks. That nothing but the Sequential calls its layers is taken for granted.
+    Looked for are, in each `torch.nn.Sequential` (nested ones as if they were one), a `SparseLinear`,
+    `FanInLinear` or another layer whose kind allows it; then any number of elementwise activations,
+    `torch.nn.Identity` and, in eval mode, dropout; then such a layer again or a `torch.nn.Linear`. All else
+    is left as it is: the last layer of a model, layers behind which something else comes, and layers used in
+    several places. That nothing but the Sequential calls its layers is taken for granted.
 
     Connections that a `forward_mask` leaves out go, too, where a layer changes. A `FanInLinear` that reads
     removed outputs with some of its rows only becomes a `SparseLinear`.
@@ -102,6 +110,7 @@ def condense(model: nn.Module) -> tuple[CondensedLayer, ...]:
     Examples
     --------
     >>> import numpy as np
+    >>> from sparselab import SparseLinear
     >>> first = SparseLinear.from_pattern(np.arange(8)[:, None] % 2 * np.ones((8, 6)) == 1)
     >>> model = nn.Sequential(first, nn.ReLU(), nn.Linear(8, 3)).eval()
     >>> condense(model)
@@ -109,14 +118,24 @@ def condense(model: nn.Module) -> tuple[CondensedLayer, ...]:
     >>> model[2]
     Linear(in_features=4, out_features=3, bias=True)
     """
-    for name, module in model.named_modules():
-        if isinstance(module, _SPARSE) and module.weight_values.is_meta:
+    for name, sparse in find_sparse(model):
+        if sparse.stored.is_meta:
             raise ValueError(f"model must hold data, got {name!r} on the meta device; see materialize")
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     chains = [(name, module) for name, module in model.named_modules() if _is_chain(module)]
     condensed: list[CondensedLayer] = []
+    left: list[str] = []
     for name, chain in chains:
-        condensed += _condense_chain(list(_flatten(chain, f"{name}." if name else "")), uses)
+        places = list(_flatten(chain, f"{name}." if name else ""))
+        for layer, reader, between in _pairs(places, uses):
+            if reason := _reason_to_leave(model, layer) or _reason_to_leave(model, reader):
+                left.append(reason)
+            else:
+                condensed.append(_condense_pair(layer, reader, between, uses))
+    if left:
+        warnings.warn(
+            f"condense leaves outputs without a connection where they are: {'; '.join(left)}", stacklevel=2
+        )
     return tuple(condensed)
 
 
@@ -145,30 +164,71 @@ def _flatten(chain: nn.Module, prefix: str) -> Iterator[_Place]:
             yield _Place(chain, key, prefix + key)
 
 
-def _condense_chain(chain: Sequence[_Place], uses: Counter[nn.Module]) -> Iterator[CondensedLayer]:
-    for i, place in enumerate(chain):
-        between = list(takewhile(_is_elementwise, (each.module for each in chain[i + 1 :])))
-        if (at := i + 1 + len(between)) == len(chain):
+def _pairs(
+    places: Sequence[_Place], uses: Counter[nn.Module]
+) -> Iterator[tuple[_Place, _Place, list[nn.Module]]]:
+    """Each sparse layer with outputs that are constant, what reads it, and the activations in between."""
+    for i, place in enumerate(places):
+        between = list(takewhile(_is_elementwise, (each.module for each in places[i + 1 :])))
+        if (at := i + 1 + len(between)) == len(places):
             continue
-        layer, reader = place.module, chain[at].module
-        if type(layer) not in _SPARSE or type(reader) not in (*_SPARSE, nn.Linear):
+        layer, reader = place.module, places[at].module
+        if not isinstance(layer, SparseLayer) or not _reads_rows(reader):
             continue
-        if any(uses[each] > 1 or _has_hooks(each) for each in (layer, reader)):
+        if uses[layer] > 1 or uses[reader] > 1 or _live(layer).all():
             continue
-        assert isinstance(layer, LinearLayer)
-        assert isinstance(reader, (LinearLayer, nn.Linear))
-        live = torch.zeros(layer.out_features, dtype=torch.bool, device=layer.weight_values.device)
-        live[_connections(layer)[0]] = True
-        if live.all():
-            continue
-        constants = torch.zeros_like(live, dtype=layer.weight_values.dtype)
-        constants[~live] = _behind(between, constants[~live] if layer.bias is None else layer.bias[~live])
-        narrow = _select_inputs(reader, live, constants)
-        for each, new in ((place, _select_outputs(layer, live)), (chain[at], narrow)):
-            uses[new] = 1
-            setattr(each.owner, each.key, new)
-        removed = _n_weights(reader) - _n_weights(narrow)
-        yield CondensedLayer(place.name, chain[at].name, layer.out_features, int(live.sum()), removed)
+        yield place, places[at], between
+
+
+def _reads_rows(module: nn.Module) -> bool:
+    """Whether inputs of a module are columns of a matrix, so that those that are constant can go."""
+    return getattr(module, "dense_class", type(module)) is nn.Linear or isinstance(module, nn.Linear)
+
+
+def _live(layer: SparseLayer) -> Tensor:
+    """bool (out_features,): outputs that have connections in use."""
+    positions, height = layer.positions(), layer.block_shape[0]
+    if layer.forward_mask is not None:
+        used = layer.per_connection(layer.forward_mask)
+        positions = positions[used.reshape(len(used), -1).any(1)]
+    rows, columns = layer.grid
+    live = torch.zeros(rows, dtype=torch.bool, device=positions.device)
+    live[positions // max(columns, 1)] = True
+    return live.repeat_interleave(height)[: layer.out_features]
+
+
+def _reason_to_leave(model: nn.Module, place: _Place) -> str | None:
+    """Why a layer must not be replaced by one of another shape, if it must not."""
+    module: Any = place.module
+    kind = kind_of(module)
+    if type(module) is nn.Linear:
+        found = extras(module, ("weight", "bias"))
+    elif kind is None:
+        return f"{place.name!r} is a {type(module).__name__}, which may compute in a way of its own"
+    elif not kind.condenses:
+        return f"{place.name!r} is of kind {kind.name!r}, which is not condensed"
+    else:
+        found = extras(module, module.tensor_names)
+    users = parameter_users(model)
+    shared = [name for name, parameter in module.named_parameters() if len(users[id(parameter)]) > 1]
+    found += [f"the shared parameter {name}" for name in shared]
+    return f"{place.name!r} has {' and '.join(found)}" if found else None
+
+
+def _condense_pair(
+    place: _Place, behind: _Place, between: Sequence[nn.Module], uses: Counter[nn.Module]
+) -> CondensedLayer:
+    layer: Any = place.module
+    reader: Any = behind.module
+    live = _live(layer)
+    constants = torch.zeros_like(live, dtype=layer.stored.dtype)
+    constants[~live] = _behind(between, constants[~live] if layer.bias is None else layer.bias[~live])
+    narrow = _select_inputs(reader, live, constants)
+    for each, new in ((place, _select_outputs(layer, live)), (behind, narrow)):
+        uses[new] = 1
+        setattr(each.owner, each.key, new)
+    removed = _n_weights(reader) - _n_weights(narrow)
+    return CondensedLayer(place.name, behind.name, layer.out_features, int(live.sum()), removed)
 
 
 def _behind(modules: Sequence[nn.Module], numbers: Tensor) -> Tensor:
@@ -177,20 +237,20 @@ def _behind(modules: Sequence[nn.Module], numbers: Tensor) -> Tensor:
     return numbers
 
 
-def _connections(layer: LinearLayer) -> tuple[Tensor, Tensor, Tensor]:
+def _connections(layer: SparseLayer) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and weights of the connections in use."""
-    positions, weights = layer.positions(), layer.per_connection(layer.weight_values)
+    positions, weights = layer.positions(), layer.per_connection(layer.stored)
     if layer.forward_mask is not None:
         used = layer.per_connection(layer.forward_mask)
         positions, weights = positions[used], weights[used]
     return positions // max(layer.in_features, 1), positions % max(layer.in_features, 1), weights
 
 
-def _n_weights(layer: LinearLayer | nn.Linear) -> int:
-    return layer.nnz if isinstance(layer, LinearLayer) else layer.weight.numel()
+def _n_weights(layer: Any) -> int:
+    return layer.weight.numel() if type(layer) is nn.Linear else layer.nnz
 
 
-def _select_outputs(layer: LinearLayer, live: Tensor) -> LinearLayer:
+def _select_outputs(layer: SparseLayer, live: Tensor) -> nn.Module:
     """The layer with these outputs alone; the others have no connection."""
     rows, columns, weights = _connections(layer)
     number = live.cumsum(0) - 1
@@ -198,33 +258,29 @@ def _select_outputs(layer: LinearLayer, live: Tensor) -> LinearLayer:
     return _make(layer, (int(live.sum()), layer.in_features), number[rows], columns, weights, bias)
 
 
-def _select_inputs(
-    layer: LinearLayer | nn.Linear, live: Tensor, constants: Tensor
-) -> LinearLayer | nn.Linear:
+def _select_inputs(layer: Any, live: Tensor, constants: Tensor) -> nn.Module:
     """The layer with these inputs alone, where the others always have these numbers."""
-    n_live, number = int(live.sum()), live.cumsum(0) - 1
-    if isinstance(layer, nn.Linear):
-        gone = layer.weight[:, ~live].double() @ constants[~live].double()
-        with torch.device("meta"):
-            dense = nn.Linear(1, layer.out_features)
-        dense.in_features = n_live
-        dense.weight = nn.Parameter(layer.weight[:, live], layer.weight.requires_grad)
-        bias = _add(layer.bias, gone, layer.weight.dtype)
-        dense.register_parameter("bias", _parameter(bias, layer.bias, layer.weight))
-        return dense.train(layer.training)
+    if type(layer) is nn.Linear:
+        return _select_dense_inputs(layer, live, constants)
+    number = live.cumsum(0) - 1
     rows, columns, weights = _connections(layer)
     stays, goes = live[columns], ~live[columns]
     gone = torch.zeros(layer.out_features, dtype=torch.float64, device=live.device)
     gone.index_add_(0, rows[goes], weights[goes].double() * constants[columns[goes]].double())
-    shape = layer.out_features, n_live
-    return _make(
-        layer,
-        shape,
-        rows[stays],
-        number[columns[stays]],
-        weights[stays],
-        _add(layer.bias, gone, weights.dtype),
-    )
+    shape = layer.out_features, int(live.sum())
+    bias = _add(layer.bias, gone, weights.dtype)
+    return _make(layer, shape, rows[stays], number[columns[stays]], weights[stays], bias)
+
+
+def _select_dense_inputs(layer: nn.Linear, live: Tensor, constants: Tensor) -> nn.Linear:
+    gone = layer.weight[:, ~live].double() @ constants[~live].double()
+    with torch.device("meta"):
+        dense = nn.Linear(1, layer.out_features)
+    dense.in_features = int(live.sum())
+    dense.weight = nn.Parameter(layer.weight[:, live], layer.weight.requires_grad)
+    bias = _add(layer.bias, gone, layer.weight.dtype)
+    dense.register_parameter("bias", _parameter(bias, layer.bias, layer.weight))
+    return dense.train(layer.training)
 
 
 def _add(bias: Tensor | None, more: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -235,21 +291,39 @@ def _add(bias: Tensor | None, more: Tensor, dtype: torch.dtype) -> Tensor | None
 
 
 def _make(
-    like: LinearLayer, shape: tuple[int, int], rows: Tensor, columns: Tensor, weights: Tensor,
+    like: SparseLayer, shape: tuple[int, int], rows: Tensor, columns: Tensor, weights: Tensor,
     bias: Tensor | None,
-) -> LinearLayer:  # fmt: skip
-    """A layer of another shape; one of rows of equal length only if they are."""
-    row_nnz = torch.bincount(rows, minlength=shape[0])
-    equal = bool((row_nnz[row_nnz > 0] == row_nnz.max()).all()) if len(rows) else True
-    kind: Any = FanInLinear if equal and isinstance(like, FanInLinear) else SparseLinear
-    new = kind(
-        shape[1], shape[0], bias is not None, sparsity=1.0, device="meta", dtype=weights.dtype
-    ).to_empty(device=weights.device)
-    new._connect(rows * shape[1] + columns, weights)
-    new.weight_values.requires_grad_(like.weight_values.requires_grad)
-    new.bias = _parameter(bias, like.bias, like.weight_values)
+) -> nn.Module:  # fmt: skip
+    """A layer of another shape; of its own kind, or a `SparseLinear` where that cannot have such rows."""
+    order = torch.argsort(rows * max(shape[1], 1) + columns)
+    counts = torch.bincount(rows, minlength=shape[0])
+    indptr = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    with warnings.catch_warnings():
+        # Torch calls the layout a beta each time that a process first makes one.
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        pattern = torch.sparse_csr_tensor(
+            indptr.cpu(), columns[order].cpu(), weights[order].detach().double().cpu(), shape,
+            check_invariants=False,
+        )  # fmt: skip
+    kind, plain = kind_of(like), find_kind("sparse", nn.Linear(1, 1, device="meta"))
+    assert kind is not None
+    assert plain is not None
+    settings: Mapping[str, Any] = {"bias": bias is not None, "dtype": weights.dtype}
+    new: Any = _first_that_fits((kind, plain), pattern, settings).to(weights.device)
+    new.stored.requires_grad_(like.stored.requires_grad)
+    new.bias = _parameter(bias, like.bias, like.stored)
     new.dense_class = like.dense_class
-    return new.train(like.training)
+    new.train(like.training)
+    return new  # type: ignore[no-any-return]
+
+
+def _first_that_fits(kinds: Sequence[LayerKind], pattern: Tensor, settings: Mapping[str, Any]) -> Any:
+    first, other = (cast(Any, kind.cls) for kind in kinds)
+    with torch.random.fork_rng(devices=()):
+        try:
+            return first.from_pattern(pattern, **settings)
+        except ValueError:  # rows of unequal length, where a kind has none
+            return other.from_pattern(pattern, **settings)
 
 
 def _parameter(bias: Tensor | None, before: Tensor | None, weight: Tensor) -> nn.Parameter | None:

@@ -1,4 +1,4 @@
-"""Whole models: swapping dense layers for sparse ones and back, and measuring the result."""
+"""Whole models: swapping dense layers for sparse ones, and saying what that would change."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from sparselab._names import Pattern
 from sparselab._table import aligned
-from sparselab.nn.layers.attention import SparseMultiheadAttention
-from sparselab.nn.layers.base import SparseLayer
-from sparselab.nn.layers.conv import SparseConv2d
-from sparselab.nn.layers.linear import SparseLinear
-from sparselab.nn.models.dense import DenseLayer, choose, find_dense, refuse_entangled
-from sparselab.nn.models.kinds import Given, Rule, read_rules
+from sparselab.nn.layers.base import SparseLayer, find_sparse
+from sparselab.nn.layers.dense import DenseLayer
+from sparselab.nn.layers.kinds import find_kind
+from sparselab.nn.models.dense import Choice, LeftLayer, choose, find_dense
+from sparselab.nn.models.rules import Given, Rule, read_rules
+from sparselab.nn.models.swap import swap
 from sparselab.nn.storage.checks import check_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,18 +37,19 @@ def sparsify(
     model : torch.nn.Module
         On the meta device, too: its layers then become sparse ones there, which `materialize` gives memory,
         connections and weights, and no dense weight ever exists.
-    rules : mapping of str or re.Pattern to float or mapping
+    rules : mapping of str or re.Pattern to float, mapping or None
         Pattern of qualified layer names to what the layers become. In a str ``*`` matches any characters,
         dots included, ``?`` one character, ``[...]`` a set; upper and lower case differ. A compiled regular
         expression must match the whole name. Of the patterns that match a layer, the first one counts.
         A number is a sparsity in [0, 1]. A mapping says ``"layer"``, the kind, which may be left out; exactly
         one of ``"sparsity"``, ``"density"`` (1 minus the sparsity) and, of the kind "fan_in", ``"fan_in"``;
-        and of the kind "block" the ``"block_shape"``, (32, 32) by default.
+        and of the kind "block" the ``"block_shape"``, (32, 32) by default. None leaves layers dense.
     init : {"random", "magnitude"}
         "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
         weights of the dense layer stay.
-    layer : {"sparse", "masked", "fan_in", "block"}
-        The kind of layer where a rule does not say one. "sparse": `SparseLinear` and `SparseConv2d`.
+    layer : {"sparse", "masked", "fan_in", "block"}, or another registered kind
+        The kind of layer where a rule does not say one; see `sparselab.nn.LayerKind`. "sparse":
+        `SparseLinear` and `SparseConv2d`.
         "masked": `MaskedLinear` and `MaskedConv2d`, which simulate the same model at the cost of the dense
         one; with the same seed of torch's generator both get the same topology and weights. "fan_in":
         `FanInLinear`, and `SparseConv2d` with a constant fan-in. "block": `BlockSparseLinear`, of linear
@@ -65,13 +65,24 @@ def sparsify(
     TypeError, ValueError
         If the model is itself such a layer, a pattern matches none, a rule says too much, too little or
         what its kind of layer cannot be, init or layer is none of its choices, init is "magnitude" and a
-        layer on the meta device, or a matching layer shares a parameter with another module or computes its
-        weight (as under `torch.nn.utils.spectral_norm`). Nothing has been changed then.
+        layer on the meta device, or a layer that must stay dense (see Notes) is named outright. Nothing has
+        been changed then.
+
+    Warns
+    -----
+    UserWarning
+        If a glob or an expression matches layers that must stay dense; they are named with the reason.
 
     Notes
     -----
-    The layers are those whose class is exactly one of these; a subclass may be read by its owner in ways
-    of its own. `plan_sparsify` lists them without a change.
+    A layer stays dense that shares a parameter with another module, computes its weight (as under
+    `torch.nn.utils.parametrize` or ``spectral_norm``), has hooks, or parameters, buffers or modules beside
+    those of its class: a sparse layer in its place would lose them. `plan_sparsify` lists them without a
+    change.
+
+    The layers are those whose class is exactly one of these, or was registered with
+    `sparselab.nn.register_dense`; a subclass may compute or be read by its owner in ways of its own, and
+    stays dense likewise.
 
     - `torch.nn.Linear`.
     - `torch.nn.Conv2d`.
@@ -95,23 +106,21 @@ def sparsify(
     """
     if init not in ("random", "magnitude"):
         raise ValueError(f'init must be "random" or "magnitude", got {init!r}')
-    chosen = _choose(model, rules, layer)
+    choice = _choose(model, rules, layer)
     if init == "magnitude":
-        for name, (each, _) in chosen.items():
+        for name, (each, _) in choice.layers.items():
             if each.linear.weight.is_meta:
                 raise ValueError(f'init must be "random" on the meta device, where {name!r} has no weights')
-    _swap(model, [(each, rule.make(each.linear, init)) for each, rule in chosen.values()])
+    choice.warn("sparsify")
+    swap(model, [(each, rule.make(each.linear, init)) for each, rule in choice.layers.values()])
     return model
 
 
-def _choose(
-    model: nn.Module, rules: Mapping[Pattern, Given], layer: str
-) -> dict[str, tuple[DenseLayer, Rule]]:
-    chosen = choose(model, read_rules(rules, layer))
-    refuse_entangled(model, {name: each for name, (each, _) in chosen.items()})
-    for name, (each, rule) in chosen.items():
+def _choose(model: nn.Module, rules: Mapping[Pattern, Given], layer: str) -> Choice[Rule]:
+    choice = choose(model, read_rules(rules, layer))
+    for name, (each, rule) in choice.layers.items():
         rule.check(name, each.linear)
-    return chosen
+    return choice
 
 
 @dataclass(frozen=True)
@@ -130,9 +139,13 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class SparsifyPlan:
-    """What `sparsify` would change, layer by layer; ``str()`` of it is a table with totals."""
+    """What `sparsify` would change, layer by layer; ``str()`` of it is a table with totals.
+
+    `left` are layers that the rules match and that stay dense, each with the reason.
+    """
 
     layers: tuple[PlannedLayer, ...]
+    left: tuple[LeftLayer, ...] = ()
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
@@ -147,7 +160,8 @@ class SparsifyPlan:
             for field in ("connections", "bytes_before", "bytes_after")
         )
         rows.append(("total", "", "", "", "", *(f"{n:,}" for n in totals)))
-        return aligned(rows, left=3)
+        left = (f"left dense: {each}" for each in self.left)
+        return "\n".join((aligned(rows, left=3), *left))
 
 
 def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, Given], *, layer: str = "sparse") -> SparsifyPlan:
@@ -163,7 +177,8 @@ def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, Given], *, layer: st
     -------
     SparsifyPlan
         Its ``layers`` have a name, the class they are and the one they become, shape, sparsity, number of
-        connections, and bytes before and after (weights, topology, bias).
+        connections, and bytes before and after (weights, topology, bias). Its ``left`` are layers that the
+        rules match and that would stay dense, each with its name, class and reason.
 
     Raises
     ------
@@ -179,8 +194,9 @@ def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, Given], *, layer: st
     0      Linear  SparseLinear  256 x 64       0.9        1,638        66,560       12,908
     total                                                  1,638        66,560       12,908
     """
-    chosen = _choose(model, rules, layer)
-    return SparsifyPlan(tuple(_planned(name, each, rule) for name, (each, rule) in chosen.items()))
+    choice = _choose(model, rules, layer)
+    planned = (_planned(name, each, rule) for name, (each, rule) in choice.layers.items())
+    return SparsifyPlan(tuple(planned), choice.left)
 
 
 def _planned(name: str, layer: DenseLayer, rule: Rule) -> PlannedLayer:
@@ -194,67 +210,6 @@ def _planned(name: str, layer: DenseLayer, rule: Rule) -> PlannedLayer:
 
 def _bytes(layer: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
-
-
-def densify(model: Model) -> Model:
-    """Make the sparse layers of a model dense again, in place; its outputs stay the same to rounding.
-
-    Sparse layers of every kind become `torch.nn.Linear`, or the ``Conv1D`` of transformers that `sparsify`
-    made them from, so that its checkpoints fit again; convolutions become `torch.nn.Conv2d`, and
-    `SparseMultiheadAttention` becomes `torch.nn.MultiheadAttention`. Modes and trainability are kept. The
-    encoders of torch that `sparsify` has kept off their fused path stay off it.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Without sparse layers it is left as it is.
-
-    Returns
-    -------
-    torch.nn.Module
-        The model itself.
-
-    Raises
-    ------
-    TypeError
-        If a projection of an attention is no linear layer. Nothing has been changed then.
-    ValueError
-        If the model is itself a sparse layer, or a sparse layer is on the meta device. Nothing has been
-        changed then.
-
-    Examples
-    --------
-    >>> densify(nn.Sequential(SparseLinear(8, 4), nn.ReLU()))[0]
-    Linear(in_features=8, out_features=4, bias=True)
-    """
-    if isinstance(model, (SparseLayer, SparseMultiheadAttention)):
-        raise ValueError(
-            f"model must contain the layers to make dense, got a {type(model).__name__} itself; use its "
-            "to_dense()"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLayer) and module.stored.is_meta:
-            raise ValueError(f"model must hold data, got {name!r} on the meta device; see materialize")
-    attentions = [each for each in model.modules() if isinstance(each, SparseMultiheadAttention)]
-    inside = {part for each in attentions for part in each.modules()}
-    dense: dict[nn.Module, nn.Module] = {each: each.to_dense() for each in attentions}
-    for layer in model.modules():
-        if isinstance(layer, SparseLayer) and layer not in inside:
-            dense[layer] = _to_dense_class(layer)
-    _replace(model, dense)
-    return model
-
-
-def _to_dense_class(layer: SparseLayer) -> nn.Module:
-    linear: Any = layer.to_dense()
-    if isinstance(linear, layer.dense_class):
-        return linear
-    with torch.device("meta"):
-        new = layer.dense_class(layer.out_features, layer.in_features)
-    weight = linear.weight
-    new.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
-    new.bias = linear.bias
-    return new.train(layer.training)
 
 
 def find_linear(
@@ -278,12 +233,12 @@ def find_linear(
     wanted, unwanted = (
         (each,) if isinstance(each, (str, re.Pattern)) else tuple(each) for each in (include, exempt)
     )
-    excluded = choose(model, dict.fromkeys(unwanted, 0.0))
-    included = choose(model, dict.fromkeys(wanted, 0.0))
-    chosen = {name: layer for name, (layer, _) in included.items() if name not in excluded}
+    rules: dict[Pattern, float | None] = dict.fromkeys(unwanted)
+    choice = choose(model, {**rules, **{each: 0.0 for each in wanted if each not in rules}})
+    chosen = {name: layer for name, (layer, _) in choice.layers.items()}
     if not chosen:
         raise ValueError(f"include must match a layer that exempt does not, got {wanted} and {unwanted}")
-    refuse_entangled(model, chosen)
+    choice.warn("prune")
     for layer in chosen.values():
         check_dtype("dtype", layer.linear.weight.dtype)
     return {name: layer.linear for name, layer in chosen.items()}
@@ -293,48 +248,15 @@ def keep_positions(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     """Swap layers of `find_linear` for sparse ones with the weights at int64 positions, ascending."""
     layers = find_dense(model)
     new = {name: _keep(layers[name].linear, at) for name, at in kept.items()}
-    _swap(model, [(layers[name], layer) for name, layer in new.items()])
+    swap(model, [(layers[name], layer) for name, layer in new.items()])
 
 
-def _keep(dense: nn.Linear | nn.Conv2d, at: Tensor) -> SparseLayer:
-    kind: Any = SparseConv2d if isinstance(dense, nn.Conv2d) else SparseLinear
-    new: SparseLayer = kind.from_positions(dense, at)
+def _keep(dense: nn.Module, at: Tensor) -> SparseLayer:
+    kind = find_kind("sparse", dense)
+    assert kind is not None, "find_linear gives layers that have a sparse kind"
+    cls: Any = kind.cls
+    new: SparseLayer = cls.from_positions(dense, at)
     return new
-
-
-def _swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, SparseLayer]]) -> None:
-    whole: dict[nn.Module, nn.Module] = {}
-    parts: dict[nn.Module, dict[str, nn.Module]] = {}
-    for old, new in swaps:
-        if old.part:
-            parts.setdefault(old.owner, {})[old.part] = new
-        else:
-            whole[old.owner] = new
-    for owner, layers in parts.items():
-        assert isinstance(owner, nn.MultiheadAttention)
-        whole[owner] = SparseMultiheadAttention.of_layers(owner, layers)
-    _replace(model, whole)
-
-
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in new:
-                setattr(parent, name, new[child])
-                _leave_fused_encoder(model, parent)
-
-
-def _leave_fused_encoder(model: nn.Module, layer: nn.Module) -> None:
-    """Keep torch's Transformer encoders from reading the weights of the layers that were swapped.
-
-    In evaluation they hand the weights of attention and linear layers to one fused function, unless these two
-    attributes, which nothing else reads, say that it does not apply.
-    """
-    if isinstance(layer, nn.TransformerEncoderLayer):
-        layer.activation_relu_or_gelu = 0
-        for encoder in model.modules():
-            if isinstance(encoder, nn.TransformerEncoder) and layer in list(encoder.layers):
-                encoder.use_nested_tensor = False
 
 
 def measure_sparsity(model: nn.Module) -> float:
@@ -345,20 +267,16 @@ def measure_sparsity(model: nn.Module) -> float:
 
     Examples
     --------
+    >>> from sparselab import SparseLinear
     >>> measure_sparsity(SparseLinear(100, 10, sparsity=0.75))
     0.75
     """
-    live = positions = 0
-    dense: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, SparseLayer):
-            size = module.shape[0] * module.shape[1]
-            live += size - round(size * module.sparsity)
-            positions += size
-        else:
-            dense.update(
-                (id(p), p.numel()) for p in module._parameters.values() if p is not None and p.ndim >= 2
-            )
-    positions += sum(dense.values())
-    live += sum(dense.values())
+    sparse = [layer for _, layer in find_sparse(model)]
+    positions = sum(math.prod(layer.shape) for layer in sparse)
+    live = sum(round(math.prod(layer.shape) * layer.density) for layer in sparse)
+    counted = {id(parameter) for layer in sparse for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        if parameter.ndim >= 2 and id(parameter) not in counted:
+            positions += parameter.numel()
+            live += parameter.numel()
     return 1 - live / positions if positions else 0.0

@@ -1,70 +1,48 @@
-"""The dense layers of a model that can be made sparse, whatever their kind: linear ones and convolutions."""
+"""Which layers of a model a set of rules makes sparse, and which it leaves dense, with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
-from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import nn
 
 from sparselab._names import Pattern, first_match, listed, matches
-
-#: Of `torch.nn.MultiheadAttention`, in the order of its packed weight.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+from sparselab.nn.layers.dense import DenseLayer, dense_base, dense_parts, dense_type
+from sparselab.nn.layers.extras import extras
 
 Value = TypeVar("Value")
 
 
-class LinearView(nn.Linear):
-    """Weights of a dense layer of another kind, in the layout of `torch.nn.Linear` and in their own memory.
+@dataclass(frozen=True)
+class LeftLayer:
+    """A layer that rules match and that stays dense: its name, its class, and why."""
 
-    `dense_class` is what a layer made from it becomes again when it is made dense.
-    """
+    name: str
+    kind: str
+    reason: str
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, training: bool, dense_class: type[nn.Module] = nn.Linear
-    ) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.detach(), weight.requires_grad)
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
-        )
-        self.dense_class = dense_class
-        self.train(training)
+    def __str__(self) -> str:
+        return f"{self.name!r} {self.reason}"
 
 
 @dataclass(frozen=True)
-class DenseLayer:
-    """One layer: the module it belongs to, its name there if it is a part, a view, what holds its data.
+class Choice(Generic[Value]):
+    """Layers by name, each with the value of the first pattern that matches it; and those that are left."""
 
-    The view is a `torch.nn.Linear`, or a `torch.nn.Conv2d` as it is.
-    """
+    layers: dict[str, tuple[DenseLayer, Value]]
+    left: tuple[LeftLayer, ...]
 
-    owner: nn.Module
-    part: str
-    linear: Any
-    sources: tuple[Tensor, ...]
-
-
-def projections(attention: nn.MultiheadAttention) -> dict[str, DenseLayer]:
-    """The four projections of a dense attention, by name."""
-    packed, bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
-    sources: list[Tensor]
-    weights: list[Tensor]
-    if attention._qkv_same_embed_dim:
-        sources, weights = [packed] * 3, list(packed.chunk(3))
-    else:
-        sources = weights = [getattr(attention, f"{name}_weight") for name in PROJECTIONS[:3]]
-    biases = [None] * 3 if bias is None else bias.chunk(3)
-    found = {
-        name: DenseLayer(attention, name, LinearView(w, b, attention.training), _present(source, bias))
-        for name, source, w, b in zip(PROJECTIONS, sources, weights, biases, strict=False)
-    }
-    found["out_proj"] = DenseLayer(attention, "out_proj", out, _present(out.weight, out.bias))
-    return found
+    def warn(self, what: str) -> None:
+        """Tell of what is left, if there is anything: nothing stays dense in silence."""
+        if self.left:
+            warnings.warn(
+                f"{what} leaves layers that the rules match as they are: {'; '.join(map(str, self.left))}. "
+                'A rule of None, such as {"name": None}, leaves a layer dense without this warning.',
+                stacklevel=3,
+            )
 
 
 def find_dense(model: nn.Module) -> dict[str, DenseLayer]:
@@ -76,31 +54,17 @@ def find_dense(model: nn.Module) -> dict[str, DenseLayer]:
     }
 
 
-def dense_parts(module: nn.Module) -> Iterable[DenseLayer]:
-    """What can be made sparse of a module's own weights.
-
-    Exact classes only: a subclass may be read by its owner in ways of its own.
-    """
-    if type(module) is nn.Linear:
-        return [DenseLayer(module, "", module, _present(module.weight, module.bias))]
-    if type(module) is nn.Conv2d:
-        return [DenseLayer(module, "", module, _present(module.weight, module.bias))]
-    if _is_conv1d(type(module)):
-        weight, bias = (getattr(module, name) for name in ("weight", "bias"))
-        view = LinearView(weight.t(), bias, module.training, type(module))
-        return [DenseLayer(module, "", view, (weight, bias))]
-    if type(module) is nn.MultiheadAttention and type(module.out_proj) is NonDynamicallyQuantizableLinear:
-        return projections(module).values()
-    return []
-
-
-def choose(model: nn.Module, rules: Mapping[Pattern, Value]) -> dict[str, tuple[DenseLayer, Value]]:
+def choose(model: nn.Module, rules: Mapping[Pattern, Value | None]) -> Choice[Value]:
     """The layers that match, by name, each with the value of the first pattern that does.
+
+    Layers that cannot be swapped stay dense where a glob or an expression matches them. A value of None says
+    that what its pattern matches shall stay dense.
 
     Raises
     ------
     ValueError
-        If the model is itself such a layer, or a pattern matches none.
+        If the model is itself such a layer, a pattern matches none that can be swapped, or a str that is the
+        name of a layer names one that cannot.
     """
     if any(dense_parts(model)):
         raise ValueError(
@@ -108,42 +72,67 @@ def choose(model: nn.Module, rules: Mapping[Pattern, Value]) -> dict[str, tuple[
             "swapped in place; use SparseLinear.from_dense or that of its kind"
         )
     layers = find_dense(model)
-    for pattern in rules:
-        if not any(matches(name, pattern) for name in layers):
+    stuck = {each.name: each for each in _find_stuck(model, layers)}
+    able = [name for name in layers if name not in stuck]
+    for pattern, value in rules.items():
+        if pattern in stuck and value is not None:
+            raise ValueError(
+                f"rules must not name a layer that cannot be swapped, got {stuck[str(pattern)]}; "
+                "change that first, or leave the layer dense"
+            )
+        wanted = able if value is not None else [*able, *stuck]
+        if not any(matches(name, pattern) for name in wanted):
+            refused = "; ".join(str(each) for name, each in stuck.items() if matches(name, pattern))
             raise ValueError(
                 f"rules must match at least one layer each, got {pattern!r} without one; "
-                f"those of the model that can be swapped are: {listed(layers)}"
+                f"those of the model that can be swapped are: {listed(able)}"
+                + (f"; of those that match, {refused}" if refused else "")
             )
-    first = {name: first_match(name, rules) for name in layers}
-    return {name: (layers[name], rules[pattern]) for name, pattern in first.items() if pattern is not None}
+    chosen: dict[str, tuple[DenseLayer, Value]] = {}
+    left = []
+    for name in (*layers, *(name for name in stuck if name not in layers)):
+        first = first_match(name, rules)
+        value = None if first is None else rules[first]
+        if value is None:
+            continue
+        if name in stuck:
+            left.append(stuck[name])
+        else:
+            chosen[name] = layers[name], value
+    return Choice(chosen, tuple(left))
 
 
-def refuse_entangled(model: nn.Module, chosen: Mapping[str, DenseLayer]) -> None:
-    """Raise ValueError if a layer computes its weight, or shares it or its bias with another module."""
+def _find_stuck(model: nn.Module, layers: Mapping[str, DenseLayer]) -> Iterator[LeftLayer]:
+    """What looks like a layer to swap and cannot be swapped without losing something."""
+    users = parameter_users(model)
+    for name, layer in layers.items():
+        if reason := _reason_to_leave(layer, users):
+            yield LeftLayer(name, type(layer.owner).__name__, reason)
+    for name, module in model.named_modules():
+        base = dense_base(type(module))
+        if base is not None and name not in layers and not any(dense_parts(module)):
+            reason = f"is a {type(module).__name__}, which may compute or be read in a way of its own"
+            if found := extras(module, [*module._parameters, *module._buffers, *module._modules]):
+                reason = f"has {' and '.join(found)}"
+            yield LeftLayer(name, type(module).__name__, reason)
+
+
+def _reason_to_leave(layer: DenseLayer, users: Mapping[int, list[str]]) -> str | None:
+    for source in layer.sources:
+        if not isinstance(source, nn.Parameter):
+            return "computes its weight (as under torch.nn.utils.weight_norm, spectral_norm or prune)"
+        if len(names := users[id(source)]) > 1:
+            return f"shares its weight or bias: {' and '.join(map(repr, names))} hold the same one"
+    known = dense_type(type(layer.owner))
+    found = extras(layer.owner, known.known if known else ())
+    return f"has {' and '.join(found)}" if found else None
+
+
+def parameter_users(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold each parameter, by its id."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append(name)
-    for name, layer in chosen.items():
-        for source in layer.sources:
-            if not isinstance(source, nn.Parameter):
-                raise ValueError(
-                    f"rules must not match a layer that computes its weight, got {name!r}; remove what "
-                    "computes it (torch.nn.utils.weight_norm, spectral_norm, ...) first, or leave the layer "
-                    "dense"
-                )
-            if len(shared := users[id(source)]) > 1:
-                raise ValueError(
-                    f"rules must not match a layer whose weight or bias another module uses too, got "
-                    f"{shared[0]!r} and {shared[1]!r}; untie them first, or leave the layer dense"
-                )
-
-
-def _is_conv1d(kind: type[nn.Module]) -> bool:
-    """Whether this is the transposed linear layer of transformers, which need not be installed."""
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(tensor for tensor in tensors if tensor is not None)
+    return users

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,8 @@ def memory_report(
     parameters = list(model.parameters())
     weights = _bytes([*parameters, *model.buffers()])
     sparse = [layer for _, layer in find_sparse(model)]
-    extra_positions = sum(layer.shape[0] * layer.shape[1] - layer.stored.numel() for layer in sparse)
-    dense_bytes = sum(layer.shape[0] * layer.shape[1] * layer.stored.itemsize for layer in sparse)
+    extra_positions = sum(math.prod(layer.shape) - layer.in_use.numel() for layer in sparse)
+    dense_bytes = sum(math.prod(layer.shape) * layer.in_use.itemsize for layer in sparse)
     own_bytes = _bytes([tensor for layer in sparse for tensor in _weight_tensors(layer)])
     live = sum(parameter.numel() for parameter in parameters)
     return MemoryReport(
@@ -86,7 +87,7 @@ def memory_report(
 
 def _weight_tensors(layer: SparseLayer) -> Iterator[Tensor]:
     """The weights and the topology of a layer, without its bias."""
-    yield layer.stored
+    yield from (parameter for name, parameter in layer.named_parameters() if name != "bias")
     yield from layer.buffers(recurse=False)
 
 

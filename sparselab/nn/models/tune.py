@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -117,8 +118,8 @@ def tune(model: nn.Module, n_tokens: Iterable[int] = (1, 4, 16, 64, 256, 1024)) 
         raise ValueError(f"model must contain a SparseLinear to tune, got a {type(model).__name__} without")
     found: list[TunedProduct] = []
     for layers in alike.values():
-        first = next(iter(layers.values()))
-        first.use_measured(None)
+        # A copy goes by the rule, and plans that only one variant needs go with it.
+        first = copy.deepcopy(next(iter(layers.values())))
         rules = {n: first.variant(n).name for n in counts}
         times = {n: _measure(first, n) for n in counts}
         measured = Measured(first.density, times)

@@ -7,11 +7,12 @@ import doctest
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparselab import FanInLinear, MaskedLinear, SparseLinear, SRigL, condense, densify
+from sparselab import BlockSparseLinear, FanInLinear, MaskedLinear, SparseLinear, SRigL, condense, densify
 from sparselab.nn.models import condense as _condense
 
 
@@ -107,18 +108,17 @@ def test_a_fan_in_that_becomes_unequal_is_stored_in_compressed_rows() -> None:
 
 def test_connections_that_are_not_in_use_go_too() -> None:
     first, second = sparse(8, 4), sparse(4, 3)
-    first.forward_mask = first.positions() // 8 != 2
-    second.forward_mask = torch.rand(second.nnz) > 0.3
+    first.forward_mask = (first.positions() // 8 != 2).view(-1, 1, 1)
+    second.forward_mask = torch.rand_like(second.weight_values) > 0.3
     model = nn.Sequential(first, nn.GELU(), second).eval()
     (found,) = check(model)
     assert found.outputs_after == 3
     assert model[0].forward_mask is None
 
 
-def hooked() -> nn.Module:
-    act = nn.ReLU()
-    act.register_forward_hook(lambda *_: None)
-    return act
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
 
 
 class MyReLU(nn.ReLU):
@@ -127,7 +127,14 @@ class MyReLU(nn.ReLU):
 
 @pytest.mark.parametrize(
     "between",
-    [lambda: nn.Softmax(-1), lambda: nn.LayerNorm(6), nn.Dropout, hooked, MyReLU, lambda: nn.PReLU(6)],
+    [
+        lambda: nn.Softmax(-1),
+        lambda: nn.LayerNorm(6),
+        nn.Dropout,
+        lambda: hooked(nn.ReLU()),
+        MyReLU,
+        lambda: nn.PReLU(6),
+    ],
 )
 def test_what_is_not_known_to_be_elementwise_is_left_alone(between: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(fan_in(8, 6, 1), between(), fan_in(6, 4)).train()
@@ -142,22 +149,78 @@ class Reader(nn.Linear):
 
 def test_layers_that_something_else_may_read_are_left_alone() -> None:
     shared = fan_in(6, 6, 1)
-    masked = MaskedLinear.from_sparse(fan_in(6, 6, 1))
-    watched = fan_in(6, 6, 1)
-    watched.register_forward_hook(lambda *_: None)
     for model in (
         nn.Sequential(shared, shared, nn.Linear(6, 2)),
         nn.ModuleList([nn.Sequential(shared, nn.Linear(6, 2)), shared]),
         nn.ModuleList([shared, nn.Linear(6, 2)]),
         nn.Sequential(shared),
-        nn.Sequential(shared, Reader(6, 2)),
-        nn.Sequential(masked, nn.Linear(6, 2)),
-        nn.Sequential(watched, nn.Linear(6, 2)),
         shared,
     ):
         before = list(model.modules())
         assert condense(model) == ()
         assert list(model.modules()) == before
+
+
+class Scaled(SparseLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def with_buffer() -> nn.Module:
+    layer = fan_in(6, 6, 1)
+    layer.register_buffer("scale", torch.ones(1))
+    return layer
+
+
+def tied() -> nn.Sequential:
+    first, reader = fan_in(6, 6, 1), nn.Linear(6, 6)
+    reader.bias = first.bias
+    return nn.Sequential(first, reader)
+
+
+def diagonal_blocks() -> nn.Module:
+    """The last two outputs have no block."""
+    pattern = np.eye(3, 2, dtype=bool)
+    return BlockSparseLinear.from_pattern(pattern, block_shape=(2, 3), shape=(6, 6))
+
+
+REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a subclass that reads": (
+        lambda: nn.Sequential(fan_in(6, 6, 1), Reader(6, 2)), "'1' is a Reader, which may compute"
+    ),
+    "a subclass": (
+        lambda: nn.Sequential(without(Scaled(6, 6, sparsity=0.4), 1), nn.Linear(6, 2)),
+        "'0' is a Scaled, which",
+    ),
+    "a masked layer": (
+        lambda: nn.Sequential(MaskedLinear.from_sparse(fan_in(6, 6, 1)), nn.Linear(6, 2)),
+        "'0' is of kind 'masked', which is not condensed",
+    ),
+    "blocks": (
+        lambda: nn.Sequential(diagonal_blocks(), nn.Linear(6, 2)),
+        "'0' is of kind 'block', which is not condensed",
+    ),
+    "hooks": (lambda: nn.Sequential(hooked(fan_in(6, 6, 1)), nn.Linear(6, 2)), "'0' has forward hooks"),
+    "hooks that read": (
+        lambda: nn.Sequential(fan_in(6, 6, 1), hooked(nn.Linear(6, 2))), "'1' has forward hooks"
+    ),
+    "a buffer": (lambda: nn.Sequential(with_buffer(), nn.Linear(6, 2)), "'0' has the buffer scale"),
+    "a tied bias": (tied, "'0' has the shared parameter bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REASONS)
+def test_what_would_lose_something_is_left_and_named(what: str) -> None:
+    make, reason = REASONS[what]
+    model = make().eval()
+    before = list(model.modules())
+    with pytest.warns(UserWarning, match=f"condense leaves outputs .* where they are: {reason}"):
+        assert condense(model) == ()
+    assert list(model.modules()) == before
+
+
+def test_without_such_outputs_nothing_is_said() -> None:
+    assert condense(nn.Sequential(Scaled(6, 6, sparsity=0.0), nn.Linear(6, 2))) == ()
 
 
 def test_an_activation_may_be_used_in_several_places() -> None:
@@ -168,7 +231,7 @@ def test_an_activation_may_be_used_in_several_places() -> None:
 
 def test_modes_trainability_and_dtype_stay() -> None:
     model = nn.Sequential(fan_in(8, 6, 1), nn.ReLU(), nn.Linear(6, 2)).eval().to(torch.bfloat16)
-    model[0].values.requires_grad_(False)
+    model[0].weight_values.requires_grad_(False)
     model[2].bias.requires_grad_(False)
     condense(model)
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 
 from sparselab import MaskedLinear, SparseLinear, densify, memory_report, plan_sparsify, sparsify
 from sparselab.dst import allocate
-from sparselab.nn.models import kinds as _rules
-from sparselab.nn.models.kinds import KINDS, Kind, rule_of_saved
+from sparselab.nn.layers.kinds import LayerKind, forget_kind, kind_names, register_kind
+from sparselab.nn.models.rules import rule_of_saved
 
 
 class Striped(SparseLinear):
@@ -32,9 +33,14 @@ class Striped(SparseLinear):
         return layer
 
 
+KINDS = kind_names()
+
+
 @pytest.fixture(autouse=True)
-def _striped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rules, "KINDS", {**KINDS, "striped": Kind(Striped, settings=("fan_in", "width"))})
+def _striped() -> Iterator[None]:
+    kind = register_kind(LayerKind("striped", Striped, (nn.Linear,), ("width",)))
+    yield
+    forget_kind(kind)
 
 
 class Net(nn.Module):
@@ -54,14 +60,14 @@ def kinds(model: nn.Module) -> dict[str, tuple[str, int]]:
 MIXED = {
     "attn.q_proj": {"layer": "striped", "density": 0.25, "width": 4},
     "attn.*": 0.5,
-    re.compile(r"fc\d"): {"layer": "striped", "fan_in": 3},
+    re.compile(r"fc\d"): {"layer": "fan_in", "fan_in": 3},
     "head": {"layer": "masked", "sparsity": 0.75},
 }
 BECAME = {
     "attn.q_proj": ("Striped", 36),
     **{f"attn.{name}": ("SparseLinear", 72) for name in ("k_proj", "v_proj", "out_proj")},
-    "fc1": ("Striped", 60),
-    "fc2": ("Striped", 36),
+    "fc1": ("FanInLinear", 60),
+    "fc2": ("FanInLinear", 36),
     "head": ("MaskedLinear", 15),
 }
 
@@ -70,7 +76,7 @@ BECAME = {
 def test_each_rule_has_its_kind_amount_and_settings(init: Any) -> None:
     model = sparsify(Net(), MIXED, init=init)
     assert kinds(model) == BECAME
-    assert (model.attn.q_proj.width, model.fc1.width) == (4, 1)
+    assert (model.attn.q_proj.width, model.fc1.fan_in) == (4, 3)
     x = torch.randn(7, 12)
     y = model.head(model.fc2(model.fc1(model.attn(x, x, x)[0])))
     assert kinds(densify(model)) == {}
@@ -109,9 +115,9 @@ def test_a_budget_can_go_to_any_kind() -> None:
 
 
 def test_rules_are_not_written_to() -> None:
-    rule = {"layer": "striped", "fan_in": 3}
+    rule = {"layer": "fan_in", "fan_in": 3}
     sparsify(Net(), {"fc?": rule})
-    assert rule == {"layer": "striped", "fan_in": 3}
+    assert rule == {"layer": "fan_in", "fan_in": 3}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,7 @@ def test_rules_are_not_written_to() -> None:
     [
         ({}, ValueError, r'exactly one of "sparsity", "density" of .*\'sparse\', got none for \'head\''),
         ({"sparsity": 0.5, "density": 0.5}, ValueError, 'exactly one .* got "sparsity", "density" for'),
-        ({"layer": "striped", "fan_in": 2, "sparsity": 0.5}, ValueError, 'got "sparsity", "fan_in" for'),
+        ({"layer": "fan_in", "fan_in": 2, "sparsity": 0.5}, ValueError, 'got "sparsity", "fan_in" for'),
         ({"fan_in": 2}, ValueError, r"no more of .* \"density\", got 'fan_in' for 'head'"),
         ({"sparsity": 0.5, "width": 2}, ValueError, "got 'width' for 'head'"),
         ({"layer": "striped", "sparsity": 0.5, "widht": 2}, ValueError, "\"width\", got 'widht' for"),
@@ -127,9 +133,9 @@ def test_rules_are_not_written_to() -> None:
         ({"layer": ["sparse"], "sparsity": 0.5}, ValueError, "layer must be one of"),
         ({"density": 1.5}, ValueError, r"density must be a finite number in \[0, 1\], got 1.5"),
         ({"sparsity": None}, TypeError, "sparsity must be a number"),
-        ({"layer": "striped", "fan_in": 0.5}, TypeError, "fan_in must be an integer, got 0.5"),
+        ({"layer": "fan_in", "fan_in": 0.5}, TypeError, "fan_in must be an integer, got 0.5"),
         (
-            {"layer": "striped", "fan_in": 13},
+            {"layer": "fan_in", "fan_in": 13},
             ValueError,
             "fan_in must be at most the 12 inputs of 'head', got 13",
         ),

@@ -1,0 +1,48 @@
+"""Putting modules into the places of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from sparselab.nn.layers.dense import DenseLayer, dense_type
+
+
+def swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, nn.Module]]) -> None:
+    """Put layers in the place of dense ones, in place; what holds parts is made anew with them."""
+    whole: dict[nn.Module, nn.Module] = {}
+    parts: dict[nn.Module, dict[str, nn.Module]] = {}
+    for old, new in swaps:
+        if old.part:
+            parts.setdefault(old.owner, {})[old.part] = new
+        else:
+            whole[old.owner] = new
+    for owner, layers in parts.items():
+        known = dense_type(type(owner))
+        assert known is not None
+        assert known.join is not None
+        whole[owner] = known.join(owner, layers)
+    replace(model, whole)
+
+
+def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, wherever these are in a model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                setattr(parent, name, new[child])
+                _leave_fused_encoder(model, parent)
+
+
+def _leave_fused_encoder(model: nn.Module, layer: nn.Module) -> None:
+    """Keep torch's Transformer encoders from reading the weights of the layers that were swapped.
+
+    In evaluation they hand the weights of attention and linear layers to one fused function, unless these two
+    attributes, which nothing else reads, say that it does not apply.
+    """
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        layer.activation_relu_or_gelu = 0
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and layer in list(encoder.layers):
+                encoder.use_nested_tensor = False
