@@ -113,14 +113,14 @@ def timing(cfg: Config, steps: int) -> dict[str, Any]:
 
 def rewiring(cfg: Config, steps: int) -> dict[str, Any]:
     """When and how much they rewire."""
-    fraction = sparselab.Cosine(cfg.drop_fraction, half_period=last_update(cfg, steps))
+    fraction = sparselab.CosineSchedule(cfg.drop_fraction, half_period=last_update(cfg, steps))
     return {"drop_fraction": fraction, **timing(cfg, steps)}
 
 
 def pruning(cfg: Config, steps: int, start: float) -> dict[str, Any]:
     """The same, with a cubic rise of the sparsity of all sparse layers together over the first half."""
     end = sparse_layers_sparsity(cfg, cfg.sparsity)
-    schedule = sparselab.dst.Polynomial(sparse_layers_sparsity(cfg, start), end, steps // 2)
+    schedule = sparselab.dst.PolynomialSchedule(sparse_layers_sparsity(cfg, start), end, steps // 2)
     return {"sparsity": schedule, "scope": "network", **timing(cfg, steps)}
 
 
@@ -144,9 +144,9 @@ def chtss(cfg: Config, steps: int) -> sparselab.CHTss:
     return sparselab.CHTss(end, steps // 2, temperature=rising(steps), **rewiring(cfg, steps))
 
 
-def rising(steps: int) -> sparselab.dst.Linear:
+def rising(steps: int) -> sparselab.dst.LinearSchedule:
     """The temperature of CHTs' removal: nearly at random at first, nearly by magnitude in the end."""
-    return sparselab.dst.Linear(1, 9, steps)
+    return sparselab.dst.LinearSchedule(1, 9, steps)
 
 
 def srigl(cfg: Config, steps: int, ablate: bool) -> sparselab.SRigL:
@@ -174,7 +174,7 @@ ARMS = {
     "granet": Arm(
         lambda cfg, steps: sparselab.GraNet(
             **pruning(cfg, steps, min(0.5, cfg.sparsity)),
-            drop_fraction=sparselab.Cosine(0.5, last_update(cfg, steps), minimum=0.005),
+            drop_fraction=sparselab.CosineSchedule(0.5, last_update(cfg, steps), minimum=0.005),
         ),
         start=lambda sparsity: min(0.5, sparsity),
     ),

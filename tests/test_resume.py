@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparselab import SET, Cosine, RigL, SparseLinear
+from sparselab import SET, CosineSchedule, RigL, SparseLinear
 
 SAVED_AFTER, THEN = 300, 45
 
@@ -29,7 +29,7 @@ class Run:
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         kind = {"RigL": RigL, "SET": SET}[algorithm]
-        self.algorithm = kind(drop_fraction=Cosine(0.3, half_period=400), update=10, seed=3)
+        self.algorithm = kind(drop_fraction=CosineSchedule(0.3, half_period=400), update_freq=10, seed=3)
         self.model.apply(self.algorithm)
 
     def train(self, steps: int) -> None:

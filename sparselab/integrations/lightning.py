@@ -48,7 +48,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]
     --------
     >>> from sparselab.dst import RigL  # doctest: +SKIP
     >>> from sparselab.integrations.lightning import SparsityCallback  # doctest: +SKIP
-    >>> callback = SparsityCallback(RigL(update=100))  # doctest: +SKIP
+    >>> callback = SparsityCallback(RigL(update_freq=100))  # doctest: +SKIP
     >>> lightning.Trainer(callbacks=[callback]).fit(module, batches)  # doctest: +SKIP
     """
 

@@ -16,13 +16,13 @@ from sparselab.dst import (
     SNFS,
     CHTs,
     CHTss,
-    Cosine,
+    CosineSchedule,
     DeepR,
     GraNet,
-    Linear,
-    Polynomial,
+    LinearSchedule,
+    PolynomialSchedule,
     RigL,
-    Sigmoid,
+    SigmoidSchedule,
     SparsityAlgorithm,
     SRigL,
     Static,
@@ -102,11 +102,11 @@ class Row:
     of_blocks: bool = False
 
 
-COMMON = {"update": 7, "seed": 3}
+COMMON = {"update_freq": 7, "seed": 3}
 USUAL = {"drop_fraction": 0.3, **COMMON}
-CUBIC = Polynomial(0.0, 0.9, 50)
-HALFWAY = Polynomial(0.5, 0.9, 50)
-BOUND = Linear(0.1, 0.02, 50)
+CUBIC = PolynomialSchedule(0.0, 0.9, 50)
+HALFWAY = PolynomialSchedule(0.5, 0.9, 50)
+BOUND = LinearSchedule(0.1, 0.02, 50)
 
 ROWS = {
     "static": Row(lambda: Static(0.8), keeps_fan_in=True, of_blocks=True),
@@ -127,12 +127,12 @@ ROWS = {
     "deepr of the network": Row(
         lambda: DeepR(0.8, temperature=0.01, scope="network", seed=3), counts=together_keep, walks=True
     ),
-    "gmp": Row(lambda: GMP(CUBIC, update=7), 0.0, counts=each_follows(CUBIC), of_blocks=True),
+    "gmp": Row(lambda: GMP(CUBIC, update_freq=7), 0.0, counts=each_follows(CUBIC), of_blocks=True),
     "gmp of the network": Row(
-        lambda: GMP(CUBIC, update=7, scope="network"), 0.0, counts=together_follow(CUBIC), of_blocks=True
+        lambda: GMP(CUBIC, update_freq=7, scope="network"), 0.0, counts=together_follow(CUBIC), of_blocks=True
     ),
     "granet": Row(
-        lambda: GraNet(HALFWAY, Cosine(0.5, 250, 0.005), update=7),
+        lambda: GraNet(HALFWAY, CosineSchedule(0.5, 250, 0.005), update_freq=7),
         0.5,
         counts=together_follow(HALFWAY),
         of_blocks=True,
@@ -151,7 +151,7 @@ ROWS = {
     "gse graest of the network": Row(
         lambda: GSE(0.8, **USUAL, sampler="graest", scope="network"), counts=together_keep
     ),
-    "chts": Row(lambda: CHTs(0.8, **USUAL, temperature=Linear(1, 9, 200))),
+    "chts": Row(lambda: CHTs(0.8, **USUAL, temperature=LinearSchedule(1, 9, 200))),
     "chts chained": Row(lambda: CHTs(0.8, **USUAL, chains=[("layer 0", "layer 1")])),
-    "chtss": Row(lambda: CHTss(0.9, 50, **COMMON), 0.5, counts=each_follows(Sigmoid(0.5, 0.9, 50))),
+    "chtss": Row(lambda: CHTss(0.9, 50, **COMMON), 0.5, counts=each_follows(SigmoidSchedule(0.5, 0.9, 50))),
 }

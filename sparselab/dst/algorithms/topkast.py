@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparselab.dst.checks import require_count
+from sparselab.dst.budget.targets import Budget, Exchange
+from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.engine.optimizer_state import StateMove
-from sparselab.dst.parts.grow import random_free
-from sparselab.dst.parts.view import LayerView, UpdateReport, Vacancy
+from sparselab.dst.parts.drop import Scores
+from sparselab.dst.parts.grow import Growth, random_free
+from sparselab.dst.parts.redistribute import Redistribution
+from sparselab.dst.parts.select import Selection, UpdateContext
+from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.kernels import n_connections
@@ -37,14 +40,21 @@ class TopKAST(DynamicSparsityAlgorithm):
 
     Parameters
     ----------
-    forward_sparsity : float
-        Fraction of each layer outside A, ``1 - D`` in the paper; at least one connection is in A.
-    backward_sparsity : float or None
+    sparsity : float or None
         Fraction outside B, ``1 - D - M`` in the paper: the sparsity that every attached layer must have. None
         leaves each layer its own.
-    update : int, mapping, list of int, or UpdateSchedule
-        The steps that end with a refresh of B and A. (The paper finds every step as good as every 100.) With
-        ``{"freq": 100, "stop": ...}`` the sets are fixed from a step on.
+    forward_sparsity : float, optional
+        Fraction of each layer outside A, ``1 - D`` in the paper; at least one connection is in A. By default
+        half of B is in A.
+    drop_fraction : float, Schedule or callable
+        For a layer whose weights outside B are not kept: candidates drawn at a refresh, as a fraction of B.
+    update_freq : int, optional
+        Optimizer steps between refreshes of B and A; 100 if `update` says nothing else. (The paper finds
+        every step as good as every 100.)
+    update : dict, list of int, or UpdateSchedule, optional
+        The steps that end with a refresh, where a period does not say it; see `DynamicSparsityAlgorithm`.
+    stop : int, optional
+        The optimizer step from which on the sets are fixed.
     seed : int
         All random draws depend on ``(seed, layer, step)`` and nothing else.
     master_bytes : int
@@ -52,8 +62,6 @@ class TopKAST(DynamicSparsityAlgorithm):
         its refresh is exact. 0 keeps none.
     master_dtype : torch.dtype, optional
         Of weights outside B; the layer's by default. bfloat16 takes half of float32 and rounds what leaves B.
-    drop_fraction : float, Schedule or callable
-        For a layer too large for that: candidates drawn at a refresh, as a fraction of B.
 
     Raises
     ------
@@ -89,7 +97,7 @@ class TopKAST(DynamicSparsityAlgorithm):
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.Sequential(SparseLinear(64, 32, sparsity=0.8))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> algorithm = TopKAST(0.9, 0.8, update=10)
+    >>> algorithm = TopKAST(0.8, forward_sparsity=0.9, update_freq=10)
     >>> handle = algorithm.attach(model, optimizer)
     >>> for _ in range(20):
     ...     optimizer.zero_grad()
@@ -103,36 +111,35 @@ class TopKAST(DynamicSparsityAlgorithm):
     (205, None)
     """
 
-    _OF_BLOCKS = False
-
     def __init__(
         self,
-        forward_sparsity: float,
-        backward_sparsity: float | None = None,
-        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
-        seed: int = 0,
+        sparsity: float | None = None,
         *,
+        forward_sparsity: float | None = None,
+        drop_fraction: float | Schedule | Callable[[int], float] = 0.3,
+        update_freq: int | None = None,
+        update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
+        stop: int | None = None,
+        seed: int = 0,
         master_bytes: int = 64 << 20,
         master_dtype: torch.dtype | None = None,
-        drop_fraction: float | Schedule | Callable[[int], float] = 0.3,
     ) -> None:
-        n_connections((1, 1), forward_sparsity)
-        if isinstance(backward_sparsity, Schedule):
-            raise TypeError(f"backward_sparsity must be a number or None; got {backward_sparsity!r}")
-        if backward_sparsity is not None and backward_sparsity > forward_sparsity:
-            raise ValueError(
-                f"backward_sparsity must not exceed forward_sparsity, because what is trained includes what "
-                f"is in use; got {backward_sparsity!r} and {forward_sparsity!r}"
-            )
-        if master_dtype is not None and not master_dtype.is_floating_point:
-            raise ValueError(f"master_dtype must be a floating dtype; got {master_dtype}")
-        super().__init__(backward_sparsity, drop_fraction, update, seed, grown_value=self._weights_entering)
+        budget = NestedBudget(sparsity, forward_sparsity, drop_fraction)
+        competition = Competition(budget, master_bytes, master_dtype)
+        super().__init__(
+            budget,
+            update_freq=update_freq,
+            update=update,
+            stop=stop,
+            seed=seed,
+            scope=competition,
+            grow=Winners(competition),
+            grown_value=competition.weights_entering,
+        )
         self.forward_sparsity = forward_sparsity
-        self.master_bytes = require_count("master_bytes", master_bytes)
+        self.master_bytes = master_bytes
         self.master_dtype = master_dtype
-        # Weights outside B, flat, and 0 inside; None until the first refresh, and for layers that keep none.
-        self._masters: list[torch.Tensor | None] = []
-        self._entering: dict[int, tuple[Array, torch.Tensor]] = {}
+        self._nested = budget
 
     def exploration_loss(self) -> torch.Tensor:
         """``sum over A of w^2 + sum over B outside A of w^2 / D``, over all layers, D being A's density.
@@ -157,7 +164,7 @@ class TopKAST(DynamicSparsityAlgorithm):
             squares = layer.per_connection(layer.stored).square()
             if layer.forward_mask is not None:
                 in_use = layer.per_connection(layer.forward_mask)
-                density = self._n_forward(layer) / max(1, math.prod(layer.shape))
+                density = self._nested.n_forward(layer) / max(1, math.prod(layer.shape))
                 squares = torch.where(in_use, squares, squares / density)
             terms.append(squares.sum())
         return torch.stack(terms).sum()
@@ -169,59 +176,133 @@ class TopKAST(DynamicSparsityAlgorithm):
         For inference, and for training on with what is left. Optimizer state follows.
         """
         moves = [self._tracker.plan_move(layer) for layer in self._layers]
-        for index, (layer, move) in enumerate(zip(self._layers, moves, strict=True)):
+        for view, move in zip(self.views(self._step), moves, strict=True):
+            layer = view.layer
             if layer.forward_mask is not None:
-                self._masters[index] = None
                 unused = (~layer.per_connection(layer.forward_mask)).nonzero().reshape(-1).cpu().numpy()
-                self._rewire(Vacancy(LayerView(index, self._step, self.seed, layer), unused), move)
+                self._rewire(LayerUpdate(view, unused), move)
                 layer.forward_mask = None
 
-    def _n_forward(self, layer: SparseTopology) -> int:
+    def _after_step(self, step: int) -> None:
+        super()._after_step(step)
+        if self.is_update_step(step) and self.last_update is not None:
+            for layer, report in zip(self._layers, self.last_update, strict=True):
+                if not report.skipped:
+                    self._nested.choose_forward(layer)
+
+
+class NestedBudget(Exchange):
+    """How many connections are trained, B, and how many of them are in use, A.
+
+    Parameters
+    ----------
+    sparsity, forward_sparsity : float or None
+    drop_fraction : float, Schedule or callable
+        See `TopKAST`.
+    """
+
+    of_blocks = False
+    sparsity: float | None
+
+    def __init__(
+        self,
+        sparsity: float | None,
+        forward_sparsity: float | None,
+        drop_fraction: float | Schedule | Callable[[int], float],
+    ) -> None:
+        if isinstance(sparsity, Schedule):
+            raise TypeError(f"sparsity must be a number or None, got {sparsity!r}")
+        super().__init__(sparsity, drop_fraction)
+        if forward_sparsity is not None:
+            require_finite("forward_sparsity", forward_sparsity, "a number in [0, 1], or None")
+            if not (sparsity or 0) <= forward_sparsity <= 1:
+                raise ValueError(
+                    f"forward_sparsity must lie between sparsity and 1, because what is trained includes "
+                    f"what is in use, got forward_sparsity={forward_sparsity!r} and sparsity={sparsity!r}"
+                )
+        self.forward_sparsity = forward_sparsity
+
+    def n_forward(self, layer: SparseTopology) -> int:
+        """Connections in use, A."""
+        if self.forward_sparsity is None:
+            return -(-layer.nnz // 2)
         return max(min(layer.nnz, 1), n_connections(layer.shape, self.forward_sparsity))
 
-    def _check_sparsity(self, layer: SparseTopology) -> None:
-        super()._check_sparsity(layer)
-        if self._n_forward(layer) > layer.nnz:
+    def check(self, layer: SparseTopology) -> None:
+        """Raise ValueError if the layer has fewer connections than are to be in use, or others than said."""
+        super().check(layer)
+        if self.n_forward(layer) > layer.nnz:
             raise ValueError(
-                f"forward_sparsity={self.forward_sparsity} means {self._n_forward(layer)} connections in use "
+                f"forward_sparsity={self.forward_sparsity} means {self.n_forward(layer)} connections in use "
                 f"for a layer of shape {tuple(layer.shape)}, but it has {layer.nnz}; build it with more"
             )
 
-    def _attached(self, layer: SparseTopology) -> None:
-        super()._attached(layer)
-        self._masters.append(None)
+    def attach(self, layer: SparseTopology) -> None:
+        """Choose A, unless the layer comes with one."""
         if layer.forward_mask is None:
-            self._choose_forward(layer)
+            self.choose_forward(layer)
+
+    def detach(self, layers: Iterable[SparseTopology]) -> None:
+        """Let the layers compute with all they have."""
+        for layer in layers:
+            layer.forward_mask = None
 
     @torch.no_grad()
-    def _choose_forward(self, layer: SparseTopology) -> None:
-        largest = select(as_scores(layer.per_connection(layer.stored)), self._n_forward(layer))
+    def choose_forward(self, layer: SparseTopology) -> None:
+        """Make A the largest weights of B."""
+        largest = select(as_scores(layer.per_connection(layer.stored)), self.n_forward(layer))
         mask = torch.zeros_like(layer.stored, dtype=torch.bool)
         layer.put(mask, torch.from_numpy(largest), torch.ones(largest.size, dtype=torch.bool))
         layer.forward_mask = mask
 
-    def _reason_to_skip(self, view: LayerView) -> str:
-        return super()._reason_to_skip(view) or ("finished" if view.layer.forward_mask is None else "")
 
-    def _plan(self, views: Sequence[LayerView], step: int) -> list[Vacancy]:
-        return [self._compete(view, step) for view in views]
+class Competition(Selection):
+    """Weights outside B compete with those inside, and the largest of all are the next B.
 
-    def _compete(self, view: LayerView, step: int) -> Vacancy:
+    Parameters
+    ----------
+    budget : NestedBudget
+    master_bytes : int
+    master_dtype : torch.dtype or None
+        See `TopKAST`.
+    """
+
+    def __init__(self, budget: NestedBudget, master_bytes: int, master_dtype: torch.dtype | None) -> None:
+        if master_dtype is not None and not master_dtype.is_floating_point:
+            raise ValueError(f"master_dtype must be a floating dtype, got {master_dtype}")
+        self._budget = budget
+        self._bytes = require_count("master_bytes", master_bytes)
+        self._dtype = master_dtype
+        # Weights outside B, flat, and 0 inside; from the first refresh on, of layers that keep any.
+        self._masters: dict[int, torch.Tensor] = {}
+        self._entering: dict[int, tuple[Array, torch.Tensor]] = {}
+
+    def reason_to_skip(self, view: LayerView) -> str:
+        """Why the layer cannot be updated now; empty if it can."""
+        return "finished" if view.layer.forward_mask is None else ""
+
+    def select(self, context: UpdateContext) -> list[LayerUpdate]:
+        """What leaves B and what enters it."""
+        return [
+            self._compete(view, scores) for view, scores in zip(context.views, context.scores, strict=True)
+        ]
+
+    def _compete(self, view: LayerView, inside: Scores) -> LayerUpdate:
         """Rank the weights inside B and the candidates together."""
-        positions, weights = self._candidates(view, step)
-        inside, outside = as_scores(view.weights), as_scores(weights.to(view.weights.dtype))
+        positions, weights = self._candidates(view)
+        outside = as_scores(weights.to(view.weights.dtype))
         best = select(np.concatenate([inside, outside]), view.nnz)
         stay = np.searchsorted(best, view.nnz)
         enter = torch.from_numpy(best[stay:].astype(np.int64) - view.nnz)
         self._entering[view.index] = positions[enter.numpy()], weights[enter]
         drop = np.delete(np.arange(view.nnz, dtype=best.dtype), best[:stay])
-        return Vacancy(view, drop, len(enter))
+        return LayerUpdate(view, drop, len(enter))
 
-    def _candidates(self, view: LayerView, step: int) -> tuple[Array, torch.Tensor]:
+    def _candidates(self, view: LayerView) -> tuple[Array, torch.Tensor]:
         """Positions outside B that may enter it, ascending, and their weights."""
         master = self._master(view)
         if master is None:
-            k = min(int(self._fraction(step) * view.nnz), view.size - view.nnz)
+            k = min(self._budget.exchanged(view.step, view.nnz), view.size - view.nnz)
             positions = random_free(view.rng(_SAMPLE), view.matrix.positions(), view.size, k)
             return positions, torch.from_numpy(_dense_init(view, view.rng(_SAMPLE, 1), k))
         positions = select(as_scores(master), view.nnz)
@@ -231,53 +312,64 @@ class TopKAST(DynamicSparsityAlgorithm):
         return positions[outside.numpy()], weights[outside]
 
     def _master(self, view: LayerView) -> torch.Tensor | None:
-        dtype = self.master_dtype or view.layer.stored.dtype
-        if view.size * dtype.itemsize > self.master_bytes:
+        dtype = self._dtype or view.layer.stored.dtype
+        if view.size * dtype.itemsize > self._bytes:
             return None
-        master = self._masters[view.index]
-        if master is None:
-            rng = np.random.default_rng([self.seed, view.index, 0, _MASTER])
+        if view.index not in self._masters:
+            rng = np.random.default_rng([view.seed, view.index, 0, _MASTER])
             master = torch.from_numpy(_dense_init(view, rng, view.size)).to(dtype)
             master[view.layer.positions()] = 0
             self._masters[view.index] = master
-        return master
+        return self._masters[view.index]
 
-    def _grow(self, vacancy: Vacancy) -> Array:
-        return self._entering[vacancy.view.index][0]
+    def enter(self, update: LayerUpdate) -> Array:
+        """Positions that enter B; what leaves it is kept outside from now on."""
+        view, positions = update.view, self._entering[update.view.index][0]
+        if (master := self._masters.get(view.index)) is not None:
+            leave = torch.from_numpy(update.drop).long()
+            master[view.layer.positions()[leave]] = view.weights[leave].to(master.dtype)
+            master[torch.from_numpy(positions).long()] = 0
+        return positions
 
-    def _weights_entering(self, vacancy: Vacancy, positions: Array) -> Weights:
-        weights: Weights = self._entering[vacancy.view.index][1].double().numpy()
+    def weights_entering(self, update: LayerUpdate, positions: Array) -> Weights:
+        """Weights of the positions that enter B, as they were outside."""
+        weights: Weights = self._entering.pop(update.view.index)[1].double().numpy()
         return weights
 
-    def _rewire(self, vacancy: Vacancy, move: StateMove) -> UpdateReport:
-        view, master = vacancy.view, self._masters[vacancy.view.index]
-        if master is not None and vacancy.n_grow:
-            leave = torch.from_numpy(vacancy.drop).long()
-            master[view.layer.positions()[leave]] = view.weights[leave].to(master.dtype)
-            master[torch.from_numpy(self._grow(vacancy)).long()] = 0
-        report = super()._rewire(vacancy, move)
-        self._choose_forward(view.layer)
-        return report
+    def most_growth(
+        self, views: Sequence[LayerView], index: int, budget: Budget, redistribute: Redistribution | None
+    ) -> int | Array:
+        """All of B may be replaced."""
+        return views[index].nnz
 
-    def _update(self, step: int) -> None:
-        super()._update(step)
+    def detach(self, layers: Iterable[SparseTopology]) -> None:
+        """Forget the weights outside B."""
+        self._masters.clear()
         self._entering.clear()
 
-    def _config(self) -> dict[str, Any]:
-        return {
-            **super()._config(),
-            "forward_sparsity": self.forward_sparsity,
-            "master_bytes": self.master_bytes,
-            "master_dtype": None if self.master_dtype is None else str(self.master_dtype),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """Weights outside B, by the number of their layer."""
+        return {str(index): master.clone() for index, master in self._masters.items()}
 
-    def _memory(self) -> dict[str, Any]:
-        masters = [None if master is None else master.clone() for master in self._masters]
-        return {**super()._memory(), "masters": masters}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back the weights outside B."""
+        self._masters = {int(index): master.clone() for index, master in state.items()}
 
-    def _remember(self, memory: dict[str, Any]) -> None:
-        super()._remember(memory)
-        self._masters = [None if master is None else master.clone() for master in memory["masters"]]
+
+class Winners(Growth):
+    """The positions that win a competition.
+
+    Parameters
+    ----------
+    competition : Competition
+    """
+
+    def __init__(self, competition: Competition) -> None:
+        self._competition = competition
+
+    def choose(self, update: LayerUpdate) -> Array:
+        """Those that enter B, ascending."""
+        return self._competition.enter(update)
 
 
 def _dense_init(view: LayerView, rng: np.random.Generator, n: int) -> npt.NDArray[np.float32]:

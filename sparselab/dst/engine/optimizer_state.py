@@ -8,6 +8,8 @@ and their gradient, and knows how.)
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -43,6 +45,7 @@ class OptimizerTracker:
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._n_notes = 0
         self._watching = False
+        self._stepped = _Stepped()
 
     def watch(self) -> None:
         """Start noticing optimizers as they step; calling it again changes nothing."""
@@ -75,9 +78,46 @@ class OptimizerTracker:
         self._n_notes += 1
         self._optimizers[optimizer] = self._n_notes
 
+    def forget(self) -> None:
+        """Forget all optimizers."""
+        self._optimizers.clear()
+        self._stepped = _Stepped()
+
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in self._optimizers or self._has_a_layer(optimizer):
             self.add(optimizer)
+            self._stepped.ours = True
+        else:
+            self._stepped.other = type(optimizer).__name__
+
+    def check(self, name: str) -> None:
+        """Look at who has stepped since the last call: somebody must train the layers of algorithm `name`.
+
+        Nothing is said where nobody has stepped, or an optimizer was named that torch does not report.
+
+        Raises
+        ------
+        RuntimeError
+            If it was only optimizers of other weights, and no other is known.
+
+        Warns
+        -----
+        UserWarning
+            If it was only those, but one of these weights is known.
+        """
+        stepped, self._stepped = self._stepped, _Stepped()
+        unseen = not all(isinstance(each, torch.optim.Optimizer) for each in self._optimizers)
+        if stepped.ours or not stepped.other or unseen:
+            return
+        what = (
+            f"{name}.step() must follow a step of the optimizer that trains the layers it is attached to, "
+            f"got only {stepped.other} with other weights since the last. If those are the weights of a copy "
+            f"of the model, attach an algorithm to the copy; if torch does not see the right optimizer step, "
+            f"call track(optimizer)"
+        )
+        if not self._optimizers:
+            raise RuntimeError(what)
+        warnings.warn(what, stacklevel=6)
 
     def _has_a_layer(self, optimizer: torch.optim.Optimizer) -> bool:
         ours = {id(layer.stored) for layer in self._layers}
@@ -101,6 +141,13 @@ class OptimizerTracker:
             If some optimizer keeps state for ``layer.stored`` that is not one entry per entry.
         """
         return StateMove(layer, self._optimizers)
+
+
+class _Stepped(threading.local):
+    """Whose optimizers have stepped in this thread: of these layers, or of other weights."""
+
+    ours = False
+    other = ""
 
 
 class StateMove:

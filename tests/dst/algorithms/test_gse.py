@@ -146,7 +146,7 @@ def _first_free(layer):
 def test_no_dense_gradient_is_formed(monkeypatch):
     monkeypatch.setattr(gradient, "summarise", None)
     layer = make("real")
-    layer.apply(algorithm := GSE(update=1))
+    layer.apply(algorithm := GSE(update_freq=1))
     backward(layer, *operands(0))
     algorithm.step()
     assert algorithm.last_update[0].grown > 0
@@ -156,7 +156,7 @@ def test_memory_does_not_grow_with_the_size_of_the_matrix():
     torch.manual_seed(0)
     rows, cols = 3000, 4000
     layer = SparseLinear(cols, rows, sparsity=0.999)
-    layer.apply(algorithm := GSE(update=1, sampler="grabo"))
+    layer.apply(algorithm := GSE(update_freq=1, sampler="grabo"))
     x, dy = torch.randn(2, cols), torch.randn(2, rows)
     backward(layer, x, dy)
     algorithm.step()  # compiles, which takes memory of its own
@@ -217,7 +217,7 @@ def test_sampled_gradient_is_the_dense_one_at_the_sample(dtype):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_skips_its_layer_only(sampler, bad):
     model = torch.nn.ModuleList([make("real"), make("real")])
-    model.apply(algorithm := GSE(update=1, sampler=sampler))
+    model.apply(algorithm := GSE(update_freq=1, sampler=sampler))
     born = [layer.positions().clone() for layer in model]
     x, dy = operands(0)
     backward(model[1], x, dy)
@@ -232,7 +232,7 @@ def test_a_gradient_that_is_not_finite_skips_its_layer_only(sampler, bad):
 
 def test_a_gradient_that_overflows_is_not_finite():
     layer = make("real", torch.float32)
-    layer.apply(algorithm := GSE(update=1))
+    layer.apply(algorithm := GSE(update_freq=1))
     x, dy = operands(0, torch.float32)
     backward(layer, x * 1e30, dy * 1e30)
     algorithm.step()
@@ -285,11 +285,11 @@ def test_the_sample_part_goes_with_other_parts():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: GSE(gamma=0), ValueError, "gamma must be positive; got 0"),
-        (lambda: GSE(gamma="1"), TypeError, "gamma must be a number; got '1'"),
+        (lambda: GSE(gamma=0), ValueError, "gamma must be positive, got 0"),
+        (lambda: GSE(gamma="1"), TypeError, "gamma must be a number, got '1'"),
         (lambda: GSE(sampler="best"), ValueError, "sampler must be one of .*, got 'best'"),
         (lambda: GSE(scope="row"), ValueError, "scope must be one of .*, got 'row'"),
-        (lambda: GSE(grad_accumulation=0), ValueError, "grad_accumulation must be at least 1; got 0"),
+        (lambda: GSE(grad_accumulation=0), ValueError, "grad_accumulation must be at least 1, got 0"),
     ],
 )
 def test_misuse_is_named(make, error, message):

@@ -46,7 +46,7 @@ def largest(theta, k):
 def test_it_trains_as_all_weights_would(kind):
     layer = make(kind)
     n_forward, n_backward = n_connections((ROWS, COLS), 0.9), layer.nnz
-    layer.apply(algorithm := TopKAST(0.9, 0.7, update=3))
+    layer.apply(algorithm := TopKAST(0.9, 0.7, update_freq=3))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
     theta = None
     B = dense(layer, torch.ones_like(layer.stored)) != 0
@@ -92,7 +92,7 @@ def test_it_trains_as_all_weights_would(kind):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_without_a_master_a_sample_competes(kind):
     layer = make(kind)
-    layer.apply(algorithm := TopKAST(0.9, update=1, master_bytes=0, drop_fraction=0.5))
+    layer.apply(algorithm := TopKAST(0.9, update_freq=1, master_bytes=0, drop_fraction=0.5))
     old = dense(layer, layer.stored.detach())
     n_backward = layer.nnz
     algorithm.step()
@@ -110,7 +110,7 @@ def test_without_a_master_a_sample_competes(kind):
 def test_a_master_of_lower_precision_counts_against_the_budget():
     layer = make("real", dtype=torch.float32)
     layer.apply(
-        algorithm := TopKAST(0.9, update=1, master_dtype=torch.bfloat16, master_bytes=2 * ROWS * COLS)
+        algorithm := TopKAST(0.9, update_freq=1, master_dtype=torch.bfloat16, master_bytes=2 * ROWS * COLS)
     )
     algorithm.step()
     (master,) = algorithm.state_dict()["memory"]["masters"]
@@ -119,7 +119,7 @@ def test_a_master_of_lower_precision_counts_against_the_budget():
     assert (master[layer.positions()] == 0).all()
     assert master.count_nonzero() == ROWS * COLS - layer.nnz
     twin = make("real", dtype=torch.float32)
-    twin.apply(other := TopKAST(0.9, update=1, master_bytes=2 * ROWS * COLS))
+    twin.apply(other := TopKAST(0.9, update_freq=1, master_bytes=2 * ROWS * COLS))
     other.step()
     assert other.state_dict()["memory"]["masters"] == [None]
 
@@ -128,7 +128,7 @@ def test_a_master_of_lower_precision_counts_against_the_budget():
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 def test_finish_drops_what_is_not_in_use(kind, optimizer_name):
     model = build(kind)
-    model.apply(algorithm := TopKAST(0.9, 0.8, update=3))
+    model.apply(algorithm := TopKAST(0.9, 0.8, update_freq=3))
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     train(model, optimizer, algorithm, 1, 7)
     x = torch.randn(4, 20)

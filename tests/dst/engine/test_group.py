@@ -31,7 +31,7 @@ def test_layers_that_match_nothing_keep_their_topology():
     model = build("real")
     born = [model[0].positions().clone(), model[2].positions().clone()]
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    Group({"2": SET(update=1)}).attach(model, optimizer)
+    Group({"2": SET(update_freq=1)}).attach(model, optimizer)
     backward(model, 1)
     optimizer.step()
     assert torch.equal(model[0].positions(), born[0])
@@ -41,9 +41,9 @@ def test_layers_that_match_nothing_keep_their_topology():
 def test_it_drives_each_algorithm_as_that_drives_itself():
     alone, grouped = build("real"), build("real")
     optimizers = [OPTIMIZERS["adamw"](model.parameters()) for model in (alone, grouped)]
-    algorithm = SET(update=2)
+    algorithm = SET(update_freq=2)
     alone.apply(algorithm)
-    group = Group({"*": SET(update=2)})
+    group = Group({"*": SET(update_freq=2)})
     group.attach(grouped, optimizers[1])
     for step in range(1, 8):
         for model, optimizer in zip((alone, grouped), optimizers, strict=True):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, ByRemaining, Group, Monitor, Polynomial, RigL, Static
+from sparselab.dst import SET, ByRemaining, Group, Monitor, PolynomialSchedule, RigL, Static
 from sparselab.dst.monitor import monitor
 from sparselab.dst.monitor.position_set import PositionSet
 from tests.dst.contract_rows import ROWS, Row, together_keep
@@ -19,11 +19,11 @@ class Scripted(SET):
     """Drops the lowest weights and grows where it is told."""
 
     def __init__(self, *growths, **settings):
-        super().__init__(drop_fraction=0.5, update=1, **settings)
+        super().__init__(drop_fraction=0.5, update_freq=1, **settings)
         self.growths = growths
 
-    def _grow(self, vacancy):
-        return np.array(self.growths[vacancy.view.step - 1])
+    def _grow(self, update):
+        return np.array(self.growths[update.view.step - 1])
 
 
 def fake(live, weights, shape=(3, 4)):
@@ -65,9 +65,9 @@ def test_numbers_by_hand():
 
 
 CHANGING = {
-    "schedule": Row(lambda: RigL(Polynomial(0.8, 0.95, steps=15), drop_fraction=0.3, update=3)),
+    "schedule": Row(lambda: RigL(PolynomialSchedule(0.8, 0.95, steps=15), drop_fraction=0.3, update_freq=3)),
     "redistributed": Row(
-        lambda: SET(drop_fraction=0.3, update=3, scope="network", redistribute=ByRemaining()),
+        lambda: SET(drop_fraction=0.3, update_freq=3, scope="network", redistribute=ByRemaining()),
         counts=together_keep,
     ),
 }
@@ -124,8 +124,8 @@ def test_every_algorithm_against_sets_of_positions(name, kind):
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_the_target_is_that_of_the_schedule(scope):
     model = build("fake")
-    schedule = Polynomial(0.8, 0.95, steps=4)
-    algorithm = SET(schedule, update=2, scope=scope)
+    schedule = PolynomialSchedule(0.8, 0.95, steps=4)
+    algorithm = SET(schedule, update_freq=2, scope=scope)
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     assert "total/target_sparsity" not in monitor.latest
@@ -141,7 +141,7 @@ def test_the_target_is_that_of_the_schedule(scope):
 
 def test_a_group_is_recorded_once_a_step():
     model = build("fake")
-    fast, slow = SET(0.8, drop_fraction=0.5, update=1), SET(None, drop_fraction=0.25, update=2)
+    fast, slow = SET(0.8, drop_fraction=0.5, update_freq=1), SET(None, drop_fraction=0.25, update_freq=2)
     group = Group({"0": fast, "2": slow})
     group.attach(model)
     monitor = Monitor(group)
@@ -181,7 +181,7 @@ def test_an_algorithm_may_say_what_is_ablated():
 
 def test_without_positions_nothing_is_remembered():
     model = build("fake")
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     algorithm.attach(model)
     full, lean = Monitor(algorithm), Monitor(algorithm, positions=False)
     algorithm.step()
@@ -196,7 +196,7 @@ def test_without_positions_nothing_is_remembered():
 def run_to(step, state=None):
     model = build("real")
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    algorithm = RigL(0.8, update=3)
+    algorithm = RigL(0.8, update_freq=3)
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     parts = {"model": model, "optimizer": optimizer, "algorithm": algorithm, "monitor": monitor}
@@ -232,7 +232,7 @@ def test_the_state_of_other_layers_is_refused():
 
 
 def test_a_copy_of_the_state_is_the_callers():
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     algorithm.attach(build("fake"))
     monitor = Monitor(algorithm)
     state = monitor.state_dict()
@@ -251,7 +251,7 @@ class Listener:
 
 
 def test_each_record_is_written_once():
-    algorithm = SET(update=2)
+    algorithm = SET(update_freq=2)
     algorithm.attach(build("fake"))
     monitor, writer = Monitor(algorithm), Listener()
     monitor.write(writer)
@@ -266,7 +266,7 @@ def test_each_record_is_written_once():
 
 
 def test_removed_it_records_no_more():
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     algorithm.attach(build("fake"))
     monitor = Monitor(algorithm)
     monitor.remove()
@@ -288,7 +288,7 @@ def test_a_static_model_is_recorded_as_it_is():
 def test_plot(tmp_path, positions, n_layers):
     pytest.importorskip("matplotlib")
     model = torch.nn.Sequential(*(FakeSparse(6, 6, 0.5, seed) for seed in range(n_layers)))
-    algorithm = SET(0.5, update=1)
+    algorithm = SET(0.5, update_freq=1)
     algorithm.attach(model)
     monitor = Monitor(algorithm, positions=positions)
     monitor.plot(tmp_path / "born.png")
@@ -308,7 +308,7 @@ def test_plot_names_what_is_missing(tmp_path, monkeypatch):
 
 def test_layers_attached_later_are_not_watched():
     model = torch.nn.Sequential(FakeSparse(6, 6, 0.5), FakeSparse(6, 6, 0.5, seed=1))
-    algorithm = SET(drop_fraction=0.5, update=1, scope="network")
+    algorithm = SET(drop_fraction=0.5, update_freq=1, scope="network")
     model[0].apply(algorithm)
     monitor = Monitor(algorithm)
     algorithm.attach(model)
@@ -320,7 +320,7 @@ def test_layers_attached_later_are_not_watched():
 
 def test_however_many_positions_are_looked_up_together(monkeypatch):
     def record():
-        algorithm = SET(drop_fraction=0.5, update=1)
+        algorithm = SET(drop_fraction=0.5, update_freq=1)
         algorithm.attach(build("real"))
         history = Monitor(algorithm).history
         for _ in range(3):
