@@ -135,13 +135,13 @@ def mest(cfg: Config, steps: int, soft_bound: bool) -> sparselab.MEST:
     end = sparse_layers_sparsity(cfg, cfg.sparsity) if soft_bound else None
     timed = {"update": {"freq": cfg.update_every}, "seed": cfg.seed}
     return sparselab.MEST(
-        end, delta, **timed, soft_bound=soft_bound, scope="network" if soft_bound else "layer"
+        end, delta=delta, **timed, soft_bound=soft_bound, scope="network" if soft_bound else "layer"
     )
 
 
 def chtss(cfg: Config, steps: int) -> sparselab.CHTss:
     end = sparse_layers_sparsity(cfg, cfg.sparsity)
-    return sparselab.CHTss(end, steps // 2, temperature=rising(steps), **rewiring(cfg, steps))
+    return sparselab.CHTss(end, sparsity_stop=steps // 2, temperature=rising(steps), **rewiring(cfg, steps))
 
 
 def rising(steps: int) -> sparselab.dst.LinearSchedule:
@@ -183,7 +183,7 @@ ARMS = {
         lambda cfg, steps: mest(cfg, steps, soft_bound=True), start=lambda sparsity: 1 - 1.5 * (1 - sparsity)
     ),
     "topkast": Arm(
-        lambda cfg, steps: sparselab.TopKAST(sparse_layers_sparsity(cfg, cfg.sparsity), **timing(cfg, steps)),
+        lambda cfg, steps: sparselab.TopKAST(forward_sparsity=sparse_layers_sparsity(cfg, cfg.sparsity), **timing(cfg, steps)),
         start=lambda sparsity: 1 - 1.5 * (1 - sparsity),
         changes={"allocation": "uniform"},
     ),

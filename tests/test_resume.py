@@ -29,7 +29,7 @@ class Run:
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         kind = {"RigL": RigL, "SET": SET}[algorithm]
-        self.algorithm = kind(drop_fraction=CosineSchedule(0.3, half_period=400), update_freq=10, seed=3)
+        self.algorithm = kind(drop_fraction=CosineSchedule(0.3, stop=400), update_freq=10, seed=3)
         self.model.apply(self.algorithm)
 
     def train(self, steps: int) -> None:

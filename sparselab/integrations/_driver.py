@@ -99,7 +99,7 @@ class Driver:
         if cut_short:
             self.algorithm.expect_passes(self._seen)
         self._seen = 0
-        self.algorithm.step()
+        self.algorithm.advance()
         if cut_short and self._passes is not None:
             self.algorithm.expect_passes(self._passes)
 

@@ -122,7 +122,7 @@ ROWS = {
     ),
     "snfs": Row(lambda: SNFS(0.8, **USUAL), counts=together_keep),
     "snfs by gradient": Row(lambda: SNFS(0.8, **USUAL, momentum_bytes=0), counts=together_keep),
-    "dsr": Row(lambda: DSR(0.8, n_prune=0.3, **COMMON, threshold=0.1), counts=together_keep),
+    "dsr": Row(lambda: DSR(0.8, **COMMON, n_prune=0.3, threshold=0.1), counts=together_keep),
     "deepr": Row(lambda: DeepR(0.8, temperature=0.01, l1=1e-3, seed=3), walks=True),
     "deepr of the network": Row(
         lambda: DeepR(0.8, temperature=0.01, scope="network", seed=3), counts=together_keep, walks=True
@@ -132,20 +132,22 @@ ROWS = {
         lambda: GMP(CUBIC, update_freq=7, scope="network"), 0.0, counts=together_follow(CUBIC), of_blocks=True
     ),
     "granet": Row(
-        lambda: GraNet(HALFWAY, CosineSchedule(0.5, 250, 0.005), update_freq=7),
+        lambda: GraNet(HALFWAY, drop_fraction=CosineSchedule(0.5, 250, 0.005), update_freq=7),
         0.5,
         counts=together_follow(HALFWAY),
         of_blocks=True,
     ),
-    "mest em": Row(lambda: MEST(0.8, 0.05, **COMMON, soft_bound=False, lam=0.5), of_blocks=True),
+    "mest em": Row(lambda: MEST(0.8, delta=0.05, **COMMON, soft_bound=False, lam=0.5), of_blocks=True),
     "mest em&s": Row(
-        lambda: MEST(0.8, BOUND, **COMMON),
+        lambda: MEST(0.8, delta=BOUND, **COMMON),
         0.7,
         counts=each_follows(lambda step: 0.8 - BOUND(step)),
         of_blocks=True,
     ),
-    "topkast": Row(lambda: TopKAST(0.9, 0.8, **COMMON), brings_weights=True),
-    "topkast sampled": Row(lambda: TopKAST(0.9, 0.8, **COMMON, master_bytes=0), brings_weights=True),
+    "topkast": Row(lambda: TopKAST(0.8, forward_sparsity=0.9, **COMMON), brings_weights=True),
+    "topkast sampled": Row(
+        lambda: TopKAST(0.8, forward_sparsity=0.9, **COMMON, master_bytes=0), brings_weights=True
+    ),
     "gse": Row(lambda: GSE(0.8, **USUAL)),
     "gse grabo": Row(lambda: GSE(0.8, **USUAL, sampler="grabo", gamma=2)),
     "gse graest of the network": Row(
@@ -153,5 +155,9 @@ ROWS = {
     ),
     "chts": Row(lambda: CHTs(0.8, **USUAL, temperature=LinearSchedule(1, 9, 200))),
     "chts chained": Row(lambda: CHTs(0.8, **USUAL, chains=[("layer 0", "layer 1")])),
-    "chtss": Row(lambda: CHTss(0.9, 50, **COMMON), 0.5, counts=each_follows(SigmoidSchedule(0.5, 0.9, 50))),
+    "chtss": Row(
+        lambda: CHTss(0.9, sparsity_stop=50, **COMMON),
+        0.5,
+        counts=each_follows(SigmoidSchedule(0.5, 0.9, 50)),
+    ),
 }

@@ -125,7 +125,9 @@ def test_the_checkpoint_may_be_elsewhere(tmp_path):
     trainer(tmp_path / "second", callback).train(resume_from_checkpoint=str(moved))
     assert callback._driver.algorithm.steps_done == STEPS
     with pytest.raises(FileNotFoundError, match=r"resumes after step 5, .*resume_from=<its folder>"):
-        trainer(tmp_path / "third", SparsityCallback(SET(update_freq=1))).train(resume_from_checkpoint=str(moved))
+        trainer(tmp_path / "third", SparsityCallback(SET(update_freq=1))).train(
+            resume_from_checkpoint=str(moved)
+        )
 
 
 def test_the_file_must_belong_to_the_weights(tmp_path):

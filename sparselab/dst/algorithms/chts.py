@@ -9,6 +9,7 @@ import numpy as np
 
 from sparselab.dst.budget.targets import Exchange
 from sparselab.dst.checks import require_finite
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import DropScore, RelativeImportance, Scores, Soft, lowest
 from sparselab.dst.parts.grow_paths import PathGrowth
@@ -106,23 +107,24 @@ class CHTs(DynamicSparsityAlgorithm):
         grown_value: float | GrownValue = 0.0,
         grown_state: GrownState = "zero",
     ) -> None:
-        soft = Soft(score, temperature)
-        self.temperature = soft.temperature
-        self.score = soft.score
-        self.prune = RelativeImportance() if prune is None else prune
-        self.chains = [(before, after) for before, after in chains]
+        prune = RelativeImportance() if prune is None else prune
         super().__init__(
             Exchange(sparsity, drop_fraction),
             update_freq=update_freq,
             update=update,
             stop=stop,
             seed=seed,
-            scope=PruneThenDraw(self.prune, self.chains),
-            drop=soft,
+            scope=PruneThenDraw(prune, chains),
+            drop=Soft(score, temperature),
             grow=PathGrowth(),
             grown_value=grown_value,
             grown_state=grown_state,
         )
+
+    temperature = setting("drop", "temperature")
+    score = setting("drop", "score")
+    prune = setting("selection", "prune")
+    chains = setting("selection", "chains")
 
 
 class CHTss(CHTs):
@@ -229,7 +231,7 @@ class PruneThenDraw(LayerSelection):
 
     def __init__(self, prune: DropScore, chains: Sequence[tuple[str, str]]) -> None:
         self.prune = prune
-        self.chains = chains
+        self.chains = [(before, after) for before, after in chains]
 
     def drop(self, context: UpdateContext) -> list[Array]:
         """Slots that each layer loses."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from sparselab.dst.budget.targets import KeepCount
 from sparselab.dst.checks import require_count, require_finite
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import DropScore, Scores, lowest_of_network
 from sparselab.dst.parts.grow import RandomGrowth
@@ -113,28 +114,24 @@ class DSR(DynamicSparsityAlgorithm):
         grown_value: float | GrownValue = 0.0,
         grown_state: GrownState = "zero",
     ) -> None:
-        self._below = BelowThreshold(n_prune, threshold, tolerance)
         super().__init__(
             KeepCount(sparsity),
             update_freq=update_freq,
             update=update,
             stop=stop,
             seed=seed,
-            scope=self._below,
+            scope=BelowThreshold(n_prune, threshold, tolerance),
             drop=drop,
             grow=RandomGrowth(regrow=False),
             redistribute=ByRemaining() if redistribute is None else redistribute,
             grown_value=grown_value,
             grown_state=grown_state,
         )
-        self.n_prune = self._below.n_prune
-        self.threshold = threshold
-        self.tolerance = tolerance
 
-    @property
-    def current_threshold(self) -> float:
-        """H of the next update."""
-        return self._below.current
+    n_prune = setting("selection", "n_prune")
+    threshold = setting("selection", "threshold")
+    tolerance = setting("selection", "tolerance")
+    current_threshold = setting("selection", "current_threshold")
 
 
 class BelowThreshold(NetworkSelection):
@@ -158,12 +155,12 @@ class BelowThreshold(NetworkSelection):
         require_finite("tolerance", tolerance)
         if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must lie in [0, 1), got {tolerance!r}")
-        self.threshold = self.current = float(threshold)
+        self.threshold = self.current_threshold = float(threshold)
         self.tolerance = tolerance
 
     def drop(self, context: UpdateContext) -> list[Array]:
         """Slots below the threshold, as many as can be replaced."""
-        drops = [_below(scores, self.current) for scores in context.scores]
+        drops = [_below(scores, self.current_threshold) for scores in context.scores]
         n_below = sum(drop.size for drop in drops)
         self._adjust(n_below, sum(view.nnz for view in context.views))
         room = sum(context.rooms)
@@ -173,17 +170,17 @@ class BelowThreshold(NetworkSelection):
         """Double or halve the threshold for the next update."""
         wanted = self.n_prune if isinstance(self.n_prune, int) else self.n_prune * nnz
         if n_below < (1 - self.tolerance) * wanted:
-            self.current = min(2 * self.current, _LARGEST)
+            self.current_threshold = min(2 * self.current_threshold, _LARGEST)
         elif n_below > (1 + self.tolerance) * wanted:
-            self.current = max(self.current / 2, _SMALLEST)
+            self.current_threshold = max(self.current_threshold / 2, _SMALLEST)
 
     def detach(self, layers: Iterable[SparseTopology]) -> None:
         """Begin with the first threshold again."""
-        self.current = self.threshold
+        self.current_threshold = self.threshold
 
     def state_dict(self) -> dict[str, Any]:
         """The threshold of the next update."""
-        return {"threshold": self.current}
+        return {"threshold": self.current_threshold}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise TypeError or ValueError if it is no threshold; change nothing."""
@@ -191,7 +188,7 @@ class BelowThreshold(NetworkSelection):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the threshold."""
-        self.current = float(state["threshold"])
+        self.current_threshold = float(state["threshold"])
 
 
 def _check_n_prune(value: object) -> int | float:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sparselab.dst.budget.targets import Exchange
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
 from sparselab.dst.parts.drop import DropScore
 from sparselab.dst.parts.grow_sampled import SampledGradientGrowth, Sampler
@@ -127,8 +128,9 @@ class GSE(DynamicSparsityAlgorithm):
             grown_value=grown_value,
             grown_state=grown_state,
         )
-        self.gamma = gamma
-        self.sampler = sampler
+
+    gamma = setting("grow", "gamma")
+    sampler = setting("grow", "sampler")
 
 
 class RoundedUp(Exchange):

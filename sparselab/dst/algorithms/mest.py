@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from sparselab.dst.budget.targets import Budget
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import MagnitudeAndGradient
 from sparselab.dst.parts.select import as_selection
@@ -98,9 +99,8 @@ class MEST(DynamicSparsityAlgorithm):
         soft_bound: bool = True,
         lam: float = 0.0,
     ) -> None:
-        self._mutation = ElasticMutation(sparsity, delta, soft_bound)
         super().__init__(
-            self._mutation,
+            ElasticMutation(sparsity, delta, soft_bound),
             update_freq=update_freq,
             update=update,
             stop=stop,
@@ -108,17 +108,10 @@ class MEST(DynamicSparsityAlgorithm):
             scope=as_selection(scope, ("layer", "network")),
             drop=MagnitudeAndGradient(lam),
         )
-        self.lam = lam
 
-    @property
-    def delta(self) -> Schedule:
-        """How far below or above the sparsity."""
-        return self._mutation.delta
-
-    @property
-    def soft_bound(self) -> bool:
-        """Whether layers are denser than the sparsity while they train."""
-        return self._mutation.soft_bound
+    delta = setting("budget", "delta")
+    soft_bound = setting("budget", "soft_bound")
+    lam = setting("drop", "lam")
 
 
 class ElasticMutation(Budget):

@@ -66,7 +66,7 @@ class RigL(DynamicSparsityAlgorithm):
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.Sequential(SparseLinear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
     >>> optimizer = torch.optim.AdamW(model.parameters())
-    >>> algorithm = RigL(sparsity=0.9, drop_fraction=CosineSchedule(0.3, half_period=40), update_freq=10)
+    >>> algorithm = RigL(sparsity=0.9, drop_fraction=0.3, update_freq=10, stop=40)
     >>> _ = model.apply(algorithm)
     >>> for _ in range(20):
     ...     optimizer.zero_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparselab.dst.budget.targets import Exchange
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
 from sparselab.dst.parts.drop import DropScore, lowest
 from sparselab.dst.parts.grow_momentum import MomentumGrowth
@@ -134,8 +135,9 @@ class SNFS(DynamicSparsityAlgorithm):
             grown_value=grown_value,
             grown_state=grown_state,
         )
-        self.momentum_bytes = momentum_bytes
-        self.momentum = momentum
+
+    momentum_bytes = setting("grow", "momentum_bytes")
+    momentum = setting("grow", "momentum")
 
 
 class AllButOne(Exchange):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sparselab.dst.budget.rows import rows_of
 from sparselab.dst.budget.targets import Exchange
 from sparselab.dst.checks import require_finite
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
 from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, summarise
 from sparselab.dst.parts.drop import Scores, lowest
@@ -147,9 +148,10 @@ class SRigL(DynamicSparsityAlgorithm):
             grown_state=grown_state,
         )
         self.parts["rows"] = self.rows
-        self.gamma_sal = gamma_sal
-        self.ablate = ablate
-        self.exempt_last = exempt_last
+
+    gamma_sal = setting("rows", "gamma_sal")
+    ablate = setting("rows", "ablate")
+    exempt_last = setting("rows", "exempt_last")
 
     def ablated_rows(self) -> list[Array]:
         """Outputs without a connection now, ascending, one array for each attached layer."""

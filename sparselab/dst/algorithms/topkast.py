@@ -12,6 +12,7 @@ import torch
 
 from sparselab.dst.budget.targets import Budget, Exchange
 from sparselab.dst.checks import require_count, require_finite
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import Scores
 from sparselab.dst.parts.grow import Growth, random_free
@@ -136,10 +137,11 @@ class TopKAST(DynamicSparsityAlgorithm):
             grow=Winners(competition),
             grown_value=competition.weights_entering,
         )
-        self.forward_sparsity = forward_sparsity
-        self.master_bytes = master_bytes
-        self.master_dtype = master_dtype
         self._nested = budget
+
+    forward_sparsity = setting("budget", "forward_sparsity")
+    master_bytes = setting("selection", "master_bytes")
+    master_dtype = setting("selection", "master_dtype")
 
     def exploration_loss(self) -> torch.Tensor:
         """``sum over A of w^2 + sum over B outside A of w^2 / D``, over all layers, D being A's density.
@@ -271,8 +273,8 @@ class Competition(Selection):
         if master_dtype is not None and not master_dtype.is_floating_point:
             raise ValueError(f"master_dtype must be a floating dtype, got {master_dtype}")
         self._budget = budget
-        self._bytes = require_count("master_bytes", master_bytes)
-        self._dtype = master_dtype
+        self.master_bytes = require_count("master_bytes", master_bytes)
+        self.master_dtype = master_dtype
         # Weights outside B, flat, and 0 inside; from the first refresh on, of layers that keep any.
         self._masters: dict[int, torch.Tensor] = {}
         self._entering: dict[int, tuple[Array, torch.Tensor]] = {}
@@ -312,8 +314,8 @@ class Competition(Selection):
         return positions[outside.numpy()], weights[outside]
 
     def _master(self, view: LayerView) -> torch.Tensor | None:
-        dtype = self._dtype or view.layer.stored.dtype
-        if view.size * dtype.itemsize > self._bytes:
+        dtype = self.master_dtype or view.layer.stored.dtype
+        if view.size * dtype.itemsize > self.master_bytes:
             return None
         if view.index not in self._masters:
             rng = np.random.default_rng([view.seed, view.index, 0, _MASTER])

@@ -12,6 +12,24 @@ from sparselab.dst.schedules.when import EverySteps
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+def setting(part: str, name: str) -> Any:
+    """A property of an algorithm: an argument that the part of that name keeps. Read only.
+
+    Parameters
+    ----------
+    part : str
+        Key in the algorithm's ``parts``.
+    name : str
+        Attribute of the part.
+    """
+
+    def get(algorithm: Any) -> Any:
+        return getattr(algorithm.parts[part], name)
+
+    get.__doc__ = f"`{name}`, as the algorithm was told; {part!r} of its parts keeps it."
+    return property(get)
+
+
 def arguments(algorithm: object) -> dict[str, Any]:
     """The arguments of ``__init__``, each with the attribute of its name; what has none is left out.
 

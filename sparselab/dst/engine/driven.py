@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Iterable
 
 from torch.optim.optimizer import Optimizer
@@ -34,7 +33,7 @@ class StepHandle:
             self._driven.handle = None
 
 
-class Driven(abc.ABC):
+class Driven:
     """Finishes optimizer steps, called by hand or by an optimizer, but never by both.
 
     Attributes
@@ -60,15 +59,19 @@ class Driven(abc.ABC):
                 f"it steps by itself after every optimizer.step(), and each would count twice. Leave the "
                 f"call out, or call remove() on what attach(model, optimizer) returned"
             )
+        self._check_stepped()
         self.advance()
 
-    @abc.abstractmethod
     def advance(self) -> None:
         """Do what `step` does, whoever asks."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer whose state must follow the connections."""
+        raise NotImplementedError
+
+    def _check_stepped(self) -> None:
+        """Raise RuntimeError if it can be told that another model has been trained."""
 
     def _check_optimizer(
         self, optimizer: Optimizer | None, layers: Iterable[tuple[str, SparseTopology]]

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from sparselab.dst.budget.targets import Budget, Exchange
 from sparselab.dst.checks import require_count, require_of_blocks
 from sparselab.dst.engine.base import SparsityAlgorithm
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.optimizer_state import OptimizerTracker, StateMove
 from sparselab.dst.parts.drop import DropScore, Magnitude
 from sparselab.dst.parts.grow import Growth, RandomGrowth
@@ -140,11 +141,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
         self.last_update: tuple[UpdateReport, ...] | None = None
 
-    @property
-    def drop_fraction(self) -> Schedule:
-        """Fraction of the connections that an update replaces, where the budget has one."""
-        fraction: Schedule = self.budget.drop_fraction  # type: ignore[attr-defined]
-        return fraction
+    drop_fraction = setting("budget", "drop_fraction")
 
     @property
     def update_freq(self) -> int | None:
@@ -240,6 +237,10 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             return self.seed
         return int(np.random.SeedSequence([self.seed, self.stream]).generate_state(1, np.uint64)[0])
 
+    def _check_stepped(self) -> None:
+        if any(layer.stored.requires_grad for layer in self._layers):
+            self._tracker.check(type(self).__name__)
+
     def _before_step(self, step: int) -> None:
         self._tracker.watch()
         self.grow.begin(step, self._seed)
@@ -252,8 +253,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         return self.selection.most_growth(views, index, self.budget, self.redistribute)
 
     def _after_step(self, step: int) -> None:
-        if any(layer.stored.requires_grad for layer in self._layers):
-            self._tracker.check(type(self).__name__)
         if self.is_update_step(step):
             self._update(step)
 

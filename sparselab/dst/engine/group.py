@@ -145,6 +145,10 @@ class Group(Driven):
         for algorithm in self:
             algorithm.expect_passes(passes)
 
+    def _check_stepped(self) -> None:
+        for algorithm in self:
+            algorithm._check_stepped()
+
     def advance(self) -> None:
         """Do what `step` does in every algorithm, whoever asks."""
         for algorithm in self:

@@ -117,7 +117,7 @@ class OptimizerTracker:
         )
         if not self._optimizers:
             raise RuntimeError(what)
-        warnings.warn(what, stacklevel=6)
+        warnings.warn(what, stacklevel=4)
 
     def _has_a_layer(self, optimizer: torch.optim.Optimizer) -> bool:
         ours = {id(layer.stored) for layer in self._layers}

@@ -260,7 +260,11 @@ class RowSelection(Selection):
         return self.rows.most_growth(view, *budget.targets(view.step, view.nnz, view.size))
 
 
-_BY_SCOPE: dict[str, Callable[[], Selection]] = {"layer": LayerSelection, "network": NetworkSelection, "row": RowSelection}
+_BY_SCOPE: dict[str, Callable[[], Selection]] = {
+    "layer": LayerSelection,
+    "network": NetworkSelection,
+    "row": RowSelection,
+}
 
 
 def as_selection(scope: str | Selection, scopes: tuple[str, ...] = ("layer", "network", "row")) -> Selection:

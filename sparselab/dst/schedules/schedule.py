@@ -34,10 +34,11 @@ class _Formula(Schedule):
     def __post_init__(self) -> None:
         for name, number in vars(self).items():
             require_finite(name, number)
-            if name == "stop" and number <= (start := vars(self).get("start", 0)):
-                raise ValueError(f"stop must be a step after step {start!r}, got {number!r}")
             if name in ("power", "steepness") and number <= 0:
                 raise ValueError(f"{name} must be positive, got {number!r}")
+        stop, start = vars(self).get("stop"), vars(self).get("start", 0)
+        if stop is not None and stop <= start:
+            raise ValueError(f"stop must be a step after step {start!r}, got {stop!r}")
 
     def describe(self) -> str:
         """Name and settings."""

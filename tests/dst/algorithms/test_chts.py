@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import CHTs, CHTss, LinearSchedule, Magnitude, PathGrowth, RelativeImportance, SigmoidSchedule
+from sparselab.dst import (
+    CHTs,
+    CHTss,
+    LinearSchedule,
+    Magnitude,
+    PathGrowth,
+    RelativeImportance,
+    SigmoidSchedule,
+)
 from sparselab.dst.algorithms import chts
 from sparselab.dst.parts.grow_paths import draw_by_paths
 from sparselab.dst.parts.view import LayerView, LayerUpdate
@@ -97,7 +105,9 @@ def test_what_has_no_path_is_drawn_at_random_once_the_others_are_used_up(n_grow)
     live = np.zeros((6, 5), bool)
     live[[0, 1, 2, 2], [0, 1, 0, 1]] = True
     assert np.count_nonzero(slow_ch2_l3n(live)) == 2
-    grown = PathGrowth().choose(LayerUpdate(LayerView(0, 1, 0, as_layer(live)), np.empty(0, np.int64), n_grow))
+    grown = PathGrowth().choose(
+        LayerUpdate(LayerView(0, 1, 0, as_layer(live)), np.empty(0, np.int64), n_grow)
+    )
     assert grown.size == np.unique(grown).size == n_grow
     assert not np.any(live.reshape(-1)[grown])
     if n_grow > 1:
@@ -116,9 +126,7 @@ def test_growth_sees_the_kept_connections_only():
     # With slot 0 gone, nothing has a path, and position 0 may grow.
     update = LayerUpdate(LayerView(0, 1, 0, as_layer(live)), np.array([0]), 7)
     assert PathGrowth().choose(update).tolist() == [0, 2, 4, 5, 6, 7, 8]
-    assert (
-        draw_by_paths(np.random.default_rng(0), PaddedCSR.from_positions((3, 3), update.kept), 7).size == 0
-    )
+    assert draw_by_paths(np.random.default_rng(0), PaddedCSR.from_positions((3, 3), update.kept), 7).size == 0
 
 
 @pytest.mark.parametrize("make", [FakeSparse, lambda i, o, s: SparseLinear(i, o, sparsity=s)])
@@ -146,7 +154,9 @@ def test_a_hot_removal_is_certain():
 
 def test_a_schedule_prunes_the_least_important_first():
     layer = FakeSparse(30, 20, 0.5)
-    layer.apply(algorithm := CHTs(LinearSchedule(0.5, 0.7, 1), 0.0, 1, prune=Magnitude()))
+    layer.apply(
+        algorithm := CHTs(LinearSchedule(0.5, 0.7, 1), drop_fraction=0.0, update_freq=1, prune=Magnitude())
+    )
     weights = layer.values.detach().abs()
     strongest = sorted(layer.live[weights.argsort()[-180:]].tolist())
     algorithm.step()
@@ -155,10 +165,14 @@ def test_a_schedule_prunes_the_least_important_first():
 
 def test_pruning_comes_before_the_soft_removal():
     layer = FakeSparse(30, 20, 0.5)
-    layer.apply(algorithm := CHTs(LinearSchedule(0.5, 0.7, 1), 0.5, 1, temperature=0.0, prune=Magnitude()))
+    layer.apply(
+        algorithm := CHTs(
+            LinearSchedule(0.5, 0.7, 1), drop_fraction=0.5, update_freq=1, temperature=0.0, prune=Magnitude()
+        )
+    )
     weights = layer.values.detach().abs()
     strongest = set(layer.live[weights.argsort()[-180:]].tolist())
-    (drop,) = algorithm._drop([LayerView(0, 1, 0, layer)], 1)
+    (drop,) = algorithm.selection.drop(algorithm.context([LayerView(0, 1, 0, layer)]))
     kept = np.delete(layer.live.numpy(), drop).tolist()
     assert len(kept) == 90
     assert strongest > set(kept)
@@ -167,7 +181,7 @@ def test_pruning_comes_before_the_soft_removal():
 def chained(drop_fraction=0.3, **settings):
     torch.manual_seed(0)
     model = torch.nn.Sequential(FakeSparse(12, 9, 0.9), torch.nn.ReLU(), FakeSparse(9, 11, 0.9, seed=1))
-    algorithm = CHTs(None, drop_fraction, 1, chains=[("0", "2")], **settings)
+    algorithm = CHTs(None, drop_fraction=drop_fraction, update_freq=1, chains=[("0", "2")], **settings)
     algorithm.attach(model)
     return model, algorithm
 
@@ -196,7 +210,7 @@ def test_units_without_a_connection_on_one_side_lose_those_on_the_other():
     expected = slow_chain(*before)
     assert any(np.any(old != new) for old, new in zip(before, expected, strict=True))
     views = [LayerView(i, 1, 0, layer) for i, layer in enumerate((model[0], model[2]))]
-    drops = algorithm._drop(views, 1)
+    drops = algorithm.selection.drop(algorithm.context(views))
     for view, drop, old, new in zip(views, drops, before, expected, strict=True):
         kept = np.delete(view.layer.live.numpy(), drop)
         assert kept.tolist() == np.flatnonzero(new).tolist()
@@ -222,7 +236,7 @@ def test_a_chain_with_a_frozen_layer_is_left_alone():
 )
 def test_chains_that_do_not_fit_are_refused_before_anything_changes(chains, message):
     model, algorithm = chained()
-    algorithm.chains = chains
+    algorithm.selection.chains = chains
     born = model[0].live.clone()
     with pytest.raises(ValueError, match=message):
         algorithm.step()
@@ -232,7 +246,7 @@ def test_chains_that_do_not_fit_are_refused_before_anything_changes(chains, mess
 
 def test_chtss_follows_its_sigmoid():
     layer = FakeSparse(30, 20, 0.5)
-    layer.apply(algorithm := CHTss(0.95, 10, update_freq=2))
+    layer.apply(algorithm := CHTss(0.95, sparsity_stop=10, update_freq=2))
     for step in range(1, 15):
         algorithm.step()
         if step % 2 == 0:
@@ -242,12 +256,11 @@ def test_chtss_follows_its_sigmoid():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: CHTs(scope="network"), ValueError, r"scope must be one of \('layer',\), got 'network'"),
         (lambda: CHTs(temperature=-1), ValueError, "temperature must be 0 or above, got -1.0 at step 0"),
-        (lambda: CHTs(temperature="hot"), TypeError, "value must be a number"),
-        (lambda: CHTss(1.5, 10), ValueError, r"sparsity must lie in \[0, 1\], got 1.5"),
-        (lambda: CHTss(0.9, 10, init=-1), ValueError, r"init must lie in \[0, 1\], got -1"),
-        (lambda: CHTss(0.9, 0), ValueError, "steps must be a positive number of steps, got 0"),
+        (lambda: CHTs(temperature="hot"), TypeError, "temperature must be a number"),
+        (lambda: CHTss(1.5, sparsity_stop=10), ValueError, r"sparsity must lie in \[0, 1\], got 1.5"),
+        (lambda: CHTss(0.9, sparsity_stop=10, init=-1), ValueError, r"init must lie in \[0, 1\], got -1"),
+        (lambda: CHTss(0.9, sparsity_stop=0), ValueError, "stop must be a step after step 0, got 0"),
     ],
 )
 def test_misuse_is_named(make, error, message):

@@ -40,7 +40,7 @@ def set_weights(layer, numbers):
 
 
 def signs(algorithm, index=0):
-    return algorithm.state_dict()["memory"]["slots"][index]["sign"].tolist()
+    return algorithm.state_dict()["parts"]["drop"][str(index)].tolist()
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -221,7 +221,7 @@ def test_views_tell_of_the_optimizer_that_stepped_last():
     for optimizer, expected in ((first, 0.1), (second, 0.2), (first, 0.1)):
         layer.values.grad = torch.ones(8)
         optimizer.step()
-        assert algorithm._views(1)[0].group["lr"] == expected
+        assert algorithm.views(1)[0].group["lr"] == expected
     assert LayerView(0, 1, 0, layer).group == {}
 
 
@@ -230,7 +230,7 @@ def test_misuse_is_named():
         (
             {"sparsity": LinearSchedule(0.5, 0.9, 10)},
             TypeError,
-            "DeepR keeps the number of connections, got a LinearSchedule",
+            "the number of connections is kept, got a LinearSchedule",
         ),
         ({"temperature": -1.0}, ValueError, "temperature must be finite and not negative, got -1.0"),
         ({"temperature": "hot"}, TypeError, "got 'hot'"),

@@ -63,7 +63,7 @@ def test_one_update_against_a_slow_one(kind):
         assert not new & before[i].keys(), "a connection that was just pruned grew back"
         assert {after[position] for position in new} <= {0.0}
     factor = 0.5 if n_pruned > 27.5 else 2.0 if n_pruned < 22.5 else 1.0
-    assert algorithm.threshold == 0.1 * factor
+    assert algorithm.current_threshold == 0.1 * factor
     assert [report.dropped for report in algorithm.last_update] == list(map(len, pruned))
 
 
@@ -79,7 +79,7 @@ def test_the_threshold_doubles_and_halves(n_below, expected, n_prune):
     layer.apply(algorithm := DSR(update_freq=1, threshold=1.0, n_prune=n_prune))
     algorithm.step()
     assert algorithm.last_update[0].dropped == n_below
-    assert algorithm.threshold == expected
+    assert algorithm.current_threshold == expected
 
 
 def test_the_threshold_never_gets_stuck():
@@ -89,7 +89,7 @@ def test_the_threshold_never_gets_stuck():
         for _ in range(2500):
             fill(layer, number)
             algorithm.step()
-        assert algorithm.threshold == far
+        assert algorithm.current_threshold == far
 
 
 @pytest.mark.parametrize("kind", ["fake", "real"])
@@ -169,16 +169,20 @@ def test_the_threshold_is_resumed():
     again = network("fake", tuple(layer.nnz for layer in layers))
     again.apply(resumed := DSR(update_freq=1, threshold=0.5))
     resumed.load_state_dict(algorithm.state_dict())
-    assert resumed.threshold == algorithm.threshold != 0.5
+    assert resumed.current_threshold == algorithm.current_threshold != 0.5
     state = algorithm.state_dict()
-    state["memory"]["threshold"] = "high"
-    with pytest.raises(TypeError, match=r"state\['memory'\]\['threshold'\] must be a number, got 'high'"):
+    state["parts"]["selection"]["threshold"] = "high"
+    with pytest.raises(TypeError, match="the saved threshold must be a number, got 'high'"):
         resumed.load_state_dict(state)
 
 
 def test_misuse_is_named():
     for wrong, error, message in [
-        ({"sparsity": LinearSchedule(0.5, 0.9, 10)}, TypeError, "DSR keeps the number of connections, got a LinearSchedule"),
+        (
+            {"sparsity": LinearSchedule(0.5, 0.9, 10)},
+            TypeError,
+            "the number of connections is kept, got a LinearSchedule",
+        ),
         ({"n_prune": 0}, ValueError, "n_prune must be at least 1, got 0"),
         ({"n_prune": 1.0}, ValueError, r"n_prune must be a whole number, or a fraction in \(0, 1\), got 1.0"),
         ({"n_prune": True}, TypeError, "n_prune must be an integer, got True"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import GSE, DynamicSparsityAlgorithm, SampledGradientGrowth, UpdateReport
+from sparselab.dst import GSE, DynamicSparsityAlgorithm, Exchange, SampledGradientGrowth, UpdateReport
 from sparselab.dst.algorithms import gse
 from sparselab.dst.parts import dense_gradient as gradient
 from sparselab.dst.parts.grow_sampled import _activity, _draw
@@ -91,7 +91,9 @@ def test_the_oracle_by_hand():
 @pytest.mark.parametrize("gamma", [0.05, 1.0, 3.0])
 def test_grows_the_largest_gradients_of_the_sample(kind, sampler, gamma):
     layer = make(kind)
-    layer.apply(algorithm := GSE(None, 0.3, 2, 5, gamma=gamma, sampler=sampler))
+    layer.apply(
+        algorithm := GSE(None, drop_fraction=0.3, update_freq=2, seed=5, gamma=gamma, sampler=sampler)
+    )
     for step in range(1, 5):
         layer.zero_grad()
         x, dy = operands(step)
@@ -112,7 +114,9 @@ def test_grows_the_largest_gradients_of_the_sample(kind, sampler, gamma):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_gradient_is_the_sum_over_micro_batches(sampler):
     layer = make("real")
-    layer.apply(algorithm := GSE(None, 0.3, 1, sampler=sampler, grad_accumulation=3))
+    layer.apply(
+        algorithm := GSE(None, drop_fraction=0.3, update_freq=1, sampler=sampler, grad_accumulation=3)
+    )
     pairs = [operands(seed, n_tokens=seed + 2) for seed in range(3)]
     for x, dy in pairs:
         backward(layer, x, dy)
@@ -129,7 +133,7 @@ def test_a_layer_of_half_its_connections_is_ranked_whole(sparsity):
     layer = make("fake", sparsity=sparsity)
     if layer.nnz * 2 < ROWS * COLS:
         layer.rewrite(torch.empty(0, dtype=torch.int64), _first_free(layer))
-    layer.apply(algorithm := GSE(None, 0.3, 1))
+    layer.apply(algorithm := GSE(None, drop_fraction=0.3, update_freq=1))
     pair = operands(0)
     backward(layer, *pair)
     free = sorted(set(range(ROWS * COLS)) - set(layer.live.tolist()))
@@ -241,7 +245,7 @@ def test_a_gradient_that_overflows_is_not_finite():
 
 def test_the_network_ranks_samples_together():
     model = torch.nn.ModuleList([make("fake"), make("fake", seed=1)])
-    model.apply(algorithm := GSE(None, 0.3, 1, scope="network"))
+    model.apply(algorithm := GSE(None, drop_fraction=0.3, update_freq=1, scope="network"))
     pairs = [operands(seed) for seed in range(2)]
     pairs[0] = pairs[0][0] * 1.5, pairs[0][1]
     for layer, pair in zip(model, pairs, strict=True):
@@ -264,7 +268,7 @@ def test_the_network_ranks_samples_together():
 
 def test_a_dropped_connection_does_not_grow_back_at_once():
     layer = make("fake")
-    layer.apply(algorithm := GSE(None, 1.0, 1, gamma=20))
+    layer.apply(algorithm := GSE(None, drop_fraction=1.0, update_freq=1, gamma=20))
     born = set(layer.live.tolist())
     backward(layer, *operands(0))
     algorithm.step()
@@ -273,7 +277,11 @@ def test_a_dropped_connection_does_not_grow_back_at_once():
 
 def test_the_sample_part_goes_with_other_parts():
     layer = make("fake")
-    layer.apply(algorithm := DynamicSparsityAlgorithm(None, 0.3, 1, grow=SampledGradientGrowth(0.01)))
+    layer.apply(
+        algorithm := DynamicSparsityAlgorithm(
+            Exchange(None, 0.3), update_freq=1, grow=SampledGradientGrowth(0.01)
+        )
+    )
     nnz = layer.nnz
     backward(layer, *operands(0))
     algorithm.step()

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, SNFS, ByMagnitude, ByMomentum, ByRemaining, LinearSchedule, MomentumGrowth, RigL
+from sparselab.dst import (
+    SET,
+    SNFS,
+    ByMagnitude,
+    ByMomentum,
+    ByRemaining,
+    LinearSchedule,
+    MomentumGrowth,
+    RigL,
+)
 from sparselab.dst.algorithms import snfs
 from sparselab.kernels import n_connections
 from sparselab.nn import SparseLinear
@@ -145,7 +154,7 @@ def test_micro_batches_and_parts_of_a_network_add_up():
             for begin, end in pairwise(cuts):
                 (layer(x[begin:end]) * dy[begin:end]).sum().backward()
             algorithm.step()
-        found.append(algorithm.grow.memory()["0"])
+        found.append(algorithm.grow.state_dict()["0"])
     assert torch.allclose(found[0], 1.5 * dy.T @ x, rtol=1e-12)
     assert torch.allclose(found[0], found[1], rtol=1e-12)
 
@@ -162,7 +171,7 @@ def test_gradients_that_are_not_finite_are_left_out():
     (layer(x) * dy).sum().backward()
     algorithm.step()
     assert algorithm.last_update[0].grown > 0
-    assert torch.equal(algorithm.grow.memory()["0"], dy.T @ x)
+    assert torch.equal(algorithm.grow.state_dict()["0"], dy.T @ x)
 
 
 def test_the_budget_goes_to_the_layers_that_fit_in_the_order_of_attachment():
@@ -171,9 +180,9 @@ def test_the_budget_goes_to_the_layers_that_fit_in_the_order_of_attachment():
     for budget, expected in [(sum(sizes), "012"), (sum(sizes) - 1, "01"), (sizes[2], "2"), (0, "")]:
         copied = copy.deepcopy(layers)
         copied.apply(algorithm := SNFS(update_freq=9, momentum_bytes=budget))
-        assert algorithm.grow.memory() == {}
+        assert algorithm.grow.state_dict() == {}
         train_step(copied, OPTIMIZERS["sgd"](copied.parameters()), 1)
-        assert sorted(algorithm.grow.memory()) == list(expected)
+        assert sorted(algorithm.grow.state_dict()) == list(expected)
 
 
 def test_low_precision_is_averaged_in_float32():
@@ -183,7 +192,7 @@ def test_low_precision_is_averaged_in_float32():
     layer.gradient_watcher.dtype = torch.promote_types(torch.bfloat16, torch.float32)
     x, dy = (t.bfloat16() for t in operands(layer, 0))
     layer.gradient_watcher.backward_seen(LinearFactors(x, dy))
-    assert torch.allclose(growth.memory()["0"], dy.float().T @ x.float())
+    assert torch.allclose(growth.state_dict()["0"], dy.float().T @ x.float())
 
 
 def test_averages_are_resumed_and_must_fit():
@@ -196,11 +205,11 @@ def test_averages_are_resumed_and_must_fit():
     again = network("fake")
     again.apply(resumed := SNFS(update_freq=9))
     resumed.load_state_dict(state)
-    for name, entries in algorithm.grow.memory().items():
-        assert torch.equal(resumed.grow.memory()[name], entries)
+    for name, entries in algorithm.grow.state_dict().items():
+        assert torch.equal(resumed.grow.state_dict()[name], entries)
     train_step(layers, optimizer, 2)
-    assert torch.equal(resumed.grow.memory()["1"], state["memory"]["grow"]["1"])
-    state["memory"]["grow"]["1"] = torch.zeros(2, 2)
+    assert torch.equal(resumed.grow.state_dict()["1"], state["parts"]["grow"]["1"])
+    state["parts"]["grow"]["1"] = torch.zeros(2, 2)
     state["step"] = 5
     with pytest.raises(ValueError, match=r"averages must be of layers .*'1': \(17, 23\).*'1': \(2, 2\)"):
         resumed.load_state_dict(state)
@@ -350,7 +359,6 @@ def test_misuse_is_named():
         ({"momentum_bytes": 0.5}, TypeError, "momentum_bytes must be an integer, got 0.5"),
         ({"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\), got 1.0"),
         ({"grad_accumulation": 0}, ValueError, "grad_accumulation must be at least 1"),
-        ({"scope": "network"}, ValueError, r"scope must be one of \('layer',\), got 'network'"),
     ]:
         with pytest.raises(error, match=message):
             SNFS(**wrong)

@@ -74,7 +74,7 @@ def scale_rows(layer, scales):
 
 
 def algorithm_for(layer, **settings):
-    settings = {"sparsity": 1 - BUDGET / (ROWS * COLS), "update": 1, "exempt_last": False, **settings}
+    settings = {"sparsity": 1 - BUDGET / (ROWS * COLS), "update_freq": 1, "exempt_last": False, **settings}
     algorithm = SRigL(**settings)
     layer.apply(algorithm)
     return algorithm
@@ -168,8 +168,8 @@ def test_a_row_with_too_many_connections_keeps_the_largest():
     fan_in = max(fan_ins(layer))
     assert fan_in > FAN_IN
     weights = weights_of(layer)
-    algorithm.gamma_sal = 0
-    algorithm.drop_fraction = lambda step: 0.0
+    algorithm.rows.gamma_sal = 0
+    algorithm.budget.drop_fraction = lambda step: 0.0
     backward(layer, *operands(2))
     algorithm.step()
     assert fan_ins(layer) == [FAN_IN] * ROWS
@@ -288,7 +288,7 @@ def test_the_budget_is_remembered():
     )
     assert expected != forgotten
     for each, each_algorithm in ((layer, algorithm), (resumed, resumed_algorithm)):
-        each_algorithm.gamma_sal = 0
+        each_algorithm.rows.gamma_sal = 0
         backward(each, x, dy)
         each_algorithm.step()
         assert each.positions().tolist() == expected
@@ -315,7 +315,11 @@ def test_a_layer_with_fewer_connections_than_outputs_is_refused():
     [
         ({"gamma_sal": -0.1}, ValueError, "gamma_sal must be at least 0, got -0.1"),
         ({"gamma_sal": "big"}, TypeError, "gamma_sal"),
-        ({"sparsity": LinearSchedule(0.5, 0.9, 10)}, TypeError, "sparsity must be a number or None for SRigL"),
+        (
+            {"sparsity": LinearSchedule(0.5, 0.9, 10)},
+            TypeError,
+            "sparsity must be a number or None for SRigL",
+        ),
         ({"drop": Magnitude()}, TypeError, "drop"),
         ({"scope": "layer"}, TypeError, "scope"),
     ],

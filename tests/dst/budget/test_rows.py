@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselab.dst import SET, ByRemaining, Growth, LinearSchedule, RigL, apportion
+from sparselab.dst import SET, ByRemaining, DynamicSparsityAlgorithm, Growth, LinearSchedule, RigL, apportion
 from sparselab.dst.budget import rows
 from sparselab.dst.budget.rows import apportion_rows, rows_of
 from sparselab.dst.parts.drop import lowest_of_rows
@@ -111,7 +111,7 @@ class Nowhere(Growth):
 @pytest.mark.parametrize("parts", [{"grow": Nowhere()}, {"redistribute": ByRemaining()}])
 def test_parts_that_know_no_rows_are_refused(parts):
     with pytest.raises(ValueError, match=r'scope="row" needs.*(Nowhere|ByRemaining)'):
-        SET(scope="row", **parts)
+        DynamicSparsityAlgorithm(scope="row", **parts)
 
 
 @settings(max_examples=20, deadline=None)

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, ConstantSchedule, CosineSchedule, DynamicSparsityAlgorithm, RigL, Static, UpdateReport
+from sparselab.dst import (
+    SET,
+    ConstantSchedule,
+    CosineSchedule,
+    DynamicSparsityAlgorithm,
+    Growth,
+    RigL,
+    Static,
+    UpdateReport,
+)
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import OPTIMIZERS, assert_topology, backward, build, sparse_layers, train
@@ -182,17 +191,28 @@ def test_a_tracked_optimizer_follows_without_having_stepped():
     assert fresh == report.grown - report.regrown > 0
 
 
-class _Careless(DynamicSparsityAlgorithm):
-    def _grow(self, update):
-        return np.empty(0, np.int64)
+class _Careless(Growth):
+    def __init__(self, positions):
+        self.positions = positions
+
+    def choose(self, update):
+        return self.positions
 
 
-def test_an_algorithm_that_grows_another_count_is_stopped():
+@pytest.mark.parametrize(
+    ("positions", "error", "came"),
+    [
+        (np.empty(0, np.int64), ValueError, r"array of 15 positions, got shape \(0,\)"),
+        (np.zeros(15), TypeError, "positions, which are integers, got float64"),
+        (torch.arange(15), TypeError, "got Tensor"),
+    ],
+)
+def test_a_growth_that_returns_something_else_is_stopped(positions, error, came):
     layer = FakeSparse(10, 10, 0.5)
-    algorithm = _Careless(update_freq=1)
-    layer.apply(algorithm)
-    with pytest.raises(RuntimeError, match="_Careless grew 0 connections, not 15"):
+    layer.apply(algorithm := DynamicSparsityAlgorithm(update_freq=1, grow=_Careless(positions)))
+    with pytest.raises(error, match=rf"_Careless.choose must return a NumPy .*{came}"):
         algorithm.step()
+    assert layer.nnz == 50
 
 
 def test_set_draws_depend_on_seed_layer_and_step_only():
@@ -232,8 +252,11 @@ def test_load_restores_the_step():
     [
         (lambda s: s.pop("step"), r"lacks \['step'\]"),
         (lambda s: s.update(algorithm="RigL"), "saved by RigL, but this is SET"),
-        (lambda s: s["config"].update(update_freq=6), "update was 6 and is "),
-        (lambda s: s["config"].update(drop_fraction="ConstantSchedule(0.3)"), r"drop_fraction was 'ConstantSchedule\(0.3\)'"),
+        (lambda s: s["config"].update(update_freq=6), "update_freq was 6 and is 5"),
+        (
+            lambda s: s["config"].update(drop_fraction="ConstantSchedule(0.3)"),
+            r"drop_fraction was 'ConstantSchedule\(0.3\)'",
+        ),
         (lambda s: s["layers"].pop(), "saved for layers"),
         (lambda s: s["layers"][0].update(nnz=3), "saved for layers"),
         (lambda s: s.update(step=-1), r"state\['step'\] must be at least 0, got -1"),
@@ -258,7 +281,7 @@ def test_load_refuses_another_run(change, message):
         (lambda: SET(drop_fraction=1.1), ValueError, r"drop_fraction must lie in \[0, 1\], got 1.1"),
         (lambda: SET(drop_fraction=ConstantSchedule(-0.1)), ValueError, "drop_fraction must lie"),
         (lambda: SET(update_freq=0), ValueError, "freq.* must be at least 1, got 0"),
-        (lambda: SET(update_freq=2.5), TypeError, "update must be.*got 2.5"),
+        (lambda: SET(update_freq=2.5), TypeError, "update_freq must be an integer, got 2.5"),
         (lambda: SET(update={"freq": 1, "start": -1}), ValueError, "start.*must be at least 0"),
         (lambda: SET(update={"freq": 1, "stop": True}), TypeError, "stop.*must be an integer, got True"),
         (lambda: SET(seed=-1), ValueError, "seed must be at least 0"),

@@ -63,7 +63,9 @@ def test_the_summary_of_a_gradient_ranks_blocks(monkeypatch):
 def test_training_with_rigl_is_that_of_a_dense_layer_with_a_mask_of_blocks(gradient):
     """A plain dense simulation, of RigL and of pruning alone (GMP), by momentum SGD in float64."""
     layer = layer_of(sparsity=0.6)
-    algorithm = RigL(drop_fraction=0.3, **COMMON) if gradient else GMP(ROWS["gmp"].make().sparsity, update_freq=7)
+    algorithm = (
+        RigL(drop_fraction=0.3, **COMMON) if gradient else GMP(ROWS["gmp"].make().sparsity, update_freq=7)
+    )
     if not gradient:
         layer = layer_of(sparsity=0.0)
     nn.Sequential(layer).apply(algorithm)
@@ -143,7 +145,7 @@ def test_scores_of_weights_and_gradients_are_norms():
     algorithm = SET(drop_fraction=0.5, update_freq=1, drop=MagnitudeAndGradient(2.0))
     nn.Sequential(layer).apply(algorithm)
     layer(torch.randn(5, SHAPE[1], dtype=torch.float64)).square().sum().backward()
-    (view,) = algorithm._views(1)
+    (view,) = algorithm.views(1)
     norms = [part.flatten(1).norm(dim=1).numpy() for part in (layer.values.detach(), layer.values.grad)]
     np.testing.assert_allclose(algorithm.drop(view), norms[0] + 2 * norms[1], rtol=1e-12)
 

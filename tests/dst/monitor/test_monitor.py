@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, ByRemaining, Group, Monitor, PolynomialSchedule, RigL, Static
+from sparselab.dst import (
+    SET,
+    ByRemaining,
+    DynamicSparsityAlgorithm,
+    Exchange,
+    Group,
+    Growth,
+    Monitor,
+    PolynomialSchedule,
+    RigL,
+    Static,
+)
 from sparselab.dst.monitor import monitor
 from sparselab.dst.monitor.position_set import PositionSet
 from tests.dst.contract_rows import ROWS, Row, together_keep
@@ -15,14 +26,13 @@ from tests.dst.fake import FakeSparse
 from tests.dst.harness import OPTIMIZERS, build, sparse_layers, train
 
 
-class Scripted(SET):
-    """Drops the lowest weights and grows where it is told."""
+class Scripted(Growth):
+    """Grows where it is told."""
 
-    def __init__(self, *growths, **settings):
-        super().__init__(drop_fraction=0.5, update_freq=1, **settings)
+    def __init__(self, *growths):
         self.growths = growths
 
-    def _grow(self, update):
+    def choose(self, update):
         return np.array(self.growths[update.view.step - 1])
 
 
@@ -36,7 +46,7 @@ def fake(live, weights, shape=(3, 4)):
 def test_numbers_by_hand():
     # Rows of four: row 0 has columns 0 and 1, row 1 has 1 and 2, row 2 has none. Column 3 is unused.
     model = fake([0, 1, 5, 6], [9.0, 0.1, 8.0, 0.2])
-    algorithm = Scripted([1, 11], [2, 3])
+    algorithm = DynamicSparsityAlgorithm(Exchange(None, 0.5), update_freq=1, grow=Scripted([1, 11], [2, 3]))
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     born = {
@@ -65,7 +75,7 @@ def test_numbers_by_hand():
 
 
 CHANGING = {
-    "schedule": Row(lambda: RigL(PolynomialSchedule(0.8, 0.95, steps=15), drop_fraction=0.3, update_freq=3)),
+    "schedule": Row(lambda: RigL(PolynomialSchedule(0.8, 0.95, stop=15), drop_fraction=0.3, update_freq=3)),
     "redistributed": Row(
         lambda: SET(drop_fraction=0.3, update_freq=3, scope="network", redistribute=ByRemaining()),
         counts=together_keep,
@@ -124,7 +134,7 @@ def test_every_algorithm_against_sets_of_positions(name, kind):
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_the_target_is_that_of_the_schedule(scope):
     model = build("fake")
-    schedule = PolynomialSchedule(0.8, 0.95, steps=4)
+    schedule = PolynomialSchedule(0.8, 0.95, stop=4)
     algorithm = SET(schedule, update_freq=2, scope=scope)
     algorithm.attach(model)
     monitor = Monitor(algorithm)
@@ -338,11 +348,11 @@ def test_what_cannot_be_watched():
         Monitor(build("fake"))
     with pytest.raises(ValueError, match=r"must have been attached .* got \[\]"):
         Monitor(SET())
-    algorithm = SET()
-    algorithm.attach(build("fake"))
-    algorithm.attach(build("fake", seed=1))
+    algorithms = {"a": SET(), "b": SET()}
+    for algorithm in algorithms.values():
+        build("fake").apply(algorithm)
     with pytest.raises(ValueError, match="different names"):
-        Monitor(algorithm)
+        Monitor(Group(algorithms))
 
 
 def test_a_set_of_positions_is_a_set():

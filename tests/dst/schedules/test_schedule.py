@@ -53,7 +53,7 @@ def test_linear_falls_and_rises_and_stays():
 
 
 def test_polynomial_is_the_cubic_of_zhu_and_gupta():
-    schedule = PolynomialSchedule(0.0, 0.8, steps=100, start=20)
+    schedule = PolynomialSchedule(0.0, 0.8, stop=120, start=20)
     assert [schedule(step) for step in (0, 20, 120, 10**9)] == [0.0, 0.0, 0.8, 0.8]
     assert schedule(70) == pytest.approx(0.8 * 7 / 8)
     assert schedule(45) == pytest.approx(0.8 * 37 / 64)
@@ -68,7 +68,7 @@ def test_polynomial_power():
 
 
 def test_sigmoid_is_a_logistic_curve_stretched_to_its_ends():
-    schedule = SigmoidSchedule(0.5, 0.9, 40, start=10)
+    schedule = SigmoidSchedule(0.5, 0.9, 50, start=10)
     assert [schedule(step) for step in (0, 10, 50, 60)] == [0.5, 0.5, 0.9, 0.9]
     assert schedule(30) == pytest.approx(0.7)
     logistic = [1 / (1 + math.exp(-6 * x)) for x in (-1, -0.5, 1)]
@@ -85,7 +85,15 @@ def test_exponential_halves_the_distance():
 
 
 def test_cycling_starts_again():
-    assert [CyclingSchedule([0.1, 0.2, 0.3])(step) for step in range(7)] == [0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1]
+    assert [CyclingSchedule([0.1, 0.2, 0.3])(step) for step in range(7)] == [
+        0.1,
+        0.2,
+        0.3,
+        0.1,
+        0.2,
+        0.3,
+        0.1,
+    ]
     assert CyclingSchedule([1])(5) == 1.0
 
 
@@ -128,7 +136,7 @@ def test_description_tells_settings_apart():
         LinearSchedule(0.3, 11, 1),
         PolynomialSchedule(0.3, 10, 1),
         PolynomialSchedule(0.3, 10, 1, power=2),
-        PolynomialSchedule(0.3, 10, 1, start=2),
+        PolynomialSchedule(0.3, 10, 1, start=-2),
         SigmoidSchedule(0.3, 10, 1),
         SigmoidSchedule(0.3, 10, 1, steepness=2),
         ExponentialSchedule(0.3, 0.5),
@@ -155,13 +163,17 @@ def test_functions_are_described_by_name():
         (lambda: ConstantSchedule(True), TypeError, "value must be a number, got True"),
         (lambda: ConstantSchedule(math.nan), ValueError, "value must be finite, got nan"),
         (lambda: CosineSchedule(math.inf, 10), ValueError, "init must be finite, got inf"),
-        (lambda: CosineSchedule(0.3, 0), ValueError, "half_period must be a positive number of steps, got 0"),
-        (lambda: CosineSchedule(0.3, None), TypeError, "half_period must be a number, got None"),
+        (lambda: CosineSchedule(0.3, 0), ValueError, "stop must be a step after step 0, got 0"),
+        (lambda: CosineSchedule(0.3, None), TypeError, "stop must be a number, got None"),
         (lambda: CosineSchedule(0.1, 10, 0.2), ValueError, "got init=0.1, minimum=0.2"),
         (lambda: LinearSchedule("0", 1, 1), TypeError, "init must be a number, got '0'"),
         (lambda: LinearSchedule(0, math.nan, 1), ValueError, "final must be finite, got nan"),
-        (lambda: LinearSchedule(0, 1, 0), ValueError, "steps must be a positive number of steps, got 0"),
-        (lambda: PolynomialSchedule(0, 1, -1), ValueError, "steps must be a positive number of steps, got -1"),
+        (lambda: LinearSchedule(0, 1, 0), ValueError, "stop must be a step after step 0, got 0"),
+        (
+            lambda: PolynomialSchedule(0, 1, -1),
+            ValueError,
+            "stop must be a step after step 0, got -1",
+        ),
         (lambda: PolynomialSchedule(0, 1, 1, power=0), ValueError, "power must be positive, got 0"),
         (lambda: PolynomialSchedule(0, 1, 1, start=math.inf), ValueError, "start must be finite, got inf"),
         (lambda: SigmoidSchedule(0, 1, 1, steepness=0), ValueError, "steepness must be positive, got 0"),
