@@ -25,6 +25,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]
 
     Attaches to the module when training starts, steps after every step of the optimizer, and is saved and
     resumed with the Trainer's checkpoints. Do not attach the algorithm or call its ``step()`` yourself.
+    Fitting the same model again goes on, fitting another begins anew.
 
     Parameters
     ----------

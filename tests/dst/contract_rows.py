@@ -30,6 +30,7 @@ from sparselab.dst import (
 )  # fmt: skip
 from sparselab.kernels import n_connections
 from sparselab.nn import constant_fan_in_
+from tests.dst.own import Own
 
 
 def _sizes(layers):
@@ -160,4 +161,5 @@ ROWS = {
         0.5,
         counts=each_follows(SigmoidSchedule(0.5, 0.9, 50)),
     ),
+    "of one's own": Row(lambda: Own(0.8, **USUAL)),
 }

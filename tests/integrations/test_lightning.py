@@ -152,8 +152,10 @@ def test_an_optimizer_of_dense_layers_does_not_count(tmp_path):
     algorithm = SET(update_freq=2)
     fit(tmp_path, SparsityCallback(algorithm), make_module(manual=True, split=3), 1)
     assert algorithm.steps_done == N_BATCHES
+    other = SET()
     with pytest.raises(ValueError, match=r"exactly one optimizer .* but 2 do"):
-        fit(tmp_path, SparsityCallback(SET()), make_module(manual=True, split=2), 1)
+        fit(tmp_path, SparsityCallback(other), make_module(manual=True, split=2), 1)
+    assert other.layers == ()
 
 
 def test_a_group_is_driven_and_training_again_goes_on(tmp_path):
@@ -163,6 +165,18 @@ def test_a_group_is_driven_and_training_again_goes_on(tmp_path):
         fit(tmp_path, callback, module, 1, precision="bf16-mixed")
         assert [algorithm.steps_done for algorithm in group] == [fits * N_BATCHES] * 2
     assert [record["step"] for record in callback.monitor.history] == [0, 2, 3, 4, 6, 8, 9, 10]
+
+
+def test_another_model_begins_anew(tmp_path):
+    algorithm = SET(update_freq=2, stop=4)
+    callback = SparsityCallback(algorithm, monitor=True)
+    for _ in range(2):
+        module = make_module()
+        born = module.net[0].positions().clone()
+        fit(tmp_path, callback, module, 1)
+        assert algorithm.steps_done == N_BATCHES
+        assert not torch.equal(module.net[0].positions(), born)
+        assert [record["step"] for record in callback.monitor.history] == [0, 2]
 
 
 def test_the_monitor_is_logged(tmp_path):
