@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparselab.dst.budget.targets import Budget, Exchange
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
+from sparselab.dst.engine.optimizer_state import call_while_alive
 from sparselab.dst.parts.drop import Scores
 from sparselab.dst.parts.grow import Growth, random_free
+from sparselab.dst.parts.part import Part
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import Selection, UpdateContext
 from sparselab.dst.parts.view import LayerUpdate, LayerView
@@ -58,6 +61,9 @@ class TopKAST(DynamicSparsityAlgorithm):
         The optimizer step from which on the sets are fixed.
     seed : int
         All random draws depend on ``(seed, layer, step)`` and nothing else.
+    exploration : float
+        Strength of the exploration loss, see `exploration_loss`, whose gradient is added to that of the
+        weights before every optimizer step. 0 adds nothing.
     master_bytes : int
         A layer whose weights outside B take no more than this, as a dense matrix, has them kept, and
         its refresh is exact. 0 keeps none.
@@ -81,8 +87,10 @@ class TopKAST(DynamicSparsityAlgorithm):
     B, with 0 for B outside A: the forward pass costs D + M where the paper counts D. `finish` drops B outside
     A in the end, for good.
 
-    The paper's exploration loss is not added by itself; see `exploration_loss`. Without it, and
-    without weight decay, B outside A hardly shrinks, so that little from outside enters.
+    Without the exploration loss, and without weight decay, little from outside enters; and B outside A, whose
+    gradients do not depend on it, goes wherever they point: adaptive optimizers (Adam) drive it far off, and
+    a refresh that takes such weights into A upsets the model. The default strength is the weight decay of the
+    paper's networks. Towards the end fixed sets help, too: `stop` at three quarters of the training.
 
     Memory: ``D + M`` of the layer and its optimizer state, beside the weights outside B where they are kept;
     a refresh takes up to three times the latter for the moment, one layer at a time.
@@ -102,8 +110,7 @@ class TopKAST(DynamicSparsityAlgorithm):
     >>> handle = algorithm.attach(model, optimizer)
     >>> for _ in range(20):
     ...     optimizer.zero_grad()
-    ...     loss = model(torch.randn(8, 64)).square().mean()
-    ...     (loss + 1e-4 * algorithm.exploration_loss()).backward()
+    ...     model(torch.randn(8, 64)).square().mean().backward()
     ...     optimizer.step()
     >>> model[0].nnz, int(model[0].forward_mask.sum())
     (410, 205)
@@ -122,6 +129,7 @@ class TopKAST(DynamicSparsityAlgorithm):
         update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
         stop: int | None = None,
         seed: int = 0,
+        exploration: float = 1e-4,
         master_bytes: int = 64 << 20,
         master_dtype: torch.dtype | None = None,
     ) -> None:
@@ -137,18 +145,20 @@ class TopKAST(DynamicSparsityAlgorithm):
             grow=Winners(competition),
             grown_value=competition.weights_entering,
         )
+        self.parts["exploration"] = Exploration(budget, exploration)
         self._nested = budget
 
     forward_sparsity = setting("budget", "forward_sparsity")
+    exploration = setting("exploration", "exploration")
     master_bytes = setting("selection", "master_bytes")
     master_dtype = setting("selection", "master_dtype")
 
     def exploration_loss(self) -> torch.Tensor:
         """``sum over A of w^2 + sum over B outside A of w^2 / D``, over all layers, D being A's density.
 
-        Differentiable; multiply it by the strength you want and add it to the loss, in place of weight decay
-        on these layers. Since D is below 1, weights that are not in use shrink faster than those in use, and
-        must get gradients that hold against it to be used.
+        Differentiable. Its gradient, times `exploration`, is added before every optimizer step: with 0, take
+        the loss into your own, in place of weight decay on these layers. Since D is below 1, weights that are
+        not in use shrink faster than those in use, and must get gradients that hold against it to be used.
 
         Returns
         -------
@@ -166,8 +176,7 @@ class TopKAST(DynamicSparsityAlgorithm):
             squares = layer.per_connection(layer.stored).square()
             if layer.forward_mask is not None:
                 in_use = layer.per_connection(layer.forward_mask)
-                density = self._nested.n_forward(layer) / max(1, math.prod(layer.shape))
-                squares = torch.where(in_use, squares, squares / density)
+                squares = torch.where(in_use, squares, squares / self._nested.density(layer))
             terms.append(squares.sum())
         return torch.stack(terms).sum()
 
@@ -230,6 +239,10 @@ class NestedBudget(Exchange):
             return -(-layer.nnz // 2)
         return max(min(layer.nnz, 1), n_connections(layer.shape, self.forward_sparsity))
 
+    def density(self, layer: SparseTopology) -> float:
+        """D, the fraction of a layer that is in use."""
+        return self.n_forward(layer) / max(1, math.prod(layer.shape))
+
     def check(self, layer: SparseTopology) -> None:
         """Raise ValueError if the layer has fewer connections than are to be in use, or others than said."""
         super().check(layer)
@@ -256,6 +269,49 @@ class NestedBudget(Exchange):
         mask = torch.zeros_like(layer.stored, dtype=torch.bool)
         layer.put(mask, torch.from_numpy(largest), torch.ones(largest.size, dtype=torch.bool))
         layer.forward_mask = mask
+
+
+class Exploration(Part):
+    """Adds the gradient of the exploration loss to that of the weights, before an optimizer takes its step.
+
+    Parameters
+    ----------
+    budget : NestedBudget
+    exploration : float
+        Strength; not negative.
+    """
+
+    def __init__(self, budget: NestedBudget, exploration: float) -> None:
+        require_finite("exploration", exploration)
+        if exploration < 0:
+            raise ValueError(f"exploration must be at least 0, got {exploration!r}")
+        self._budget = budget
+        self.exploration = exploration
+        self._layers: list[SparseTopology] = []
+        self._called = False
+
+    def attach(self, layer: SparseTopology) -> None:
+        """Look after one more layer."""
+        self._layers.append(layer)
+        if self.exploration and not self._called:
+            self._called = True
+            call_while_alive(self, "_add", register_optimizer_step_pre_hook)
+
+    def detach(self, layers: Iterable[SparseTopology]) -> None:
+        """Look after none."""
+        self._layers.clear()
+
+    @torch.no_grad()
+    def _add(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for layer in self._layers:
+            weights, gradient = layer.stored, layer.stored.grad
+            if gradient is None or id(weights) not in held:
+                continue
+            gradient.add_(weights, alpha=2 * self.exploration)
+            if layer.forward_mask is not None:
+                beyond = 1 / self._budget.density(layer) - 1
+                gradient.add_(weights * ~layer.forward_mask, alpha=2 * self.exploration * beyond)
 
 
 class Competition(Selection):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,18 +49,9 @@ class OptimizerTracker:
 
     def watch(self) -> None:
         """Start noticing optimizers as they step; calling it again changes nothing."""
-        if self._watching:
-            return
-        self._watching = True
-        while _retired_hooks:
-            _retired_hooks.pop().remove()
-        tracker = weakref.ref(self)
-
-        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if (alive := tracker()) is not None:
-                alive._note(optimizer)
-
-        weakref.finalize(self, _retired_hooks.append, register_optimizer_step_post_hook(after_step))
+        if not self._watching:
+            self._watching = True
+            call_while_alive(self, "_note", register_optimizer_step_post_hook)
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember `optimizer` whether or not it has stepped.
@@ -141,6 +132,29 @@ class OptimizerTracker:
             If some optimizer keeps state for ``layer.stored`` that is not one entry per entry.
         """
         return StateMove(layer, self._optimizers)
+
+
+def call_while_alive(owner: object, method: str, register: Callable[..., RemovableHandle]) -> None:
+    """Call a method with every optimizer of the process that steps, for as long as its owner lives.
+
+    Parameters
+    ----------
+    owner : object
+        Held weakly.
+    method : str
+        Takes the optimizer.
+    register : callable
+        ``register_optimizer_step_pre_hook`` or ``register_optimizer_step_post_hook`` of torch.
+    """
+    while _retired_hooks:
+        _retired_hooks.pop().remove()
+    reference = weakref.ref(owner)
+
+    def call(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (alive := reference()) is not None:
+            getattr(alive, method)(optimizer)
+
+    weakref.finalize(owner, _retired_hooks.append, register(call))
 
 
 class _Stepped(threading.local):

@@ -46,7 +46,7 @@ def largest(theta, k):
 def test_it_trains_as_all_weights_would(kind):
     layer = make(kind)
     n_forward, n_backward = n_connections((ROWS, COLS), 0.9), layer.nnz
-    layer.apply(algorithm := TopKAST(0.7, forward_sparsity=0.9, update_freq=3))
+    layer.apply(algorithm := TopKAST(0.7, forward_sparsity=0.9, update_freq=3, exploration=0))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
     theta = None
     B = dense(layer, torch.ones_like(layer.stored)) != 0
@@ -87,6 +87,37 @@ def test_it_trains_as_all_weights_would(kind):
         assert algorithm.last_update[0].grown == (B & ~old).sum()
     assert entered > 50
     assert (theta[~B] != 0).all()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_its_exploration_is_that_of_the_loss(kind, passes):
+    """Added once to each step of the optimizer, over however many backward passes its gradient is a sum."""
+    layers, runs = [], []
+    for exploration in (0.03, 0):
+        layer = make(kind)
+        layer.apply(algorithm := TopKAST(0.7, forward_sparsity=0.9, update_freq=3, exploration=exploration))
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+        other = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        for step in range(1, 8):
+            optimizer.zero_grad()
+            for part in range(passes):
+                x, dy = operands(10 * step + part)
+                (layer(x) * dy).sum().backward()
+            if not exploration:
+                (0.03 * algorithm.exploration_loss()).backward()
+            optimizer.step()
+            other.step()
+            algorithm.step()
+        layers.append(layer)
+        runs.append((algorithm, optimizer))
+    torch.testing.assert_close(layers[0].stored, layers[1].stored, rtol=1e-9, atol=1e-11)
+    algorithm, optimizer = runs[0]
+    for attached in (True, False):
+        before = layers[0].stored.grad.clone()
+        optimizer.step()
+        assert torch.equal(layers[0].stored.grad, before) != attached
+        algorithm.detach()
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -188,6 +219,7 @@ def test_a_mask_of_another_size_is_refused():
     ("wrong", "error", "says"),
     [
         (lambda: TopKAST(forward_sparsity=1.5), ValueError, "sparsity"),
+        (lambda: TopKAST(exploration=-1.0), ValueError, "exploration must be at least 0, got -1.0"),
         (
             lambda: TopKAST(0.9, forward_sparsity=0.8),
             ValueError,
