@@ -94,13 +94,13 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     >>> from sparselab.dst import ByMagnitude, DynamicSparsityAlgorithm, Exchange, GradientGrowth
     >>> class Wandering(DynamicSparsityAlgorithm):
-    ...     def __init__(self, sparsity=None, *, drop_fraction=0.3, update_freq=100, seed=0):
+    ...     def __init__(self, sparsity=None, *, drop_fraction=0.3, update_freq=100, stop=None):
     ...         super().__init__(
-    ...             Exchange(sparsity, drop_fraction), update_freq=update_freq, seed=seed,
+    ...             Exchange(sparsity, drop_fraction), update_freq=update_freq, stop=stop,
     ...             grow=GradientGrowth(), redistribute=ByMagnitude(),
     ...         )
-    >>> Wandering(0.9)
-    Wandering(sparsity=0.9, drop_fraction=0.3, update_freq=100, seed=0) of 0 layers after 0 steps, no stop
+    >>> Wandering(0.9, stop=750)
+    Wandering(sparsity=0.9, drop_fraction=0.3, update_freq=100, stop=750) of 0 layers after 0 steps
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         return self.selection.scope
 
     def __repr__(self) -> str:
-        return super().__repr__() + (", no stop" if self.stop is None else "")
+        return super().__repr__() + (", no stop: updates go on" if self.stop is None else "")
 
     def _check_horizon(self) -> None:
         """Raise ValueError if a sparsity schedule cannot end before the updates do."""

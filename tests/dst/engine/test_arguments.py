@@ -29,7 +29,7 @@ def test_the_headline_lines_work_as_they_stand():
     algo = sparselab.RigL(sparsity=0.9, drop_fraction=0.3, update_freq=100)
     layer.apply(algo)
     assert repr(algo).startswith("RigL(sparsity=0.9, drop_fraction=0.3, update_freq=100, stop=None, seed=0, ")
-    assert repr(algo).endswith(") of 1 layers after 0 steps, no stop")
+    assert repr(algo).endswith(") of 1 layers after 0 steps, no stop: updates go on")
     annealed = sparselab.RigL(0.9, stop=750)
     assert "drop_fraction=CosineSchedule(init=0.3, stop=750, minimum=0.0), update_freq=100, stop=750" in repr(
         annealed
