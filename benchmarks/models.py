@@ -180,7 +180,7 @@ def run(size: Size, rounds: int, fused: bool = False, label: str = "model") -> d
     """
     dense, sparse = make_models(size)
     gate(sparse, size)
-    algorithm = sparselab.RigL(update=UPDATE_FREQ)
+    algorithm = sparselab.RigL(update_freq=UPDATE_FREQ)
     sparse.apply(algorithm)
     trainers = {
         "dense": Trainer(dense, size, fused),

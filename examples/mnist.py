@@ -108,19 +108,19 @@ def last_update(cfg: Config, steps: int) -> int:
 
 def timing(cfg: Config, steps: int) -> dict[str, Any]:
     """When algorithms rewire."""
-    return {"update": {"freq": cfg.update_every, "stop": last_update(cfg, steps)}, "seed": cfg.seed}
+    return {"update_freq": cfg.update_every, "stop": last_update(cfg, steps), "seed": cfg.seed}
 
 
 def rewiring(cfg: Config, steps: int) -> dict[str, Any]:
     """When and how much they rewire."""
-    fraction = sparselab.Cosine(cfg.drop_fraction, half_period=last_update(cfg, steps))
+    fraction = sparselab.CosineSchedule(cfg.drop_fraction, stop=last_update(cfg, steps))
     return {"drop_fraction": fraction, **timing(cfg, steps)}
 
 
 def pruning(cfg: Config, steps: int, start: float) -> dict[str, Any]:
     """The same, with a cubic rise of the sparsity of all sparse layers together over the first half."""
     end = sparse_layers_sparsity(cfg, cfg.sparsity)
-    schedule = sparselab.dst.Polynomial(sparse_layers_sparsity(cfg, start), end, steps // 2)
+    schedule = sparselab.PolynomialSchedule(sparse_layers_sparsity(cfg, start), end, steps // 2)
     return {"sparsity": schedule, "scope": "network", **timing(cfg, steps)}
 
 
@@ -133,20 +133,20 @@ def mest(cfg: Config, steps: int, soft_bound: bool) -> sparselab.MEST:
         return surplus / 2 ** sum(step >= bound for bound in bounds[:1]) if step < bounds[1] else 0.0
 
     end = sparse_layers_sparsity(cfg, cfg.sparsity) if soft_bound else None
-    timed = {"update": {"freq": cfg.update_every}, "seed": cfg.seed}
+    timed = {"update_freq": cfg.update_every, "seed": cfg.seed}
     return sparselab.MEST(
-        end, delta, **timed, soft_bound=soft_bound, scope="network" if soft_bound else "layer"
+        end, delta=delta, **timed, soft_bound=soft_bound, scope="network" if soft_bound else "layer"
     )
 
 
 def chtss(cfg: Config, steps: int) -> sparselab.CHTss:
     end = sparse_layers_sparsity(cfg, cfg.sparsity)
-    return sparselab.CHTss(end, steps // 2, temperature=rising(steps), **rewiring(cfg, steps))
+    return sparselab.CHTss(end, sparsity_stop=steps // 2, temperature=rising(steps), **rewiring(cfg, steps))
 
 
-def rising(steps: int) -> sparselab.dst.Linear:
+def rising(steps: int) -> sparselab.LinearSchedule:
     """The temperature of CHTs' removal: nearly at random at first, nearly by magnitude in the end."""
-    return sparselab.dst.Linear(1, 9, steps)
+    return sparselab.LinearSchedule(1, 9, stop=steps)
 
 
 def srigl(cfg: Config, steps: int, ablate: bool) -> sparselab.SRigL:
@@ -174,7 +174,7 @@ ARMS = {
     "granet": Arm(
         lambda cfg, steps: sparselab.GraNet(
             **pruning(cfg, steps, min(0.5, cfg.sparsity)),
-            drop_fraction=sparselab.Cosine(0.5, last_update(cfg, steps), minimum=0.005),
+            drop_fraction=sparselab.CosineSchedule(0.5, last_update(cfg, steps), minimum=0.005),
         ),
         start=lambda sparsity: min(0.5, sparsity),
     ),
@@ -183,7 +183,9 @@ ARMS = {
         lambda cfg, steps: mest(cfg, steps, soft_bound=True), start=lambda sparsity: 1 - 1.5 * (1 - sparsity)
     ),
     "topkast": Arm(
-        lambda cfg, steps: sparselab.TopKAST(sparse_layers_sparsity(cfg, cfg.sparsity), **timing(cfg, steps)),
+        lambda cfg, steps: sparselab.TopKAST(
+            forward_sparsity=sparse_layers_sparsity(cfg, cfg.sparsity), **timing(cfg, steps)
+        ),
         start=lambda sparsity: 1 - 1.5 * (1 - sparsity),
         changes={"allocation": "uniform"},
     ),

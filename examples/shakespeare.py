@@ -94,8 +94,9 @@ def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, spars
         nn.init.zeros_(layer.bias)
     last = max(1, round(cfg.last_update * cfg.steps))
     algo = sparselab.RigL(
-        drop_fraction=sparselab.Cosine(cfg.drop_fraction, half_period=last),
-        update={"freq": cfg.update_every, "stop": last},
+        drop_fraction=cfg.drop_fraction,
+        update_freq=cfg.update_every,
+        stop=last,
         seed=cfg.seed,
     )
     model.apply(algo)

@@ -145,8 +145,9 @@ def make_model(cfg: Config, story: Story, arm: str) -> nn.Module:
 def make_algorithm(cfg: Config) -> sparselab.RigL:
     last = max(1, 3 * cfg.steps // 4)  # the last quarter trains a settled topology
     return sparselab.RigL(
-        drop_fraction=sparselab.Cosine(cfg.drop_fraction, half_period=last),
-        update={"freq": cfg.update_every, "stop": last},
+        drop_fraction=cfg.drop_fraction,
+        update_freq=cfg.update_every,
+        stop=last,
         scope="row" if cfg.layer == "fan_in" else "layer",
         seed=cfg.seed,
     )

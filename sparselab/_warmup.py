@@ -52,7 +52,7 @@ def warmup(dtype: torch.dtype = torch.float32, *, training: bool = True) -> floa
                 y.sum().backward()
         if training and dtype != torch.bfloat16:
             for algorithm in (SET, RigL):
-                _update(algorithm(update=1), dtype)
+                _update(algorithm(update_freq=1), dtype)
     return time.perf_counter() - start
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparselab import SET, Cosine, RigL, SparseLinear
+from sparselab import SET, CosineSchedule, RigL, SparseLinear
 
 SAVED_AFTER, THEN = 300, 45
 
@@ -29,7 +29,7 @@ class Run:
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         kind = {"RigL": RigL, "SET": SET}[algorithm]
-        self.algorithm = kind(drop_fraction=Cosine(0.3, half_period=400), update=10, seed=3)
+        self.algorithm = kind(drop_fraction=CosineSchedule(0.3, stop=400), update_freq=10, seed=3)
         self.model.apply(self.algorithm)
 
     def train(self, steps: int) -> None:
@@ -102,6 +102,8 @@ def test_the_comparison_refuses_a_last_bit() -> None:
     run = Run("SET", seed=0)
     state, other = run.state(), Run("SET", seed=0).state()
     assert_same(state, other)
-    other["model"]["0.weight_values"][0] = torch.nextafter(other["model"]["0.weight_values"][0], torch.tensor(9.0))
+    other["model"]["0.weight_values"][0] = torch.nextafter(
+        other["model"]["0.weight_values"][0], torch.tensor(9.0)
+    )
     with pytest.raises(AssertionError, match=r"state\['model'\]\['0.weight_values'\]"):
         assert_same(state, other)

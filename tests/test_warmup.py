@@ -27,7 +27,7 @@ if "warm" in sys.argv:
 assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
 wanted.clear()
-for algorithm in (SET(update=1), RigL(update=1)):
+for algorithm in (SET(update_freq=1), RigL(update_freq=1)):
     layer = SparseLinear(384, 512, sparsity=0.5)
     layer.apply(algorithm)
     for tokens in (1, 8, 16, 48, 128):

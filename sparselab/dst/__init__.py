@@ -19,6 +19,7 @@ from sparselab.dst.algorithms.static import Static
 from sparselab.dst.algorithms.topkast import TopKAST
 from sparselab.dst.budget.allocate import allocate, apportion, er, erk, uniform
 from sparselab.dst.budget.prune import prune, train_prune_finetune
+from sparselab.dst.budget.targets import Budget, Exchange, KeepCount, Prune
 from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.engine.group import Group
@@ -31,22 +32,31 @@ from sparselab.dst.parts.drop import (
     SignedMagnitude,
     Soft,
 )
-from sparselab.dst.parts.grow import GradientGrowth, Growth, RandomGrowth
+from sparselab.dst.parts.grow import GradientGrowth, Growth, RandomGrowth, random_free
 from sparselab.dst.parts.grow_momentum import MomentumGrowth
 from sparselab.dst.parts.grow_paths import PathGrowth
 from sparselab.dst.parts.grow_sampled import SampledGradientGrowth
 from sparselab.dst.parts.grown import FanInUniform, Normal
-from sparselab.dst.parts.redistribute import ByMagnitude, ByMomentum, ByRemaining, Redistribution
-from sparselab.dst.parts.view import LayerView, UpdateReport, Vacancy
+from sparselab.dst.parts.part import Part
+from sparselab.dst.parts.redistribute import ByMagnitude, ByMomentum, ByRemaining, ByWeight, Redistribution
+from sparselab.dst.parts.select import (
+    LayerSelection,
+    NetworkSelection,
+    RowBudget,
+    RowSelection,
+    Selection,
+    UpdateContext,
+)
+from sparselab.dst.parts.view import LayerUpdate, LayerView, UpdateReport
 from sparselab.dst.schedules.schedule import (
-    Constant,
-    Cosine,
-    Cycling,
-    Exponential,
-    Linear,
-    Polynomial,
+    ConstantSchedule,
+    CosineSchedule,
+    CyclingSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    PolynomialSchedule,
     Schedule,
-    Sigmoid,
+    SigmoidSchedule,
     as_schedule,
 )
 from sparselab.dst.schedules.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
@@ -59,49 +69,61 @@ __all__ = [
     "SET",
     "SNFS",
     "AtSteps",
+    "Budget",
     "ByMagnitude",
     "ByMomentum",
     "ByRemaining",
+    "ByWeight",
     "CHTs",
     "CHTss",
-    "Constant",
-    "Cosine",
-    "Cycling",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "CyclingSchedule",
     "DeepR",
     "DropScore",
     "DynamicSparsityAlgorithm",
     "EverySteps",
-    "Exponential",
+    "Exchange",
+    "ExponentialSchedule",
     "FanInUniform",
     "GraNet",
     "GradientGrowth",
     "Group",
     "Growth",
+    "KeepCount",
+    "LayerSelection",
+    "LayerUpdate",
     "LayerView",
-    "Linear",
+    "LinearSchedule",
     "Magnitude",
     "MagnitudeAndGradient",
     "MomentumGrowth",
     "Monitor",
+    "NetworkSelection",
     "Normal",
+    "Part",
     "PathGrowth",
-    "Polynomial",
+    "PolynomialSchedule",
+    "Prune",
     "RandomGrowth",
     "Redistribution",
     "RelativeImportance",
     "RigL",
+    "RowBudget",
+    "RowSelection",
     "SRigL",
     "SampledGradientGrowth",
     "Schedule",
-    "Sigmoid",
+    "Selection",
+    "SigmoidSchedule",
     "SignedMagnitude",
     "Soft",
     "SparsityAlgorithm",
     "Static",
     "TopKAST",
+    "UpdateContext",
     "UpdateReport",
     "UpdateSchedule",
-    "Vacancy",
     "allocate",
     "apportion",
     "as_schedule",
@@ -109,6 +131,7 @@ __all__ = [
     "er",
     "erk",
     "prune",
+    "random_free",
     "train_prune_finetune",
     "uniform",
 ]

@@ -43,6 +43,8 @@ class Driver:
     ) -> None:
         """Attach, take back a saved state, and step after each step of the optimizer from now on.
 
+        An algorithm that has trained another model begins anew, and so does its monitor.
+
         Parameters
         ----------
         model : torch.nn.Module
@@ -63,8 +65,15 @@ class Driver:
         self.stop()
         if passes is not None:
             _check_passes(self._algorithms(), passes)
+        self._leave_another(model)
+        fresh = not self.algorithm.layers
         self.algorithm.attach(model)
-        optimizer = self._the_optimizer(optimizers)
+        try:
+            optimizer = self._the_optimizer(optimizers)
+        except ValueError:
+            if fresh:
+                self.algorithm.detach()
+            raise
         self.algorithm.track(optimizer)
         if passes is not None:
             self.algorithm.expect_passes(passes)
@@ -77,6 +86,14 @@ class Driver:
                 self.monitor.load_state_dict(saved["monitor"])
         self._passes, self._seen = passes, 0
         self._handle = optimizer.register_step_post_hook(lambda *_: self._stepped())
+
+    def _leave_another(self, model: torch.nn.Module) -> None:
+        modules = {id(module) for module in model.modules()}
+        if self.algorithm.layers and not any(id(layer) in modules for layer in self.algorithm.layers):
+            self.algorithm.reset()
+            if self.monitor is not None:
+                self.monitor.remove()
+                self.monitor = None
 
     def expect(self, passes: int) -> None:
         """From this optimizer step on, the loop sums over another number of backward passes."""
@@ -99,7 +116,7 @@ class Driver:
         if cut_short:
             self.algorithm.expect_passes(self._seen)
         self._seen = 0
-        self.algorithm.step()
+        self.algorithm.advance()
         if cut_short and self._passes is not None:
             self.algorithm.expect_passes(self._passes)
 

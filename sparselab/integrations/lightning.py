@@ -25,6 +25,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]
 
     Attaches to the module when training starts, steps after every step of the optimizer, and is saved and
     resumed with the Trainer's checkpoints. Do not attach the algorithm or call its ``step()`` yourself.
+    Fitting the same model again goes on, fitting another begins anew.
 
     Parameters
     ----------
@@ -48,7 +49,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]
     --------
     >>> from sparselab.dst import RigL  # doctest: +SKIP
     >>> from sparselab.integrations.lightning import SparsityCallback  # doctest: +SKIP
-    >>> callback = SparsityCallback(RigL(update=100))  # doctest: +SKIP
+    >>> callback = SparsityCallback(RigL(update_freq=100))  # doctest: +SKIP
     >>> lightning.Trainer(callbacks=[callback]).fit(module, batches)  # doctest: +SKIP
     """
 

@@ -36,7 +36,8 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     Attaches to the model when training starts, steps after every step of the optimizer and before gradients
     are zeroed, writes `FILE` into each checkpoint, and goes on from it with ``resume_from_checkpoint``. Do
-    not attach the algorithm or call its ``step()`` yourself.
+    not attach the algorithm or call its ``step()`` yourself. Training the same model again goes on, training
+    another begins anew, as each trial of a hyperparameter search does.
 
     Parameters
     ----------

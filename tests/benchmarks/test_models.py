@@ -44,7 +44,7 @@ def test_both_arms_are_measured(fused: bool) -> None:
 
 def test_the_steps_timed_apart_update_or_do_not() -> None:
     _, model = models.make_models(TINY)
-    algorithm = sparselab.RigL(update=models.UPDATE_FREQ)
+    algorithm = sparselab.RigL(update_freq=models.UPDATE_FREQ)
     model.apply(algorithm)
     trainer = models.Trainer(model, TINY, False, algorithm)
 

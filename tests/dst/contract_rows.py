@@ -16,13 +16,13 @@ from sparselab.dst import (
     SNFS,
     CHTs,
     CHTss,
-    Cosine,
+    CosineSchedule,
     DeepR,
     GraNet,
-    Linear,
-    Polynomial,
+    LinearSchedule,
+    PolynomialSchedule,
     RigL,
-    Sigmoid,
+    SigmoidSchedule,
     SparsityAlgorithm,
     SRigL,
     Static,
@@ -30,6 +30,7 @@ from sparselab.dst import (
 )  # fmt: skip
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn import constant_fan_in_
+from tests.dst.own import Own
 
 
 def _sizes(layers):
@@ -102,11 +103,11 @@ class Row:
     of_blocks: bool = False
 
 
-COMMON = {"update": 7, "seed": 3}
+COMMON = {"update_freq": 7, "seed": 3}
 USUAL = {"drop_fraction": 0.3, **COMMON}
-CUBIC = Polynomial(0.0, 0.9, 50)
-HALFWAY = Polynomial(0.5, 0.9, 50)
-BOUND = Linear(0.1, 0.02, 50)
+CUBIC = PolynomialSchedule(0.0, 0.9, 50)
+HALFWAY = PolynomialSchedule(0.5, 0.9, 50)
+BOUND = LinearSchedule(0.1, 0.02, 50)
 
 ROWS = {
     "static": Row(lambda: Static(0.8), keeps_fan_in=True, of_blocks=True),
@@ -122,36 +123,43 @@ ROWS = {
     ),
     "snfs": Row(lambda: SNFS(0.8, **USUAL), counts=together_keep),
     "snfs by gradient": Row(lambda: SNFS(0.8, **USUAL, momentum_bytes=0), counts=together_keep),
-    "dsr": Row(lambda: DSR(0.8, n_prune=0.3, **COMMON, threshold=0.1), counts=together_keep),
+    "dsr": Row(lambda: DSR(0.8, **COMMON, n_prune=0.3, threshold=0.1), counts=together_keep),
     "deepr": Row(lambda: DeepR(0.8, temperature=0.01, l1=1e-3, seed=3), walks=True),
     "deepr of the network": Row(
         lambda: DeepR(0.8, temperature=0.01, scope="network", seed=3), counts=together_keep, walks=True
     ),
-    "gmp": Row(lambda: GMP(CUBIC, update=7), 0.0, counts=each_follows(CUBIC), of_blocks=True),
+    "gmp": Row(lambda: GMP(CUBIC, update_freq=7), 0.0, counts=each_follows(CUBIC), of_blocks=True),
     "gmp of the network": Row(
-        lambda: GMP(CUBIC, update=7, scope="network"), 0.0, counts=together_follow(CUBIC), of_blocks=True
+        lambda: GMP(CUBIC, update_freq=7, scope="network"), 0.0, counts=together_follow(CUBIC), of_blocks=True
     ),
     "granet": Row(
-        lambda: GraNet(HALFWAY, Cosine(0.5, 250, 0.005), update=7),
+        lambda: GraNet(HALFWAY, drop_fraction=CosineSchedule(0.5, 250, 0.005), update_freq=7),
         0.5,
         counts=together_follow(HALFWAY),
         of_blocks=True,
     ),
-    "mest em": Row(lambda: MEST(0.8, 0.05, **COMMON, soft_bound=False, lam=0.5), of_blocks=True),
+    "mest em": Row(lambda: MEST(0.8, delta=0.05, **COMMON, soft_bound=False, lam=0.5), of_blocks=True),
     "mest em&s": Row(
-        lambda: MEST(0.8, BOUND, **COMMON),
+        lambda: MEST(0.8, delta=BOUND, **COMMON),
         0.7,
         counts=each_follows(lambda step: 0.8 - BOUND(step)),
         of_blocks=True,
     ),
-    "topkast": Row(lambda: TopKAST(0.9, 0.8, **COMMON), brings_weights=True),
-    "topkast sampled": Row(lambda: TopKAST(0.9, 0.8, **COMMON, master_bytes=0), brings_weights=True),
+    "topkast": Row(lambda: TopKAST(0.8, forward_sparsity=0.9, **COMMON), brings_weights=True),
+    "topkast sampled": Row(
+        lambda: TopKAST(0.8, forward_sparsity=0.9, **COMMON, master_bytes=0), brings_weights=True
+    ),
     "gse": Row(lambda: GSE(0.8, **USUAL)),
     "gse grabo": Row(lambda: GSE(0.8, **USUAL, sampler="grabo", gamma=2)),
     "gse graest of the network": Row(
         lambda: GSE(0.8, **USUAL, sampler="graest", scope="network"), counts=together_keep
     ),
-    "chts": Row(lambda: CHTs(0.8, **USUAL, temperature=Linear(1, 9, 200))),
+    "chts": Row(lambda: CHTs(0.8, **USUAL, temperature=LinearSchedule(1, 9, 200))),
     "chts chained": Row(lambda: CHTs(0.8, **USUAL, chains=[("layer 0", "layer 1")])),
-    "chtss": Row(lambda: CHTss(0.9, 50, **COMMON), 0.5, counts=each_follows(Sigmoid(0.5, 0.9, 50))),
+    "chtss": Row(
+        lambda: CHTss(0.9, sparsity_stop=50, **COMMON),
+        0.5,
+        counts=each_follows(SigmoidSchedule(0.5, 0.9, 50)),
+    ),
+    "of one's own": Row(lambda: Own(0.8, **USUAL)),
 }

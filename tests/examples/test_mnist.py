@@ -119,7 +119,7 @@ def test_any_setting_of_a_run_changes_its_digest(digits, monkeypatch):
     for name, value in {"lr": 0.05, "epochs": 3, "drop_fraction": 0.4, "network": "wide", "std": 2.0}.items():
         assert digest(digits, **{name: value}) != plain
     assert digest(dataclasses.replace(digits, digest="other images")) != plain
-    monkeypatch.setitem(ARMS, "rigl", Arm(lambda cfg, steps: sparselab.RigL(update=7)))
+    monkeypatch.setitem(ARMS, "rigl", Arm(lambda cfg, steps: sparselab.RigL(update_freq=7)))
     assert digest(digits) != plain
 
 

@@ -81,7 +81,7 @@ def fit(folder, callback, module, epochs, package=lightning, resume=None, **sett
 
 
 def rigl(**settings):
-    return RigL(update=2, drop_fraction=0.5, **settings)
+    return RigL(update_freq=2, drop_fraction=0.5, **settings)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
@@ -112,12 +112,12 @@ def test_it_equals_a_loop_by_hand(tmp_path):
     module, by_hand = make_module(), make_module().net
     fit(
         tmp_path,
-        SparsityCallback(RigL(update=1, drop_fraction=0.5)),
+        SparsityCallback(RigL(update_freq=1, drop_fraction=0.5)),
         module,
         1,
         accumulate_grad_batches=ACCUMULATE,
     )
-    algorithm = RigL(update=1, drop_fraction=0.5)
+    algorithm = RigL(update_freq=1, drop_fraction=0.5)
     algorithm.attach(by_hand)
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=0.01)
     for indices in ([0, 1], [2, 3], [4]):
@@ -135,7 +135,7 @@ def test_it_equals_a_loop_by_hand(tmp_path):
 
 def test_the_accumulation_may_change(tmp_path):
     scheduler = lightning.pytorch.callbacks.GradientAccumulationScheduler({0: 1, 1: 2, 2: 5})
-    algorithm = RigL(update=1)
+    algorithm = RigL(update_freq=1)
     fit(tmp_path, None, make_module(), 3, callbacks=[SparsityCallback(algorithm), scheduler])
     assert algorithm.steps_done == 5 + 3 + 1
     assert not algorithm.last_update[0].skipped
@@ -149,20 +149,34 @@ def test_manual_optimization(tmp_path):
 
 
 def test_an_optimizer_of_dense_layers_does_not_count(tmp_path):
-    algorithm = SET(update=2)
+    algorithm = SET(update_freq=2)
     fit(tmp_path, SparsityCallback(algorithm), make_module(manual=True, split=3), 1)
     assert algorithm.steps_done == N_BATCHES
+    other = SET()
     with pytest.raises(ValueError, match=r"exactly one optimizer .* but 2 do"):
-        fit(tmp_path, SparsityCallback(SET()), make_module(manual=True, split=2), 1)
+        fit(tmp_path, SparsityCallback(other), make_module(manual=True, split=2), 1)
+    assert other.layers == ()
 
 
 def test_a_group_is_driven_and_training_again_goes_on(tmp_path):
-    group = Group({"net.0": rigl(), "*": SET(update=3)})
+    group = Group({"net.0": rigl(), "*": SET(update_freq=3)})
     callback, module = SparsityCallback(group, monitor=True), make_module()
     for fits in (1, 2):
         fit(tmp_path, callback, module, 1, precision="bf16-mixed")
         assert [algorithm.steps_done for algorithm in group] == [fits * N_BATCHES] * 2
     assert [record["step"] for record in callback.monitor.history] == [0, 2, 3, 4, 6, 8, 9, 10]
+
+
+def test_another_model_begins_anew(tmp_path):
+    algorithm = SET(update_freq=2, stop=4)
+    callback = SparsityCallback(algorithm, monitor=True)
+    for _ in range(2):
+        module = make_module()
+        born = module.net[0].positions().clone()
+        fit(tmp_path, callback, module, 1)
+        assert algorithm.steps_done == N_BATCHES
+        assert not torch.equal(module.net[0].positions(), born)
+        assert [record["step"] for record in callback.monitor.history] == [0, 2]
 
 
 def test_the_monitor_is_logged(tmp_path):
@@ -172,7 +186,7 @@ def test_the_monitor_is_logged(tmp_path):
     from tests.integrations.events import scalars
 
     logger = TensorBoardLogger(tmp_path)
-    callback = SparsityCallback(SET(update=2), monitor=True)
+    callback = SparsityCallback(SET(update_freq=2), monitor=True)
     fit(tmp_path, callback, make_module(), 1, logger=logger)
     assert list(scalars(logger.log_dir)["net.0/explored"]) == [0, 2, 4]
     assert scalars(logger.log_dir)["total/nnz"][4] == callback.monitor.latest["total/nnz"]

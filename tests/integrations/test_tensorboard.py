@@ -13,7 +13,7 @@ from tests.integrations.events import scalars
 
 
 def test_event_files_hold_the_history(tmp_path):
-    algorithm = SET(0.8, drop_fraction=0.5, update=2)
+    algorithm = SET(0.8, drop_fraction=0.5, update_freq=2)
     algorithm.attach(build("fake"))
     monitor = Monitor(algorithm)
     with SummaryWriter(str(tmp_path)) as writer:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparselab import SparseLinear, sparsify
-from sparselab.dst import SET, Constant, Group, RigL
+from sparselab.dst import SET, ConstantSchedule, Group, RigL
 from sparselab.nn.layers.base import find_sparse
 from tests.dst.harness import assert_same_state
 
@@ -54,7 +54,7 @@ def trainer(folder, callback, model=None, **arguments):
 
 
 def rigl(**settings):
-    return RigL(update=2, drop_fraction=0.5, **settings)
+    return RigL(update_freq=2, drop_fraction=0.5, **settings)
 
 
 def raw(trainer):
@@ -83,10 +83,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 def test_the_gradient_is_the_sum_over_the_micro_batches(tmp_path):
     """As by hand, also where the last step of an epoch has fewer."""
-    callback = SparsityCallback(RigL(update=1, drop_fraction=0.5))
+    callback = SparsityCallback(RigL(update_freq=1, drop_fraction=0.5))
     ours = trainer(tmp_path, callback, max_grad_norm=0.0, save_strategy="no", max_steps=3)
     model = language_model()
-    algorithm = RigL(update=1, drop_fraction=0.5)
+    algorithm = RigL(update_freq=1, drop_fraction=0.5)
     algorithm.attach(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     order = []
@@ -118,27 +118,29 @@ def test_the_gradient_is_the_sum_over_the_micro_batches(tmp_path):
 
 
 def test_the_checkpoint_may_be_elsewhere(tmp_path):
-    trainer(tmp_path / "first", SparsityCallback(SET(update=1))).train()
+    trainer(tmp_path / "first", SparsityCallback(SET(update_freq=1))).train()
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "first" / "checkpoint-5", moved)
-    callback = SparsityCallback(SET(update=1), resume_from=moved)
+    callback = SparsityCallback(SET(update_freq=1), resume_from=moved)
     trainer(tmp_path / "second", callback).train(resume_from_checkpoint=str(moved))
     assert callback._driver.algorithm.steps_done == STEPS
     with pytest.raises(FileNotFoundError, match=r"resumes after step 5, .*resume_from=<its folder>"):
-        trainer(tmp_path / "third", SparsityCallback(SET(update=1))).train(resume_from_checkpoint=str(moved))
+        trainer(tmp_path / "third", SparsityCallback(SET(update_freq=1))).train(
+            resume_from_checkpoint=str(moved)
+        )
 
 
 def test_the_file_must_belong_to_the_weights(tmp_path):
-    trainer(tmp_path, SparsityCallback(SET(update=1)), max_steps=5).train()
+    trainer(tmp_path, SparsityCallback(SET(update_freq=1)), max_steps=5).train()
     saved = torch.load(tmp_path / "checkpoint-5" / FILE, weights_only=True)
     torch.save({**saved, "fingerprint": 1}, tmp_path / "checkpoint-5" / FILE)
     with pytest.raises(FileNotFoundError, match="with the weights it has loaded"):
-        trainer(tmp_path, SparsityCallback(SET(update=1))).train(resume_from_checkpoint=True)
+        trainer(tmp_path, SparsityCallback(SET(update_freq=1))).train(resume_from_checkpoint=True)
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
 def test_a_group_is_driven(tmp_path):
-    group = Group({"*.mlp.*": rigl(grad_accumulation=ACCUMULATE), "*": SET(update=3)})
+    group = Group({"*.mlp.*": rigl(grad_accumulation=ACCUMULATE), "*": SET(update_freq=3)})
     callback = SparsityCallback(group)
     ours = trainer(tmp_path, callback, max_steps=4, save_strategy="no")
     ours.train()
@@ -157,7 +159,7 @@ def test_save_pretrained_and_load(tmp_path):
     """`save_pretrained` writes the topology; weights load into a sparsified model of any other topology."""
     safetensors = pytest.importorskip("safetensors.torch")
     model, other = language_model(), language_model(seed=1)
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     algorithm.attach(model)
     algorithm.step()
     model.save_pretrained(tmp_path)
@@ -173,7 +175,7 @@ def test_save_pretrained_and_load(tmp_path):
 @pytest.mark.parametrize("shard", ["1GB", "4KB"])
 def test_from_pretrained(tmp_path, tied, shard):
     model = language_model(tied=tied).eval()
-    algorithm = SET(Constant(0.9), update=1)
+    algorithm = SET(ConstantSchedule(0.9), update_freq=1)
     algorithm.attach(model)
     algorithm.step()
     model.save_pretrained(tmp_path, max_shard_size=shard)

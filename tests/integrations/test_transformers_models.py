@@ -65,7 +65,7 @@ def test_sparse_by_name_trained_and_dense_again(name):
     layers = dict(find_sparse(model))
     assert len(layers) == n_layers
     positions = {each: layer.positions().clone() for each, layer in layers.items()}
-    algorithm = RigL(update=3, drop_fraction=0.3)
+    algorithm = RigL(update_freq=3, drop_fraction=0.3)
     model.train().apply(algorithm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []

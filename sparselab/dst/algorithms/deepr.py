@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from sparselab.dst.budget.targets import KeepCount
 from sparselab.dst.checks import require_finite
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.engine.optimizer_state import StateMove
-from sparselab.dst.parts.drop import Scores, lowest, lowest_of_network
+from sparselab.dst.parts.drop import DropScore, Scores, lowest, lowest_of_network
 from sparselab.dst.parts.grow import RandomGrowth
-from sparselab.dst.parts.view import LayerView, UpdateReport, Vacancy
-from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
+from sparselab.dst.parts.redistribute import Redistribution
+from sparselab.dst.parts.select import LayerSelection, NetworkSelection, UpdateContext, as_selection
+from sparselab.dst.parts.view import LayerUpdate, LayerView
+from sparselab.dst.schedules.schedule import ConstantSchedule, Schedule, as_schedule
+from sparselab.dst.schedules.when import UpdateSchedule, when_to_update
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
+from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.storage.entries import move_slots
 
 #: Keep these draws apart from those of the growth.
 _WALK, _SIGN, _SHARE = 11, 12, 13
@@ -36,21 +41,24 @@ class DeepR(DynamicSparsityAlgorithm):
     Parameters
     ----------
     sparsity : float or None
-        See `DynamicSparsityAlgorithm`.
+        The sparsity that every attached layer must have; None leaves each layer its own.
+    update_freq : int, optional
+        Optimizer steps between replacements: 1, as in the paper, if `update` says nothing else. The walk goes
+        on at every step.
+    update : dict, list of int, or UpdateSchedule, optional
+        The steps that replace connections, where a period does not say it; see `DynamicSparsityAlgorithm`.
+    stop : int, optional
+        The optimizer step from which on nothing is replaced, and the walk ends.
+    seed : int
+        All random draws depend on ``(seed, layer, step)`` and nothing else.
+    scope : {"layer", "network"}
+        Whether each layer replaces its own, or the new positions are drawn among all empty ones of the
+        network, where every layer keeps at least one connection.
     temperature : float, Schedule or callable
         Strength of the noise; not negative. 0 draws none. The released script adds ``lr * 1e-5 * N(0, 1)``,
         which at its first learning rate, 0.5, is the default.
     l1 : float
         Pull towards zero; not negative.
-    update : int, mapping, sequence of int, or UpdateSchedule
-        The steps that replace connections; the walk goes on at every step.
-    seed : int
-        See `DynamicSparsityAlgorithm`.
-    scope : {"layer", "network"}
-        Whether each layer replaces its own, or the new positions are drawn among all empty ones of the
-        network, where every layer keeps at least one connection.
-    settings
-        Of `DynamicSparsityAlgorithm`.
 
     Raises
     ------
@@ -63,7 +71,7 @@ class DeepR(DynamicSparsityAlgorithm):
     -----
     O(nnz) time on every step: one normal number for each connection, and where connections are replaced the
     layer is rewritten, too, and its plans for the products are made anew, which in most steps costs more. A
-    larger interval of `update` saves that. One byte of sign per connection is kept, moved and saved.
+    larger `update_freq` saves that. One byte of sign per connection is kept, moved and saved.
 
     The first step gives each connection the sign that its weight has after it. Departures from the paper: a
     connection does not begin where one has just ended, so if more end than there are empty positions those
@@ -90,46 +98,54 @@ class DeepR(DynamicSparsityAlgorithm):
     (205, True)
     """
 
-    _SCOPES = ("layer", "network")
-    _FOLLOWS_SCHEDULE = False
-    _OF_BLOCKS = False
-
     def __init__(
         self,
         sparsity: float | None = None,
+        *,
+        update_freq: int | None = None,
+        update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
+        stop: int | None = None,
+        seed: int = 0,
+        scope: Literal["layer", "network"] = "layer",
         temperature: float | Schedule | Callable[[int], float] = 2.5e-11,
         l1: float = 1e-5,
-        update: Any = 1,
-        seed: int = 0,
-        *,
-        scope: Literal["layer", "network"] = "layer",
-        **settings: Any,
     ) -> None:
-        grow = RandomGrowth(regrow=False)
-        super().__init__(sparsity, 1.0, update, seed, grow=grow, scope=scope, **settings)
-        self.temperature = as_schedule(temperature)
-        if isinstance(self.temperature, Constant):
+        selection = as_selection(scope, ("layer", "network"))
+        self._signs = Signs()
+        super().__init__(
+            KeepCount(sparsity),
+            update=when_to_update(update_freq, update, stop, default=1)[0],
+            stop=stop,
+            seed=seed,
+            scope=EndedOfLayer() if selection.scope == "layer" else EndedOfNetwork(),
+            drop=self._signs,
+            grow=RandomGrowth(regrow=False),
+            redistribute=None if selection.scope == "layer" else ByChance(),
+        )
+        self.temperature = as_schedule(temperature, "temperature")
+        if isinstance(self.temperature, ConstantSchedule):
             self._noise(1.0, 0)
         require_finite("l1", l1)
         if l1 < 0:
-            raise ValueError(f"l1 must not be negative; got {l1!r}")
-        self.l1 = l1
+            raise ValueError(f"l1 must not be negative, got {l1!r}")
+        self.l1 = float(l1)
 
     def _noise(self, lr: float, step: int) -> float:
         """Standard deviation of the noise."""
         temperature = self.temperature(step)
         if not 0 <= temperature < math.inf:
             raise ValueError(
-                f"temperature must be finite and not negative; got {temperature!r} at step {step}"
+                f"temperature must be finite and not negative, got {temperature!r} at step {step}"
             )
         return math.sqrt(2 * lr * temperature)
 
-    def _finish_step(self, step: int) -> None:
-        views = [view for view in self._views(step) if view.layer.stored.requires_grad]
-        rates = [self._learning_rate(view) for view in views]
-        for view, lr in zip(views, rates, strict=True):
-            self._walk(view, lr)
-        super()._finish_step(step)
+    def _after_step(self, step: int) -> None:
+        if self.stop is None or step < self.stop:
+            views = [view for view in self.views(step) if view.layer.stored.requires_grad]
+            rates = [self._learning_rate(view) for view in views]
+            for view, lr in zip(views, rates, strict=True):
+                self._walk(view, lr)
+        super()._after_step(step)
 
     def _learning_rate(self, view: LayerView) -> float:
         if "lr" not in view.group:
@@ -143,53 +159,91 @@ class DeepR(DynamicSparsityAlgorithm):
     @torch.no_grad()
     def _walk(self, view: LayerView, lr: float) -> None:
         """Pull and shake the weights of a layer."""
-        signs = self._slots[view.index].get("sign")
-        if signs is None:
-            signs = self._slots[view.index]["sign"] = view.weights.sign().to(torch.int8)
-            _draw_missing_signs(view, signs)
+        signs = self._signs.of(view)
         weights = view.weights - lr * self.l1 * signs.to(view.weights.dtype)
         if noise := self._noise(lr, view.step):
             normal = view.rng(_WALK).standard_normal(view.nnz, np.float32)
             weights.add_(torch.from_numpy(normal).to(weights), alpha=noise)
         view.layer.put(view.layer.stored.detach(), torch.arange(view.nnz), weights)
 
-    def _drop(self, views: Sequence[LayerView], step: int) -> list[Array]:
-        strengths = [self._strengths(view) for view in views]
-        n_ended = [int(np.count_nonzero(~(layer >= 0))) for layer in strengths]
-        rooms = [view.size - view.nnz for view in views]
-        if self.scope == "layer":
-            n_ended = list(map(min, n_ended, rooms))
-        else:
-            n_ended = [min(n, max(0, view.nnz - 1)) for n, view in zip(n_ended, views, strict=True)]
-            if sum(n_ended) > sum(rooms):
-                return lowest_of_network(strengths, sum(rooms))
-        return [lowest(layer, n) for layer, n in zip(strengths, n_ended, strict=True)]
 
-    def _strengths(self, view: LayerView) -> Scores:
-        """(nnz,): ``sign * w``, negative where a connection has ended."""
-        strengths: Scores = (self._slots[view.index]["sign"] * view.weights).cpu().numpy()
+class Signs(DropScore):
+    """``sign * w`` of signs that every connection keeps; negative where it has ended."""
+
+    def __init__(self) -> None:
+        self._signs: dict[int, torch.Tensor] = {}
+
+    def of(self, view: LayerView) -> torch.Tensor:
+        """int8 (nnz,): the sign of each connection; at first that of its weight."""
+        if view.index not in self._signs:
+            self._signs[view.index] = view.weights.sign().to(torch.int8)
+            self._draw_missing(view)
+        return self._signs[view.index]
+
+    def __call__(self, view: LayerView) -> Scores:
+        """(nnz,): how far each connection is from ending."""
+        strengths: Scores = (self.of(view) * view.weights).cpu().numpy()
         return strengths
 
-    def _allot(self, vacancies: Sequence[Vacancy], step: int) -> list[int]:
-        if self.scope == "layer" or not vacancies:
-            return super()._allot(vacancies, step)
-        ends = np.cumsum([min(vacancy.n_free, self.grow.room(vacancy.view)) for vacancy in vacancies])
-        n_grow = sum(vacancy.drop.size for vacancy in vacancies)
-        drawn = sample_distinct(vacancies[0].view.rng(_SHARE), int(ends[-1]), n_grow)
+    def follow(self, view: LayerView, source: torch.Tensor) -> None:
+        """Move the signs, and draw those of new connections."""
+        self._signs[view.index] = move_slots(self._signs[view.index], source)
+        self._draw_missing(view)
+
+    def _draw_missing(self, view: LayerView) -> None:
+        signs = self._signs[view.index]
+        missing = (signs == 0).nonzero().reshape(-1)
+        drawn = view.rng(_SIGN).integers(2, size=len(missing), dtype=np.int8) * 2 - 1
+        signs[missing] = torch.from_numpy(drawn).to(signs.dtype)
+
+    def detach(self, layers: Iterable[SparseLayer]) -> None:
+        """Forget all signs."""
+        self._signs.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The signs, by the number of their layer."""
+        return {str(index): signs.clone() for index, signs in self._signs.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back the signs."""
+        self._signs = {int(index): signs.clone() for index, signs in state.items()}
+
+
+class EndedOfLayer(LayerSelection):
+    """Whatever scores below 0 goes, of each layer as much as it has empty positions."""
+
+    of_blocks = False
+
+    def drop(self, context: UpdateContext) -> list[Array]:
+        """Slots that have ended; where there is no room for all, those furthest below 0."""
+        return [
+            lowest(scores, min(_n_ended(scores), room))
+            for scores, room in zip(context.scores, context.rooms, strict=True)
+        ]
+
+
+class EndedOfNetwork(NetworkSelection):
+    """Whatever scores below 0 goes, but one connection of each layer, and as much as there is room for."""
+
+    of_blocks = False
+
+    def drop(self, context: UpdateContext) -> list[Array]:
+        """Slots that have ended; where there is no room for all, those furthest below 0."""
+        n_ended = [min(_n_ended(scores), max(0, scores.size - 1)) for scores in context.scores]
+        if sum(n_ended) > (room := sum(context.rooms)):
+            return lowest_of_network(context.scores, room)
+        return [lowest(scores, n) for scores, n in zip(context.scores, n_ended, strict=True)]
+
+
+class ByChance(Redistribution):
+    """New positions are drawn among all empty ones of the network."""
+
+    def shares(self, updates: Sequence[LayerUpdate], n_grow: int, caps: Sequence[int]) -> list[int]:
+        """How many of them lie in each layer."""
+        ends = np.cumsum(caps)
+        drawn = sample_distinct(updates[0].view.rng(_SHARE), int(ends[-1]), n_grow)
         return [int(n) for n in np.diff(np.searchsorted(drawn, ends), prepend=0)]
 
-    def _rewire(self, vacancy: Vacancy, move: StateMove) -> UpdateReport:
-        report = super()._rewire(vacancy, move)
-        if report.grown:
-            _draw_missing_signs(vacancy.view, self._slots[vacancy.view.index]["sign"])
-        return report
 
-    def _config(self) -> dict[str, Any]:
-        return {**super()._config(), "temperature": self.temperature.describe(), "l1": float(self.l1)}
-
-
-def _draw_missing_signs(view: LayerView, signs: torch.Tensor) -> None:
-    """Give those that are 0 a random sign, in place."""
-    missing = (signs == 0).nonzero().reshape(-1)
-    drawn = view.rng(_SIGN).integers(2, size=len(missing), dtype=np.int8) * 2 - 1
-    signs[missing] = torch.from_numpy(drawn).to(signs.dtype)
+def _n_ended(scores: Scores) -> int:
+    return int(np.count_nonzero(~(scores >= 0)))

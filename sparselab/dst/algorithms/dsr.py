@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
+from sparselab.dst.budget.targets import KeepCount
 from sparselab.dst.checks import require_count, require_finite
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.parts.drop import Scores, lowest_of_network
+from sparselab.dst.parts.drop import DropScore, Scores, lowest_of_network
 from sparselab.dst.parts.grow import RandomGrowth
-from sparselab.dst.parts.redistribute import ByRemaining
-from sparselab.dst.parts.view import LayerView
+from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.redistribute import ByRemaining, Redistribution
+from sparselab.dst.parts.select import NetworkSelection, UpdateContext
+from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.kernels.arrays import Array
+from sparselab.nn.layers.base import SparseLayer
 
 # So that doubling or halving without end reaches neither infinity nor 0, from where there is no way back.
 _SMALLEST, _LARGEST = 1e-30, 1e30
@@ -33,21 +38,31 @@ class DSR(DynamicSparsityAlgorithm):
     Parameters
     ----------
     sparsity : float or None
-        See `DynamicSparsityAlgorithm`.
+        The sparsity that every attached layer must have; None leaves each layer its own.
+    update_freq : int, optional
+        Optimizer steps between updates; 100 if `update` says nothing else.
+    update : dict, list of int, or UpdateSchedule, optional
+        The steps that end with an update, where a period does not say it; see `DynamicSparsityAlgorithm`.
+    stop : int, optional
+        The optimizer step from which on nothing is rewired.
+    seed : int
+        All random draws depend on ``(seed, layer, step)`` and nothing else.
     n_prune : int or float
         How many connections should be below H: a number, or a fraction of all connections, in (0, 1).
-    update, seed
-        See `DynamicSparsityAlgorithm`.
     threshold : float
         H of the first update; positive.
     tolerance : float
         In [0, 1).
-    settings
-        Of `DynamicSparsityAlgorithm`. Drop scores other than ``|w|`` are compared with H just the same.
+    drop : DropScore, optional
+        By default `Magnitude`; others are compared with H just the same.
+    redistribute : Redistribution, optional
+        By default `ByRemaining`.
+    grown_value, grown_state
+        See `DynamicSparsityAlgorithm`.
 
     Attributes
     ----------
-    threshold : float
+    current_threshold : float
         H of the next update. It is saved and resumed.
 
     Raises
@@ -61,7 +76,8 @@ class DSR(DynamicSparsityAlgorithm):
     exact: what a full layer has no room for goes to the others, and if more connections are below H than
     there are empty positions in the network, only the lowest of them are dropped. NaN is below every H.
 
-    The paper updates every 1000 steps at first and every 8000 at last (``update=[...]``). Its `n_prune` is a
+    The paper updates every 1000 steps at first and every 8000 at last (``update=[...]``), here it is every
+    100 by default. Its `n_prune` is a
     number for each network; the default fraction is ours.
 
     References
@@ -75,67 +91,104 @@ class DSR(DynamicSparsityAlgorithm):
     >>> from sparselab.dst import DSR
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.Sequential(SparseLinear(64, 32), torch.nn.ReLU(), SparseLinear(32, 4))
-    >>> algorithm = DSR(sparsity=0.9, n_prune=0.2, update=1, threshold=0.5)
+    >>> algorithm = DSR(sparsity=0.9, n_prune=0.2, update_freq=1, threshold=0.5)
     >>> _ = model.apply(algorithm)
     >>> algorithm.step()
-    >>> algorithm.threshold, sum(layer.nnz for layer in algorithm.layers)
+    >>> algorithm.current_threshold, sum(layer.nnz for layer in algorithm.layers)
     (0.25, 218)
     """
-
-    _SCOPES = ("network",)
-    _FOLLOWS_SCHEDULE = False
-    _OF_BLOCKS = False
 
     def __init__(
         self,
         sparsity: float | None = None,
-        n_prune: int | float = 0.1,
-        update: Any = 1000,
-        seed: int = 0,
         *,
+        update_freq: int | None = None,
+        update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
+        stop: int | None = None,
+        seed: int = 0,
+        n_prune: int | float = 0.1,
         threshold: float = 1e-3,
         tolerance: float = 0.1,
-        **settings: Any,
+        drop: DropScore | None = None,
+        redistribute: Redistribution | None = None,
+        grown_value: float | GrownValue = 0.0,
+        grown_state: GrownState = "zero",
     ) -> None:
-        settings.setdefault("redistribute", ByRemaining())
-        grow = RandomGrowth(regrow=False)
-        super().__init__(sparsity, 1.0, update, seed, grow=grow, scope="network", **settings)
+        super().__init__(
+            KeepCount(sparsity),
+            update_freq=update_freq,
+            update=update,
+            stop=stop,
+            seed=seed,
+            scope=BelowThreshold(n_prune, threshold, tolerance),
+            drop=drop,
+            grow=RandomGrowth(regrow=False),
+            redistribute=ByRemaining() if redistribute is None else redistribute,
+            grown_value=grown_value,
+            grown_state=grown_state,
+        )
+
+    n_prune = setting("selection", "n_prune")
+    threshold = setting("selection", "threshold")
+    tolerance = setting("selection", "tolerance")
+    current_threshold = setting("selection", "current_threshold")
+
+
+class BelowThreshold(NetworkSelection):
+    """Whatever scores below a threshold goes, which then doubles or halves.
+
+    Parameters
+    ----------
+    n_prune : int or float
+    threshold : float
+        Of the first update.
+    tolerance : float
+    """
+
+    of_blocks = False
+
+    def __init__(self, n_prune: int | float, threshold: float, tolerance: float) -> None:
         self.n_prune = _check_n_prune(n_prune)
         require_finite("threshold", threshold)
         if threshold <= 0:
-            raise ValueError(f"threshold must be positive; got {threshold!r}")
+            raise ValueError(f"threshold must be positive, got {threshold!r}")
         require_finite("tolerance", tolerance)
         if not 0 <= tolerance < 1:
-            raise ValueError(f"tolerance must lie in [0, 1); got {tolerance!r}")
-        self.threshold = float(threshold)
+            raise ValueError(f"tolerance must lie in [0, 1), got {tolerance!r}")
+        self.threshold = self.current_threshold = float(threshold)
         self.tolerance = tolerance
 
-    def _drop(self, views: Sequence[LayerView], step: int) -> list[Array]:
-        scores = [self.drop(view) for view in views]
-        drops = [_below(layer, self.threshold) for layer in scores]
+    def drop(self, context: UpdateContext) -> list[Array]:
+        """Slots below the threshold, as many as can be replaced."""
+        drops = [_below(scores, self.current_threshold) for scores in context.scores]
         n_below = sum(drop.size for drop in drops)
-        self._adjust(n_below, sum(view.nnz for view in views))
-        room = sum(view.size - view.nnz for view in views)
-        return drops if n_below <= room else lowest_of_network(scores, room)
+        self._adjust(n_below, sum(view.nnz for view in context.views))
+        room = sum(context.rooms)
+        return drops if n_below <= room else lowest_of_network(context.scores, room)
 
     def _adjust(self, n_below: int, nnz: int) -> None:
         """Double or halve the threshold for the next update."""
         wanted = self.n_prune if isinstance(self.n_prune, int) else self.n_prune * nnz
         if n_below < (1 - self.tolerance) * wanted:
-            self.threshold = min(2 * self.threshold, _LARGEST)
+            self.current_threshold = min(2 * self.current_threshold, _LARGEST)
         elif n_below > (1 + self.tolerance) * wanted:
-            self.threshold = max(self.threshold / 2, _SMALLEST)
+            self.current_threshold = max(self.current_threshold / 2, _SMALLEST)
 
-    def _config(self) -> dict[str, Any]:
-        return {**super()._config(), "n_prune": self.n_prune, "tolerance": float(self.tolerance)}
+    def detach(self, layers: Iterable[SparseLayer]) -> None:
+        """Begin with the first threshold again."""
+        self.current_threshold = self.threshold
 
-    def _memory(self) -> dict[str, Any]:
-        return {**super()._memory(), "threshold": self.threshold}
+    def state_dict(self) -> dict[str, Any]:
+        """The threshold of the next update."""
+        return {"threshold": self.current_threshold}
 
-    def _remember(self, memory: dict[str, Any]) -> None:
-        require_finite("state['memory']['threshold']", memory["threshold"])
-        super()._remember(memory)
-        self.threshold = float(memory["threshold"])
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError if it is no threshold; change nothing."""
+        require_finite("the saved threshold", state["threshold"])
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back the threshold."""
+        self.current_threshold = float(state["threshold"])
 
 
 def _check_n_prune(value: object) -> int | float:
@@ -144,7 +197,7 @@ def _check_n_prune(value: object) -> int | float:
     require_finite("n_prune", value, "a number of connections, or a fraction in (0, 1)")
     fraction = float(cast(float, value))
     if not 0 < fraction < 1:
-        raise ValueError(f"n_prune must be a whole number, or a fraction in (0, 1); got {value!r}")
+        raise ValueError(f"n_prune must be a whole number, or a fraction in (0, 1), got {value!r}")
     return fraction
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+from sparselab.dst.budget.targets import Prune
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
+from sparselab.dst.parts.drop import DropScore
+from sparselab.dst.parts.select import as_selection
+from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
 
 
@@ -17,18 +20,20 @@ class GMP(DynamicSparsityAlgorithm):
     ----------
     sparsity : Schedule or callable
         Of each layer, or of all together if the scope is the network; called with the step. The paper's is
-        ``Polynomial(init, final, steps)``. It must not be constant. Layers start as dense as they were
+        ``PolynomialSchedule(init, final, stop)``. It must not be constant. Layers start as dense as they were
         built, and one that has fewer connections than the schedule says keeps them.
-    drop_fraction : float, Schedule or callable
-        Fraction of what the schedule leaves to replace at each update, as `DynamicSparsityAlgorithm` does.
-        0, the default, is the paper's algorithm.
-    update : int, mapping, list of int, or UpdateSchedule
-        The steps that end with an update. Pruning ends with the last of them: let one come at or after the
-        step at which the schedule reaches its final value.
+    update_freq : int, optional
+        Optimizer steps between updates; 100 if `update` says nothing else.
+    update : dict, list of int, or UpdateSchedule, optional
+        The steps that end with an update, where a period does not say it; see `DynamicSparsityAlgorithm`.
+    stop : int, optional
+        The optimizer step from which on nothing is pruned: after an update that has the final sparsity.
     seed : int
-        Draws nothing unless something is grown.
-    **settings
-        `scope` and other parts; see `DynamicSparsityAlgorithm`.
+        Nothing is drawn; kept for a common interface.
+    scope : {"layer", "network"}
+        Whether the schedule holds for each layer or for the network.
+    drop : DropScore, optional
+        By default `Magnitude`.
 
     Raises
     ------
@@ -51,11 +56,11 @@ class GMP(DynamicSparsityAlgorithm):
     Examples
     --------
     >>> import torch
-    >>> from sparselab.dst import GMP, Polynomial
+    >>> from sparselab.dst import GMP, PolynomialSchedule
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.Sequential(SparseLinear(64, 32, sparsity=0.0))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> algorithm = GMP(Polynomial(0.0, 0.9, steps=20), update=10)
+    >>> algorithm = GMP(PolynomialSchedule(0.0, 0.9, stop=20), update_freq=10)
     >>> handle = algorithm.attach(model, optimizer)
     >>> for _ in range(20):
     ...     optimizer.zero_grad()
@@ -70,17 +75,20 @@ class GMP(DynamicSparsityAlgorithm):
     def __init__(
         self,
         sparsity: Schedule | Callable[[int], float],
-        drop_fraction: float | Schedule | Callable[[int], float] = 0.0,
-        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
+        *,
+        update_freq: int | None = None,
+        update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
+        stop: int | None = None,
         seed: int = 0,
-        **settings: Any,
+        scope: Literal["layer", "network"] = "layer",
+        drop: DropScore | None = None,
     ) -> None:
-        if isinstance(schedule := as_schedule(sparsity), Constant):
-            raise ValueError(
-                f"sparsity must be a schedule that changes, such as Polynomial(0.0, 0.9, steps), for "
-                f"{type(self).__name__}, which prunes while it trains; got the constant {schedule.value!r}"
-            )
-        super().__init__(schedule, drop_fraction, update, seed, **settings)
-
-    def _total(self, step: int, nnz: int, size: int) -> int:
-        return min(nnz, super()._total(step, nnz, size))
+        super().__init__(
+            Prune(sparsity),
+            update_freq=update_freq,
+            update=update,
+            stop=stop,
+            seed=seed,
+            scope=as_selection(scope, ("layer", "network")),
+            drop=drop,
+        )

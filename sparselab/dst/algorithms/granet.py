@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from sparselab.dst.algorithms.gmp import GMP
+from sparselab.dst.budget.targets import Budget, Exchange, Prune
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
 from sparselab.dst.parts.drop import DropScore, lowest, lowest_of_network
 from sparselab.dst.parts.grow import GradientGrowth
-from sparselab.dst.parts.view import LayerView, Vacancy, total_size
+from sparselab.dst.parts.redistribute import Redistribution
+from sparselab.dst.parts.select import NetworkSelection, UpdateContext, as_selection
+from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.kernels.arrays import Array
 
 
-class GraNet(GMP):
+class GraNet(DynamicSparsityAlgorithm):
     """Prune by magnitude over all layers together, then replace the weakest of each layer by gradient.
 
     An update at step t first drops the smallest ``|w|`` of the network down to ``sparsity(t)``. Then each
@@ -25,21 +29,27 @@ class GraNet(GMP):
     Parameters
     ----------
     sparsity : Schedule or callable
-        As of `GMP`, of all layers together. The paper's is ``Polynomial(init, final, steps)``, beginning
-        either dense (0) or with layers of sparsity 0.5 shared out by ERK (see `allocate`).
+        As of `GMP`, of all layers together. The paper's is ``PolynomialSchedule(init, final, stop)``,
+        beginning either dense (0) or with layers of sparsity 0.5 shared out by ERK (see `allocate`).
     drop_fraction : float, Schedule or callable
-        Neuroregeneration, in ``[0, 1]``. The paper's is ``Cosine(0.5, steps, minimum=0.005)`` over the whole
-        training; the default stays at 0.5.
-    update : int, mapping, list of int, or UpdateSchedule
-        The steps that end with an update: 1000 apart, as the paper's on CIFAR (4000 on ImageNet).
+        Neuroregeneration, in ``[0, 1]``. The paper's is ``CosineSchedule(0.5, steps, minimum=0.005)`` over
+        the whole training.
+    update_freq : int, optional
+        Optimizer steps between updates; 100 if `update` says nothing else.
+    update : dict, list of int, or UpdateSchedule, optional
+        The steps that end with an update, where a period does not say it; see `DynamicSparsityAlgorithm`.
+    stop : int, optional
+        The optimizer step from which on nothing is rewired. A `drop_fraction` that is a number then falls
+        from it to 0 as a cosine, which ends there; without `stop` it stays, and updates go on.
+        The schedule of the sparsity must have ended by then.
     seed : int
         Nothing is drawn; kept for a common interface.
-    grad_accumulation : int
-        Backward passes per optimizer step; the gradient is the sum over them.
     scope : {"network", "layer"}
         Whether the schedule holds for the network or for each layer.
     drop : DropScore, optional
         By default `Magnitude`.
+    grad_accumulation : int
+        Backward passes per optimizer step; the gradient is the sum over them.
 
     Raises
     ------
@@ -53,8 +63,9 @@ class GraNet(GMP):
     gradient is not finite, keeps its topology and stands outside the total until it is reached again.
     Memory beside the layers: O(nnz) and one block of the gradient.
 
-    The released code decides ties at its threshold one way for one data set and the other for another; here
-    counts are exact, and equal scores keep the earlier layer and the lower position.
+    The paper updates every 1000 steps on CIFAR, every 4000 on ImageNet. The released code decides ties at its
+    threshold one way for one data set and the other for another; here counts are exact, and equal scores keep
+    the earlier layer and the lower position.
 
     References
     ----------
@@ -64,12 +75,12 @@ class GraNet(GMP):
     Examples
     --------
     >>> import torch
-    >>> from sparselab.dst import Cosine, GraNet, Polynomial
+    >>> from sparselab.dst import GraNet, PolynomialSchedule
     >>> from sparselab.nn import SparseLinear
     >>> layers = SparseLinear(64, 32, sparsity=0.5), torch.nn.ReLU(), SparseLinear(32, 8, sparsity=0.5)
     >>> model = torch.nn.Sequential(*layers)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> algorithm = GraNet(Polynomial(0.5, 0.9, steps=20), Cosine(0.5, 40, minimum=0.005), update=10)
+    >>> algorithm = GraNet(PolynomialSchedule(0.5, 0.9, stop=20), update_freq=10, stop=40)
     >>> handle = algorithm.attach(model, optimizer)
     >>> for _ in range(20):
     ...     optimizer.zero_grad()
@@ -82,29 +93,55 @@ class GraNet(GMP):
     def __init__(
         self,
         sparsity: Schedule | Callable[[int], float],
-        drop_fraction: float | Schedule | Callable[[int], float] = 0.5,
-        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 1000,
-        seed: int = 0,
         *,
-        grad_accumulation: int = 1,
+        drop_fraction: float | Schedule | Callable[[int], float] = 0.5,
+        update_freq: int | None = None,
+        update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
+        stop: int | None = None,
+        seed: int = 0,
         scope: Literal["layer", "network"] = "network",
         drop: DropScore | None = None,
+        grad_accumulation: int = 1,
     ) -> None:
-        grow = GradientGrowth(grad_accumulation)
-        super().__init__(sparsity, drop_fraction, update, seed, grow=grow, scope=scope, drop=drop)
+        budget = Prune(sparsity, annealed(drop_fraction, update, stop))
+        whole = Regenerate(budget) if scope == "network" else as_selection(scope, ("layer", "network"))
+        super().__init__(
+            budget,
+            update_freq=update_freq,
+            update=update,
+            stop=stop,
+            seed=seed,
+            scope=whole,
+            drop=drop,
+            grow=GradientGrowth(grad_accumulation),
+        )
 
-    def _plan(self, views: Sequence[LayerView], step: int) -> list[Vacancy]:
-        if self.scope == "layer":
-            return super()._plan(views, step)
-        nnz = sum(view.nnz for view in views)
-        scores = [self.drop(view) for view in views]
-        pruned = lowest_of_network(scores, nnz - self._total(step, nnz, total_size(views)))
-        plan = []
-        for view, own, gone in zip(views, scores, pruned, strict=True):
-            n_new = int(self._fraction(step) * (view.nnz - gone.size))
+
+class Regenerate(NetworkSelection):
+    """The network drops what its schedule says; then each layer replaces a fraction of what it has left.
+
+    Parameters
+    ----------
+    budget : Exchange
+        Of the algorithm.
+    """
+
+    def __init__(self, budget: Exchange) -> None:
+        self._budget = budget
+
+    def select(self, context: UpdateContext) -> list[LayerUpdate]:
+        """What happens to each layer."""
+        nnz = sum(view.nnz for view in context.views)
+        pruned = lowest_of_network(context.scores, nnz - context.network_targets()[1])
+        updates = []
+        for view, scores, gone in zip(context.views, context.scores, pruned, strict=True):
+            n_new = self._budget.exchanged(view.step, view.nnz - gone.size)
             # What the network drops comes first in the layer's own order too.
-            plan.append(Vacancy(view, lowest(own, gone.size + n_new), n_new))
-        return plan
+            updates.append(LayerUpdate(view, lowest(scores, gone.size + n_new), n_new))
+        return updates
 
-    def _most_growth(self, step: int, index: int) -> int:
-        return int(self._fraction(step) * self._layers[index].nnz)
+    def most_growth(
+        self, views: Sequence[LayerView], index: int, budget: Budget, redistribute: Redistribution | None
+    ) -> int | Array:
+        """As if the layer lost nothing to the schedule."""
+        return self._budget.exchanged(views[index].step, views[index].nnz)

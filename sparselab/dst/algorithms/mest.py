@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from sparselab.dst.budget.targets import Budget
+from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import MagnitudeAndGradient
-from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
+from sparselab.dst.parts.select import as_selection
+from sparselab.dst.schedules.schedule import ConstantSchedule, Schedule, as_schedule
 from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import SparseLayer
@@ -30,16 +33,21 @@ class MEST(DynamicSparsityAlgorithm):
         How far below or above s, as a fraction of all positions. It must come down to 0 for a soft bound to
         end at s. In the released scripts for s = 0.9 it is 0.05, 0.025, 0 (EM&S) or 0.02, 0.01, 0 (EM), with
         steps at 9/16 and 3/4 of the training.
-    update : int, mapping, list of int, or UpdateSchedule
-        The steps that end with an update; every five epochs in the paper.
+    update_freq : int, optional
+        Optimizer steps between updates; 100 if `update` says nothing else.
+    update : dict, list of int, or UpdateSchedule, optional
+        The steps that end with an update, where a period does not say it; see `DynamicSparsityAlgorithm`.
+        Every five epochs in the paper.
+    stop : int, optional
+        The optimizer step from which on nothing is rewired; `delta` does not fall by itself.
     seed : int
         All random draws depend on ``(seed, layer, step)`` and nothing else.
+    scope : {"layer", "network"}
+        As of `DynamicSparsityAlgorithm`.
     soft_bound : bool
         EM&S if true, EM if not.
     lam : float
         Weight of the gradient in the score, at least 0; 0 in the released code, which then is ``|w|``.
-    scope : {"layer", "network"}
-        As of `DynamicSparsityAlgorithm`.
 
     Raises
     ------
@@ -62,11 +70,11 @@ class MEST(DynamicSparsityAlgorithm):
     Examples
     --------
     >>> import torch
-    >>> from sparselab.dst import MEST, Linear
+    >>> from sparselab.dst import MEST, LinearSchedule
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.Sequential(SparseLinear(64, 32, sparsity=0.85))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> algorithm = MEST(0.9, Linear(0.05, 0.0, steps=20), update=10)
+    >>> algorithm = MEST(0.9, delta=LinearSchedule(0.05, 0.0, stop=20), update_freq=10)
     >>> handle = algorithm.attach(model, optimizer)
     >>> for _ in range(20):
     ...     optimizer.zero_grad()
@@ -80,54 +88,87 @@ class MEST(DynamicSparsityAlgorithm):
 
     def __init__(
         self,
-        sparsity: float | None,
-        delta: float | Schedule | Callable[[int], float],
-        update: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule = 100,
-        seed: int = 0,
+        sparsity: float | None = None,
         *,
+        delta: float | Schedule | Callable[[int], float],
+        update_freq: int | None = None,
+        update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
+        stop: int | None = None,
+        seed: int = 0,
+        scope: Literal["layer", "network"] = "layer",
         soft_bound: bool = True,
         lam: float = 0.0,
-        scope: Literal["layer", "network"] = "layer",
+    ) -> None:
+        super().__init__(
+            ElasticMutation(sparsity, delta, soft_bound),
+            update_freq=update_freq,
+            update=update,
+            stop=stop,
+            seed=seed,
+            scope=as_selection(scope, ("layer", "network")),
+            drop=MagnitudeAndGradient(lam),
+        )
+
+    delta = setting("budget", "delta")
+    soft_bound = setting("budget", "soft_bound")
+    lam = setting("drop", "lam")
+
+
+class ElasticMutation(Budget):
+    """Prune to a sparsity and grow back below it, or prune beyond it and grow back to it.
+
+    Parameters
+    ----------
+    sparsity : float or None
+    delta : float, Schedule or callable
+    soft_bound : bool
+        Whether the sparsity is where pruning, not growth, ends.
+    """
+
+    sparsity: float | None
+
+    def __init__(
+        self, sparsity: float | None, delta: float | Schedule | Callable[[int], float], soft_bound: bool
     ) -> None:
         if sparsity is None and soft_bound:
-            raise ValueError("sparsity must be a number for a soft bound, which is below it; got None")
+            raise ValueError("sparsity must be a number for a soft bound, which is below it, got None")
         if isinstance(sparsity, Schedule):
-            raise TypeError(f"sparsity must be a number; what changes is delta; got {sparsity!r}")
-        self.delta = as_schedule(delta)
+            raise TypeError(f"sparsity must be a number, since what changes is delta, got {sparsity!r}")
+        super().__init__(sparsity)
+        self.delta = as_schedule(delta, "delta")
         self.soft_bound = soft_bound
-        self._final = sparsity
-        drop = MagnitudeAndGradient(lam)
-        super().__init__(sparsity, 0.0, update, seed, drop=drop, scope=scope)
-        if isinstance(self.delta, Constant):
+        if isinstance(self.delta, ConstantSchedule):
             self._delta(0)
 
     def _delta(self, step: int) -> float:
         """`delta` at a step; what lies that far from the sparsity must be a sparsity too."""
         delta = self.delta(step)
         most = 1.0
-        if self._final is not None:
-            most = self._final if self.soft_bound else 1 - self._final
+        if self.sparsity is not None:
+            most = self.sparsity if self.soft_bound else 1 - self.sparsity
         if not 0 <= delta <= most:
             raise ValueError(
-                f"delta must lie in [0, {most:.6g}] for sparsity={self._final}; got {delta!r} at step {step}"
+                f"delta must lie in [0, {most:.6g}] for sparsity={self.sparsity}, got {delta!r} at step "
+                f"{step}"
             )
         return delta
 
-    def _check_sparsity(self, layer: SparseLayer) -> None:
+    def check(self, layer: SparseLayer) -> None:
+        """Raise ValueError if the layer has another sparsity, unless it is only where training ends."""
         if not self.soft_bound:
-            super()._check_sparsity(layer)
+            super().check(layer)
 
-    def _total(self, step: int, nnz: int, size: int) -> int:
-        if self._final is None or not self.soft_bound:
-            return nnz
-        return max(min(nnz, 1), n_connections((1, size), self._final - self._delta(step)))
-
-    def _targets(self, step: int, nnz: int, size: int) -> tuple[int, int]:
-        sparsity = 1 - nnz / max(size, 1) if self._final is None else self._final
-        if not self.soft_bound:
+    def targets(self, step: int, nnz: int, size: int) -> tuple[int, int]:
+        """Connections after the drop and after the growth."""
+        sparsity = 1 - nnz / max(size, 1) if self.sparsity is None else self.sparsity
+        total = nnz
+        if self.soft_bound:
+            total = max(min(nnz, 1), n_connections((1, size), sparsity - self._delta(step)))
+        else:
             sparsity = min(1.0, sparsity + self._delta(step))
         kept = min(nnz, max(1, n_connections((1, size), sparsity)))
-        return kept, max(kept, self._total(step, nnz, size))
+        return kept, max(kept, total)
 
-    def _config(self) -> dict[str, Any]:
-        return {**super()._config(), "delta": self.delta.describe(), "soft_bound": self.soft_bound}
+    def describe(self) -> str:
+        """Name and settings, for comparing a saved run with the one that resumes it."""
+        return f"ElasticMutation({self.sparsity}, {self.delta.describe()}, {self.soft_bound})"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.parts.drop import lowest
+from sparselab.dst.budget.targets import Exchange
+from sparselab.dst.engine.describe import setting
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
+from sparselab.dst.parts.drop import DropScore, lowest
 from sparselab.dst.parts.grow_momentum import MomentumGrowth
-from sparselab.dst.parts.redistribute import ByMomentum
-from sparselab.dst.parts.view import LayerView, Vacancy
+from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.redistribute import ByMomentum, ByWeight
+from sparselab.dst.parts.select import LayerSelection, UpdateContext
+from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.dst.schedules.schedule import Schedule
+from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.kernels.arrays import Array
+
+BY_MOMENTUM = ByMomentum()
 
 
 class SNFS(DynamicSparsityAlgorithm):
@@ -28,22 +35,34 @@ class SNFS(DynamicSparsityAlgorithm):
     Parameters
     ----------
     sparsity : float, Schedule or None
-        See `DynamicSparsityAlgorithm`.
+        The sparsity that every attached layer must have; None leaves each layer its own. A schedule is what
+        the layers have together after every update.
     drop_fraction : float, Schedule or callable
-        The paper's is ``Cosine(0.5, steps, minimum=0.005)``.
-    update, seed
-        See `DynamicSparsityAlgorithm`.
+        The paper's is ``CosineSchedule(0.5, steps, minimum=0.005)``.
+    update_freq : int, optional
+        Optimizer steps between updates; 100 if `update` says nothing else.
+    update : dict, list of int, or UpdateSchedule, optional
+        The steps that end with an update, where a period does not say it; see `DynamicSparsityAlgorithm`.
+    stop : int, optional
+        The optimizer step from which on nothing is rewired. A `drop_fraction` that is a number then falls
+        from it to 0 as a cosine, which ends there; without `stop` it stays, and updates go on.
+    seed : int
+        Nothing is drawn; kept for a common interface.
     momentum_bytes : int
         Memory for averages of the dense gradient. The momentum at positions without a weight is not in any
         optimizer; layers that fit into this budget keep their own, at the price of a dense weight gradient
         on every step. The others, all of them if it is 0, grow by the gradient of the updating step.
     momentum : float
         What a step leaves of these averages.
+    drop : DropScore, optional
+        By default `Magnitude`.
+    redistribute : ByWeight or None
+        None leaves each layer its number of connections; `ByMagnitude` and `ByRemaining` are the other rules
+        of the paper's code.
+    grown_value, grown_state
+        See `DynamicSparsityAlgorithm`.
     grad_accumulation : int
         Backward passes per optimizer step.
-    settings
-        Of `DynamicSparsityAlgorithm`. ``redistribute=None`` leaves each layer its number of connections;
-        `ByMagnitude` and `ByRemaining` are the other rules of the paper's code.
 
     Raises
     ------
@@ -71,10 +90,10 @@ class SNFS(DynamicSparsityAlgorithm):
     Examples
     --------
     >>> import torch
-    >>> from sparselab.dst import SNFS, Cosine
+    >>> from sparselab.dst import SNFS
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.Sequential(SparseLinear(64, 32), torch.nn.ReLU(), SparseLinear(32, 4))
-    >>> algorithm = SNFS(sparsity=0.9, drop_fraction=Cosine(0.5, 40, minimum=0.005), update=10)
+    >>> algorithm = SNFS(sparsity=0.9, update_freq=10, stop=40)
     >>> _ = algorithm.attach(model, optimizer := torch.optim.Adam(model.parameters()))
     >>> for _ in range(20):
     ...     optimizer.zero_grad()
@@ -84,43 +103,83 @@ class SNFS(DynamicSparsityAlgorithm):
     218
     """
 
-    _SCOPES = ("layer",)
+    redistribute: ByWeight | None
 
     def __init__(
         self,
         sparsity: float | Schedule | None = None,
-        drop_fraction: float | Schedule | Callable[[int], float] = 0.5,
-        update: Any = 100,
-        seed: int = 0,
         *,
+        drop_fraction: float | Schedule | Callable[[int], float] = 0.5,
+        update_freq: int | None = None,
+        update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
+        stop: int | None = None,
+        seed: int = 0,
         momentum_bytes: int = 64 << 20,
         momentum: float = 0.9,
+        drop: DropScore | None = None,
+        redistribute: ByWeight | None = BY_MOMENTUM,
+        grown_value: float | GrownValue = 0.0,
+        grown_state: GrownState = "zero",
         grad_accumulation: int = 1,
-        **settings: Any,
     ) -> None:
-        settings.setdefault("redistribute", ByMomentum())
-        grow = MomentumGrowth(momentum_bytes, momentum, grad_accumulation)
-        super().__init__(sparsity, drop_fraction, update, seed, grow=grow, **settings)
+        super().__init__(
+            AllButOne(sparsity, annealed(drop_fraction, update, stop)),
+            update_freq=update_freq,
+            update=update,
+            stop=stop,
+            seed=seed,
+            scope=SpareTheGrowing(redistribute),
+            drop=drop,
+            grow=MomentumGrowth(momentum_bytes, momentum, grad_accumulation),
+            redistribute=redistribute,
+            grown_value=grown_value,
+            grown_state=grown_state,
+        )
 
-    def _exchanged(self, step: int, n: int) -> int:
-        return max(0, min(math.ceil(self._fraction(step) * n), n - 1))
+    momentum_bytes = setting("grow", "momentum_bytes")
+    momentum = setting("grow", "momentum")
 
-    def _drop(self, views: Sequence[LayerView], step: int) -> list[Array]:
+
+class AllButOne(Exchange):
+    """As `Exchange`, but rounded up, and one connection always stays."""
+
+    def exchanged(self, step: int, n: int) -> int:
+        """How many of `n` connections are replaced."""
+        return max(0, min(math.ceil(self.fraction(step) * n), n - 1))
+
+
+class SpareTheGrowing(LayerSelection):
+    """A layer that is nearly dense and gets more than an equal share drops no more than it lacks.
+
+    Parameters
+    ----------
+    redistribute : ByWeight or None
+        What the shares are in proportion to.
+    """
+
+    of_blocks = False
+
+    def __init__(self, redistribute: ByWeight | None) -> None:
+        self._redistribute = redistribute
+
+    def drop(self, context: UpdateContext) -> list[Array]:
+        """Slots of the lowest scores of each layer."""
         return [
-            lowest(self.drop(view), self._n_dropped(view, step, growing))
-            for view, growing in zip(views, self._growing(views), strict=True)
+            lowest(scores, self._n_dropped(context, view, growing))
+            for view, scores, growing in zip(
+                context.views, context.scores, self._growing(context.views), strict=True
+            )
         ]
 
-    def _n_dropped(self, view: LayerView, step: int, growing: bool) -> int:
-        kept, total = self._targets(step, view.nnz, view.size)
+    def _n_dropped(self, context: UpdateContext, view: LayerView, growing: bool) -> int:
+        kept, total = context.targets(view)
         n_free = view.size - view.nnz
         if not growing or n_free >= 0.2 * view.size:
             return view.nnz - kept
         return min(view.nnz - kept, max(0, view.nnz - total) + math.ceil(n_free * view.nnz / view.size))
 
     def _growing(self, views: Sequence[LayerView]) -> list[bool]:
-        """Which layers get more than an equal share."""
-        if self.redistribute is None:
+        if self._redistribute is None:
             return [False] * len(views)
-        weights = [self.redistribute.weight(Vacancy(view, np.empty(0, np.int64))) for view in views]
+        weights = [self._redistribute.weight(LayerUpdate(view, np.empty(0, np.int64))) for view in views]
         return [weight * len(views) > sum(weights) for weight in weights]

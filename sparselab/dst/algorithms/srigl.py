@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sparselab.dst.budget.rows import rows_of
+from sparselab.dst.budget.targets import Exchange
 from sparselab.dst.checks import require_finite
-from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
-from sparselab.dst.parts.dense_gradient import (
-    GradientCollector,
-    GradientSummary,
-    PassCount,
-    summarise,
-)
-from sparselab.dst.parts.drop import Magnitude, lowest
+from sparselab.dst.engine.describe import setting
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
+from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount, summarise
+from sparselab.dst.parts.drop import Scores, lowest
 from sparselab.dst.parts.grow import GradientGrowth
+from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.select import RowBudget, RowSelection
 from sparselab.dst.parts.view import LayerView
 from sparselab.dst.schedules.schedule import Schedule
+from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.kernels.arrays import Array, n_connections, slot_dtype
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
-from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.storage.entries import as_scores
 
 Magnitudes = npt.NDArray[np.floating[Any]]
@@ -49,6 +49,17 @@ class SRigL(DynamicSparsityAlgorithm):
     ----------
     sparsity : float or None
         Says the budget of every layer, which must then have that fan-in; with None, it is what the layer has.
+    drop_fraction : float, Schedule or callable
+        f.
+    update_freq : int, optional
+        Optimizer steps between updates; 100 if `update` says nothing else.
+    update : dict, list of int, or UpdateSchedule, optional
+        The steps that end with an update, where a period does not say it; see `DynamicSparsityAlgorithm`.
+    stop : int, optional
+        The optimizer step from which on nothing is rewired. A `drop_fraction` that is a number then falls
+        from it to 0 as a cosine, which ends there; without `stop` it stays, and updates go on.
+    seed : int
+        Nothing is drawn, unless by `grown_value`.
     gamma_sal : float
         Salient positions that an output needs: this many if at least 1, else
         ``max(1, int(gamma_sal * (B // out_features)))``. The need is lowered as far as it takes to leave
@@ -58,10 +69,10 @@ class SRigL(DynamicSparsityAlgorithm):
         False never ablates either.
     exempt_last : bool
         Never ablate outputs of the layer attached last, which usually are the model's outputs.
+    grown_value, grown_state
+        See `DynamicSparsityAlgorithm`.
     grad_accumulation : int
         Backward passes per optimizer step; G is the sum over them.
-    settings
-        Those of `DynamicSparsityAlgorithm`, except `drop`, `grow`, `scope` and `redistribute`.
 
     Raises
     ------
@@ -98,7 +109,7 @@ class SRigL(DynamicSparsityAlgorithm):
     >>> from sparselab.nn import SparseLinear, constant_fan_in_
     >>> model = torch.nn.Sequential(SparseLinear(64, 32), torch.nn.ReLU(), SparseLinear(32, 10))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> algorithm = SRigL(sparsity=0.9, update=10)
+    >>> algorithm = SRigL(sparsity=0.9, update_freq=10)
     >>> handle = algorithm.attach(constant_fan_in_(model), optimizer)
     >>> for _ in range(20):
     ...     optimizer.zero_grad()
@@ -108,42 +119,74 @@ class SRigL(DynamicSparsityAlgorithm):
     ([3], [])
     """
 
-    _OF_BLOCKS = False
-
     def __init__(
         self,
         sparsity: float | None = None,
         *,
+        drop_fraction: float | Schedule | Callable[[int], float] = 0.3,
+        update_freq: int | None = None,
+        update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None = None,
+        stop: int | None = None,
+        seed: int = 0,
         gamma_sal: float = 0.3,
         ablate: bool = True,
         exempt_last: bool = True,
+        grown_value: float | GrownValue = 0.0,
+        grown_state: GrownState = "zero",
         grad_accumulation: int = 1,
-        **settings: Any,
     ) -> None:
-        if isinstance(sparsity, Schedule):
-            raise TypeError("sparsity must be a number or None for SRigL, whose layers keep a budget")
-        require_finite("gamma_sal", gamma_sal)
-        if gamma_sal < 0:
-            raise ValueError(f"gamma_sal must be at least 0; got {gamma_sal!r}")
-        growth = FanInGrowth(self._decide, grad_accumulation)
-        self._fan_in = growth
-        super().__init__(sparsity, drop=Magnitude(), grow=growth, scope="row", **settings)
-        self.gamma_sal = gamma_sal
-        self.ablate = ablate
-        self.exempt_last = exempt_last
-        self._budgets: list[int] = []
+        budget = FanInBudget(sparsity, annealed(drop_fraction, update, stop))
+        self.rows = SalientRows(budget, gamma_sal, ablate, exempt_last, grad_accumulation)
+        super().__init__(
+            budget,
+            update_freq=update_freq,
+            update=update,
+            stop=stop,
+            seed=seed,
+            scope=RowSelection(self.rows),
+            grow=self.rows.growth,
+            grown_value=grown_value,
+            grown_state=grown_state,
+        )
+        self.parts["rows"] = self.rows
+
+    gamma_sal = setting("rows", "gamma_sal")
+    ablate = setting("rows", "ablate")
+    exempt_last = setting("rows", "exempt_last")
 
     def ablated_rows(self) -> list[Array]:
         """Outputs without a connection now, ascending, one array for each attached layer."""
         return [np.flatnonzero(as_matrix(layer).row_nnz == 0) for layer in self._layers]
 
-    def _budget(self, layer: SparseLayer) -> int:
-        sparsity = cast("float | None", self.sparsity)
-        return layer.nnz if sparsity is None else n_connections(layer.shape, sparsity)
 
-    def _check_sparsity(self, layer: SparseLayer) -> None:
+class FanInBudget(Exchange):
+    """As `Exchange`, of layers whose outputs have equally many connections, or none.
+
+    Parameters
+    ----------
+    sparsity : float or None
+    drop_fraction : float, Schedule or callable
+    """
+
+    sparsity: float | None
+
+    def __init__(
+        self, sparsity: float | None, drop_fraction: float | Schedule | Callable[[int], float]
+    ) -> None:
+        if isinstance(sparsity, Schedule):
+            raise TypeError(
+                f"sparsity must be a number or None for SRigL, whose layers keep a budget, got {sparsity!r}"
+            )
+        super().__init__(sparsity, drop_fraction)
+
+    def of(self, layer: SparseLayer) -> int:
+        """B, the connections that the layer may have."""
+        return layer.nnz if self.sparsity is None else n_connections(layer.shape, self.sparsity)
+
+    def check(self, layer: SparseLayer) -> None:
+        """Raise ValueError unless the outputs that are left have the fan-in that the budget allows."""
         row_nnz = as_matrix(layer).row_nnz
-        budget = self._budget(layer)
+        budget = self.of(layer)
         if not 0 < len(row_nnz) <= budget:
             raise ValueError(
                 f"SRigL needs at least one connection for each output, but a layer of shape {layer.shape} "
@@ -157,26 +200,70 @@ class SRigL(DynamicSparsityAlgorithm):
                 f"draws the connections anew, before attaching"
             )
 
-    def _attached(self, layer: SparseLayer) -> None:
-        self._budgets.append(self._budget(layer))
-        super()._attached(layer)
 
-    def _may_ablate(self, index: int) -> bool:
-        last = index == len(self._layers) - 1
-        return bool(self.ablate and self.gamma_sal and not (last and self.exempt_last))
+class SalientRows(RowBudget):
+    """All rows that are left get the same fan-in, and those with too little of what is salient get none.
 
-    def _most_growth(self, step: int, index: int) -> int | Array:
+    Parameters
+    ----------
+    budget : FanInBudget
+    gamma_sal : float
+    ablate : bool
+    exempt_last : bool
+    grad_accumulation : int
+        See `SRigL`.
+
+    Attributes
+    ----------
+    growth : FanInGrowth
+        Where it grows; fan-ins are decided when the gradient is there.
+    """
+
+    def __init__(
+        self, budget: FanInBudget, gamma_sal: float, ablate: bool, exempt_last: bool, grad_accumulation: int
+    ) -> None:
+        require_finite("gamma_sal", gamma_sal)
+        if gamma_sal < 0:
+            raise ValueError(f"gamma_sal must be at least 0, got {gamma_sal!r}")
+        self.gamma_sal = gamma_sal
+        self.ablate = ablate
+        self.exempt_last = exempt_last
+        self.growth = FanInGrowth(self._decide, grad_accumulation)
+        self._budget = budget
+        self._budgets: list[int] = []
+        self._shapes: list[tuple[int, int]] = []
+
+    def attach(self, layer: SparseLayer) -> None:
+        """Take note of the layer's budget."""
+        self._budgets.append(self._budget.of(layer))
+        self._shapes.append(layer.shape)
+
+    def detach(self, layers: Iterable[SparseLayer]) -> None:
+        """Forget all budgets."""
+        self._budgets.clear()
+        self._shapes.clear()
+
+    def counts(self, view: LayerView, scores: Scores, kept: int, total: int) -> tuple[Array, Array]:
+        """Connections of each row after the drop and after the growth."""
+        goal = self.growth.fan_in(view.index)
+        ranked = scores.copy()
+        ranked[np.repeat(goal == 0, view.matrix.row_nnz)] = -np.inf
+        dropped = lowest(ranked, view.nnz - kept)
+        row_kept = np.minimum(view.matrix.row_nnz - rows_of(dropped, view.matrix.indptr), goal)
+        return row_kept, goal
+
+    def most_growth(self, view: LayerView, kept: int, total: int) -> int | Array:
         """How many of the largest gradients are salient; or the fan-in of each row where that is known."""
-        layer = self._layers[index]
-        rows = layer.shape[0]
-        if self._may_ablate(index):
-            return int(self._fraction(step) * layer.nnz)
-        return np.full(rows, self._budgets[index] // rows)
+        last = view.index == len(self._budgets) - 1
+        if self.ablate and self.gamma_sal and not (last and self.exempt_last):
+            return view.nnz - kept
+        rows = view.grid[0]
+        return np.full(rows, self._budgets[view.index] // rows)
 
     def _decide(self, index: int, salient: Array) -> Array:
         """Fan-in of every row, from how many salient positions it has."""
         budget = self._budgets[index]
-        rows, columns = self._layers[index].shape
+        rows, columns = self._shapes[index]
         need = self.gamma_sal if self.gamma_sal >= 1 else max(1, int(self.gamma_sal * (budget // rows)))
         least = budget // columns
         # With fewer than budget / columns rows the fan-in would exceed the columns.
@@ -185,26 +272,18 @@ class SRigL(DynamicSparsityAlgorithm):
         fan_in: Array = np.where(active, budget // np.count_nonzero(active), 0)
         return fan_in
 
-    def _row_goal(self, view: LayerView, step: int) -> Array:
-        return self._fan_in.fan_in(view.index)
+    def state_dict(self) -> dict[str, Any]:
+        """The budgets of all layers."""
+        return {"budgets": list(self._budgets)}
 
-    def _row_kept(self, view: LayerView, step: int, goal: Array) -> Array:
-        scores, indptr = self.drop(view), view.matrix.indptr
-        scores[np.repeat(goal == 0, view.matrix.row_nnz)] = -np.inf
-        dropped = lowest(scores, int(self._fraction(step) * view.nnz))
-        kept: Array = np.minimum(view.matrix.row_nnz - rows_of(dropped, indptr), goal)
-        return kept
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if there is not a budget for each layer; change nothing."""
+        if len(state["budgets"]) != len(self._budgets):
+            raise ValueError(f"budgets must be {len(self._budgets)} numbers, got {state['budgets']!r}")
 
-    def _config(self) -> dict[str, Any]:
-        own = {"gamma_sal": self.gamma_sal, "ablate": self.ablate, "exempt_last": self.exempt_last}
-        return {**super()._config(), **own}
-
-    def _memory(self) -> dict[str, Any]:
-        return {**super()._memory(), "budgets": list(self._budgets)}
-
-    def _remember(self, memory: dict[str, Any]) -> None:
-        super()._remember(memory)
-        self._budgets = list(memory["budgets"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back the budgets."""
+        self._budgets = list(state["budgets"])
 
 
 class FanInGrowth(GradientGrowth):

@@ -120,7 +120,7 @@ def erk(shapes: Sequence[Shape], sparsity: float, power: float = 1.0) -> list[in
     """
     require_finite("power", power)
     if power < 0:
-        raise ValueError(f"power must be at least 0; got {power!r}")
+        raise ValueError(f"power must be at least 0, got {power!r}")
     return _distribute(shapes, sparsity, lambda shape: _sum_over_product(shape) ** Fraction(float(power)))
 
 
@@ -168,17 +168,17 @@ def apportion(
     floors = [require_count(f"floors[{i}]", floor) for i, floor in enumerate(floors)]
     if not len(weights) == len(caps) == len(floors):
         raise ValueError(
-            f"weights, caps and floors must be equally long; got {len(weights)}, {len(caps)}, {len(floors)}"
+            f"weights, caps and floors must be equally long, got {len(weights)}, {len(caps)}, {len(floors)}"
         )
     for i, weight in enumerate(weights):
         require_finite(f"weights[{i}]", weight)
         if weight < 0:
-            raise ValueError(f"weights[{i}] must be at least 0; got {weight!r}")
+            raise ValueError(f"weights[{i}] must be at least 0, got {weight!r}")
         if floors[i] > caps[i]:
-            raise ValueError(f"floors[{i}] must not exceed caps[{i}]; got {floors[i]} and {caps[i]}")
+            raise ValueError(f"floors[{i}] must not exceed caps[{i}], got {floors[i]} and {caps[i]}")
     if not sum(floors) <= total <= sum(caps):
         raise ValueError(
-            f"total must lie between the sums of floors and caps, {sum(floors)} and {sum(caps)}; got {total}"
+            f"total must lie between the sums of floors and caps, {sum(floors)} and {sum(caps)}, got {total}"
         )
     exact = [weight if isinstance(weight, Fraction) else Fraction(float(weight)) for weight in weights]
     shares = _bounded_shares(total, exact, caps, floors)
@@ -245,7 +245,7 @@ def allocate(
     """
     for name, choice in (("first", first), ("last", last)):
         if choice not in ("sparse", "dense"):
-            raise ValueError(f'{name} must be "sparse" or "dense"; got {choice!r}')
+            raise ValueError(f'{name} must be "sparse" or "dense", got {choice!r}')
     layers = _choose(model, include, exempt, exempt_types)
     names = list(layers)[first == "dense" : len(layers) - (last == "dense")]
     if not names:
@@ -327,13 +327,13 @@ def _counts(
     if not callable(function):
         raise ValueError(
             f'method must be "uniform", "er", "erk", a function of shapes and sparsity, or a mapping from '
-            f"patterns to sparsity; got {method!r}"
+            f"patterns to sparsity, got {method!r}"
         )
     counts = [require_count("a count from method", count) for count in function(shapes, sparsity)]
     sizes = [math.prod(shape) for shape in shapes]
     if len(counts) != len(sizes) or any(map(operator.gt, counts, sizes)):
         raise ValueError(
-            f"method must return a count for each layer, at most its size; got {counts} for the sizes {sizes}"
+            f"method must return a count for each layer, at most its size, got {counts} for the sizes {sizes}"
         )
     return counts
 
@@ -345,7 +345,7 @@ def _choose(
     exempt_types: type[nn.Module] | Collection[type[nn.Module]],
 ) -> dict[str, DenseLayer]:
     if any(dense_parts(model)):
-        raise ValueError(f"model must contain the layers to choose from; got a {type(model).__name__} itself")
+        raise ValueError(f"model must contain the layers to choose from, got a {type(model).__name__} itself")
     layers = find_dense(model)
     include, exempt = ([given] if isinstance(given, str) else list(given) for given in (include, exempt))
     _require_matches("include", include, layers)
@@ -355,7 +355,7 @@ def _choose(
         inside = {each for owner in model.modules() if isinstance(owner, kind) for each in owner.modules()}
         if inside.isdisjoint(layer.owner for layer in layers.values()):
             raise ValueError(
-                f"exempt_types must hold types with linear layers inside; got {kind.__name__}, which has none"
+                f"exempt_types must hold types with linear layers inside, got {kind.__name__}, which has none"
             )
         dense |= inside
     return {
@@ -371,6 +371,6 @@ def _require_matches(argument: str, patterns: Collection[str], names: Collection
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ValueError(
-                f"{argument} must match a layer with each pattern; got {pattern!r}, but the layers are: "
+                f"{argument} must match a layer with each pattern, got {pattern!r}, but the layers are: "
                 f"{listed(names)}"
             )

@@ -41,7 +41,7 @@ def apportion_rows(total: int, weights: Array, caps: Array) -> Array:
     array([4, 4, 2])
     """
     if not 0 <= total <= caps.sum():
-        raise ValueError(f"total must lie between 0 and the sum of the caps, {caps.sum()}; got {total}")
+        raise ValueError(f"total must lie between 0 and the sum of the caps, {caps.sum()}, got {total}")
     counts = np.zeros(len(caps), np.int64)
     free = np.arange(len(caps))
     while free.size:

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch.optim.optimizer import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from sparselab.dst.checks import require_count, require_finite
+from sparselab.dst.budget.targets import check_count, check_sparsity
+from sparselab.dst.checks import require_count
+from sparselab.dst.engine.describe import arguments, as_text, differences, plain
+from sparselab.dst.engine.driven import Driven, StepHandle
+from sparselab.dst.parts.part import Part
 from sparselab.dst.schedules.schedule import Schedule
-from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import SparseLayer, find_sparse, is_sparse
 
 # Which algorithm a layer belongs to. Neither is kept alive by it, and copies of a layer belong to nobody.
 _owners: weakref.WeakKeyDictionary[Any, weakref.ref[SparsityAlgorithm]] = weakref.WeakKeyDictionary()
 
 
-class SparsityAlgorithm:
+class SparsityAlgorithm(Driven):
     """Decides which connections the sparse layers of a model have while it trains.
 
-    Attach it with ``model.apply(algorithm)`` and call `step` after every ``optimizer.step()``; or let
-    `attach` do both.
+    Attach it with ``model.apply(algorithm)`` or ``algorithm.attach(model)`` and call `step` after every
+    ``optimizer.step()``; or let ``algorithm.attach(model, optimizer)`` do both.
+
+    An algorithm of one's own usually is a `DynamicSparsityAlgorithm` of other parts, which overrides nothing.
+    Whatever else changes layers may override the three methods that this class calls,
+
+    - ``_check_layer(layer)``, which raises if a layer cannot be attached,
+    - ``_before_step(step)``, called before optimizer step number `step` (the first is 1), and again when
+      layers have been attached,
+    - ``_after_step(step)``, called when that step is done, before it is counted,
+
+    and puts what it keeps into `parts`. It holds every argument of its ``__init__`` in an attribute of the
+    same name: these are what ``repr`` shows, and what a resumed run must have in common with the saved one.
 
     Parameters
     ----------
     sparsity : float, Schedule or None
         The sparsity that every attached layer must have; None leaves each layer its own. With a schedule,
         which only some algorithms take, layers need not have it when they are attached.
+
+    Attributes
+    ----------
+    parts : dict of str to Part
+        What the algorithm is made of: told of every layer, and saved with it.
 
     Raises
     ------
@@ -39,14 +57,12 @@ class SparsityAlgorithm:
         If `sparsity` is outside ``[0, 1]``.
     """
 
+    #: Which member of a `Group` this is, so that no two of them draw alike.
+    stream = 0
+
     def __init__(self, sparsity: float | Schedule | None = None) -> None:
-        if sparsity is not None and not isinstance(sparsity, Schedule):
-            require_finite("sparsity", sparsity, "a number in [0, 1], or None")
-            if not 0 <= sparsity <= 1:
-                raise ValueError(
-                    f"sparsity must lie in [0, 1], the fraction without a weight; got {sparsity!r}"
-                )
-        self.sparsity = sparsity
+        self.sparsity = check_sparsity(sparsity)
+        self.parts: dict[str, Part] = {}
         self._layers: list[SparseLayer] = []
         self._names: list[str] = []
         self._step = 0
@@ -66,18 +82,24 @@ class SparsityAlgorithm:
         """Finished optimizer steps."""
         return self._step
 
-    def attach(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> RemovableHandle | None:
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={as_text(value)}" for name, value in arguments(self).items())
+        return f"{type(self).__name__}({given}) of {len(self._layers)} layers after {self._step} steps"
+
+    def attach(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> StepHandle | None:
         """Attach every sparse layer of a model, by name, and optionally step along with an optimizer.
+
+        Either all of it happens or nothing. Attaching a layer again changes nothing.
 
         Parameters
         ----------
         model : torch.nn.Module
         optimizer : torch.optim.Optimizer, optional
-            Calls `step` after each of its steps from now on; do not call it yourself then.
+            Steps the algorithm after each of its steps from now on; calling `step` is an error then.
 
         Returns
         -------
-        torch.utils.hooks.RemovableHandle or None
+        StepHandle or None
             Its ``remove()`` ends the automatic steps; None without an optimizer.
 
         Raises
@@ -85,7 +107,11 @@ class SparsityAlgorithm:
         TypeError
             If the algorithm cannot rewire layers of this kind.
         ValueError
-            If the model has no sparse layer, or one of them belongs to another algorithm.
+            If the model has no sparse layer, one of them belongs to another algorithm or does not have the
+            declared sparsity, or the optimizer does not hold their weights.
+        RuntimeError
+            If the algorithm has layers outside the model, or has taken steps without these layers; see
+            `reset`.
 
         Examples
         --------
@@ -106,9 +132,11 @@ class SparsityAlgorithm:
                 f"model must have sparse layers for {type(self).__name__} to attach to, got a "
                 f"{type(model).__name__} without any (see sparsify)"
             )
-        for name, layer in found:
-            self._attach(layer, name)
-        return None if optimizer is None else step_along(self, optimizer)
+        self._check_whole(found, model)
+        self._check_new(found)
+        optimizer = self._check_optimizer(optimizer, found)
+        self._attach(found)
+        return self._drive(optimizer)
 
     def __call__(self, module: torch.nn.Module) -> None:
         """Attach `module` if it is a sparse layer, ignore it otherwise; meant for ``model.apply(algorithm)``.
@@ -121,41 +149,90 @@ class SparsityAlgorithm:
             If the algorithm cannot rewire layers of this kind.
         ValueError
             If the layer belongs to another algorithm, or does not have the declared sparsity.
+        RuntimeError
+            If the algorithm has taken steps without this layer; see `reset`.
         """
         if is_sparse(module):
-            self._attach(module, "")
+            layer = cast("SparseLayer", module)
+            self._check_new([("", layer)])
+            self._attach([("", layer)])
 
-    def _attach(self, layer: SparseLayer, name: str) -> None:
-        for index, known in enumerate(self._layers):
-            if layer is known:
-                self._names[index] = name or self._names[index]
-                return
-        owner = _owners.get(layer)
-        if owner is not None and (other := owner()) is not None:
-            raise ValueError(
-                f"{_name(layer)} already belongs to a {type(other).__name__} algorithm; two of them would "
-                f"rewire it against each other. Attach each layer to one algorithm"
+    def _check_whole(self, found: Sequence[tuple[str, SparseLayer]], model: torch.nn.Module) -> None:
+        """Raise RuntimeError if layers of another model are attached."""
+        inside = {id(layer) for _, layer in found}
+        others = [n for n, layer in zip(self.names, self._layers, strict=True) if id(layer) not in inside]
+        if others:
+            raise RuntimeError(
+                f"model must hold all layers that are attached, got a {type(model).__name__} without "
+                f"{others}: this {type(self).__name__} belongs to another model. Call reset() to begin anew "
+                f"with this one, or attach a module that holds both"
             )
-        self._check_kind(layer)
-        self._check_sparsity(layer)
-        _owners[layer] = weakref.ref(self)
-        self._layers.append(layer)
-        self._names.append(name)
-        self._attached(layer)
 
-    def _check_kind(self, layer: SparseLayer) -> None:
-        """Raise TypeError if the algorithm cannot rewire layers of this kind."""
+    def _check_new(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
+        """Raise if one of these layers is new and cannot be attached; nothing has been changed yet."""
+        for _, layer in pairs:
+            if any(layer is known for known in self._layers):
+                continue
+            if self._step:
+                raise RuntimeError(
+                    f"{_name(layer)} must be attached before the first step, got it after {self._step} steps "
+                    f"of this {type(self).__name__}. Call reset() before training another model with it, or "
+                    f"make a new one; to resume, attach first and then load_state_dict"
+                )
+            owner = _owners.get(layer)
+            if owner is not None and (other := owner()) is not None:
+                raise ValueError(
+                    f"{_name(layer)} already belongs to a {type(other).__name__} algorithm; two of them "
+                    f"would rewire it against each other. Attach each layer to one algorithm, or detach() "
+                    f"the other"
+                )
+            self._check_layer(layer)
 
-    def _check_sparsity(self, layer: SparseLayer) -> None:
-        if self.sparsity is None or isinstance(self.sparsity, Schedule):
-            return
-        expected = n_connections(layer.grid, self.sparsity)
-        if layer.nnz != expected:
-            raise ValueError(
-                f"sparsity={self.sparsity} means {expected} connections for {_name(layer)}, but it has "
-                f"{layer.nnz} (sparsity {layer.sparsity:.6g}). An algorithm keeps the number of connections: "
-                f"build the layer with that sparsity, or pass sparsity=None to keep each layer's own"
-            )
+    def _attach(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
+        """Attach layers that have been checked, or name those that are attached."""
+        for name, layer in pairs:
+            for index, known in enumerate(self._layers):
+                if layer is known:
+                    self._names[index] = name or self._names[index]
+                    break
+            else:
+                _owners[layer] = weakref.ref(self)
+                self._layers.append(layer)
+                self._names.append(name)
+                for part in self.parts.values():
+                    part.attach(layer)
+        self._before_step(self._step + 1)
+
+    def detach(self) -> None:
+        """Give all layers back as a model without an algorithm has them; again changes nothing.
+
+        Ends the automatic steps, takes off whatever was put on the layers, and forgets them and what was
+        learnt of them. Topologies stay as they are, and another algorithm may have the layers. `steps_done`
+        stays, too: see `reset`.
+        """
+        if self.handle is not None:
+            self.handle.remove()
+        for part in self.parts.values():
+            part.detach(self._layers)
+        for layer in self._layers:
+            _owners.pop(layer, None)
+        self._layers.clear()
+        self._names.clear()
+
+    def reset(self) -> None:
+        """`detach`, and begin anew at step 0: the same settings for another model, such as the next fold."""
+        self.detach()
+        self._step = 0
+
+    def _check_layer(self, layer: SparseLayer) -> None:
+        """Raise TypeError or ValueError if the layer cannot be attached; change nothing."""
+        check_count(layer, self.sparsity)
+
+    def _before_step(self, step: int) -> None:
+        """Called before optimizer step number `step`, and again when layers have been attached."""
+
+    def _after_step(self, step: int) -> None:
+        """Called when optimizer step number `step` (the first is 1) is done, before it is counted."""
 
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer whose state must follow the connections; nothing to do where they stay."""
@@ -163,42 +240,20 @@ class SparsityAlgorithm:
     def expect_passes(self, passes: int) -> None:
         """Say how many backward passes make a step; nothing to do where no gradient is looked at."""
 
-    def step(self) -> None:
-        """Count one finished optimizer step, and rewire the layers if it is time.
-
-        Raises
-        ------
-        RuntimeError
-            If no layer is attached.
-        """
+    def advance(self) -> None:
+        """Do what `step` does, whoever asks."""
         if not self._layers:
             raise RuntimeError(
                 f"{type(self).__name__}.step() was called but no sparse layer is attached. Call "
                 f"model.apply(algorithm) before training, on a model that has sparse layers (see sparsify)"
             )
-        self._finish_step(self._step + 1)
+        self._after_step(self._step + 1)
         self._step += 1
-        self._prepare_step(self._step + 1)
-
-    def _attached(self, layer: SparseLayer) -> None:
-        """Called once for every new layer."""
-
-    def _finish_step(self, step: int) -> None:
-        """Called when optimizer step number `step` (the first is 1) is done, before it is counted."""
-
-    def _prepare_step(self, step: int) -> None:
-        """Called before optimizer step number `step`."""
+        self._before_step(self._step + 1)
 
     def _config(self) -> dict[str, Any]:
-        """Settings that decide what the next steps do: plain values only."""
-        return {}
-
-    def _memory(self) -> dict[str, Any]:
-        """What the algorithm has learnt so far and needs to go on: plain values and tensors."""
-        return {}
-
-    def _remember(self, memory: dict[str, Any]) -> None:
-        """Take back what `_memory` returned; raise ValueError before any change if it does not fit."""
+        """Settings that decide what the next steps do, as plain values."""
+        return {name: plain(value) for name, value in arguments(self).items() if name != "grad_accumulation"}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, in plain values and tensors.
@@ -211,7 +266,7 @@ class SparsityAlgorithm:
             "step": self._step,
             "config": self._config(),
             "layers": [{"shape": list(layer.shape), "nnz": layer.nnz} for layer in self._layers],
-            "memory": self._memory(),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -226,16 +281,31 @@ class SparsityAlgorithm:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             If `state` lacks something, or was saved by another algorithm, with other settings, or for
             other layers. Nothing has been changed then.
         """
-        ours = self.state_dict()
+        self._check_state(state)
+        self._load_state(state)
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise if `state` does not fit; change nothing."""
+        parts = list(self.parts)
+        ours = {
+            "algorithm": type(self).__name__,
+            "step": self._step,
+            "config": self._config(),
+            "layers": [{"shape": list(layer.shape), "nnz": layer.nnz} for layer in self._layers],
+            "parts": parts,
+        }
         if missing := sorted(ours.keys() - state.keys()):
-            raise ValueError(f"state must be what state_dict() returned; it lacks {missing}")
+            raise ValueError(f"state must be what state_dict() returned, got one that lacks {missing}")
         if state["algorithm"] != ours["algorithm"]:
-            raise ValueError(f"the state was saved by {state['algorithm']}, but this is {ours['algorithm']}")
-        if changed := _differences(state["config"], ours["config"]):
+            raise ValueError(
+                f"state must be of the same algorithm, got it saved by {state['algorithm']}, but this is "
+                f"{ours['algorithm']}"
+            )
+        if changed := differences(state["config"], self._config()):
             raise ValueError(
                 f"the state was saved with other settings: {changed}. Build the algorithm with the saved "
                 f"ones; to continue with new ones on purpose, change state['config'] first"
@@ -246,33 +316,19 @@ class SparsityAlgorithm:
                 f"Attach the algorithm to the same layers, in the same order, and load the model's state "
                 f"first"
             )
-        step = require_count("state['step']", state["step"])
-        self._remember(state["memory"])
-        self._step = step
-        self._prepare_step(self._step + 1)
+        require_count("state['step']", state["step"])
+        if sorted(state["parts"]) != sorted(parts):
+            raise ValueError(f"state['parts'] must be those of {parts}, got {list(state['parts'])}")
+        for name, part in self.parts.items():
+            part.check_state(state["parts"][name])
 
-
-def step_along(algorithm: Any, optimizer: Optimizer) -> RemovableHandle:
-    """Call ``algorithm.step()`` after every step of `optimizer`; the handle's ``remove()`` ends it.
-
-    Raises
-    ------
-    TypeError
-        If it is not a torch optimizer.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    algorithm.track(optimizer)
-    return optimizer.register_step_post_hook(lambda *_: algorithm.step())
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back a state that has been checked."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        self._step = int(state["step"])
+        self._before_step(self._step + 1)
 
 
 def _name(layer: SparseLayer) -> str:
     return f"a layer of shape {tuple(layer.shape)}"
-
-
-def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key} was {saved.get(key)!r} and is {ours.get(key)!r}"
-        for key in sorted(saved.keys() | ours.keys())
-        if saved.get(key) != ours.get(key)
-    )

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sparselab._names import first_match, listed
-from sparselab.dst.engine.base import SparsityAlgorithm, step_along
-from sparselab.nn.layers.base import find_sparse
+from sparselab.dst.engine.base import SparsityAlgorithm
+from sparselab.dst.engine.driven import Driven, StepHandle
+from sparselab.nn.layers.base import SparseLayer, find_sparse
 
 
-class Group:
+class Group(Driven):
     """Several algorithms, each for the sparse layers whose names match its pattern.
 
     Parameters
@@ -56,6 +56,10 @@ class Group:
                 "algorithms must hold each algorithm once; join the patterns, or make another one"
             )
 
+    def __repr__(self) -> str:
+        members = ", ".join(f"{pattern!r}: {each!r}" for pattern, each in self._algorithms.items())
+        return f"Group({{{members}}})"
+
     def __getitem__(self, pattern: str) -> SparsityAlgorithm:
         return self._algorithms[pattern]
 
@@ -69,26 +73,35 @@ class Group:
         """Refused: ``model.apply(group)`` would show it layers without their names; use `attach`."""
         raise TypeError("a Group chooses by name; call group.attach(model) instead of model.apply(group)")
 
-    def attach(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> RemovableHandle | None:
+    @property
+    def layers(self) -> tuple[SparseLayer, ...]:
+        """The attached layers of all algorithms."""
+        return tuple(layer for algorithm in self for layer in algorithm.layers)
+
+    def attach(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> StepHandle | None:
         """Attach every algorithm to its layers, and optionally step along with an optimizer.
+
+        Either all of it happens or nothing. What the algorithms draw at random differs from one to the other,
+        also where their seeds are the same.
 
         Parameters
         ----------
         model : torch.nn.Module
         optimizer : torch.optim.Optimizer, optional
-            Calls `step` after each of its steps from now on; do not call it yourself then.
+            Steps the group after each of its steps from now on; calling `step` is an error then.
 
         Returns
         -------
-        torch.utils.hooks.RemovableHandle or None
+        StepHandle or None
             Its ``remove()`` ends the automatic steps; None without an optimizer.
 
         Raises
         ------
-        ValueError
-            If a pattern is the first match of no sparse layer, or a layer belongs to another algorithm.
+        TypeError, ValueError, RuntimeError
+            If a pattern is the first match of no sparse layer, or as `SparsityAlgorithm.attach` of one of
+            them.
         """
-        chosen: dict[str, list[tuple[str, Any]]] = {pattern: [] for pattern in self._algorithms}
+        chosen: dict[str, list[tuple[str, SparseLayer]]] = {pattern: [] for pattern in self._algorithms}
         found = list(find_sparse(model))
         for name, layer in found:
             if (first := first_match(name, self._algorithms)) is not None:
@@ -99,10 +112,28 @@ class Group:
                     f"algorithms must each have a layer, got {pattern!r} without one that no pattern before "
                     f"it took; the model's sparse layers are: {listed([name for name, _ in found])}"
                 )
-        for pattern, matches in chosen.items():
-            for name, layer in matches:
-                self._algorithms[pattern]._attach(layer, name)
-        return None if optimizer is None else step_along(self, optimizer)
+        for pattern, algorithm in self._algorithms.items():
+            algorithm._check_whole(chosen[pattern], model)
+            algorithm._check_new(chosen[pattern])
+        matched = [pair for matches in chosen.values() for pair in matches]
+        optimizer = self._check_optimizer(optimizer, matched)
+        for stream, (pattern, algorithm) in enumerate(self._algorithms.items()):
+            algorithm.stream = stream
+            algorithm._attach(chosen[pattern])
+        return self._drive(optimizer)
+
+    def detach(self) -> None:
+        """Give all layers back; see `SparsityAlgorithm.detach`."""
+        if self.handle is not None:
+            self.handle.remove()
+        for algorithm in self:
+            algorithm.detach()
+
+    def reset(self) -> None:
+        """`detach`, and begin anew at step 0: the same settings for another model."""
+        self.detach()
+        for algorithm in self:
+            algorithm.reset()
 
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer to all algorithms; see `DynamicSparsityAlgorithm.track`."""
@@ -114,10 +145,14 @@ class Group:
         for algorithm in self:
             algorithm.expect_passes(passes)
 
-    def step(self) -> None:
-        """Count one finished optimizer step in every algorithm, and rewire where it is time."""
+    def _check_stepped(self) -> None:
         for algorithm in self:
-            algorithm.step()
+            algorithm._check_stepped()
+
+    def advance(self) -> None:
+        """Do what `step` does in every algorithm, whoever asks."""
+        for algorithm in self:
+            algorithm.advance()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every algorithm, by pattern."""
@@ -126,14 +161,22 @@ class Group:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` returned.
 
+        Parameters
+        ----------
+        state : mapping
+            Read only.
+
         Raises
         ------
-        ValueError
-            If the patterns differ, or the state of one does not fit its algorithm.
+        TypeError, ValueError
+            If the patterns differ, or the state of one does not fit its algorithm. Nothing has been changed
+            then, in none of them.
         """
         if list(state) != list(self._algorithms):
             raise ValueError(
                 f"the state was saved for patterns {list(state)}, but this group has {list(self._algorithms)}"
             )
         for pattern, algorithm in self._algorithms.items():
-            algorithm.load_state_dict(state[pattern])
+            algorithm._check_state(state[pattern])
+        for pattern, algorithm in self._algorithms.items():
+            algorithm._load_state(state[pattern])

@@ -8,8 +8,10 @@ and their gradient, and knows how.)
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,21 +45,13 @@ class OptimizerTracker:
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._n_notes = 0
         self._watching = False
+        self._stepped = _Stepped()
 
     def watch(self) -> None:
         """Start noticing optimizers as they step; calling it again changes nothing."""
-        if self._watching:
-            return
-        self._watching = True
-        while _retired_hooks:
-            _retired_hooks.pop().remove()
-        tracker = weakref.ref(self)
-
-        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if (alive := tracker()) is not None:
-                alive._note(optimizer)
-
-        weakref.finalize(self, _retired_hooks.append, register_optimizer_step_post_hook(after_step))
+        if not self._watching:
+            self._watching = True
+            call_while_alive(self, "_note", register_optimizer_step_post_hook)
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember `optimizer` whether or not it has stepped.
@@ -75,9 +69,46 @@ class OptimizerTracker:
         self._n_notes += 1
         self._optimizers[optimizer] = self._n_notes
 
+    def forget(self) -> None:
+        """Forget all optimizers."""
+        self._optimizers.clear()
+        self._stepped = _Stepped()
+
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in self._optimizers or self._has_a_layer(optimizer):
             self.add(optimizer)
+            self._stepped.ours = True
+        else:
+            self._stepped.other = type(optimizer).__name__
+
+    def check(self, name: str) -> None:
+        """Look at who has stepped since the last call: somebody must train the layers of algorithm `name`.
+
+        Nothing is said where nobody has stepped, or an optimizer was named that torch does not report.
+
+        Raises
+        ------
+        RuntimeError
+            If it was only optimizers of other weights, and no other is known.
+
+        Warns
+        -----
+        UserWarning
+            If it was only those, but one of these weights is known.
+        """
+        stepped, self._stepped = self._stepped, _Stepped()
+        unseen = not all(isinstance(each, torch.optim.Optimizer) for each in self._optimizers)
+        if stepped.ours or not stepped.other or unseen:
+            return
+        what = (
+            f"{name}.step() must follow a step of the optimizer that trains the layers it is attached to, "
+            f"got only {stepped.other} with other weights since the last. If those are the weights of a copy "
+            f"of the model, attach an algorithm to the copy; if torch does not see the right optimizer step, "
+            f"call track(optimizer)"
+        )
+        if not self._optimizers:
+            raise RuntimeError(what)
+        warnings.warn(what, stacklevel=4)
 
     def _has_a_layer(self, optimizer: torch.optim.Optimizer) -> bool:
         ours = {id(layer.stored) for layer in self._layers}
@@ -101,6 +132,36 @@ class OptimizerTracker:
             If some optimizer keeps state for ``layer.stored`` that is not one entry per entry.
         """
         return StateMove(layer, self._optimizers)
+
+
+def call_while_alive(owner: object, method: str, register: Callable[..., RemovableHandle]) -> None:
+    """Call a method with every optimizer of the process that steps, for as long as its owner lives.
+
+    Parameters
+    ----------
+    owner : object
+        Held weakly.
+    method : str
+        Takes the optimizer.
+    register : callable
+        ``register_optimizer_step_pre_hook`` or ``register_optimizer_step_post_hook`` of torch.
+    """
+    while _retired_hooks:
+        _retired_hooks.pop().remove()
+    reference = weakref.ref(owner)
+
+    def call(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (alive := reference()) is not None:
+            getattr(alive, method)(optimizer)
+
+    weakref.finalize(owner, _retired_hooks.append, register(call))
+
+
+class _Stepped(threading.local):
+    """Whose optimizers have stepped in this thread: of these layers, or of other weights."""
+
+    ours = False
+    other = ""
 
 
 class StateMove:

@@ -98,7 +98,7 @@ class Monitor:
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.Sequential(SparseLinear(64, 32, sparsity=0.9))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> algorithm = SET(0.9, drop_fraction=0.5, update=10)
+    >>> algorithm = SET(0.9, drop_fraction=0.5, update_freq=10)
     >>> handle = algorithm.attach(model, optimizer)
     >>> monitor = Monitor(algorithm)
     >>> for _ in range(20):

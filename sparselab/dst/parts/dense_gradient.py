@@ -27,8 +27,8 @@ from sparselab.kernels.rewiring.positions import merge_candidates
 from sparselab.kernels.rewiring.rows import RowTopK, select_rows
 from sparselab.kernels.rewiring.stream import BlockStream
 from sparselab.kernels.rewiring.topk import StreamedTopK, largest
-from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.ops.operands import GradientOperands
 
 _BLOCK_BYTES = 4 << 20
 

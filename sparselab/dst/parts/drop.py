@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from sparselab.dst.checks import require_finite
+from sparselab.dst.parts.part import Part
 from sparselab.dst.parts.view import LayerView
-from sparselab.dst.schedules.schedule import Constant, Schedule, as_schedule
+from sparselab.dst.schedules.schedule import ConstantSchedule, Schedule, as_schedule
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.rows import select_rows
 from sparselab.kernels.rewiring.select import select
@@ -24,28 +26,50 @@ from sparselab.nn.storage.entries import slot_scores
 Scores = npt.NDArray[np.floating[Any]]
 
 
-class DropScore(abc.ABC):
-    """How much each connection is worth keeping.
+class DropScore(Part, abc.ABC):
+    """How much each connection is worth keeping: ``score(view)`` of a layer, the lowest go first.
 
-    Attributes
-    ----------
-    of_blocks : bool
-        Whether it can score connections that are blocks of weights.
+    A score of one's own is a class with this one method. It may look at ``view.weights``, ``view.gradient``
+    and ``view.momentum`` of the connections, at ``view.matrix`` (where they are), and draw from
+    ``view.rng(purpose)``.
+
+    Examples
+    --------
+    The sensitivity of SNIP, ``|w g|``:
+
+    >>> class Sensitivity(DropScore):
+    ...     def reason_to_skip(self, view):
+    ...         return "no gradient" if view.gradient is None else ""
+    ...
+    ...     def __call__(self, view):
+    ...         return (view.weights * view.gradient).abs().numpy()
     """
-
-    of_blocks = False
-
-    def reason_to_skip(self, view: LayerView) -> str:
-        """Why the layer cannot be scored now; empty if it can."""
-        return ""
 
     @abc.abstractmethod
     def __call__(self, view: LayerView) -> Scores:
         """(nnz,): one score for each slot, as an array of its own; the lowest are dropped first."""
 
-    def describe(self) -> str:
-        """Name and settings, for comparing a saved run with the one that resumes it."""
-        return type(self).__name__
+    def checked(self, view: LayerView) -> Scores:
+        """The scores, once they are known to be what they must be.
+
+        Raises
+        ------
+        TypeError
+            If they are no NumPy array, or not of floating point.
+        ValueError
+            If there is not one for each connection.
+        """
+        scores: Any = self(view)
+        expected = f"{type(self).__name__} must return a NumPy array of floats of shape ({view.nnz},)"
+        if not isinstance(scores, np.ndarray):
+            hint = "; convert it with .numpy()" if isinstance(scores, torch.Tensor) else ""
+            raise TypeError(f"{expected}, got a {type(scores).__name__}{hint}")
+        if not np.issubdtype(scores.dtype, np.floating):
+            raise TypeError(f"{expected}, got dtype {scores.dtype}")
+        if scores.shape != (view.nnz,):
+            raise ValueError(f"{expected}, one for each connection, got shape {scores.shape}")
+        checked: Scores = scores
+        return checked
 
 
 class Magnitude(DropScore):
@@ -83,7 +107,7 @@ class MagnitudeAndGradient(DropScore):
     def __init__(self, lam: float) -> None:
         require_finite("lam", lam)
         if lam < 0:
-            raise ValueError(f"lam must be at least 0; got {lam!r}")
+            raise ValueError(f"lam must be at least 0, got {lam!r}")
         self.lam = float(lam)
 
     def reason_to_skip(self, view: LayerView) -> str:
@@ -188,14 +212,14 @@ class Soft(DropScore):
     ) -> None:
         self.score = Magnitude() if score is None else score
         self.of_blocks = self.score.of_blocks
-        self.temperature = as_schedule(temperature)
-        if isinstance(self.temperature, Constant):
+        self.temperature = as_schedule(temperature, "temperature")
+        if isinstance(self.temperature, ConstantSchedule):
             self._at(0)
 
     def _at(self, step: int) -> float:
         temperature = self.temperature(step)
         if not 0 <= temperature < np.inf:
-            raise ValueError(f"temperature must be 0 or above; got {temperature!r} at step {step}")
+            raise ValueError(f"temperature must be 0 or above, got {temperature!r} at step {step}")
         return temperature
 
     def __call__(self, view: LayerView) -> Scores:

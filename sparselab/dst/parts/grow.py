@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from sparselab.dst.checks import require_count
-from sparselab.dst.parts.dense_gradient import GradientCollector, PassCount
-from sparselab.dst.parts.view import LayerView, Vacancy
+from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount
+from sparselab.dst.parts.part import Part
+from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.rewiring.positions import kept_positions, skip_kept
@@ -19,32 +19,49 @@ from sparselab.kernels.rewiring.rows import sample_rows
 from sparselab.nn.layers.base import SparseLayer
 
 
-class Growth(abc.ABC):
+class Growth(Part, abc.ABC):
     """Chooses the positions that a layer grows.
 
     An algorithm calls `begin` and `prepare` before every optimizer step, and on a step that updates
     `reason_to_skip` and `room` for each layer, and `choose` for each layer that grows.
 
+    A growth of one's own is a class with the one method `choose`. It knows the connections that stay
+    (``update.kept``), the layer as it was before the drop (``update.view``, with weights, optimizer state and
+    the gradient of its connections), and draws from ``update.view.rng()``. The gradient at positions without
+    a weight exists only while the backward pass runs: to see it, derive from `GradientGrowth`, whose
+    `GradientGrowth.gradient` tells the largest ``|G|``, and of all connections.
+
     Attributes
     ----------
     by_row : bool
-        Whether `choose` heeds ``vacancy.row_grow``, as ``scope="row"`` needs.
-    of_blocks : bool
-        Whether it can choose positions of connections that are blocks of weights.
+        Whether `choose` heeds ``update.row_grow``, as ``scope="row"`` needs.
     grad_accumulation : int
         Backward passes per optimizer step, as declared.
+
+    Examples
+    --------
+    Half of them by gradient, the others anywhere:
+
+    >>> import numpy as np
+    >>> from sparselab.dst import GradientGrowth, random_free
+    >>> class Mixed(GradientGrowth):
+    ...     by_row = False
+    ...
+    ...     def choose(self, update):
+    ...         view, half = update.view, update.n_grow // 2
+    ...         steep = self.gradient(view).best(view.matrix, update.drop, half)
+    ...         taken = np.union1d(update.kept, steep)
+    ...         others = random_free(view.rng(), taken, view.size, update.n_grow - half)
+    ...         return np.union1d(steep, others)
     """
 
     by_row = False
-    of_blocks = False
     grad_accumulation: int = 1
 
-    def begin(self, step: int, seed: int) -> None:  # noqa: B027
+    def begin(self, step: int, seed: int) -> None:
         """Take note of the number of the step to come, and of the seed that its draws depend on."""
 
-    def prepare(  # noqa: B027
-        self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None
-    ) -> None:
+    def prepare(self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None) -> None:
         """Get ready for the next optimizer step.
 
         Parameters
@@ -56,31 +73,37 @@ class Growth(abc.ABC):
             step ends with an update.
         """
 
-    def expect_passes(self, passes: int) -> None:  # noqa: B027
+    def expect_passes(self, passes: int) -> None:
         """Say how many backward passes the optimizer step under way sums over, and those after it."""
 
-    def reason_to_skip(self, index: int) -> str:
-        """Why layer number `index` cannot grow now; empty if it can."""
-        return ""
+    def detach(self, layers: Iterable[SparseLayer]) -> None:
+        """Take off the layers whatever `prepare` has put on them."""
+        self.prepare(list(layers), None)
 
     def room(self, view: LayerView) -> int:
         """The most positions that it can choose now; all of the layer's unless it saw only some."""
         return view.size
 
     @abc.abstractmethod
-    def choose(self, vacancy: Vacancy) -> Array:
-        """``vacancy.n_grow`` distinct positions, none of them in ``vacancy.kept``."""
+    def choose(self, update: LayerUpdate) -> Array:
+        """``update.n_grow`` distinct positions ``row * columns + column``, none of ``update.kept``."""
 
-    def describe(self) -> str:
-        """Name and settings, for comparing a saved run with the one that resumes it."""
-        return type(self).__name__
+    def checked_choice(self, update: LayerUpdate) -> Array:
+        """What `choose` returns, once it is known to be what it must be.
 
-    def memory(self) -> dict[str, Any]:
-        """What has been gathered over several steps and is needed to go on: plain values and tensors."""
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:  # noqa: B027
-        """Take back what `memory` returned; raise ValueError, with nothing changed, if it does not fit."""
+        Raises
+        ------
+        TypeError, ValueError
+            If it is not. (Whether positions are distinct and free is seen when the layer is rewritten.)
+        """
+        positions = self.choose(update)
+        expected = f"{type(self).__name__}.choose must return a NumPy array of {update.n_grow} positions"
+        if not isinstance(positions, np.ndarray) or not np.issubdtype(positions.dtype, np.integer):
+            came = positions.dtype if isinstance(positions, np.ndarray) else type(positions).__name__
+            raise TypeError(f"{expected}, which are integers, got {came}")
+        if positions.shape != (update.n_grow,):
+            raise ValueError(f"{expected}, got shape {positions.shape}")
+        return positions
 
 
 class RandomGrowth(Growth):
@@ -102,14 +125,14 @@ class RandomGrowth(Growth):
         """All positions; without `regrow` those that are free before the drop."""
         return view.size if self.regrow else view.size - view.nnz
 
-    def choose(self, vacancy: Vacancy) -> Array:
+    def choose(self, update: LayerUpdate) -> Array:
         """Every set equally likely; depends on the seed, the layer and the step only."""
-        view = vacancy.view
-        if vacancy.row_grow is not None:
-            free = view.grid[1] - vacancy.row_kept
-            return skip_kept(sample_rows(view.rng(), free, vacancy.row_grow), vacancy.kept)
-        taken = vacancy.kept if self.regrow else kept_positions(view.matrix, np.empty(0, np.int64))
-        return random_free(view.rng(), taken, view.size, vacancy.n_grow)
+        view = update.view
+        if update.row_grow is not None:
+            free = view.grid[1] - update.row_kept
+            return skip_kept(sample_rows(view.rng(), free, update.row_grow), update.kept)
+        taken = update.kept if self.regrow else kept_positions(view.matrix, np.empty(0, np.int64))
+        return random_free(view.rng(), taken, view.size, update.n_grow)
 
     def describe(self) -> str:
         """Name and settings, for comparing a saved run with the one that resumes it."""
@@ -151,9 +174,7 @@ class GradientGrowth(Growth):
         """Watch the next backward passes of every layer, or stop watching."""
         self.watch(dict(enumerate(layers)), most)
 
-    def watch(
-        self, layers: Mapping[int, SparseLayer], most: Callable[[int], int | Array] | None
-    ) -> None:
+    def watch(self, layers: Mapping[int, SparseLayer], most: Callable[[int], int | Array] | None) -> None:
         """As `prepare`, of some layers by their numbers."""
         for collector in self._collectors.values():
             self._passes.learn(collector.passes_seen)
@@ -172,23 +193,27 @@ class GradientGrowth(Growth):
     ) -> GradientCollector:
         return GradientCollector(layer, most, self._passes)
 
-    def reason_to_skip(self, index: int) -> str:
-        """Why layer number `index` cannot grow now; empty if it can."""
+    def gradient(self, view: LayerView) -> GradientSummary:
+        """What this step has shown of the dense gradient of a layer that `reason_to_skip` passed."""
+        summary = self._collectors[view.index].summary()
+        assert summary is not None
+        return summary
+
+    def reason_to_skip(self, view: LayerView) -> str:
+        """Why the layer cannot grow now; empty if it can."""
         # Empty if the settings were changed since the last step, so that nobody knew an update was coming.
-        collector = self._collectors.get(index)
+        collector = self._collectors.get(view.index)
         summary = None if collector is None else collector.summary()
         if summary is None:
             return (collector and collector.reason) or "no gradient"
         return "" if summary.finite else "gradient is not finite"
 
-    def choose(self, vacancy: Vacancy) -> Array:
+    def choose(self, update: LayerUpdate) -> Array:
         """The positions of largest ``|G|``, ascending."""
-        collector = self._collectors[vacancy.view.index]
-        summary = collector.summary()
-        assert summary is not None
-        collector.let_go()
-        k = vacancy.n_grow if vacancy.row_grow is None else vacancy.row_grow
-        return summary.best(vacancy.view.matrix, vacancy.drop, k)
+        summary = self.gradient(update.view)
+        self._collectors[update.view.index].let_go()
+        k = update.n_grow if update.row_grow is None else update.row_grow
+        return summary.best(update.view.matrix, update.drop, k)
 
 
 def random_free(rng: np.random.Generator, kept: Array, n_positions: int, k: int) -> Array:

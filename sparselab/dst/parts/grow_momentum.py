@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ import torch
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.parts.dense_gradient import PassWatcher
 from sparselab.dst.parts.grow import GradientGrowth, Growth
-from sparselab.dst.parts.view import Vacancy
+from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.topk import StreamedTopK
-from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.ops.operands import GradientOperands
 
 
 class GradientAverage(PassWatcher):
@@ -107,7 +107,7 @@ class MomentumGrowth(Growth):
         self.momentum_bytes = require_count("momentum_bytes", momentum_bytes)
         require_finite("momentum", momentum)
         if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1); got {momentum!r}")
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}")
         self.momentum = momentum
         self._gradient = GradientGrowth(grad_accumulation)
         self.grad_accumulation = grad_accumulation
@@ -130,23 +130,23 @@ class MomentumGrowth(Growth):
         """Say how many backward passes the optimizer step under way sums over, and those after it."""
         self._gradient.expect_passes(passes)
 
-    def reason_to_skip(self, index: int) -> str:
-        """Why layer number `index` cannot grow now; empty if it can."""
-        if index not in self._averages:
-            return self._gradient.reason_to_skip(index)
-        entries = self._averages[index].entries
+    def reason_to_skip(self, view: LayerView) -> str:
+        """Why the layer cannot grow now; empty if it can."""
+        if view.index not in self._averages:
+            return self._gradient.reason_to_skip(view)
+        entries = self._averages[view.index].entries
         if entries is None:
             return "no gradient"
         return "" if entries.isfinite().all() else "average of the gradient is not finite"
 
-    def choose(self, vacancy: Vacancy) -> Array:
+    def choose(self, update: LayerUpdate) -> Array:
         """The positions of largest ``|M|``, or ``|G|``, ascending."""
-        average = self._averages.get(vacancy.view.index)
+        average = self._averages.get(update.view.index)
         if average is None:
-            return self._gradient.choose(vacancy)
+            return self._gradient.choose(update)
         assert average.entries is not None
         entries = average.entries.cpu().numpy()
-        top = StreamedTopK(vacancy.n_grow, vacancy.kept, vacancy.view.grid[1], entries.dtype)
+        top = StreamedTopK(update.n_grow, update.kept, update.view.grid[1], entries.dtype)
         top.push(0, entries)
         return top.result()[0]
 
@@ -154,7 +154,12 @@ class MomentumGrowth(Growth):
         """Name and settings, for comparing a saved run with the one that resumes it."""
         return f"MomentumGrowth({self.momentum_bytes}, {float(self.momentum)!r})"
 
-    def memory(self) -> dict[str, Any]:
+    def detach(self, layers: Iterable[SparseLayer]) -> None:
+        """Forget the averages, and take off the layers what collects them."""
+        self._averages, self._n_seen = {}, 0
+        self._gradient.detach(layers)
+
+    def state_dict(self) -> dict[str, Any]:
         """The averages, by the number of their layer."""
         return {
             str(index): average.entries.clone()
@@ -162,14 +167,17 @@ class MomentumGrowth(Growth):
             if average.entries is not None
         }
 
-    def remember(self, memory: dict[str, Any]) -> None:
-        """Take back what `memory` returned; raise ValueError, with nothing changed, if it does not fit."""
-        shapes = {name: tuple(entries.shape) for name, entries in memory.items()}
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if the averages are of other layers; change nothing."""
+        shapes = {name: tuple(entries.shape) for name, entries in state.items()}
         ours = {str(index): average.shape for index, average in self._averages.items()}
         if not shapes.items() <= ours.items():
             raise ValueError(
                 f"the averages must be of layers {ours}, by number and shape, but those saved are of {shapes}"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back the averages."""
         for index, average in self._averages.items():
-            saved = memory.get(str(index))
+            saved = state.get(str(index))
             average.entries = None if saved is None else saved.to(average.dtype, copy=True)

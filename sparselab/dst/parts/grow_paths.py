@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.dst.parts.grow import Growth, random_free
-from sparselab.dst.parts.view import Vacancy
+from sparselab.dst.parts.view import LayerUpdate
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.two_hop import TwoHops
@@ -41,10 +41,10 @@ class PathGrowth(Growth):
     Michieli and Cannistraci, "Adaptive Network Automata Modelling of Complex Networks", 2020 (CH2-L3).
     """
 
-    def choose(self, vacancy: Vacancy) -> Array:
+    def choose(self, update: LayerUpdate) -> Array:
         """Distinct free positions, ascending."""
-        rng, size, kept, k = vacancy.view.rng(), vacancy.view.size, vacancy.kept, vacancy.n_grow
-        drawn = draw_by_paths(rng, RowTopology.from_positions(vacancy.view.grid, kept), k)
+        rng, size, kept, k = update.view.rng(), update.view.size, update.kept, update.n_grow
+        drawn = draw_by_paths(rng, RowTopology.from_positions(update.view.grid, kept), k)
         if drawn.size < k:
             taken = np.sort(np.concatenate([kept, drawn]))
             drawn = np.sort(np.concatenate([drawn, random_free(rng, taken, size, k - drawn.size)]))

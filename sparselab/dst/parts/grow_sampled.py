@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparselab.dst.checks import require_count, require_finite
@@ -18,8 +17,8 @@ from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
 from sparselab.kernels.rewiring.topk import largest
-from sparselab.nn.ops.operands import GradientOperands, Totals
 from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.ops.operands import GradientOperands, Totals
 
 Sampler = Literal["uniform", "grabo", "graest"]
 
@@ -65,7 +64,7 @@ class SampledGradientGrowth(GradientGrowth):
         super().__init__(grad_accumulation)
         require_finite("gamma", gamma)
         if gamma <= 0:
-            raise ValueError(f"gamma must be positive; got {gamma!r}")
+            raise ValueError(f"gamma must be positive, got {gamma!r}")
         if sampler not in get_args(Sampler):
             raise ValueError(f"sampler must be one of {get_args(Sampler)}, got {sampler!r}")
         self.gamma = gamma
@@ -78,13 +77,7 @@ class SampledGradientGrowth(GradientGrowth):
 
     def room(self, view: LayerView) -> int:
         """Positions in the sample."""
-        return self.scores(view.index).size
-
-    def scores(self, index: int) -> npt.NDArray[np.floating[Any]]:
-        """``|G|`` at the positions that layer number `index` may grow."""
-        summary = self._collectors[index].summary()
-        assert summary is not None
-        return summary.free_scores
+        return self.gradient(view).free_positions.size
 
     def describe(self) -> str:
         """Name and settings."""

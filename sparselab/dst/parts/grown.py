@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sparselab.dst.checks import require_finite
-from sparselab.dst.parts.view import Vacancy
+from sparselab.dst.parts.view import LayerUpdate
 from sparselab.kernels.arrays import Array
 
 GrownState = Literal["zero", "mean"]
 
 #: Weights (n,), or (n, *block_shape), for the n positions a layer has grown; called after the rewrite.
-GrownValue = Callable[[Vacancy, Array], npt.NDArray[np.floating[Any]]]
+GrownValue = Callable[[LayerUpdate, Array], npt.NDArray[np.floating[Any]]]
 
 #: Keeps these draws apart from those of the growth itself.
 _PURPOSE = 1
@@ -33,9 +33,9 @@ class Same:
 
     weight: float
 
-    def __call__(self, vacancy: Vacancy, positions: Array) -> npt.NDArray[np.floating[Any]]:
+    def __call__(self, update: LayerUpdate, positions: Array) -> npt.NDArray[np.floating[Any]]:
         """One weight for each position."""
-        return np.full((positions.size, *vacancy.view.slot_shape), self.weight)
+        return np.full((positions.size, *update.view.slot_shape), self.weight)
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,21 @@ class Normal:
     def __post_init__(self) -> None:
         require_finite("std", self.std)
         if self.std <= 0:
-            raise ValueError(f"std must be positive; got {self.std!r}")
+            raise ValueError(f"std must be positive, got {self.std!r}")
 
-    def __call__(self, vacancy: Vacancy, positions: Array) -> npt.NDArray[np.floating[Any]]:
+    def __call__(self, update: LayerUpdate, positions: Array) -> npt.NDArray[np.floating[Any]]:
         """One weight for each position."""
-        shape = (positions.size, *vacancy.view.slot_shape)
-        return np.asarray(vacancy.view.rng(_PURPOSE).normal(0.0, self.std, shape))
+        shape = (positions.size, *update.view.slot_shape)
+        return np.asarray(update.view.rng(_PURPOSE).normal(0.0, self.std, shape))
 
 
 @dataclass(frozen=True)
 class FanInUniform:
     """Weights as a new layer has them: uniform within ``1 / sqrt(fan_in)`` of each output."""
 
-    def __call__(self, vacancy: Vacancy, positions: Array) -> npt.NDArray[np.floating[Any]]:
+    def __call__(self, update: LayerUpdate, positions: Array) -> npt.NDArray[np.floating[Any]]:
         """One weight for each position."""
-        view = vacancy.view
+        view = update.view
         rows, columns = view.grid
         # The layer has been rewritten by now, so these are the fan-ins with the new connections.
         fan_in = np.bincount(view.layer.positions().numpy() // columns, minlength=rows)
@@ -81,11 +81,6 @@ class FanInUniform:
         return np.asarray(
             bound.reshape(-1, *[1] * len(view.slot_shape)) * view.rng(_PURPOSE).uniform(-1, 1, shape)
         )
-
-
-def describe_grown_value(value: GrownValue | None) -> str:
-    """Name and settings, for comparing a saved run with the one that resumes it."""
-    return getattr(value, "__qualname__", repr(value))
 
 
 def as_grown_value(value: float | GrownValue) -> GrownValue | None:
@@ -98,7 +93,7 @@ def as_grown_value(value: float | GrownValue) -> GrownValue | None:
     """
     if callable(value):
         return value
-    require_finite("grown_value", value, "a number or a function of (Vacancy, positions)")
+    require_finite("grown_value", value, "a number or a function of (LayerUpdate, positions)")
     return Same(float(value)) if value else None
 
 

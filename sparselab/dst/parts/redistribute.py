@@ -3,69 +3,94 @@
 from __future__ import annotations
 
 import abc
+import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from sparselab.dst.budget.allocate import apportion
-from sparselab.dst.parts.view import LayerView, Vacancy
+from sparselab.dst.parts.part import Part
+from sparselab.dst.parts.view import LayerUpdate, LayerView
 
 
-class Redistribution(abc.ABC):
-    """Shares of layers, in proportion to a weight for each; no layer gets more than it has room for.
+class Redistribution(Part, abc.ABC):
+    """Says how many connections each layer grows, where it need not be as many as it lost.
 
-    Attributes
-    ----------
-    of_blocks : bool
-        Whether it can weigh layers whose connections are blocks of weights.
+    Most rules share out in proportion to a number for each layer: derive those from `ByWeight`.
     """
 
-    of_blocks = False
-
-    def check(self, views: Sequence[LayerView]) -> None:  # noqa: B027
-        """Raise if there is nothing to weigh these layers by; nothing has been changed yet."""
-
-    def reason_to_skip(self, view: LayerView) -> str:
-        """Why the layer cannot be weighed now; empty if it can."""
-        return ""
+    def check(self, views: Sequence[LayerView]) -> None:
+        """Raise if there is nothing to go by for these layers; nothing has been changed yet."""
 
     @abc.abstractmethod
-    def weight(self, vacancy: Vacancy) -> float:
+    def shares(self, updates: Sequence[LayerUpdate], n_grow: int, caps: Sequence[int]) -> list[int]:
+        """How many connections each layer grows: `n_grow` in all, and none more than its cap."""
+
+    def checked_shares(self, updates: Sequence[LayerUpdate], n_grow: int, caps: Sequence[int]) -> list[int]:
+        """`shares`, once they are known to be what they must be.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If they are not.
+        """
+        shares = self.shares(updates, n_grow, caps)
+        name = f"{type(self).__name__}.shares"
+        if len(shares) != len(caps) or not all(isinstance(n, numbers.Integral) for n in shares):
+            raise TypeError(f"{name} must return an integer for each of {len(caps)} layers, got {shares!r}")
+        if sum(shares) != n_grow or not all(0 <= n <= cap for n, cap in zip(shares, caps, strict=True)):
+            raise ValueError(
+                f"{name} must return {n_grow} connections in all, and at most {list(caps)} for each layer, "
+                f"got {shares!r}"
+            )
+        return [int(n) for n in shares]
+
+
+class ByWeight(Redistribution):
+    """Shares of layers in proportion to a number for each; what a full layer cannot take, others get."""
+
+    @abc.abstractmethod
+    def weight(self, update: LayerUpdate) -> float:
         """What the share of a layer is proportional to; not negative."""
 
-    def __call__(self, vacancies: Sequence[Vacancy], n_grow: int, caps: Sequence[int]) -> list[int]:
-        """How many connections each layer grows: `n_grow` in all, and none more than its cap."""
-        return apportion(n_grow, [self.weight(vacancy) for vacancy in vacancies], caps)
+    def shares(self, updates: Sequence[LayerUpdate], n_grow: int, caps: Sequence[int]) -> list[int]:
+        """How many connections each layer grows."""
+        weights: list[Any] = [self.weight(update) for update in updates]
+        for update, weight in zip(updates, weights, strict=True):
+            if not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
+                raise ValueError(
+                    f"{type(self).__name__}.weight must return a finite number of at least 0, got {weight!r} "
+                    f"for layer number {update.view.index}"
+                )
+        return apportion(n_grow, weights, caps)
 
-    def describe(self) -> str:
-        """Name and settings, for comparing a saved run with the one that resumes it."""
-        return type(self).__name__
 
-
-class ByRemaining(Redistribution):
+class ByRemaining(ByWeight):
     """In proportion to the connections that stay (Mostafa & Wang, ICML 2019, Algorithm 1)."""
 
     of_blocks = True
 
-    def weight(self, vacancy: Vacancy) -> float:
+    def weight(self, update: LayerUpdate) -> float:
         """Connections that stay."""
-        return float(vacancy.n_kept)
+        return float(update.n_kept)
 
 
-class ByMagnitude(Redistribution):
+class ByMagnitude(ByWeight):
     """In proportion to the mean ``|w|`` over the connections of a layer, before any is dropped."""
 
     def reason_to_skip(self, view: LayerView) -> str:
         """Why the layer cannot be weighed now; empty if it can."""
         return "" if np.isfinite(_mean_magnitude(view.weights)) else "weights are not finite"
 
-    def weight(self, vacancy: Vacancy) -> float:
+    def weight(self, update: LayerUpdate) -> float:
         """Mean magnitude."""
-        return _mean_magnitude(vacancy.view.weights)
+        return _mean_magnitude(update.view.weights)
 
 
-class ByMomentum(Redistribution):
+class ByMomentum(ByWeight):
     """In proportion to the mean ``|momentum|`` over the connections of a layer, before any is dropped.
 
     The momentum is the optimizer's; see `LayerView.momentum`. A layer that has none, because no gradient ever
@@ -93,10 +118,10 @@ class ByMomentum(Redistribution):
             return "no momentum"
         return "" if np.isfinite(_mean_magnitude(view.momentum)) else "momentum is not finite"
 
-    def weight(self, vacancy: Vacancy) -> float:
+    def weight(self, update: LayerUpdate) -> float:
         """Mean magnitude."""
-        assert vacancy.view.momentum is not None
-        return _mean_magnitude(vacancy.view.momentum)
+        assert update.view.momentum is not None
+        return _mean_magnitude(update.view.momentum)
 
 
 def _mean_magnitude(entries: torch.Tensor) -> float:

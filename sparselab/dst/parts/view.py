@@ -121,13 +121,16 @@ class LayerView:
         return None
 
     def rng(self, *purpose: int) -> np.random.Generator:
-        """A generator that depends on the seed, the layer, the step and `purpose` only."""
+        """A generator that depends on the seed, the layer, the step and `purpose` only.
+
+        Without a purpose it is the one that growth draws from; other parts have numbers of their own.
+        """
         return np.random.default_rng([self.seed, self.index, self.step, *purpose])
 
 
 @dataclass(frozen=True, eq=False)
-class Vacancy:
-    """A layer together with the connections it is losing: where it may grow, and how much.
+class LayerUpdate:
+    """What an update does to a layer: the connections it loses, and how many it grows.
 
     Attributes
     ----------

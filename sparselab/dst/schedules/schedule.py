@@ -24,6 +24,9 @@ class Schedule(abc.ABC):
         """Name and settings, for comparing a saved run with the one that resumes it."""
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        return self.describe()
+
 
 class _Formula(Schedule):
     """A schedule whose settings, the fields of a dataclass, are finite numbers."""
@@ -31,10 +34,11 @@ class _Formula(Schedule):
     def __post_init__(self) -> None:
         for name, number in vars(self).items():
             require_finite(name, number)
-            if name in ("half_period", "steps") and number <= 0:
-                raise ValueError(f"{name} must be a positive number of steps; got {number!r}")
             if name in ("power", "steepness") and number <= 0:
-                raise ValueError(f"{name} must be positive; got {number!r}")
+                raise ValueError(f"{name} must be positive, got {number!r}")
+        stop, start = vars(self).get("stop"), vars(self).get("start", 0)
+        if stop is not None and stop <= start:
+            raise ValueError(f"stop must be a step after step {start!r}, got {stop!r}")
 
     def describe(self) -> str:
         """Name and settings."""
@@ -42,7 +46,7 @@ class _Formula(Schedule):
 
 
 @dataclass(frozen=True)
-class Constant(_Formula):
+class ConstantSchedule(_Formula):
     """The same number at every step.
 
     Parameters
@@ -64,17 +68,17 @@ class Constant(_Formula):
 
 
 @dataclass(frozen=True)
-class Cosine(_Formula):
+class CosineSchedule(_Formula):
     """Half a cosine from `init` down to `minimum`, and `minimum` from then on.
 
-    ``f(t) = minimum + (init - minimum) / 2 * (1 + cos(pi * t / half_period))`` for ``t < half_period``.
+    ``f(t) = minimum + (init - minimum) / 2 * (1 + cos(pi * t / stop))`` for ``t < stop``.
 
     Parameters
     ----------
     init : float
         Value at step 0.
-    half_period : int or float
-        Step at which `minimum` is reached; positive. It never rises again.
+    stop : int or float
+        The step from which on it is `minimum`; positive. It never rises again.
     minimum : float
         Final value, at most `init`.
 
@@ -89,7 +93,7 @@ class Cosine(_Formula):
     """
 
     init: float
-    half_period: float
+    stop: float
     minimum: float = 0.0
 
     def __post_init__(self) -> None:
@@ -102,14 +106,14 @@ class Cosine(_Formula):
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
-        if step >= self.half_period:
+        if step >= self.stop:
             return float(self.minimum)
         height = (self.init - self.minimum) / 2
-        return float(self.minimum + height * (1 + math.cos(math.pi * step / self.half_period)))
+        return float(self.minimum + height * (1 + math.cos(math.pi * step / self.stop)))
 
 
 @dataclass(frozen=True)
-class Linear(_Formula):
+class LinearSchedule(_Formula):
     """A straight line from `init` to `final`, and `final` from then on.
 
     Parameters
@@ -117,9 +121,9 @@ class Linear(_Formula):
     init : float
         Value at step 0.
     final : float
-        Value from step `steps` on; above or below `init`.
-    steps : int or float
-        Step at which `final` is reached; positive.
+        Value from step `stop` on; above or below `init`.
+    stop : int or float
+        The step from which on it is `final`; positive.
 
     Raises
     ------
@@ -128,24 +132,24 @@ class Linear(_Formula):
 
     Examples
     --------
-    >>> [Linear(0.0, 0.8, steps=100)(step) for step in (0, 50, 100, 200)]
+    >>> [LinearSchedule(0.0, 0.8, stop=100)(step) for step in (0, 50, 100, 200)]
     [0.0, 0.4, 0.8, 0.8]
     """
 
     init: float
     final: float
-    steps: float
+    stop: float
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
-        return _approach(self.init, self.final, 1 - step / self.steps)
+        return _approach(self.init, self.final, 1 - step / self.stop)
 
 
 @dataclass(frozen=True)
-class Polynomial(_Formula):
+class PolynomialSchedule(_Formula):
     """Fast at first, then ever slower: the usual schedule of a sparsity that grows during training.
 
-    ``f(t) = final + (init - final) * (1 - (t - start) / steps) ** power`` for ``start <= t < start + steps``,
+    ``f(t) = final + (init - final) * (1 - (t - start) / (stop - start)) ** power`` for ``start <= t < stop``,
     `init` before, `final` after.
 
     Parameters
@@ -153,9 +157,9 @@ class Polynomial(_Formula):
     init : float
         Value up to step `start`.
     final : float
-        Value from step ``start + steps`` on; above or below `init`.
-    steps : int or float
-        Length of the way from one to the other; positive.
+        Value from step `stop` on; above or below `init`.
+    stop : int or float
+        The step from which on it is `final`; after `start`.
     power : int or float
         Exponent, positive. 1 is a straight line.
     start : int or float
@@ -169,42 +173,42 @@ class Polynomial(_Formula):
     References
     ----------
     Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017,
-    equation 1, where power is 3 and steps is ``n * dt``.
+    equation 1, where power is 3 and stop is ``start + n * dt``.
 
     Examples
     --------
-    >>> [Polynomial(0.0, 0.8, steps=100, start=10)(step) for step in (0, 10, 60, 110)]
+    >>> [PolynomialSchedule(0.0, 0.8, stop=110, start=10)(step) for step in (0, 10, 60, 110)]
     [0.0, 0.0, 0.7000000000000001, 0.8]
     """
 
     init: float
     final: float
-    steps: float
+    stop: float
     power: float = 3
     start: float = 0
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
-        left = min(max(1 - (step - self.start) / self.steps, 0.0), 1.0)
+        left = min(max(1 - (step - self.start) / (self.stop - self.start), 0.0), 1.0)
         return _approach(self.init, self.final, left**self.power)
 
 
 @dataclass(frozen=True)
-class Sigmoid(_Formula):
+class SigmoidSchedule(_Formula):
     """Slow at both ends and fast half way: a logistic curve, stretched so that it meets its ends.
 
-    ``f(t) = final + (init - final) * (1 - g(t))`` for ``start <= t < start + steps``, `init` before, `final`
-    after, with ``g`` rising from 0 to 1 as ``1 / (1 + exp(-steepness * (2 * (t - start) / steps - 1)))`` does
-    between its values at both ends.
+    ``f(t) = final + (init - final) * (1 - g(t))`` for ``start <= t < stop``, `init` before, `final` after,
+    with ``g`` rising from 0 to 1 as ``1 / (1 + exp(-steepness * (2 * (t - start) / (stop - start) - 1)))``
+    does between its values at both ends.
 
     Parameters
     ----------
     init : float
         Value up to step `start`.
     final : float
-        Value from step ``start + steps`` on; above or below `init`.
-    steps : int or float
-        Length of the way from one to the other; positive.
+        Value from step `stop` on; above or below `init`.
+    stop : int or float
+        The step from which on it is `final`; after `start`.
     steepness : int or float
         Positive. Near 0 is a straight line.
     start : int or float
@@ -223,26 +227,26 @@ class Sigmoid(_Formula):
 
     Examples
     --------
-    >>> [round(Sigmoid(0.5, 0.9, steps=100)(step), 3) for step in (0, 25, 50, 75, 100)]
+    >>> [round(SigmoidSchedule(0.5, 0.9, stop=100)(step), 3) for step in (0, 25, 50, 75, 100)]
     [0.5, 0.518, 0.7, 0.882, 0.9]
     """
 
     init: float
     final: float
-    steps: float
+    stop: float
     steepness: float = 6
     start: float = 0
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
         # tanh(x / 2) is the logistic curve centred on 0 and twice as high; it cannot overflow.
-        done = 2 * (step - self.start) / self.steps - 1
+        done = 2 * (step - self.start) / (self.stop - self.start) - 1
         reached = math.tanh(self.steepness * done / 2) / math.tanh(self.steepness / 2)
         return _approach(self.init, self.final, min(max((1 - reached) / 2, 0.0), 1.0))
 
 
 @dataclass(frozen=True)
-class Exponential(_Formula):
+class ExponentialSchedule(_Formula):
     """Every step leaves the fraction `gamma` of the distance to `final`, which is never quite reached.
 
     ``f(t) = final + (init - final) * gamma ** t``.
@@ -263,7 +267,7 @@ class Exponential(_Formula):
 
     Examples
     --------
-    >>> [Exponential(0.5, 0.5)(step) for step in (0, 1, 2)]
+    >>> [ExponentialSchedule(0.5, 0.5)(step) for step in (0, 1, 2)]
     [0.5, 0.25, 0.125]
     """
 
@@ -274,7 +278,7 @@ class Exponential(_Formula):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1]; got {self.gamma!r}")
+            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma!r}")
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
@@ -282,7 +286,7 @@ class Exponential(_Formula):
 
 
 @dataclass(frozen=True)
-class Cycling(Schedule):
+class CyclingSchedule(Schedule):
     """One value after the other, then again from the first: ``values[t % len(values)]``.
 
     It counts optimizer steps, not updates: updates every 100 steps never see more than the first of two.
@@ -312,7 +316,7 @@ class Cycling(Schedule):
 
     def describe(self) -> str:
         """Name and settings."""
-        return f"Cycling({[float(number) for number in self.values]})"
+        return f"CyclingSchedule({[float(number) for number in self.values]})"
 
 
 def _approach(init: float, final: float, left: float) -> float:
@@ -339,14 +343,17 @@ class _FromCallable(Schedule):
 
 def as_schedule(
     value: float | Schedule | list[float] | tuple[float, ...] | Callable[[int], float],
+    name: str = "value",
 ) -> Schedule:
     """Turn a number, a list or a function into a schedule.
 
     Parameters
     ----------
     value : float, Schedule, list, tuple or callable
-        A number becomes `Constant`, a list or tuple `Cycling`; a schedule is returned as it is; a function is
-        called with the step.
+        A number becomes `ConstantSchedule`, a list or tuple `CyclingSchedule`; a schedule is returned as it
+        is; a function is called with the step.
+    name : str
+        What errors call it.
 
     Raises
     ------
@@ -358,8 +365,8 @@ def as_schedule(
     if isinstance(value, Schedule):
         return value
     if isinstance(value, (list, tuple)):
-        return Cycling(value)
+        return CyclingSchedule(value)
     if callable(value):
         return _FromCallable(value)
-    require_finite("value", value, "a number, a list, a Schedule or a function of the step")
-    return Constant(float(value))
+    require_finite(name, value, "a number, a list, a Schedule or a function of the step")
+    return ConstantSchedule(float(value))

@@ -7,13 +7,21 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, SupportsIndex
+from typing import Any
 
 from sparselab.dst.checks import require_count, require_several
 
 
 class UpdateSchedule(abc.ABC):
-    """Yes or no for every optimizer step; subclasses define ``__call__(step) -> bool``."""
+    """Yes or no for every optimizer step; subclasses define ``__call__(step) -> bool``.
+
+    Attributes
+    ----------
+    stop : int or None
+        The step from which on nothing changes any more, if it is known.
+    """
+
+    stop: int | None = None
 
     @abc.abstractmethod
     def __call__(self, step: int) -> bool:
@@ -22,6 +30,9 @@ class UpdateSchedule(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Settings as plain values, for comparing a saved run with the one that resumes it."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.describe().items())})"
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class AtSteps(UpdateSchedule):
         steps = tuple(require_count(f"steps[{i}]", step, minimum=1) for i, step in enumerate(several))
         for before, after in pairwise(steps):
             if before >= after:
-                raise ValueError(f"steps must ascend; got {after} after {before}")
+                raise ValueError(f"steps must ascend, got {after} after {before}")
         object.__setattr__(self, "steps", steps)
 
     def __call__(self, step: int) -> bool:
@@ -107,16 +118,14 @@ class AtSteps(UpdateSchedule):
         return {"steps": list(self.steps)}
 
 
-def as_update_schedule(
-    value: int | Mapping[str, Any] | list[int] | tuple[int, ...] | UpdateSchedule,
-) -> UpdateSchedule:
-    """Turn a number, a dict or a list into an update schedule.
+def as_update_schedule(value: Mapping[str, Any] | Sequence[int] | UpdateSchedule) -> UpdateSchedule:
+    """Turn a dict or a list into an update schedule.
 
     Parameters
     ----------
-    value : int, dict, list, tuple or UpdateSchedule
-        A number is the `freq` of `EverySteps`; a list or tuple holds the steps of `AtSteps`; a dict has the
-        arguments of either, as `UpdateSchedule.describe` returns them; a schedule is returned as it is.
+    value : dict, list, tuple or UpdateSchedule
+        A list or tuple holds the steps of `AtSteps`; a dict has the arguments of either, as
+        `UpdateSchedule.describe` returns them; a schedule is returned as it is.
 
     Raises
     ------
@@ -140,14 +149,61 @@ def as_update_schedule(
         if {"freq"} <= value.keys() <= {"freq", "start", "stop"}:
             return EverySteps(**value)
         raise ValueError(
-            f"update must have the key 'steps' alone, or 'freq' and if need be 'start' and 'stop'; "
+            f"update must have the key 'steps' alone, or 'freq' and if need be 'start' and 'stop', "
             f"got {list(value)}"
         )
     if isinstance(value, (list, tuple)):
         return AtSteps(value)
-    if not isinstance(value, SupportsIndex):
-        raise TypeError(
-            f"update must be the number of steps between updates, a dict with the key 'freq' or 'steps', a "
-            f"list of steps or an UpdateSchedule; got {value!r}"
+    raise TypeError(
+        f"update must be a dict with the key 'freq' or 'steps', a list of steps or an UpdateSchedule, "
+        f"got {value!r} (the number of steps between updates is update_freq)"
+    )
+
+
+def when_to_update(
+    update_freq: int | None,
+    update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None,
+    stop: int | None,
+    default: int = 100,
+) -> tuple[UpdateSchedule, int | None]:
+    """What the three arguments of an algorithm say together.
+
+    Parameters
+    ----------
+    update_freq : int, optional
+        Steps between updates; `default` if `update` is None, too.
+    update : dict, list, tuple or UpdateSchedule, optional
+        For what a period cannot say; see `as_update_schedule`.
+    stop : int, optional
+        The optimizer step from which on nothing is rewired.
+    default : int
+
+    Returns
+    -------
+    UpdateSchedule, int or None
+        Which steps update, unless they have reached the second: the horizon, from whichever argument.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong type or outside its range, or two of them say the same thing.
+
+    Examples
+    --------
+    >>> when_to_update(50, None, 750)
+    (EverySteps(freq=50, start=0, stop=750), 750)
+    """
+    if stop is not None:
+        stop = require_count("stop", stop)
+    if update is None:
+        freq = default if update_freq is None else require_count("update_freq", update_freq, minimum=1)
+        return EverySteps(freq, stop=stop), stop
+    if update_freq is not None:
+        raise ValueError(
+            f"update_freq must be left out where update says when, got update_freq={update_freq!r} and "
+            f"update={update!r}"
         )
-    return EverySteps(value)
+    schedule = as_update_schedule(update)
+    if stop is not None and schedule.stop not in (None, stop):
+        raise ValueError(f"stop must be given once, got stop={stop} and update={update!r}")
+    return schedule, schedule.stop if stop is None else stop

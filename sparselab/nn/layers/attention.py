@@ -108,9 +108,7 @@ class SparseMultiheadAttention(nn.Module):
         """The largest weights of each projection of a dense one, by magnitude."""
         _require_attention(attention)
         own = projections(attention)
-        layers = {
-            name: SparseLinear.from_dense(own[name].linear, sparsity, density=density) for name in own
-        }
+        layers = {name: SparseLinear.from_dense(own[name].linear, sparsity, density=density) for name in own}
         return cls.of_layers(attention, layers)
 
     @classmethod

@@ -159,9 +159,7 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage, ge
         refuse_forward_mode(x, values, bias)
         return conv2d_operator(x, values, bias, *layer.storage.arguments(layer), geometry.numbers)
     topology = layer.storage.topology(layer)
-    if torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (x, values, bias)
-    ):
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, values, bias)):
         y: Tensor = Conv2dFunction.apply(x, values, bias, topology, geometry)  # type: ignore[no-untyped-call]
         return y
     return product(topology, x, values, bias, geometry)
@@ -188,9 +186,7 @@ class Conv2dFunction(torch.autograd.Function):
         topology.require_unchanged()
         if torch.is_grad_enabled() or not is_plain(grad, x, values):
             arguments = *topology.tensors, list(topology.sizes), topology.layout
-            found = _by_operators(
-                ctx.needs_input_grad, grad, x, values, arguments, geometry.numbers, size
-            )
+            found = _by_operators(ctx.needs_input_grad, grad, x, values, arguments, geometry.numbers, size)
             return *found, None, None
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = input_grad(topology, grad, values, geometry, size) if needs_x else None

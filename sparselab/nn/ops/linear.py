@@ -228,9 +228,7 @@ def _(
 
 
 @linear_input_grad.register_fake
-def _(
-    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str
-) -> Tensor:
+def _(grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str) -> Tensor:
     return grad.new_empty((grad.shape[0], sizes[1]))
 
 

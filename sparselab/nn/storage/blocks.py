@@ -96,9 +96,7 @@ class Blocks(Compressed):
         return indices
 
 
-def _inside(
-    shape: tuple[int, int], block_shape: tuple[int, int], row: Tensor, column: Tensor
-) -> Tensor:
+def _inside(shape: tuple[int, int], block_shape: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
     """bool (blocks, *block_shape): what of each block lies within a matrix of that shape."""
     rows, columns = (
         at[:, None] * size + torch.arange(size) < n

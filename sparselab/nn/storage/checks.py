@@ -83,9 +83,7 @@ def check_rows(
     """
     if not _is_complete(state):
         return None
-    values, indptr, indices = (
-        state[name].detach().cpu() for name in ("weight_values", "indptr", "indices")
-    )
+    values, indptr, indices = (state[name].detach().cpu() for name in ("weight_values", "indptr", "indices"))
     if indptr.dtype != torch.int64 or indptr.shape != (grid[0] + 1,):
         raise ValueError(f"indptr must be int64 of shape ({grid[0] + 1},), got {_kind(indptr)}")
     if indices.dtype not in (torch.uint16, torch.int32, torch.int64) or indices.ndim != 1:

@@ -156,7 +156,7 @@ class Compressed(Storage):
         self.check_rows(np.diff(begin))
         self.store(layer, begin, columns)
 
-    def check_rows(self, row_nnz: Array) -> None:  # noqa: B027
+    def check_rows(self, row_nnz: Array) -> None:
         """Raise ValueError if rows may not have these lengths."""
 
     @torch.no_grad()
@@ -209,7 +209,7 @@ class Compressed(Storage):
         self.resize(layer, len(indices))
         return {**state, prefix + "indices": indices}
 
-    def save(self, layer: Any, destination: dict[str, Any], prefix: str) -> None:  # noqa: B027
+    def save(self, layer: Any, destination: dict[str, Any], prefix: str) -> None:
         """Add to a saved state what the tensors do not say."""
 
     def __getstate__(self) -> dict[str, Any]:

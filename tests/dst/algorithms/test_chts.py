@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import CHTs, CHTss, Linear, Magnitude, PathGrowth, RelativeImportance, Sigmoid
+from sparselab.dst import (
+    CHTs,
+    CHTss,
+    LinearSchedule,
+    Magnitude,
+    PathGrowth,
+    RelativeImportance,
+    SigmoidSchedule,
+)
 from sparselab.dst.algorithms import chts
 from sparselab.dst.parts.grow_paths import draw_by_paths
-from sparselab.dst.parts.view import LayerView, Vacancy
+from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.kernels import PaddedCSR
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
@@ -98,7 +106,9 @@ def test_what_has_no_path_is_drawn_at_random_once_the_others_are_used_up(n_grow)
     live = np.zeros((6, 5), bool)
     live[[0, 1, 2, 2], [0, 1, 0, 1]] = True
     assert np.count_nonzero(slow_ch2_l3n(live)) == 2
-    grown = PathGrowth().choose(Vacancy(LayerView(0, 1, 0, as_layer(live)), np.empty(0, np.int64), n_grow))
+    grown = PathGrowth().choose(
+        LayerUpdate(LayerView(0, 1, 0, as_layer(live)), np.empty(0, np.int64), n_grow)
+    )
     assert grown.size == np.unique(grown).size == n_grow
     assert not np.any(live.reshape(-1)[grown])
     if n_grow > 1:
@@ -107,7 +117,7 @@ def test_what_has_no_path_is_drawn_at_random_once_the_others_are_used_up(n_grow)
 
 def test_without_any_path_growth_is_random():
     layer = as_layer(np.zeros((4, 5), bool))
-    grown = PathGrowth().choose(Vacancy(LayerView(0, 1, 0, layer), np.empty(0, np.int64), 20))
+    grown = PathGrowth().choose(LayerUpdate(LayerView(0, 1, 0, layer), np.empty(0, np.int64), 20))
     assert grown.tolist() == list(range(20))
 
 
@@ -115,18 +125,16 @@ def test_growth_sees_the_kept_connections_only():
     live = np.zeros((3, 3), bool)
     live[[0, 0, 1], [0, 1, 0]] = True
     # With slot 0 gone, nothing has a path, and position 0 may grow.
-    vacancy = Vacancy(LayerView(0, 1, 0, as_layer(live)), np.array([0]), 7)
-    assert PathGrowth().choose(vacancy).tolist() == [0, 2, 4, 5, 6, 7, 8]
-    assert (
-        draw_by_paths(np.random.default_rng(0), PaddedCSR.from_positions((3, 3), vacancy.kept), 7).size == 0
-    )
+    update = LayerUpdate(LayerView(0, 1, 0, as_layer(live)), np.array([0]), 7)
+    assert PathGrowth().choose(update).tolist() == [0, 2, 4, 5, 6, 7, 8]
+    assert draw_by_paths(np.random.default_rng(0), PaddedCSR.from_positions((3, 3), update.kept), 7).size == 0
 
 
 @pytest.mark.parametrize("make", [FakeSparse, lambda i, o, s: SparseLinear(i, o, sparsity=s)])
 def test_an_update_keeps_the_counts_and_needs_no_gradient(make):
     torch.manual_seed(0)
     layer = make(30, 20, 0.8)
-    layer.apply(algorithm := CHTs(temperature=3.0, update=1))
+    layer.apply(algorithm := CHTs(temperature=3.0, update_freq=1))
     born = layer.positions().clone()
     algorithm.step()
     report = algorithm.last_update[0]
@@ -137,8 +145,8 @@ def test_an_update_keeps_the_counts_and_needs_no_gradient(make):
 def test_a_hot_removal_is_certain():
     # At a high enough temperature the soft rule is that of the smallest weights.
     layer = FakeSparse(30, 20, 0.8)
-    layer.apply(algorithm := CHTs(temperature=1e6, update=1))
-    weights = layer.weight_values.detach().abs()
+    layer.apply(algorithm := CHTs(temperature=1e6, update_freq=1))
+    weights = layer.values.detach().abs()
     weakest = set(layer.live[weights.argsort()[:36]].tolist())
     kept = set(layer.live.tolist()) - weakest
     algorithm.step()
@@ -147,8 +155,10 @@ def test_a_hot_removal_is_certain():
 
 def test_a_schedule_prunes_the_least_important_first():
     layer = FakeSparse(30, 20, 0.5)
-    layer.apply(algorithm := CHTs(Linear(0.5, 0.7, 1), 0.0, 1, prune=Magnitude()))
-    weights = layer.weight_values.detach().abs()
+    layer.apply(
+        algorithm := CHTs(LinearSchedule(0.5, 0.7, 1), drop_fraction=0.0, update_freq=1, prune=Magnitude())
+    )
+    weights = layer.values.detach().abs()
     strongest = sorted(layer.live[weights.argsort()[-180:]].tolist())
     algorithm.step()
     assert layer.live.tolist() == strongest
@@ -156,10 +166,14 @@ def test_a_schedule_prunes_the_least_important_first():
 
 def test_pruning_comes_before_the_soft_removal():
     layer = FakeSparse(30, 20, 0.5)
-    layer.apply(algorithm := CHTs(Linear(0.5, 0.7, 1), 0.5, 1, temperature=0.0, prune=Magnitude()))
-    weights = layer.weight_values.detach().abs()
+    layer.apply(
+        algorithm := CHTs(
+            LinearSchedule(0.5, 0.7, 1), drop_fraction=0.5, update_freq=1, temperature=0.0, prune=Magnitude()
+        )
+    )
+    weights = layer.values.detach().abs()
     strongest = set(layer.live[weights.argsort()[-180:]].tolist())
-    (drop,) = algorithm._drop([LayerView(0, 1, 0, layer)], 1)
+    (drop,) = algorithm.selection.drop(algorithm.context([LayerView(0, 1, 0, layer)]))
     kept = np.delete(layer.live.numpy(), drop).tolist()
     assert len(kept) == 90
     assert strongest > set(kept)
@@ -168,7 +182,7 @@ def test_pruning_comes_before_the_soft_removal():
 def chained(drop_fraction=0.3, **settings):
     torch.manual_seed(0)
     model = torch.nn.Sequential(FakeSparse(12, 9, 0.9), torch.nn.ReLU(), FakeSparse(9, 11, 0.9, seed=1))
-    algorithm = CHTs(None, drop_fraction, 1, chains=[("0", "2")], **settings)
+    algorithm = CHTs(None, drop_fraction=drop_fraction, update_freq=1, chains=[("0", "2")], **settings)
     algorithm.attach(model)
     return model, algorithm
 
@@ -197,7 +211,7 @@ def test_units_without_a_connection_on_one_side_lose_those_on_the_other():
     expected = slow_chain(*before)
     assert any(np.any(old != new) for old, new in zip(before, expected, strict=True))
     views = [LayerView(i, 1, 0, layer) for i, layer in enumerate((model[0], model[2]))]
-    drops = algorithm._drop(views, 1)
+    drops = algorithm.selection.drop(algorithm.context(views))
     for view, drop, old, new in zip(views, drops, before, expected, strict=True):
         kept = np.delete(view.layer.live.numpy(), drop)
         assert kept.tolist() == np.flatnonzero(new).tolist()
@@ -223,7 +237,7 @@ def test_a_chain_with_a_frozen_layer_is_left_alone():
 )
 def test_chains_that_do_not_fit_are_refused_before_anything_changes(chains, message):
     model, algorithm = chained()
-    algorithm.chains = chains
+    algorithm.selection.chains = chains
     born = model[0].live.clone()
     with pytest.raises(ValueError, match=message):
         algorithm.step()
@@ -233,22 +247,21 @@ def test_chains_that_do_not_fit_are_refused_before_anything_changes(chains, mess
 
 def test_chtss_follows_its_sigmoid():
     layer = FakeSparse(30, 20, 0.5)
-    layer.apply(algorithm := CHTss(0.95, 10, update=2))
+    layer.apply(algorithm := CHTss(0.95, sparsity_stop=10, update_freq=2))
     for step in range(1, 15):
         algorithm.step()
         if step % 2 == 0:
-            assert layer.nnz == n_connections((20, 30), Sigmoid(0.5, 0.95, 10)(step))
+            assert layer.nnz == n_connections((20, 30), SigmoidSchedule(0.5, 0.95, 10)(step))
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: CHTs(scope="network"), ValueError, r"scope must be one of \('layer',\), got 'network'"),
-        (lambda: CHTs(temperature=-1), ValueError, "temperature must be 0 or above; got -1.0 at step 0"),
-        (lambda: CHTs(temperature="hot"), TypeError, "value must be a number"),
-        (lambda: CHTss(1.5, 10), ValueError, r"sparsity must lie in \[0, 1\]; got 1.5"),
-        (lambda: CHTss(0.9, 10, init=-1), ValueError, r"init must lie in \[0, 1\]; got -1"),
-        (lambda: CHTss(0.9, 0), ValueError, "steps must be a positive number of steps; got 0"),
+        (lambda: CHTs(temperature=-1), ValueError, "temperature must be 0 or above, got -1.0 at step 0"),
+        (lambda: CHTs(temperature="hot"), TypeError, "temperature must be a number"),
+        (lambda: CHTss(1.5, sparsity_stop=10), ValueError, r"sparsity must lie in \[0, 1\], got 1.5"),
+        (lambda: CHTss(0.9, sparsity_stop=10, init=-1), ValueError, r"init must lie in \[0, 1\], got -1"),
+        (lambda: CHTss(0.9, sparsity_stop=0), ValueError, "stop must be a step after step 0, got 0"),
     ],
 )
 def test_misuse_is_named(make, error, message):

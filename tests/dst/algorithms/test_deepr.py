@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import DeepR, Linear, UpdateReport
+from sparselab.dst import DeepR, LinearSchedule, UpdateReport
 from sparselab.dst.algorithms import deepr
 from sparselab.dst.parts.view import LayerView
 from sparselab.nn import MaskedLinear, SparseLinear
@@ -40,7 +40,7 @@ def set_weights(layer, numbers):
 
 
 def signs(algorithm, index=0):
-    return algorithm.state_dict()["memory"]["slots"][index]["sign"].tolist()
+    return algorithm.state_dict()["parts"]["drop"][str(index)].tolist()
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -178,7 +178,7 @@ def test_nan_ends_a_connection():
 
 def test_the_walk_goes_on_between_updates():
     layer = FakeSparse(10, 10, 0.5)
-    start(layer, algorithm := DeepR(temperature=0.0, l1=0.25, update=3), lr=1.0)
+    start(layer, algorithm := DeepR(temperature=0.0, l1=0.25, update_freq=3), lr=1.0)
     set_weights(layer, signs(algorithm))
     born = layer.positions().clone()
     algorithm.step()
@@ -221,21 +221,21 @@ def test_views_tell_of_the_optimizer_that_stepped_last():
     for optimizer, expected in ((first, 0.1), (second, 0.2), (first, 0.1)):
         layer.weight_values.grad = torch.ones(8)
         optimizer.step()
-        assert algorithm._views(1)[0].group["lr"] == expected
+        assert algorithm.views(1)[0].group["lr"] == expected
     assert LayerView(0, 1, 0, layer).group == {}
 
 
 def test_misuse_is_named():
     for wrong, error, message in [
         (
-            {"sparsity": Linear(0.5, 0.9, 10)},
+            {"sparsity": LinearSchedule(0.5, 0.9, 10)},
             TypeError,
-            "DeepR keeps the number of connections; got a Linear",
+            "the number of connections is kept, got a LinearSchedule",
         ),
-        ({"temperature": -1.0}, ValueError, "temperature must be finite and not negative; got -1.0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be finite and not negative, got -1.0"),
         ({"temperature": "hot"}, TypeError, "got 'hot'"),
-        ({"l1": -1e-5}, ValueError, "l1 must not be negative; got -1e-05"),
-        ({"l1": None}, TypeError, "l1 must be a number; got None"),
+        ({"l1": -1e-5}, ValueError, "l1 must not be negative, got -1e-05"),
+        ({"l1": None}, TypeError, "l1 must be a number, got None"),
         ({"scope": "row"}, ValueError, "scope must be one of"),
     ]:
         with pytest.raises(error, match=message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import DSR, Linear, UpdateReport
+from sparselab.dst import DSR, LinearSchedule, UpdateReport
 from sparselab.dst.algorithms import dsr
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
@@ -47,7 +47,7 @@ def slow_shares(total, weights, caps):
 @pytest.mark.parametrize("kind", ["fake", "real"])
 def test_one_update_against_a_slow_one(kind):
     layers = network(kind)
-    layers.apply(algorithm := DSR(update=1, threshold=0.1, n_prune=25))
+    layers.apply(algorithm := DSR(update_freq=1, threshold=0.1, n_prune=25))
     before = [dict(zip(w.positions().tolist(), w.values.tolist(), strict=True)) for w in layers]
     kept = [{p: w for p, w in layer.items() if abs(w) >= 0.1} for layer in before]
     pruned = [before[i].keys() - kept[i].keys() for i in range(3)]
@@ -63,7 +63,7 @@ def test_one_update_against_a_slow_one(kind):
         assert not new & before[i].keys(), "a connection that was just pruned grew back"
         assert {after[position] for position in new} <= {0.0}
     factor = 0.5 if n_pruned > 27.5 else 2.0 if n_pruned < 22.5 else 1.0
-    assert algorithm.threshold == 0.1 * factor
+    assert algorithm.current_threshold == 0.1 * factor
     assert [report.dropped for report in algorithm.last_update] == list(map(len, pruned))
 
 
@@ -75,21 +75,21 @@ def test_the_threshold_doubles_and_halves(n_below, expected, n_prune):
     layer = FakeSparse(40, 20, 0.5)
     fill(layer, 5.0)
     with torch.no_grad():
-        layer.weight_values[:n_below] = -0.5
-    layer.apply(algorithm := DSR(update=1, threshold=1.0, n_prune=n_prune))
+        layer.values[:n_below] = -0.5
+    layer.apply(algorithm := DSR(update_freq=1, threshold=1.0, n_prune=n_prune))
     algorithm.step()
     assert algorithm.last_update[0].dropped == n_below
-    assert algorithm.threshold == expected
+    assert algorithm.current_threshold == expected
 
 
 def test_the_threshold_never_gets_stuck():
     layer = FakeSparse(8, 8, 0.5)
-    layer.apply(algorithm := DSR(update=1, n_prune=10))
+    layer.apply(algorithm := DSR(update_freq=1, n_prune=10))
     for number, far in ((0.0, 1e-30), (1e35, 1e30)):
         for _ in range(2500):
             fill(layer, number)
             algorithm.step()
-        assert algorithm.threshold == far
+        assert algorithm.current_threshold == far
 
 
 @pytest.mark.parametrize("kind", ["fake", "real"])
@@ -100,7 +100,7 @@ def test_every_layer_keeps_its_best(kind):
         layers[2].values[7] = -2e-9
         layers[2].values[3] = torch.nan
     best = layers[2].positions()[7].item()
-    layers.apply(algorithm := DSR(update=1))
+    layers.apply(algorithm := DSR(update_freq=1))
     algorithm.step()
     assert algorithm.last_update[2].dropped == 19
     assert best in layers[2].positions()
@@ -111,7 +111,7 @@ def test_what_a_full_layer_cannot_take_goes_to_the_others():
     layers = network("fake", (358, 60, 20))
     with torch.no_grad():
         layers[1].values[:30] = 0
-    layers.apply(algorithm := DSR(update=1, threshold=1e-12))
+    layers.apply(algorithm := DSR(update_freq=1, threshold=1e-12))
     algorithm.step()
     assert layers[0].nnz == 360
     assert sum(layer.nnz for layer in layers) == 438
@@ -125,7 +125,7 @@ def test_no_more_are_dropped_than_there_are_empty_positions():
         layers[1].values[50:60] = 1e-9
         layers[0].values[50:60] = 1e-8
     lost = set(layers[1].positions()[50:60].tolist())
-    layers.apply(algorithm := DSR(update=1, threshold=5.0))
+    layers.apply(algorithm := DSR(update_freq=1, threshold=5.0))
     algorithm.step()
     assert [report.dropped for report in algorithm.last_update] == [6, 10, 0]
     assert [layer.nnz for layer in layers] == [354, 194, 85]
@@ -134,7 +134,7 @@ def test_no_more_are_dropped_than_there_are_empty_positions():
 
 def test_a_dense_network_stays():
     layers = network("fake", (360, 204, 85))
-    layers.apply(algorithm := DSR(update=1, threshold=100.0))
+    layers.apply(algorithm := DSR(update_freq=1, threshold=100.0))
     algorithm.step()
     assert [(r.dropped, r.grown, r.nnz) for r in algorithm.last_update] == [(0, 0, n) for n in (360, 204, 85)]
 
@@ -142,7 +142,7 @@ def test_a_dense_network_stays():
 @pytest.mark.parametrize("seed", range(20))
 def test_random_growth_is_exact(seed):
     layers = network("fake", (200, 60, 40))
-    layers.apply(algorithm := DSR(update=1, threshold=0.3, seed=seed))
+    layers.apply(algorithm := DSR(update_freq=1, threshold=0.3, seed=seed))
     for _ in range(3):
         algorithm.step()
         for layer, report in zip(layers, algorithm.last_update, strict=True):
@@ -153,7 +153,7 @@ def test_random_growth_is_exact(seed):
 def test_frozen_layers_neither_give_nor_take():
     layers = network("fake")
     layers[0].values.requires_grad_(False)
-    layers.apply(algorithm := DSR(update=1, threshold=0.3))
+    layers.apply(algorithm := DSR(update_freq=1, threshold=0.3))
     algorithm.step()
     assert algorithm.last_update[0] == UpdateReport(nnz=90, skipped="frozen")
     assert layers[1].nnz + layers[2].nnz == 80
@@ -164,27 +164,31 @@ def test_frozen_layers_neither_give_nor_take():
 
 def test_the_threshold_is_resumed():
     layers = network("fake")
-    layers.apply(algorithm := DSR(update=1, threshold=0.5))
+    layers.apply(algorithm := DSR(update_freq=1, threshold=0.5))
     algorithm.step()
     again = network("fake", tuple(layer.nnz for layer in layers))
-    again.apply(resumed := DSR(update=1, threshold=0.5))
+    again.apply(resumed := DSR(update_freq=1, threshold=0.5))
     resumed.load_state_dict(algorithm.state_dict())
-    assert resumed.threshold == algorithm.threshold != 0.5
+    assert resumed.current_threshold == algorithm.current_threshold != 0.5
     state = algorithm.state_dict()
-    state["memory"]["threshold"] = "high"
-    with pytest.raises(TypeError, match=r"state\['memory'\]\['threshold'\] must be a number; got 'high'"):
+    state["parts"]["selection"]["threshold"] = "high"
+    with pytest.raises(TypeError, match="the saved threshold must be a number, got 'high'"):
         resumed.load_state_dict(state)
 
 
 def test_misuse_is_named():
     for wrong, error, message in [
-        ({"sparsity": Linear(0.5, 0.9, 10)}, TypeError, "DSR keeps the number of connections; got a Linear"),
-        ({"n_prune": 0}, ValueError, "n_prune must be at least 1; got 0"),
-        ({"n_prune": 1.0}, ValueError, r"n_prune must be a whole number, or a fraction in \(0, 1\); got 1.0"),
-        ({"n_prune": True}, TypeError, "n_prune must be an integer; got True"),
+        (
+            {"sparsity": LinearSchedule(0.5, 0.9, 10)},
+            TypeError,
+            "the number of connections is kept, got a LinearSchedule",
+        ),
+        ({"n_prune": 0}, ValueError, "n_prune must be at least 1, got 0"),
+        ({"n_prune": 1.0}, ValueError, r"n_prune must be a whole number, or a fraction in \(0, 1\), got 1.0"),
+        ({"n_prune": True}, TypeError, "n_prune must be an integer, got True"),
         ({"n_prune": "all"}, TypeError, "n_prune must be a number of connections"),
         ({"threshold": 0.0}, ValueError, "threshold must be positive"),
-        ({"tolerance": 1.0}, ValueError, r"tolerance must lie in \[0, 1\); got 1.0"),
+        ({"tolerance": 1.0}, ValueError, r"tolerance must lie in \[0, 1\), got 1.0"),
     ]:
         with pytest.raises(error, match=message):
             DSR(**wrong)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import GSE, DynamicSparsityAlgorithm, SampledGradientGrowth, UpdateReport
+from sparselab.dst import GSE, DynamicSparsityAlgorithm, Exchange, SampledGradientGrowth, UpdateReport
 from sparselab.dst.algorithms import gse
 from sparselab.dst.parts import dense_gradient as gradient
 from sparselab.dst.parts.grow_sampled import _activity, _draw
@@ -91,7 +91,9 @@ def test_the_oracle_by_hand():
 @pytest.mark.parametrize("gamma", [0.05, 1.0, 3.0])
 def test_grows_the_largest_gradients_of_the_sample(kind, sampler, gamma):
     layer = make(kind)
-    layer.apply(algorithm := GSE(None, 0.3, 2, 5, gamma=gamma, sampler=sampler))
+    layer.apply(
+        algorithm := GSE(None, drop_fraction=0.3, update_freq=2, seed=5, gamma=gamma, sampler=sampler)
+    )
     for step in range(1, 5):
         layer.zero_grad()
         x, dy = operands(step)
@@ -112,7 +114,9 @@ def test_grows_the_largest_gradients_of_the_sample(kind, sampler, gamma):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_gradient_is_the_sum_over_micro_batches(sampler):
     layer = make("real")
-    layer.apply(algorithm := GSE(None, 0.3, 1, sampler=sampler, grad_accumulation=3))
+    layer.apply(
+        algorithm := GSE(None, drop_fraction=0.3, update_freq=1, sampler=sampler, grad_accumulation=3)
+    )
     pairs = [operands(seed, n_tokens=seed + 2) for seed in range(3)]
     for x, dy in pairs:
         backward(layer, x, dy)
@@ -129,7 +133,7 @@ def test_a_layer_of_half_its_connections_is_ranked_whole(sparsity):
     layer = make("fake", sparsity=sparsity)
     if layer.nnz * 2 < ROWS * COLS:
         layer.rewrite(torch.empty(0, dtype=torch.int64), _first_free(layer))
-    layer.apply(algorithm := GSE(None, 0.3, 1))
+    layer.apply(algorithm := GSE(None, drop_fraction=0.3, update_freq=1))
     pair = operands(0)
     backward(layer, *pair)
     free = sorted(set(range(ROWS * COLS)) - set(layer.live.tolist()))
@@ -146,7 +150,7 @@ def _first_free(layer):
 def test_no_dense_gradient_is_formed(monkeypatch):
     monkeypatch.setattr(gradient, "summarise", None)
     layer = make("real")
-    layer.apply(algorithm := GSE(update=1))
+    layer.apply(algorithm := GSE(update_freq=1))
     backward(layer, *operands(0))
     algorithm.step()
     assert algorithm.last_update[0].grown > 0
@@ -156,7 +160,7 @@ def test_memory_does_not_grow_with_the_size_of_the_matrix():
     torch.manual_seed(0)
     rows, cols = 3000, 4000
     layer = SparseLinear(cols, rows, sparsity=0.999)
-    layer.apply(algorithm := GSE(update=1, sampler="grabo"))
+    layer.apply(algorithm := GSE(update_freq=1, sampler="grabo"))
     x, dy = torch.randn(2, cols), torch.randn(2, rows)
     backward(layer, x, dy)
     algorithm.step()  # compiles, which takes memory of its own
@@ -217,7 +221,7 @@ def test_sampled_gradient_is_the_dense_one_at_the_sample(dtype):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_skips_its_layer_only(sampler, bad):
     model = torch.nn.ModuleList([make("real"), make("real")])
-    model.apply(algorithm := GSE(update=1, sampler=sampler))
+    model.apply(algorithm := GSE(update_freq=1, sampler=sampler))
     born = [layer.positions().clone() for layer in model]
     x, dy = operands(0)
     backward(model[1], x, dy)
@@ -232,7 +236,7 @@ def test_a_gradient_that_is_not_finite_skips_its_layer_only(sampler, bad):
 
 def test_a_gradient_that_overflows_is_not_finite():
     layer = make("real", torch.float32)
-    layer.apply(algorithm := GSE(update=1))
+    layer.apply(algorithm := GSE(update_freq=1))
     x, dy = operands(0, torch.float32)
     backward(layer, x * 1e30, dy * 1e30)
     algorithm.step()
@@ -241,7 +245,7 @@ def test_a_gradient_that_overflows_is_not_finite():
 
 def test_the_network_ranks_samples_together():
     model = torch.nn.ModuleList([make("fake"), make("fake", seed=1)])
-    model.apply(algorithm := GSE(None, 0.3, 1, scope="network"))
+    model.apply(algorithm := GSE(None, drop_fraction=0.3, update_freq=1, scope="network"))
     pairs = [operands(seed) for seed in range(2)]
     pairs[0] = pairs[0][0] * 1.5, pairs[0][1]
     for layer, pair in zip(model, pairs, strict=True):
@@ -251,7 +255,9 @@ def test_the_network_ranks_samples_together():
         scores = dense([pair]).abs().reshape(-1)
         sample = slow_sample(layer, [pair], "uniform", layer.nnz, 0, index, 1)
         candidates += [(float(scores[p]), index, p) for p in sample]
-        old += [(abs(w), index, p) for w, p in zip(layer.weight_values.tolist(), layer.live.tolist(), strict=True)]
+        old += [
+            (abs(w), index, p) for w, p in zip(layer.weight_values.tolist(), layer.live.tolist(), strict=True)
+        ]
     k = math.ceil(0.3 * len(old))
     after = sorted(old)[k:] + sorted(candidates)[-k:]
     algorithm.step()
@@ -264,7 +270,7 @@ def test_the_network_ranks_samples_together():
 
 def test_a_dropped_connection_does_not_grow_back_at_once():
     layer = make("fake")
-    layer.apply(algorithm := GSE(None, 1.0, 1, gamma=20))
+    layer.apply(algorithm := GSE(None, drop_fraction=1.0, update_freq=1, gamma=20))
     born = set(layer.live.tolist())
     backward(layer, *operands(0))
     algorithm.step()
@@ -273,7 +279,11 @@ def test_a_dropped_connection_does_not_grow_back_at_once():
 
 def test_the_sample_part_goes_with_other_parts():
     layer = make("fake")
-    layer.apply(algorithm := DynamicSparsityAlgorithm(None, 0.3, 1, grow=SampledGradientGrowth(0.01)))
+    layer.apply(
+        algorithm := DynamicSparsityAlgorithm(
+            Exchange(None, 0.3), update_freq=1, grow=SampledGradientGrowth(0.01)
+        )
+    )
     nnz = layer.nnz
     backward(layer, *operands(0))
     algorithm.step()
@@ -285,11 +295,11 @@ def test_the_sample_part_goes_with_other_parts():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: GSE(gamma=0), ValueError, "gamma must be positive; got 0"),
-        (lambda: GSE(gamma="1"), TypeError, "gamma must be a number; got '1'"),
+        (lambda: GSE(gamma=0), ValueError, "gamma must be positive, got 0"),
+        (lambda: GSE(gamma="1"), TypeError, "gamma must be a number, got '1'"),
         (lambda: GSE(sampler="best"), ValueError, "sampler must be one of .*, got 'best'"),
         (lambda: GSE(scope="row"), ValueError, "scope must be one of .*, got 'row'"),
-        (lambda: GSE(grad_accumulation=0), ValueError, "grad_accumulation must be at least 1; got 0"),
+        (lambda: GSE(grad_accumulation=0), ValueError, "grad_accumulation must be at least 1, got 0"),
     ],
 )
 def test_misuse_is_named(make, error, message):

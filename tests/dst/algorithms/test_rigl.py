@@ -72,7 +72,7 @@ def test_the_oracle_by_hand():
 def test_grows_where_the_whole_gradient_is_largest(monkeypatch, kind, dtype, rows_per_block, sparsity):
     monkeypatch.setattr(gradient, "_BLOCK_BYTES", rows_per_block * COLS * dtype.itemsize)
     layer = make(kind, dtype, sparsity)
-    algorithm = RigL(drop_fraction=0.3, update=2)
+    algorithm = RigL(drop_fraction=0.3, update_freq=2)
     layer.apply(algorithm)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01, momentum=0.9)
     for step in range(1, 7):
@@ -91,7 +91,7 @@ def test_grows_where_the_whole_gradient_is_largest(monkeypatch, kind, dtype, row
 
 def test_equal_gradients_grow_the_lowest_positions():
     layer = make("fake")
-    algorithm = RigL(drop_fraction=0.5, update=1)
+    algorithm = RigL(drop_fraction=0.5, update_freq=1)
     layer.apply(algorithm)
     ones = torch.ones(1, COLS), torch.ones(1, ROWS)
     backward(layer, *ones)
@@ -104,7 +104,7 @@ def test_equal_gradients_grow_the_lowest_positions():
 @pytest.mark.parametrize("interleaved", [False, True], ids=["one after the other", "one backward pass"])
 def test_the_gradient_is_the_sum_over_micro_batches(kind, interleaved):
     layer = make(kind, torch.float64)
-    algorithm = RigL(update=1, grad_accumulation=1 if interleaved else 3)
+    algorithm = RigL(update_freq=1, grad_accumulation=1 if interleaved else 3)
     layer.apply(algorithm)
     pairs = [operands(seed, torch.float64, n_tokens=seed + 2) for seed in range(3)]
     if interleaved:
@@ -123,7 +123,7 @@ def test_the_gradient_is_the_sum_over_micro_batches(kind, interleaved):
 @pytest.mark.parametrize("told", ["before", "after"])
 def test_a_step_that_sums_over_another_number_of_passes(told):
     layer = make("fake", torch.float64)
-    algorithm = RigL(update=1, grad_accumulation=3)
+    algorithm = RigL(update_freq=1, grad_accumulation=3)
     group = Group({"*": algorithm})
     group.attach(torch.nn.ModuleDict({"layer": layer}))
     pairs = [operands(seed, torch.float64) for seed in range(2)]
@@ -144,7 +144,7 @@ def test_a_step_that_sums_over_another_number_of_passes(told):
 
 def test_a_layer_used_twice_in_every_micro_batch():
     layer = make("fake", torch.float64)
-    algorithm = RigL(update=1, grad_accumulation=2)
+    algorithm = RigL(update_freq=1, grad_accumulation=2)
     layer.apply(algorithm)
     pairs = [operands(seed, torch.float64) for seed in range(4)]
     for first, second in (pairs[:2], pairs[2:]):
@@ -158,7 +158,7 @@ def test_a_layer_used_twice_in_every_micro_batch():
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forward_pass_without_backward_changes_nothing(kind, when):
     layer = make(kind, torch.float64)
-    algorithm = RigL(update=1)
+    algorithm = RigL(update_freq=1)
     layer.apply(algorithm)
     x, dy = operands(0, torch.float64)
     if when == "before":
@@ -175,7 +175,7 @@ def test_a_forward_pass_without_backward_changes_nothing(kind, when):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(kind, reentrant):
     layer = make(kind, torch.float64)
-    algorithm = RigL(update=1)
+    algorithm = RigL(update_freq=1)
     layer.apply(algorithm)
     x, dy = operands(0, torch.float64)
     x.requires_grad_()
@@ -188,7 +188,7 @@ def test_activation_checkpointing(kind, reentrant):
 @pytest.mark.parametrize(("declared", "came"), [(1, 2), (2, 1), (2, 3), (3, 2)])
 def test_another_number_of_backward_passes_is_an_error(declared, came):
     model = torch.nn.ModuleList([make("fake"), make("fake")])
-    algorithm = RigL(update=1, grad_accumulation=declared)
+    algorithm = RigL(update_freq=1, grad_accumulation=declared)
     model.apply(algorithm)
     for seed in range(came):
         backward(model[1], *operands(seed))
@@ -203,7 +203,7 @@ def test_another_number_of_backward_passes_is_an_error(declared, came):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_gradient_that_is_not_finite_skips_its_layer_only(kind, bad):
     model = torch.nn.ModuleList([make(kind), make(kind)])
-    algorithm = RigL(update=1)
+    algorithm = RigL(update_freq=1)
     model.apply(algorithm)
     born = [layer.positions().clone() for layer in model]
     x, dy = operands(0)
@@ -219,7 +219,7 @@ def test_a_gradient_that_is_not_finite_skips_its_layer_only(kind, bad):
 
 def test_a_layer_without_gradient_is_skipped():
     model = torch.nn.ModuleList([make("real"), make("real"), make("real")])
-    algorithm = RigL(update=1)
+    algorithm = RigL(update_freq=1)
     model.apply(algorithm)
     model[1].values.requires_grad_(False)
     x, dy = operands(0)
@@ -231,7 +231,7 @@ def test_a_layer_without_gradient_is_skipped():
 
 def test_settings_changed_too_late_for_the_gradient_skip_the_update():
     layer = make("fake")
-    algorithm = RigL(update=10)
+    algorithm = RigL(update_freq=10)
     layer.apply(algorithm)
     algorithm.update = EverySteps(1)
     backward(layer, *operands(0))
@@ -261,7 +261,7 @@ def test_layers_are_watched_on_the_step_that_updates_only(monkeypatch):
 def test_nothing_is_formed_when_nothing_is_dropped(monkeypatch):
     monkeypatch.setattr(gradient, "StreamedTopK", None)
     layer = make("fake")
-    algorithm = RigL(drop_fraction=0.0, update=1)
+    algorithm = RigL(drop_fraction=0.0, update_freq=1)
     layer.apply(algorithm)
     backward(layer, *operands(0))
     algorithm.step()
@@ -277,7 +277,7 @@ def test_operands_of_the_only_backward_pass_are_not_copied(monkeypatch):
         lambda factors, *rest: seen.append(factors[0].x.data_ptr()) or original(factors, *rest),
     )
     layer = make("real")
-    layer.apply(RigL(update=1))
+    layer.apply(RigL(update_freq=1))
     x, dy = operands(0)
     backward(layer, x, dy)
     assert seen == [x.data_ptr()]
@@ -294,7 +294,7 @@ def test_lower_precision_operands_are_widened():
 
 def test_a_collector_does_not_travel_with_a_copy():
     layer = make("fake")
-    layer.apply(algorithm := RigL(update=1))
+    layer.apply(algorithm := RigL(update_freq=1))
     assert isinstance(layer.gradient_watcher, GradientCollector)
     assert copy.deepcopy(layer).gradient_watcher is None
     assert pickle.loads(pickle.dumps(layer)).gradient_watcher is None
@@ -313,7 +313,7 @@ def test_a_collector_outlives_its_layer_quietly():
 
 def test_loading_arms_the_very_next_step():
     layer = make("fake")
-    algorithm = RigL(update=5)
+    algorithm = RigL(update_freq=5)
     layer.apply(algorithm)
     assert layer.gradient_watcher is None
     algorithm.load_state_dict({**algorithm.state_dict(), "step": 4})
@@ -332,7 +332,7 @@ def test_memory_does_not_grow_with_the_size_of_the_matrix(monkeypatch):
     torch.manual_seed(0)
     rows, cols = 3000, 4000
     layer = SparseLinear(cols, rows, sparsity=0.999)
-    layer.apply(algorithm := RigL(update=1))
+    layer.apply(algorithm := RigL(update_freq=1))
     x, dy = torch.randn(2, cols), torch.randn(2, rows)
     backward(layer, x, dy)
     algorithm.step()  # compiles, which takes memory of its own

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, SNFS, ByMagnitude, ByMomentum, ByRemaining, Linear, MomentumGrowth, RigL
+from sparselab.dst import (
+    SET,
+    SNFS,
+    ByMagnitude,
+    ByMomentum,
+    ByRemaining,
+    LinearSchedule,
+    MomentumGrowth,
+    RigL,
+)
 from sparselab.dst.algorithms import snfs
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
-from sparselab.nn.ops.operands import LinearOperands
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import assert_topology
 
@@ -102,7 +110,7 @@ def test_the_shares_by_hand():
 def test_updates_against_slow_ones(kind, optimizer_name, averaged):
     layers = network(kind)
     budget = sum(rows * columns * 8 for rows, columns in SHAPES[:averaged])
-    algorithm = SNFS(drop_fraction=0.3, update=3, momentum_bytes=budget, momentum=0.8)
+    algorithm = SNFS(drop_fraction=0.3, update_freq=3, momentum_bytes=budget, momentum=0.8)
     optimizer = OPTIMIZERS[optimizer_name](layers.parameters())
     algorithm.attach(layers)
     total = sum(layer.nnz for layer in layers)
@@ -127,7 +135,7 @@ def test_averages_and_gradients_grow_differently():
     for budget in (0, 1 << 20):
         layers = network("fake")
         optimizer = OPTIMIZERS["sgd"](layers.parameters())
-        layers.apply(algorithm := SNFS(update=4, momentum_bytes=budget))
+        layers.apply(algorithm := SNFS(update_freq=4, momentum_bytes=budget))
         for step in range(1, 5):
             train_step(layers, optimizer, step)
             algorithm.step()
@@ -140,12 +148,12 @@ def test_micro_batches_and_parts_of_a_network_add_up():
     found = []
     for cuts in ([0, 6], [0, 2, 5, 6]):
         layer = FakeSparse(30, 12, 0.8, dtype=torch.float64)
-        layer.apply(algorithm := SNFS(update=9, momentum=0.5))
+        layer.apply(algorithm := SNFS(update_freq=9, momentum=0.5))
         for _ in range(2):
             for begin, end in pairwise(cuts):
                 (layer(x[begin:end]) * dy[begin:end]).sum().backward()
             algorithm.step()
-        found.append(algorithm.grow.memory()["0"])
+        found.append(algorithm.grow.state_dict()["0"])
     assert torch.allclose(found[0], 1.5 * dy.T @ x, rtol=1e-12)
     assert torch.allclose(found[0], found[1], rtol=1e-12)
 
@@ -153,7 +161,7 @@ def test_micro_batches_and_parts_of_a_network_add_up():
 def test_gradients_that_are_not_finite_are_left_out():
     layers = network("fake", (0.8,))
     layer = layers[0]
-    layers.apply(algorithm := SNFS(update=1, redistribute=None))
+    layers.apply(algorithm := SNFS(update_freq=1, redistribute=None))
     x, dy = operands(layer, 0)
     for bad in (torch.nan, torch.inf):
         (layer(x) * dy.index_fill(0, torch.tensor([1]), bad)).sum().backward()
@@ -162,7 +170,7 @@ def test_gradients_that_are_not_finite_are_left_out():
     (layer(x) * dy).sum().backward()
     algorithm.step()
     assert algorithm.last_update[0].grown > 0
-    assert torch.equal(algorithm.grow.memory()["0"], dy.T @ x)
+    assert torch.equal(algorithm.grow.state_dict()["0"], dy.T @ x)
 
 
 def test_the_budget_goes_to_the_layers_that_fit_in_the_order_of_attachment():
@@ -170,10 +178,10 @@ def test_the_budget_goes_to_the_layers_that_fit_in_the_order_of_attachment():
     sizes = [rows * columns * 8 for rows, columns in SHAPES]
     for budget, expected in [(sum(sizes), "012"), (sum(sizes) - 1, "01"), (sizes[2], "2"), (0, "")]:
         copied = copy.deepcopy(layers)
-        copied.apply(algorithm := SNFS(update=9, momentum_bytes=budget))
-        assert algorithm.grow.memory() == {}
+        copied.apply(algorithm := SNFS(update_freq=9, momentum_bytes=budget))
+        assert algorithm.grow.state_dict() == {}
         train_step(copied, OPTIMIZERS["sgd"](copied.parameters()), 1)
-        assert sorted(algorithm.grow.memory()) == list(expected)
+        assert sorted(algorithm.grow.state_dict()) == list(expected)
 
 
 def test_low_precision_is_averaged_in_float32():
@@ -182,25 +190,25 @@ def test_low_precision_is_averaged_in_float32():
     growth.prepare([layer], None)
     layer.gradient_watcher.dtype = torch.promote_types(torch.bfloat16, torch.float32)
     x, dy = (t.bfloat16() for t in operands(layer, 0))
-    layer.gradient_watcher.backward_seen(LinearOperands(x, dy))
-    assert torch.allclose(growth.memory()["0"], dy.float().T @ x.float())
+    layer.gradient_watcher.backward_seen(LinearFactors(x, dy))
+    assert torch.allclose(growth.state_dict()["0"], dy.float().T @ x.float())
 
 
 def test_averages_are_resumed_and_must_fit():
     layers = network("fake")
     optimizer = OPTIMIZERS["sgd"](layers.parameters())
-    layers.apply(algorithm := SNFS(update=9))
+    layers.apply(algorithm := SNFS(update_freq=9))
     train_step(layers, optimizer, 1)
     algorithm.step()
     state = algorithm.state_dict()
     again = network("fake")
-    again.apply(resumed := SNFS(update=9))
+    again.apply(resumed := SNFS(update_freq=9))
     resumed.load_state_dict(state)
-    for name, entries in algorithm.grow.memory().items():
-        assert torch.equal(resumed.grow.memory()[name], entries)
+    for name, entries in algorithm.grow.state_dict().items():
+        assert torch.equal(resumed.grow.state_dict()[name], entries)
     train_step(layers, optimizer, 2)
-    assert torch.equal(resumed.grow.memory()["1"], state["memory"]["grow"]["1"])
-    state["memory"]["grow"]["1"] = torch.zeros(2, 2)
+    assert torch.equal(resumed.grow.state_dict()["1"], state["parts"]["grow"]["1"])
+    state["parts"]["grow"]["1"] = torch.zeros(2, 2)
     state["step"] = 5
     with pytest.raises(ValueError, match=r"averages must be of layers .*'1': \(17, 23\).*'1': \(2, 2\)"):
         resumed.load_state_dict(state)
@@ -221,7 +229,7 @@ def test_a_layer_that_grows_dense_drops_no_more_than_it_lacks(momenta, dropped):
     layers = torch.nn.ModuleList([FakeSparse(20, 10, 0.1, seed=0), FakeSparse(20, 20, 0.8, seed=1)])
     counts = [180, 80]
     optimizer = OPTIMIZERS["sgd"](layers.parameters())
-    layers.apply(algorithm := SNFS(drop_fraction=100 / 180, update=1, redistribute=ByMomentum()))
+    layers.apply(algorithm := SNFS(drop_fraction=100 / 180, update_freq=1, redistribute=ByMomentum()))
     algorithm.track(optimizer)
     _one_gradient(layers)
     set_momentum(layers, optimizer, momenta)
@@ -241,7 +249,7 @@ def _one_gradient(layers):
 def test_what_a_full_layer_cannot_take_goes_to_the_others():
     layers = torch.nn.ModuleList([FakeSparse(20, 10, 0.3, seed=i) for i in range(3)])
     optimizer = OPTIMIZERS["sgd"](layers.parameters())
-    layers.apply(algorithm := SNFS(drop_fraction=0.5, update=1))
+    layers.apply(algorithm := SNFS(drop_fraction=0.5, update_freq=1))
     algorithm.track(optimizer)
     _one_gradient(layers)
     set_momentum(layers, optimizer, (1e6, 2.0, 1.0))
@@ -253,7 +261,7 @@ def test_what_a_full_layer_cannot_take_goes_to_the_others():
 def test_every_layer_keeps_one_connection():
     layers = torch.nn.ModuleList([FakeSparse(5, 2, 0.9), FakeSparse(20, 20, 0.9)])
     optimizer = OPTIMIZERS["sgd"](layers.parameters())
-    layers.apply(algorithm := SNFS(drop_fraction=1.0, update=1))
+    layers.apply(algorithm := SNFS(drop_fraction=1.0, update_freq=1))
     algorithm.track(optimizer)
     _one_gradient(layers)
     set_momentum(layers, optimizer, (0.0, 1.0))
@@ -266,8 +274,8 @@ def test_a_sparsity_schedule_is_followed_by_the_total():
     layers = network("fake", (0.1, 0.2, 0.15))
     size = [rows * columns for rows, columns in SHAPES]
     optimizer = OPTIMIZERS["sgd"](layers.parameters())
-    schedule = Linear(0.1, 0.8, 6)
-    layers.apply(algorithm := SNFS(schedule, drop_fraction=0.4, update=1))
+    schedule = LinearSchedule(0.1, 0.8, 6)
+    layers.apply(algorithm := SNFS(schedule, drop_fraction=0.4, update_freq=1))
     for step in range(1, 9):
         now = [layer.nnz for layer in layers]
         train_step(layers, optimizer, step)
@@ -284,7 +292,7 @@ def test_the_rules_serve_any_algorithm(algorithm_type, rule):
     layers = network("fake")
     optimizer = OPTIMIZERS["adam"](layers.parameters())
     total = sum(layer.nnz for layer in layers)
-    layers.apply(algorithm := algorithm_type(drop_fraction=0.3, update=1, redistribute=rule()))
+    layers.apply(algorithm := algorithm_type(drop_fraction=0.3, update_freq=1, redistribute=rule()))
     train_step(layers, optimizer, 1)
     n_dropped = sum(int(0.3 * layer.nnz) for layer in layers)
     weight = {
@@ -301,7 +309,7 @@ def test_the_rules_serve_any_algorithm(algorithm_type, rule):
 def test_an_optimizer_without_momentum_is_an_error_before_anything_changes():
     layers = network("fake")
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
-    layers.apply(algorithm := SNFS(update=1))
+    layers.apply(algorithm := SNFS(update_freq=1))
     train_step(layers, optimizer, 1)
     born = [layer.positions().clone() for layer in layers]
     with pytest.raises(RuntimeError, match=r"momentum=0\.9.*redistribute=ByMagnitude\(\)"):
@@ -313,7 +321,7 @@ def test_an_optimizer_without_momentum_is_an_error_before_anything_changes():
 def test_a_layer_without_a_usable_momentum_is_skipped():
     layers = network("fake")
     optimizer = OPTIMIZERS["sgd"](layers[1:].parameters())
-    layers.apply(algorithm := SNFS(update=1))
+    layers.apply(algorithm := SNFS(update_freq=1))
     train_step(layers, optimizer, 1)
     optimizer.state[layers[2].values]["momentum_buffer"][3] = torch.nan
     algorithm.step()
@@ -326,7 +334,7 @@ def test_a_layer_without_a_usable_momentum_is_skipped():
 
 def test_weights_that_are_not_finite_skip_their_layer():
     layers = network("fake")
-    layers.apply(algorithm := SET(update=1, redistribute=ByMagnitude()))
+    layers.apply(algorithm := SET(update_freq=1, redistribute=ByMagnitude()))
     with torch.no_grad():
         layers[1].values[0] = torch.inf
     algorithm.step()
@@ -336,7 +344,7 @@ def test_weights_that_are_not_finite_skip_their_layer():
 def test_no_momentum_is_needed_without_redistribution():
     layers = network("fake")
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
-    layers.apply(algorithm := SNFS(update=1, redistribute=None))
+    layers.apply(algorithm := SNFS(update_freq=1, redistribute=None))
     counts = [layer.nnz for layer in layers]
     train_step(layers, optimizer, 1)
     algorithm.step()
@@ -346,11 +354,10 @@ def test_no_momentum_is_needed_without_redistribution():
 
 def test_misuse_is_named():
     for wrong, error, message in [
-        ({"momentum_bytes": -1}, ValueError, "momentum_bytes must be at least 0; got -1"),
-        ({"momentum_bytes": 0.5}, TypeError, "momentum_bytes must be an integer; got 0.5"),
-        ({"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\); got 1.0"),
+        ({"momentum_bytes": -1}, ValueError, "momentum_bytes must be at least 0, got -1"),
+        ({"momentum_bytes": 0.5}, TypeError, "momentum_bytes must be an integer, got 0.5"),
+        ({"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\), got 1.0"),
         ({"grad_accumulation": 0}, ValueError, "grad_accumulation must be at least 1"),
-        ({"scope": "network"}, ValueError, r"scope must be one of \('layer',\), got 'network'"),
     ]:
         with pytest.raises(error, match=message):
             SNFS(**wrong)

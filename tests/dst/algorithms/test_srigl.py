@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import Linear, Magnitude, SRigL, UpdateReport
+from sparselab.dst import LinearSchedule, Magnitude, SRigL, UpdateReport
 from sparselab.dst.algorithms import srigl
 from sparselab.dst.parts import dense_gradient as gradient
 from sparselab.nn import SparseLinear, constant_fan_in_
@@ -74,7 +74,7 @@ def scale_rows(layer, scales):
 
 
 def algorithm_for(layer, **settings):
-    settings = {"sparsity": 1 - BUDGET / (ROWS * COLS), "update": 1, "exempt_last": False, **settings}
+    settings = {"sparsity": 1 - BUDGET / (ROWS * COLS), "update_freq": 1, "exempt_last": False, **settings}
     algorithm = SRigL(**settings)
     layer.apply(algorithm)
     return algorithm
@@ -137,7 +137,7 @@ def test_the_cases_above_ablate_none_and_some_and_all_but_the_guarded():
 @pytest.mark.parametrize("kind", [*LAYERS, "fan-in"])
 def test_many_updates_with_an_optimizer(kind):
     layer = make(kind)
-    algorithm = algorithm_for(layer, gamma_sal=0.95, update=2)
+    algorithm = algorithm_for(layer, gamma_sal=0.95, update_freq=2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.02, momentum=0.9)
     ablated = []
     for step in range(1, 41):
@@ -168,8 +168,8 @@ def test_a_row_with_too_many_connections_keeps_the_largest():
     fan_in = max(fan_ins(layer))
     assert fan_in > FAN_IN
     weights = weights_of(layer)
-    algorithm.gamma_sal = 0
-    algorithm.drop_fraction = lambda step: 0.0
+    algorithm.rows.gamma_sal = 0
+    algorithm.budget.drop_fraction = lambda step: 0.0
     backward(layer, *operands(2))
     algorithm.step()
     assert fan_ins(layer) == [FAN_IN] * ROWS
@@ -195,7 +195,7 @@ def test_weights_that_are_zero_are_connections():
 @pytest.mark.parametrize(("exempt", "ablates"), [(True, [True, False]), (False, [True, True])])
 def test_the_last_layer_is_exempt(exempt, ablates):
     model = torch.nn.ModuleList([make("real"), make("real")])
-    algorithm = SRigL(update=1, gamma_sal=3, exempt_last=exempt)
+    algorithm = SRigL(update_freq=1, gamma_sal=3, exempt_last=exempt)
     algorithm.attach(model)
     for layer in model:
         backward(layer, *operands(1))
@@ -288,7 +288,7 @@ def test_the_budget_is_remembered():
     )
     assert expected != forgotten
     for each, each_algorithm in ((layer, algorithm), (resumed, resumed_algorithm)):
-        each_algorithm.gamma_sal = 0
+        each_algorithm.rows.gamma_sal = 0
         backward(each, x, dy)
         each_algorithm.step()
         assert each.positions().tolist() == expected
@@ -313,9 +313,13 @@ def test_a_layer_with_fewer_connections_than_outputs_is_refused():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"gamma_sal": -0.1}, ValueError, "gamma_sal must be at least 0; got -0.1"),
+        ({"gamma_sal": -0.1}, ValueError, "gamma_sal must be at least 0, got -0.1"),
         ({"gamma_sal": "big"}, TypeError, "gamma_sal"),
-        ({"sparsity": Linear(0.5, 0.9, 10)}, TypeError, "sparsity must be a number or None for SRigL"),
+        (
+            {"sparsity": LinearSchedule(0.5, 0.9, 10)},
+            TypeError,
+            "sparsity must be a number or None for SRigL",
+        ),
         ({"drop": Magnitude()}, TypeError, "drop"),
         ({"scope": "layer"}, TypeError, "scope"),
     ],

@@ -46,7 +46,7 @@ def largest(theta, k):
 def test_it_trains_as_all_weights_would(kind):
     layer = make(kind)
     n_forward, n_backward = n_connections((ROWS, COLS), 0.9), layer.nnz
-    layer.apply(algorithm := TopKAST(0.9, 0.7, update=3))
+    layer.apply(algorithm := TopKAST(0.7, forward_sparsity=0.9, update_freq=3, exploration=0))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
     theta = None
     B = dense(layer, torch.ones_like(layer.stored)) != 0
@@ -90,9 +90,40 @@ def test_it_trains_as_all_weights_would(kind):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_its_exploration_is_that_of_the_loss(kind, passes):
+    """Added once to each step of the optimizer, over however many backward passes its gradient is a sum."""
+    layers, runs = [], []
+    for exploration in (0.03, 0):
+        layer = make(kind)
+        layer.apply(algorithm := TopKAST(0.7, forward_sparsity=0.9, update_freq=3, exploration=exploration))
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+        other = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        for step in range(1, 8):
+            optimizer.zero_grad()
+            for part in range(passes):
+                x, dy = operands(10 * step + part)
+                (layer(x) * dy).sum().backward()
+            if not exploration:
+                (0.03 * algorithm.exploration_loss()).backward()
+            optimizer.step()
+            other.step()
+            algorithm.step()
+        layers.append(layer)
+        runs.append((algorithm, optimizer))
+    torch.testing.assert_close(layers[0].stored, layers[1].stored, rtol=1e-9, atol=1e-11)
+    algorithm, optimizer = runs[0]
+    for attached in (True, False):
+        before = layers[0].stored.grad.clone()
+        optimizer.step()
+        assert torch.equal(layers[0].stored.grad, before) != attached
+        algorithm.detach()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_without_a_master_a_sample_competes(kind):
     layer = make(kind)
-    layer.apply(algorithm := TopKAST(0.9, update=1, master_bytes=0, drop_fraction=0.5))
+    layer.apply(algorithm := TopKAST(forward_sparsity=0.9, update_freq=1, master_bytes=0, drop_fraction=0.5))
     old = dense(layer, layer.stored.detach())
     n_backward = layer.nnz
     algorithm.step()
@@ -104,31 +135,33 @@ def test_without_a_master_a_sample_competes(kind):
     # Whatever entered or stayed is larger than whatever left.
     assert np.abs(new[new != 0]).min() > np.abs(old[left]).max()
     assert np.array_equal(dense(layer, layer.forward_mask), largest(new, n_connections((ROWS, COLS), 0.9)))
-    assert algorithm.state_dict()["memory"]["masters"] == [None]
+    assert algorithm.state_dict()["parts"]["selection"] == {}
 
 
 def test_a_master_of_lower_precision_counts_against_the_budget():
     layer = make("real", dtype=torch.float32)
     layer.apply(
-        algorithm := TopKAST(0.9, update=1, master_dtype=torch.bfloat16, master_bytes=2 * ROWS * COLS)
+        algorithm := TopKAST(
+            forward_sparsity=0.9, update_freq=1, master_dtype=torch.bfloat16, master_bytes=2 * ROWS * COLS
+        )
     )
     algorithm.step()
-    (master,) = algorithm.state_dict()["memory"]["masters"]
+    (master,) = algorithm.state_dict()["parts"]["selection"].values()
     assert master.dtype == torch.bfloat16
     assert master.shape == (ROWS * COLS,)
     assert (master[layer.positions()] == 0).all()
     assert master.count_nonzero() == ROWS * COLS - layer.nnz
     twin = make("real", dtype=torch.float32)
-    twin.apply(other := TopKAST(0.9, update=1, master_bytes=2 * ROWS * COLS))
+    twin.apply(other := TopKAST(forward_sparsity=0.9, update_freq=1, master_bytes=2 * ROWS * COLS))
     other.step()
-    assert other.state_dict()["memory"]["masters"] == [None]
+    assert other.state_dict()["parts"]["selection"] == {}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 def test_finish_drops_what_is_not_in_use(kind, optimizer_name):
     model = build(kind)
-    model.apply(algorithm := TopKAST(0.9, 0.8, update=3))
+    model.apply(algorithm := TopKAST(0.8, forward_sparsity=0.9, update_freq=3))
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     train(model, optimizer, algorithm, 1, 7)
     x = torch.randn(4, 20)
@@ -153,7 +186,7 @@ def test_finish_drops_what_is_not_in_use(kind, optimizer_name):
 @pytest.mark.parametrize("kind", ["real", "masked"])
 def test_the_mask_is_part_of_the_model(kind):
     layer = make(kind)
-    layer.apply(TopKAST(0.9))
+    layer.apply(TopKAST(forward_sparsity=0.9))
     x, _ = operands(0)
     y = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), y)
@@ -166,7 +199,7 @@ def test_the_mask_is_part_of_the_model(kind):
     assert torch.equal(fresh(x), y)
     with torch.no_grad():
         assert torch.equal(fresh(x), y)
-    fresh.apply(TopKAST(0.9))
+    fresh.apply(TopKAST(forward_sparsity=0.9))
     assert torch.equal(fresh.forward_mask, layer.forward_mask), "attaching chose another"
     fresh.load_state_dict(plain)
     assert fresh.forward_mask is None
@@ -176,7 +209,7 @@ def test_the_mask_is_part_of_the_model(kind):
 
 def test_a_mask_of_another_size_is_refused():
     layer = make("real")
-    layer.apply(TopKAST(0.9))
+    layer.apply(TopKAST(forward_sparsity=0.9))
     state = {**layer.state_dict(), "forward_mask": torch.ones(3, dtype=torch.bool)}
     with pytest.raises(RuntimeError, match="size mismatch for forward_mask"):
         make("real").load_state_dict(state)
@@ -185,13 +218,34 @@ def test_a_mask_of_another_size_is_refused():
 @pytest.mark.parametrize(
     ("wrong", "error", "says"),
     [
-        (lambda: TopKAST(1.5), ValueError, "sparsity"),
-        (lambda: TopKAST(0.8, 0.9), ValueError, "backward_sparsity must not exceed forward_sparsity"),
-        (lambda: TopKAST(0.9, master_bytes=-1), ValueError, "master_bytes must be at least 0"),
-        (lambda: TopKAST(0.9, master_dtype=torch.int32), ValueError, "master_dtype must be a floating dtype"),
-        (lambda: TopKAST(0.9).exploration_loss(), RuntimeError, "needs layers"),
-        (lambda: make("real", 0.95).apply(TopKAST(0.9)), ValueError, "means 85 connections in use.*has 43"),
-        (lambda: make("real", 0.8).apply(TopKAST(0.9, 0.7)), ValueError, "means 255 connections"),
+        (lambda: TopKAST(forward_sparsity=1.5), ValueError, "sparsity"),
+        (lambda: TopKAST(exploration=-1.0), ValueError, "exploration must be at least 0, got -1.0"),
+        (
+            lambda: TopKAST(0.9, forward_sparsity=0.8),
+            ValueError,
+            "forward_sparsity must lie between sparsity and 1",
+        ),
+        (
+            lambda: TopKAST(forward_sparsity=0.9, master_bytes=-1),
+            ValueError,
+            "master_bytes must be at least 0",
+        ),
+        (
+            lambda: TopKAST(forward_sparsity=0.9, master_dtype=torch.int32),
+            ValueError,
+            "master_dtype must be a floating dtype",
+        ),
+        (lambda: TopKAST(forward_sparsity=0.9).exploration_loss(), RuntimeError, "needs layers"),
+        (
+            lambda: make("real", 0.95).apply(TopKAST(forward_sparsity=0.9)),
+            ValueError,
+            "means 85 connections in use.*has 43",
+        ),
+        (
+            lambda: make("real", 0.8).apply(TopKAST(0.7, forward_sparsity=0.9)),
+            ValueError,
+            "means 255 connections",
+        ),
     ],
 )
 def test_misuse(wrong, error, says):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselab.dst import SET, ByRemaining, Growth, Linear, RigL, apportion
+from sparselab.dst import SET, ByRemaining, DynamicSparsityAlgorithm, Growth, LinearSchedule, RigL, apportion
 from sparselab.dst.budget import rows
 from sparselab.dst.budget.rows import apportion_rows, rows_of
 from sparselab.dst.parts.drop import lowest_of_rows
@@ -27,7 +27,7 @@ def test_apportion_rows_is_apportion(parts, data):
 
 @pytest.mark.parametrize("total", [-1, 5])
 def test_an_impossible_total_is_refused(total):
-    with pytest.raises(ValueError, match=r"between 0 and the sum of the caps, 4; got (-1|5)"):
+    with pytest.raises(ValueError, match=r"between 0 and the sum of the caps, 4, got (-1|5)"):
         apportion_rows(total, np.array([1, 1]), np.array([2, 2]))
 
 
@@ -62,7 +62,7 @@ def slow_drop(layer, fraction):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
 def test_rigl_by_row(kind, fraction, sparsity):
     layer = make(kind, torch.float64, sparsity)
-    layer.apply(algorithm := RigL(drop_fraction=fraction, update=1, scope="row"))
+    layer.apply(algorithm := RigL(drop_fraction=fraction, update_freq=1, scope="row"))
     x, dy = operands(1, torch.float64)
     dropped, share = slow_drop(layer, fraction)
     steep = (dy.T @ x).abs().reshape(-1).tolist()
@@ -80,7 +80,7 @@ def test_rigl_by_row(kind, fraction, sparsity):
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
 def test_set_by_row(kind, sparsity):
     layer = make(kind, torch.float64, sparsity)
-    layer.apply(algorithm := SET(drop_fraction=0.3, update=1, scope="row"))
+    layer.apply(algorithm := SET(drop_fraction=0.3, update_freq=1, scope="row"))
     counts = row_counts(layer)
     dropped, _ = slow_drop(layer, 0.3)
     kept = set(layer.positions().tolist()) - set(dropped)
@@ -93,7 +93,7 @@ def test_set_by_row(kind, sparsity):
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.9), (0.9, 0.3)], ids=["sparser", "denser"])
 def test_rows_share_what_a_schedule_says(make_algorithm, start, end):
     layer = make("real", torch.float64, start)
-    layer.apply(algorithm := make_algorithm(Linear(start, end, 5), update=1, scope="row"))
+    layer.apply(algorithm := make_algorithm(LinearSchedule(start, end, 5), update_freq=1, scope="row"))
     for step in range(1, 6):
         before = row_counts(layer).tolist()
         backward(layer, *operands(step, torch.float64))
@@ -104,14 +104,14 @@ def test_rows_share_what_a_schedule_says(make_algorithm, start, end):
 
 
 class Nowhere(Growth):
-    def choose(self, vacancy):
+    def choose(self, update):
         raise NotImplementedError
 
 
 @pytest.mark.parametrize("parts", [{"grow": Nowhere()}, {"redistribute": ByRemaining()}])
 def test_parts_that_know_no_rows_are_refused(parts):
     with pytest.raises(ValueError, match=r'scope="row" needs.*(Nowhere|ByRemaining)'):
-        SET(scope="row", **parts)
+        DynamicSparsityAlgorithm(scope="row", **parts)
 
 
 @settings(max_examples=20, deadline=None)
@@ -120,7 +120,7 @@ def test_random_growth_by_row_depends_on_the_seed(seed):
     drawn = []
     for each in (seed, seed, seed + 1):
         layer = make("real")
-        layer.apply(algorithm := SET(update=1, scope="row", seed=each))
+        layer.apply(algorithm := SET(update_freq=1, scope="row", seed=each))
         algorithm.step()
         drawn.append(layer.positions().tolist())
     assert drawn[0] == drawn[1] != drawn[2]

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, Constant, Cosine, DynamicSparsityAlgorithm, RigL, Static, UpdateReport
+from sparselab.dst import (
+    SET,
+    ConstantSchedule,
+    CosineSchedule,
+    DynamicSparsityAlgorithm,
+    Growth,
+    RigL,
+    Static,
+    UpdateReport,
+)
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import OPTIMIZERS, assert_topology, backward, build, sparse_layers, train
@@ -63,7 +72,7 @@ def test_a_sparsity_that_is_not_the_layers_own_teaches():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"update": 10}, [10, 20, 30]),
+        ({"update_freq": 10}, [10, 20, 30]),
         ({"update": {"freq": 10, "start": 10}}, [10, 20, 30]),
         ({"update": {"freq": 10, "start": 11}}, [20, 30]),
         ({"update": {"freq": 10, "stop": 30}}, [10, 20]),
@@ -81,19 +90,19 @@ def test_updates_fire_on_time(settings, expected):
 
 def test_the_drop_fraction_follows_its_schedule():
     layer = FakeSparse(20, 20, 0.5)
-    algorithm = SET(drop_fraction=Cosine(0.4, 4), update=1)
+    algorithm = SET(drop_fraction=CosineSchedule(0.4, 4), update_freq=1)
     layer.apply(algorithm)
     dropped = []
     for _ in range(6):
         algorithm.step()
         dropped.append(algorithm.last_update[0].dropped)
-    assert dropped == [int(Cosine(0.4, 4)(t) * 200) for t in range(1, 7)]
+    assert dropped == [int(CosineSchedule(0.4, 4)(t) * 200) for t in range(1, 7)]
     assert dropped[-3:] == [0, 0, 0]
 
 
 def test_reports_count_what_happened():
     layer = FakeSparse(10, 10, 0.5)
-    algorithm = SET(drop_fraction=0.3, update=1)
+    algorithm = SET(drop_fraction=0.3, update_freq=1)
     layer.apply(algorithm)
     before = set(layer.positions().tolist())
     smallest = layer.positions()[layer.weight_values.abs().argsort()[:15]].tolist()
@@ -111,7 +120,7 @@ def test_ties_drop_the_higher_positions():
     with torch.no_grad():
         layer.weight_values.zero_()
     kept = layer.positions()[:7].tolist()
-    algorithm = SET(drop_fraction=0.3, update=1)
+    algorithm = SET(drop_fraction=0.3, update_freq=1)
     layer.apply(algorithm)
     algorithm.step()
     assert set(kept) <= set(layer.positions().tolist())
@@ -121,8 +130,8 @@ def test_ties_drop_the_higher_positions():
 def test_nan_weights_do_not_break_the_count():
     layer = FakeSparse(10, 10, 0.9)
     with torch.no_grad():
-        layer.weight_values[[1, 4]] = torch.nan
-    algorithm = SET(drop_fraction=0.2, update=1)
+        layer.values[[1, 4]] = torch.nan
+    algorithm = SET(drop_fraction=0.2, update_freq=1)
     layer.apply(algorithm)
     rotten = set(layer.positions()[[1, 4]].tolist())
     algorithm.step()
@@ -134,7 +143,7 @@ def test_nan_weights_do_not_break_the_count():
 def test_extreme_layers_keep_their_count(sparsity):
     layer = FakeSparse(10, 10, sparsity)
     nnz = layer.nnz
-    algorithm = SET(drop_fraction=1.0, update=1)
+    algorithm = SET(drop_fraction=1.0, update_freq=1)
     layer.apply(algorithm)
     algorithm.step()
     assert layer.nnz == nnz
@@ -143,7 +152,7 @@ def test_extreme_layers_keep_their_count(sparsity):
 
 def test_a_frozen_layer_is_left_alone():
     model = build("fake")
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     model.apply(algorithm)
     model[0].values.requires_grad_(False)
     born = model[0].positions().clone()
@@ -156,7 +165,7 @@ def test_a_frozen_layer_is_left_alone():
 
 def test_state_that_cannot_move_is_refused_before_any_layer_changes():
     model = build("fake")
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     model.apply(algorithm)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     backward(model, 1)
@@ -171,7 +180,7 @@ def test_state_that_cannot_move_is_refused_before_any_layer_changes():
 
 def test_a_tracked_optimizer_follows_without_having_stepped():
     layer = FakeSparse(10, 10, 0.5)
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     layer.apply(algorithm)
     optimizer = torch.optim.SGD([layer.weight_values], lr=0.1, momentum=0.9)
     optimizer.state[layer.weight_values]["momentum_buffer"] = torch.ones(50)
@@ -182,23 +191,34 @@ def test_a_tracked_optimizer_follows_without_having_stepped():
     assert fresh == report.grown - report.regrown > 0
 
 
-class _Careless(DynamicSparsityAlgorithm):
-    def _grow(self, vacancy):
-        return np.empty(0, np.int64)
+class _Careless(Growth):
+    def __init__(self, positions):
+        self.positions = positions
+
+    def choose(self, update):
+        return self.positions
 
 
-def test_an_algorithm_that_grows_another_count_is_stopped():
+@pytest.mark.parametrize(
+    ("positions", "error", "came"),
+    [
+        (np.empty(0, np.int64), ValueError, r"array of 15 positions, got shape \(0,\)"),
+        (np.zeros(15), TypeError, "positions, which are integers, got float64"),
+        (torch.arange(15), TypeError, "got Tensor"),
+    ],
+)
+def test_a_growth_that_returns_something_else_is_stopped(positions, error, came):
     layer = FakeSparse(10, 10, 0.5)
-    algorithm = _Careless(update=1)
-    layer.apply(algorithm)
-    with pytest.raises(RuntimeError, match="_Careless grew 0 connections, not 15"):
+    layer.apply(algorithm := DynamicSparsityAlgorithm(update_freq=1, grow=_Careless(positions)))
+    with pytest.raises(error, match=rf"_Careless.choose must return a NumPy .*{came}"):
         algorithm.step()
+    assert layer.nnz == 50
 
 
 def test_set_draws_depend_on_seed_layer_and_step_only():
     def drawn(seed, n_updates):
         model = torch.nn.ModuleList([FakeSparse(10, 10, 0.5), FakeSparse(10, 10, 0.5)])
-        model.apply(algorithm := SET(update=1, seed=seed))
+        model.apply(algorithm := SET(update_freq=1, seed=seed))
         torch.manual_seed(n_updates)
         np.random.seed(n_updates)  # noqa: NPY002
         for _ in range(n_updates):
@@ -213,14 +233,14 @@ def test_set_draws_depend_on_seed_layer_and_step_only():
 
 
 def saved_state():
-    algorithm = SET(update=5, drop_fraction=Cosine(0.3, 100))
+    algorithm = SET(update_freq=5, drop_fraction=CosineSchedule(0.3, 100))
     build("fake").apply(algorithm)
     steps(algorithm, 7)
     return algorithm.state_dict()
 
 
 def test_load_restores_the_step():
-    algorithm = SET(update=5, drop_fraction=Cosine(0.3, 100))
+    algorithm = SET(update_freq=5, drop_fraction=CosineSchedule(0.3, 100))
     build("fake").apply(algorithm)
     algorithm.load_state_dict(saved_state())
     assert algorithm.steps_done == 7
@@ -232,17 +252,20 @@ def test_load_restores_the_step():
     [
         (lambda s: s.pop("step"), r"lacks \['step'\]"),
         (lambda s: s.update(algorithm="RigL"), "saved by RigL, but this is SET"),
-        (lambda s: s["config"].update(update=6), "update was 6 and is "),
-        (lambda s: s["config"].update(drop_fraction="Constant(0.3)"), r"drop_fraction was 'Constant\(0.3\)'"),
+        (lambda s: s["config"].update(update_freq=6), "update_freq was 6 and is 5"),
+        (
+            lambda s: s["config"].update(drop_fraction="ConstantSchedule(0.3)"),
+            r"drop_fraction was 'ConstantSchedule\(0.3\)'",
+        ),
         (lambda s: s["layers"].pop(), "saved for layers"),
         (lambda s: s["layers"][0].update(nnz=3), "saved for layers"),
-        (lambda s: s.update(step=-1), r"state\['step'\] must be at least 0; got -1"),
+        (lambda s: s.update(step=-1), r"state\['step'\] must be at least 0, got -1"),
     ],
 )
 def test_load_refuses_another_run(change, message):
     state = saved_state()
     change(state)
-    algorithm = SET(update=5, drop_fraction=Cosine(0.3, 100))
+    algorithm = SET(update_freq=5, drop_fraction=CosineSchedule(0.3, 100))
     build("fake").apply(algorithm)
     with pytest.raises(ValueError, match=message):
         algorithm.load_state_dict(state)
@@ -255,12 +278,12 @@ def test_load_refuses_another_run(change, message):
         (lambda: SET(sparsity=1.5), ValueError, r"sparsity must lie in \[0, 1\].*got 1.5"),
         (lambda: SET(sparsity="high"), TypeError, "sparsity must be a number .*got 'high'"),
         (lambda: Static(sparsity=float("nan")), ValueError, "sparsity must be finite"),
-        (lambda: SET(drop_fraction=1.1), ValueError, r"drop_fraction must lie in \[0, 1\]; got 1.1"),
-        (lambda: SET(drop_fraction=Constant(-0.1)), ValueError, "drop_fraction must lie"),
-        (lambda: SET(update=0), ValueError, "freq.* must be at least 1; got 0"),
-        (lambda: SET(update=2.5), TypeError, "update must be.*got 2.5"),
+        (lambda: SET(drop_fraction=1.1), ValueError, r"drop_fraction must lie in \[0, 1\], got 1.1"),
+        (lambda: SET(drop_fraction=ConstantSchedule(-0.1)), ValueError, "drop_fraction must lie"),
+        (lambda: SET(update_freq=0), ValueError, "freq.* must be at least 1, got 0"),
+        (lambda: SET(update_freq=2.5), TypeError, "update_freq must be an integer, got 2.5"),
         (lambda: SET(update={"freq": 1, "start": -1}), ValueError, "start.*must be at least 0"),
-        (lambda: SET(update={"freq": 1, "stop": True}), TypeError, "stop.*must be an integer; got True"),
+        (lambda: SET(update={"freq": 1, "stop": True}), TypeError, "stop.*must be an integer, got True"),
         (lambda: SET(seed=-1), ValueError, "seed must be at least 0"),
         (lambda: RigL(grad_accumulation=0), ValueError, "grad_accumulation must be at least 1"),
     ],
@@ -271,12 +294,12 @@ def test_misuse_is_named(make, error, message):
 
 
 def test_a_schedule_that_leaves_the_range_is_named_when_it_does():
-    algorithm = SET(drop_fraction=lambda step: step / 2, update=1)
+    algorithm = SET(drop_fraction=lambda step: step / 2, update_freq=1)
     FakeSparse(10, 10).apply(algorithm)
     layer = FakeSparse(10, 10)
     layer.apply(algorithm)
     steps(algorithm, 2)
-    with pytest.raises(ValueError, match=r"drop_fraction must lie in \[0, 1\]; got 1.5 at step 3"):
+    with pytest.raises(ValueError, match=r"drop_fraction must lie in \[0, 1\], got 1.5 at step 3"):
         algorithm.step()
 
 
@@ -294,7 +317,7 @@ def test_a_layer_of_more_positions_than_32_bits_count():
     torch.manual_seed(0)
     size = 2**17
     layer = SparseLinear(size, size, bias=False, sparsity=1 - 2**-24)
-    layer.apply(algorithm := SET(drop_fraction=0.5, update=1))
+    layer.apply(algorithm := SET(drop_fraction=0.5, update_freq=1))
     algorithm.step()  # compiles, which takes memory of its own
     tracemalloc.start()
     algorithm.step()

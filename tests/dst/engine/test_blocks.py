@@ -11,8 +11,8 @@ from sparselab.dst import GMP, SET, MagnitudeAndGradient, RelativeImportance, Ri
 from sparselab.dst.parts.dense_gradient import block_norms, summarise
 from sparselab.dst.parts.grown import FanInUniform, Normal
 from sparselab.nn import BlockSparseLinear
-from sparselab.nn.ops.operands import LinearOperands
 from sparselab.nn.layers.base import as_matrix
+from sparselab.nn.ops.operands import LinearOperands
 from sparselab.nn.storage.entries import slot_scores
 from tests.dst.contract_rows import COMMON, ROWS
 
@@ -64,7 +64,9 @@ def test_the_summary_of_a_gradient_ranks_blocks(monkeypatch):
 def test_training_with_rigl_is_that_of_a_dense_layer_with_a_mask_of_blocks(gradient):
     """A plain dense simulation, of RigL and of pruning alone (GMP), by momentum SGD in float64."""
     layer = layer_of(sparsity=0.6)
-    algorithm = RigL(drop_fraction=0.3, **COMMON) if gradient else GMP(ROWS["gmp"].make().sparsity, update=7)
+    algorithm = (
+        RigL(drop_fraction=0.3, **COMMON) if gradient else GMP(ROWS["gmp"].make().sparsity, update_freq=7)
+    )
     if not gradient:
         layer = layer_of(sparsity=0.0)
     nn.Sequential(layer).apply(algorithm)
@@ -118,7 +120,7 @@ def test_training_with_rigl_is_that_of_a_dense_layer_with_a_mask_of_blocks(gradi
 @pytest.mark.parametrize("value", [0.5, Normal(0.1), FanInUniform()])
 def test_grown_blocks_start_as_asked_and_are_0_outside(value):
     layer = layer_of(sparsity=0.5)
-    algorithm = SET(drop_fraction=0.5, update=1, grown_value=value, grown_state="mean")
+    algorithm = SET(drop_fraction=0.5, update_freq=1, grown_value=value, grown_state="mean")
     nn.Sequential(layer).apply(algorithm)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     layer(torch.randn(5, SHAPE[1], dtype=torch.float64)).sum().backward()
@@ -141,11 +143,11 @@ def test_grown_blocks_start_as_asked_and_are_0_outside(value):
 
 def test_scores_of_weights_and_gradients_are_norms():
     layer = layer_of(sparsity=0.5)
-    algorithm = SET(drop_fraction=0.5, update=1, drop=MagnitudeAndGradient(2.0))
+    algorithm = SET(drop_fraction=0.5, update_freq=1, drop=MagnitudeAndGradient(2.0))
     nn.Sequential(layer).apply(algorithm)
     layer(torch.randn(5, SHAPE[1], dtype=torch.float64)).square().sum().backward()
-    (view,) = algorithm._views(1)
-    norms = [part.flatten(1).norm(dim=1).numpy() for part in (layer.weight_values.detach(), layer.weight_values.grad)]
+    (view,) = algorithm.views(1)
+    norms = [part.flatten(1).norm(dim=1).numpy() for part in (layer.values.detach(), layer.values.grad)]
     np.testing.assert_allclose(algorithm.drop(view), norms[0] + 2 * norms[1], rtol=1e-12)
 
 

@@ -20,7 +20,8 @@ from tests.dst.harness import (
     train,
 )
 
-REAL = [("real", dtype, name) for dtype in (torch.float32, torch.float64) for name in OPTIMIZERS]
+#: Each precision and each optimizer, not each pair of them.
+REAL = [("real", torch.float32, "adamw"), ("real", torch.float64, "sgd")]
 #: The fake offers the protocol and nothing else, so it proves that algorithms need nothing else.
 OTHERS = [("fake", torch.float32, "sgd"), ("masked", torch.float64, "adamw")]
 FAN_IN = ("fan-in", torch.float32, "adamw")
@@ -61,7 +62,7 @@ def test_counts_are_exact_after_every_update(run, row):
     counts = [layer.nnz for layer in layers]
     born = [layer.positions().clone() for layer in layers]
     parameters = [layer.stored for layer in layers]
-    for step in range(7, 141, 7):
+    for step in range(7, 71, 7):
         train(model, optimizer, algorithm, step - 6, step)
         row.counts(layers, counts, step)
     for layer, positions, parameter in zip(layers, born, parameters, strict=True):

@@ -7,11 +7,12 @@ import torch
 from sparselab.dst import (
     SET,
     ByRemaining,
+    ByWeight,
     DynamicSparsityAlgorithm,
+    Exchange,
     FanInUniform,
-    Linear,
+    LinearSchedule,
     Normal,
-    Redistribution,
     RigL,
 )
 from sparselab.kernels.arrays import n_connections
@@ -29,7 +30,7 @@ def test_the_network_drops_its_weakest_wherever_they_are():
     model = network(0.5, 0.5)
     with torch.no_grad():
         model[0].values.mul_(1e-6)
-    model.apply(algorithm := SET(drop_fraction=0.4, update=1, scope="network"))
+    model.apply(algorithm := SET(drop_fraction=0.4, update_freq=1, scope="network"))
     algorithm.step()
     weak, strong = algorithm.last_update
     assert (weak.dropped, weak.grown, weak.nnz) == (160, 160, 200)
@@ -40,7 +41,11 @@ def test_the_network_leaves_each_layer_one_connection():
     model = network(0.5, 0.9)
     with torch.no_grad():
         model[1].values.mul_(1e-6)
-    model.apply(algorithm := DynamicSparsityAlgorithm(Linear(0.7, 0.99, 1), 0.0, update=1, scope="network"))
+    model.apply(
+        algorithm := DynamicSparsityAlgorithm(
+            Exchange(LinearSchedule(0.7, 0.99, 1), 0.0), update_freq=1, scope="network"
+        )
+    )
     algorithm.step()
     assert [layer.nnz for layer in model] == [7, 1]
 
@@ -48,8 +53,8 @@ def test_the_network_leaves_each_layer_one_connection():
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_a_sparsity_schedule_is_followed_exactly(scope):
     model = network(0.2, 0.6)
-    schedule = Linear(0.3, 0.95, 8)
-    model.apply(algorithm := SET(schedule, drop_fraction=0.3, update=2, scope=scope))
+    schedule = LinearSchedule(0.3, 0.95, 8)
+    model.apply(algorithm := SET(schedule, drop_fraction=0.3, update_freq=2, scope=scope))
     for step in range(1, 13):
         algorithm.step()
         if step % 2 == 0:
@@ -63,23 +68,23 @@ def test_a_sparsity_schedule_is_followed_exactly(scope):
 
 def test_a_schedule_may_also_grow_a_layer():
     model = network(0.9)
-    model.apply(algorithm := SET(Linear(0.9, 0.0, 2), update=1))
+    model.apply(algorithm := SET(LinearSchedule(0.9, 0.0, 2), update_freq=1))
     algorithm.step()
     assert model[0].nnz == n_connections((20, 20), 0.45)
     algorithm.step()
     assert model[0].nnz == 400
 
 
-class _ToTheLast(Redistribution):
-    def weight(self, vacancy):
-        return float(vacancy.view.index)
+class _ToTheLast(ByWeight):
+    def weight(self, update):
+        return float(update.view.index)
 
 
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_redistribution_moves_connections_between_layers(scope):
     model = network(0.5, 0.5, 0.9)
     rule = _ToTheLast()
-    model.apply(algorithm := SET(drop_fraction=0.3, update=1, scope=scope, redistribute=rule))
+    model.apply(algorithm := SET(drop_fraction=0.3, update_freq=1, scope=scope, redistribute=rule))
     algorithm.step()
     dropped = sum(report.dropped for report in algorithm.last_update)
     grown = [report.grown for report in algorithm.last_update]
@@ -91,21 +96,21 @@ def test_redistribution_moves_connections_between_layers(scope):
 def test_what_does_not_fit_goes_to_the_others():
     model = network(0.5, 0.02)
     rule = _ToTheLast()
-    model.apply(algorithm := SET(drop_fraction=0.3, update=1, redistribute=rule))
+    model.apply(algorithm := SET(drop_fraction=0.3, update_freq=1, redistribute=rule))
     algorithm.step()
     assert [layer.nnz for layer in model] == [192, 400]
 
 
 def test_redistribution_by_what_remains():
     model = network(0.25, 0.75)
-    model.apply(algorithm := SET(drop_fraction=0.2, update=1, redistribute=ByRemaining()))
+    model.apply(algorithm := SET(drop_fraction=0.2, update_freq=1, redistribute=ByRemaining()))
     algorithm.step()
     assert [report.grown for report in algorithm.last_update] == [60, 20]
 
 
 def test_gradients_have_candidates_for_whatever_a_layer_is_given():
     model = build("fake")
-    algorithm = RigL(drop_fraction=0.5, update=1, redistribute=_ToTheLast())
+    algorithm = RigL(drop_fraction=0.5, update_freq=1, redistribute=_ToTheLast())
     model.apply(algorithm)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     total = sum(layer.nnz for layer in sparse_layers(model))
@@ -121,7 +126,7 @@ def test_gradients_have_candidates_for_whatever_a_layer_is_given():
 def test_grown_weights_start_as_asked(kind, grown_value):
     model = build(kind)
     layer = sparse_layers(model)[0]
-    model.apply(algorithm := SET(update=1, grown_value=grown_value))
+    model.apply(algorithm := SET(update_freq=1, grown_value=grown_value))
     old = dict(zip(layer.positions().tolist(), layer.per_connection(layer.stored).tolist(), strict=True))
     algorithm.step()
     new = dict(zip(layer.positions().tolist(), layer.per_connection(layer.stored).tolist(), strict=True))
@@ -140,15 +145,15 @@ def test_another_grown_value_is_another_setting():
     model = network(0.5)
     model.apply(algorithm := SET(grown_value=Normal(0.1)))
     state = algorithm.state_dict()
-    for value, told in [(0.0, "None"), (0.1, r"Same\(weight=0.1\)"), (FanInUniform(), r"FanInUniform\(\)")]:
+    for value, told in [(0.0, "0.0"), (0.1, "0.1"), (FanInUniform(), r"'FanInUniform\(\)'")]:
         network(0.5).apply(other := SET(grown_value=value))
-        with pytest.raises(ValueError, match=rf"grown_value was 'Normal\(std=0.1\)' and is '{told}'"):
+        with pytest.raises(ValueError, match=rf"grown_value was 'Normal\(std=0.1\)' and is {told}"):
             other.load_state_dict(state)
 
 
 def test_grown_state_may_start_at_the_mean_of_the_survivors():
     model = build("real")
-    model.apply(algorithm := SET(update=2, grown_state="mean"))
+    model.apply(algorithm := SET(update_freq=2, grown_state="mean"))
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     train(model, optimizer, algorithm, 1, 1)
     optimizer.zero_grad()
@@ -168,7 +173,7 @@ def test_grown_state_may_start_at_the_mean_of_the_survivors():
 
 def test_hooks_run_after_updates_only_and_can_be_removed():
     model = network(0.5)
-    model.apply(algorithm := SET(update=3))
+    model.apply(algorithm := SET(update_freq=3))
     seen = []
     handle = algorithm.register_update_hook(lambda a: seen.append((a.steps_done, a.last_update[0].grown)))
     for _ in range(7):
@@ -182,7 +187,7 @@ def test_hooks_run_after_updates_only_and_can_be_removed():
 def test_attaching_with_an_optimizer_updates_by_itself():
     by_hand, by_itself = build("real"), build("real")
     optimizers = [OPTIMIZERS["adamw"](model.parameters()) for model in (by_hand, by_itself)]
-    first, second = SET(update=1, seed=1), SET(update=1, seed=1)
+    first, second = SET(update_freq=1, seed=1), SET(update_freq=1, seed=1)
     by_hand.apply(first)
     handle = second.attach(by_itself, optimizers[1])
     for step in range(1, 4):

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from sparselab.dst import SET, Group, RigL, Static
+from sparselab.dst import SET, SNFS, Group, RigL, Static
 from sparselab.nn import SparseLinear
+from tests.dst.fake import FakeSparse
 from tests.dst.harness import OPTIMIZERS, assert_same_state, backward, build
 
 
@@ -31,7 +32,7 @@ def test_layers_that_match_nothing_keep_their_topology():
     model = build("real")
     born = [model[0].positions().clone(), model[2].positions().clone()]
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    Group({"2": SET(update=1)}).attach(model, optimizer)
+    Group({"2": SET(update_freq=1)}).attach(model, optimizer)
     backward(model, 1)
     optimizer.step()
     assert torch.equal(model[0].positions(), born[0])
@@ -41,9 +42,9 @@ def test_layers_that_match_nothing_keep_their_topology():
 def test_it_drives_each_algorithm_as_that_drives_itself():
     alone, grouped = build("real"), build("real")
     optimizers = [OPTIMIZERS["adamw"](model.parameters()) for model in (alone, grouped)]
-    algorithm = SET(update=2)
+    algorithm = SET(update_freq=2)
     alone.apply(algorithm)
-    group = Group({"*": SET(update=2)})
+    group = Group({"*": SET(update_freq=2)})
     group.attach(grouped, optimizers[1])
     for step in range(1, 8):
         for model, optimizer in zip((alone, grouped), optimizers, strict=True):
@@ -65,6 +66,66 @@ def test_its_state_is_the_state_of_each():
     assert [algorithm.steps_done for algorithm in other] == [1, 1]
     with pytest.raises(ValueError, match=r"saved for patterns \['attn', '\*'\], but this group has \['\*'\]"):
         Group({"*": SET()}).load_state_dict(state)
+
+
+def test_two_algorithms_of_one_seed_draw_apart():
+    def grown(make_algorithms):
+        model = torch.nn.ModuleDict({name: FakeSparse(20, 20, 0.5, seed=0) for name in "ab"})
+        group = Group(make_algorithms())
+        group.attach(model)
+        group.step()
+        return [layer.positions().tolist() for layer in model.values()]
+
+    def two():
+        return {"a": SET(update_freq=1), "b": SET(update_freq=1)}
+
+    first, second = grown(two)
+    assert first != second
+    assert grown(two) == [first, second]
+    assert first == grown(lambda: {"*": SET(update_freq=1)})[0]
+
+
+def test_a_state_that_one_member_refuses_changes_none():
+    def attached():
+        group = Group({"attn": RigL(), "*": SNFS(update_freq=9)})
+        group.attach(model := make())
+        return group, model
+
+    group, model = attached()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    (model["attn"](torch.ones(2, 12)).sum() + model["mlp"](torch.ones(2, 10)).sum()).backward()
+    optimizer.step()
+    group.step()
+    state = group.state_dict()
+    state["*"]["parts"]["grow"]["0"] = torch.zeros(3, 3)
+    other, _ = attached()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="averages must be of layers"):
+        other.load_state_dict(state)
+    assert other.state_dict() == before
+    assert [algorithm.steps_done for algorithm in other] == [0, 0]
+
+
+def test_a_group_is_shown_with_its_members():
+    text = repr(Group({"attn": RigL(0.9), "*": Static()}))
+    assert text.startswith("Group({'attn': RigL(sparsity=0.9, ")
+    assert text.endswith("'*': Static(sparsity=None) of 0 layers after 0 steps})")
+
+
+def test_a_group_can_be_detached_and_begin_anew():
+    model, group = make(), Group({"attn": SET(update_freq=1), "*": SET(update_freq=1)})
+    group.attach(model, OPTIMIZERS["sgd"](model.parameters()))
+    group.detach()
+    group.detach()
+    assert group.layers == ()
+    group.attach(model)
+    group.step()
+    group.detach()
+    with pytest.raises(RuntimeError, match="after 1 steps of this SET"):
+        group.attach(model)
+    group.reset()
+    group.attach(model)
+    assert len(group.layers) == 2
 
 
 @pytest.mark.parametrize(

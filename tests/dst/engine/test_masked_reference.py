@@ -8,7 +8,7 @@ import torch
 from tests.dst.contract_rows import ROWS
 from tests.dst.harness import OPTIMIZERS, backward, build, sparse_layers
 
-STEPS = 300
+STEPS = 120
 
 
 def assert_same_model(sparse, masked):

@@ -31,7 +31,7 @@ def peak(layer, algorithm, optimizer, x):
 
 def start(n_in, n_out):
     layer = SparseLinear(n_in, n_out, sparsity=0.9)
-    layer.apply(algorithm := RigL(update=1, drop_fraction=0.3))
+    layer.apply(algorithm := RigL(update_freq=1, drop_fraction=0.3))
     return layer, algorithm, torch.optim.AdamW(layer.parameters()), torch.randn(64, n_in)
 
 peak(*start(64, 64))  # compiles, which takes memory of its own

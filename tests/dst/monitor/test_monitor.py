@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from sparselab.dst import SET, ByRemaining, Group, Monitor, Polynomial, RigL, Static
+from sparselab.dst import (
+    SET,
+    ByRemaining,
+    DynamicSparsityAlgorithm,
+    Exchange,
+    Group,
+    Growth,
+    Monitor,
+    PolynomialSchedule,
+    RigL,
+    Static,
+)
 from sparselab.dst.monitor import monitor
 from sparselab.dst.monitor.position_set import PositionSet
 from tests.dst.contract_rows import ROWS, Row, together_keep
@@ -15,15 +26,14 @@ from tests.dst.fake import FakeSparse
 from tests.dst.harness import OPTIMIZERS, build, sparse_layers, train
 
 
-class Scripted(SET):
-    """Drops the lowest weights and grows where it is told."""
+class Scripted(Growth):
+    """Grows where it is told."""
 
-    def __init__(self, *growths, **settings):
-        super().__init__(drop_fraction=0.5, update=1, **settings)
+    def __init__(self, *growths):
         self.growths = growths
 
-    def _grow(self, vacancy):
-        return np.array(self.growths[vacancy.view.step - 1])
+    def choose(self, update):
+        return np.array(self.growths[update.view.step - 1])
 
 
 def fake(live, weights, shape=(3, 4)):
@@ -36,7 +46,7 @@ def fake(live, weights, shape=(3, 4)):
 def test_numbers_by_hand():
     # Rows of four: row 0 has columns 0 and 1, row 1 has 1 and 2, row 2 has none. Column 3 is unused.
     model = fake([0, 1, 5, 6], [9.0, 0.1, 8.0, 0.2])
-    algorithm = Scripted([1, 11], [2, 3])
+    algorithm = DynamicSparsityAlgorithm(Exchange(None, 0.5), update_freq=1, grow=Scripted([1, 11], [2, 3]))
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     born = {
@@ -65,9 +75,9 @@ def test_numbers_by_hand():
 
 
 CHANGING = {
-    "schedule": Row(lambda: RigL(Polynomial(0.8, 0.95, steps=15), drop_fraction=0.3, update=3)),
+    "schedule": Row(lambda: RigL(PolynomialSchedule(0.8, 0.95, stop=15), drop_fraction=0.3, update_freq=3)),
     "redistributed": Row(
-        lambda: SET(drop_fraction=0.3, update=3, scope="network", redistribute=ByRemaining()),
+        lambda: SET(drop_fraction=0.3, update_freq=3, scope="network", redistribute=ByRemaining()),
         counts=together_keep,
     ),
 }
@@ -124,8 +134,8 @@ def test_every_algorithm_against_sets_of_positions(name, kind):
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_the_target_is_that_of_the_schedule(scope):
     model = build("fake")
-    schedule = Polynomial(0.8, 0.95, steps=4)
-    algorithm = SET(schedule, update=2, scope=scope)
+    schedule = PolynomialSchedule(0.8, 0.95, stop=4)
+    algorithm = SET(schedule, update_freq=2, scope=scope)
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     assert "total/target_sparsity" not in monitor.latest
@@ -141,7 +151,7 @@ def test_the_target_is_that_of_the_schedule(scope):
 
 def test_a_group_is_recorded_once_a_step():
     model = build("fake")
-    fast, slow = SET(0.8, drop_fraction=0.5, update=1), SET(None, drop_fraction=0.25, update=2)
+    fast, slow = SET(0.8, drop_fraction=0.5, update_freq=1), SET(None, drop_fraction=0.25, update_freq=2)
     group = Group({"0": fast, "2": slow})
     group.attach(model)
     monitor = Monitor(group)
@@ -181,7 +191,7 @@ def test_an_algorithm_may_say_what_is_ablated():
 
 def test_without_positions_nothing_is_remembered():
     model = build("fake")
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     algorithm.attach(model)
     full, lean = Monitor(algorithm), Monitor(algorithm, positions=False)
     algorithm.step()
@@ -196,7 +206,7 @@ def test_without_positions_nothing_is_remembered():
 def run_to(step, state=None):
     model = build("real")
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    algorithm = RigL(0.8, update=3)
+    algorithm = RigL(0.8, update_freq=3)
     algorithm.attach(model)
     monitor = Monitor(algorithm)
     parts = {"model": model, "optimizer": optimizer, "algorithm": algorithm, "monitor": monitor}
@@ -232,7 +242,7 @@ def test_the_state_of_other_layers_is_refused():
 
 
 def test_a_copy_of_the_state_is_the_callers():
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     algorithm.attach(build("fake"))
     monitor = Monitor(algorithm)
     state = monitor.state_dict()
@@ -251,7 +261,7 @@ class Listener:
 
 
 def test_each_record_is_written_once():
-    algorithm = SET(update=2)
+    algorithm = SET(update_freq=2)
     algorithm.attach(build("fake"))
     monitor, writer = Monitor(algorithm), Listener()
     monitor.write(writer)
@@ -266,7 +276,7 @@ def test_each_record_is_written_once():
 
 
 def test_removed_it_records_no_more():
-    algorithm = SET(update=1)
+    algorithm = SET(update_freq=1)
     algorithm.attach(build("fake"))
     monitor = Monitor(algorithm)
     monitor.remove()
@@ -288,7 +298,7 @@ def test_a_static_model_is_recorded_as_it_is():
 def test_plot(tmp_path, positions, n_layers):
     pytest.importorskip("matplotlib")
     model = torch.nn.Sequential(*(FakeSparse(6, 6, 0.5, seed) for seed in range(n_layers)))
-    algorithm = SET(0.5, update=1)
+    algorithm = SET(0.5, update_freq=1)
     algorithm.attach(model)
     monitor = Monitor(algorithm, positions=positions)
     monitor.plot(tmp_path / "born.png")
@@ -308,7 +318,7 @@ def test_plot_names_what_is_missing(tmp_path, monkeypatch):
 
 def test_layers_attached_later_are_not_watched():
     model = torch.nn.Sequential(FakeSparse(6, 6, 0.5), FakeSparse(6, 6, 0.5, seed=1))
-    algorithm = SET(drop_fraction=0.5, update=1, scope="network")
+    algorithm = SET(drop_fraction=0.5, update_freq=1, scope="network")
     model[0].apply(algorithm)
     monitor = Monitor(algorithm)
     algorithm.attach(model)
@@ -320,7 +330,7 @@ def test_layers_attached_later_are_not_watched():
 
 def test_however_many_positions_are_looked_up_together(monkeypatch):
     def record():
-        algorithm = SET(drop_fraction=0.5, update=1)
+        algorithm = SET(drop_fraction=0.5, update_freq=1)
         algorithm.attach(build("real"))
         history = Monitor(algorithm).history
         for _ in range(3):
@@ -338,11 +348,11 @@ def test_what_cannot_be_watched():
         Monitor(build("fake"))
     with pytest.raises(ValueError, match=r"must have been attached .* got \[\]"):
         Monitor(SET())
-    algorithm = SET()
-    algorithm.attach(build("fake"))
-    algorithm.attach(build("fake", seed=1))
+    algorithms = {"a": SET(), "b": SET()}
+    for algorithm in algorithms.values():
+        build("fake").apply(algorithm)
     with pytest.raises(ValueError, match="different names"):
-        Monitor(algorithm)
+        Monitor(Group(algorithms))
 
 
 def test_a_set_of_positions_is_a_set():

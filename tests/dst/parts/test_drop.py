@@ -142,5 +142,5 @@ def test_soft_temperature_follows_its_schedule_and_must_not_be_negative():
     layer = weights_of(1.0, 2.0)
     cold, warm = (Soft(temperature=lambda step, t=t: t * step)(LayerView(0, 2, 0, layer)) for t in (0.0, 1.0))
     np.testing.assert_allclose(warm - cold, 2 * np.log([1.0, 2.0]))
-    with pytest.raises(ValueError, match=r"temperature must be 0 or above; got -2\.0 at step 2"):
+    with pytest.raises(ValueError, match=r"temperature must be 0 or above, got -2\.0 at step 2"):
         Soft(temperature=lambda step: -step)(LayerView(0, 2, 0, layer))

@@ -190,7 +190,11 @@ def test_from_dense_keeps_the_largest_of_each_output() -> None:
         [pytest.approx(0.1), 0, pytest.approx(-0.3), 0],
     ]
     assert torch.equal(layer.bias, linear.bias)
-    assert (layer.training, layer.bias.requires_grad, layer.weight_values.requires_grad) == (False, False, True)
+    assert (layer.training, layer.bias.requires_grad, layer.weight_values.requires_grad) == (
+        False,
+        False,
+        True,
+    )
     assert FanInLinear.from_dense(linear, fan_in=1).indices.tolist() == [[1], [2]]
     with pytest.raises(TypeError, match=r"linear must be .*, got Conv2d"):
         FanInLinear.from_dense(nn.Conv2d(1, 1, 1), 0.5)
@@ -323,7 +327,9 @@ def test_life_inside_torch() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()))
     values, expected = torch.randn(2, 19, 6), expected.detach()
-    by_values = torch.func.vmap(lambda v: torch.func.functional_call(layer, {"weight_values": v}, (x,)))(values)
+    by_values = torch.func.vmap(lambda v: torch.func.functional_call(layer, {"weight_values": v}, (x,)))(
+        values
+    )
     for each, y in zip(values, by_values, strict=True):
         torch.testing.assert_close(y, torch.func.functional_call(layer, {"weight_values": each}, (x,)))
     half = copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16())

@@ -246,7 +246,7 @@ def test_the_meta_device_is_refused() -> None:
 
 def test_a_model_trained_by_srigl() -> None:
     model = nn.Sequential(FanInLinear(20, 40, fan_in=4), nn.GELU(), FanInLinear(40, 10, fan_in=8))
-    algorithm = SRigL(update=2, gamma_sal=0.95)
+    algorithm = SRigL(update_freq=2, gamma_sal=0.95)
     model.apply(algorithm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(20):

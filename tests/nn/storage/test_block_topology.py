@@ -103,7 +103,9 @@ def test_rewriting_moves_values_gradient_and_mask(block_shape: tuple[int, int]) 
     layer(torch.randn(4, 70)).sum().backward()
     layer.forward_mask = torch.rand_like(layer.weight_values) < 0.5
     assert layer.weight_values.grad is not None
-    before = [each.detach().clone() for each in (layer.weight_values, layer.weight_values.grad, layer.forward_mask)]
+    before = [
+        each.detach().clone() for each in (layer.weight_values, layer.weight_values.grad, layer.forward_mask)
+    ]
     old, parameter = layer.positions(), layer.weight_values
     free = torch.tensor([p for p in range(layer.grid[0] * layer.grid[1]) if p not in old][:1])
     for grow in (free, free[:0]):

@@ -24,7 +24,11 @@ HOSTILE = {
         r"indices must be columns of 0\.\.29",
     ),
     "flat": (
-        lambda state: {**state, "values": state["weight_values"].flatten(), "indices": state["indices"].flatten()},
+        lambda state: {
+            **state,
+            "values": state["weight_values"].flatten(),
+            "indices": state["indices"].flatten(),
+        },
         r"values must have shape \(rows left, fan_in\), got torch.float32 of shape \(108,\)",
     ),
     "too few columns": (change("indices", lambda t: t[:-1]), r"indices must have shape \(18, 6\), as values"),

@@ -1,0 +1,108 @@
+"""What steps along with an optimizer: one algorithm, or a group of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.optim.optimizer import Optimizer
+
+from sparselab.nn.layers.base import SparseLayer
+
+
+class StepHandle:
+    """What ``attach(model, optimizer)`` returns: the automatic steps, and how to end them.
+
+    Parameters
+    ----------
+    driven : Driven
+    optimizer : torch.optim.Optimizer
+    """
+
+    def __init__(self, driven: Driven, optimizer: Optimizer) -> None:
+        self._driven = driven
+        self._hook = optimizer.register_step_post_hook(lambda *_: driven.advance())
+
+    def remove(self) -> None:
+        """End the automatic steps; again changes nothing.
+
+        Layers stay attached, and ``step()`` may be called by hand from now on. ``detach()`` gives the layers
+        back, and ends the automatic steps, too.
+        """
+        self._hook.remove()
+        if self._driven.handle is self:
+            self._driven.handle = None
+
+
+class Driven:
+    """Finishes optimizer steps, called by hand or by an optimizer, but never by both.
+
+    Attributes
+    ----------
+    handle : StepHandle or None
+        What steps it; None where that is left to whoever calls `step`.
+    """
+
+    handle: StepHandle | None = None
+
+    def step(self) -> None:
+        """Count one finished optimizer step, and rewire the layers if it is time.
+
+        Raises
+        ------
+        RuntimeError
+            If no layer is attached, it was attached with an optimizer and so steps by itself, or what has
+            stepped since the last time is an optimizer of other weights.
+        """
+        if self.handle is not None:
+            raise RuntimeError(
+                f"step() must not be called on a {type(self).__name__} that was attached with an optimizer: "
+                f"it steps by itself after every optimizer.step(), and each would count twice. Leave the "
+                f"call out, or call remove() on what attach(model, optimizer) returned"
+            )
+        self._check_stepped()
+        self.advance()
+
+    def advance(self) -> None:
+        """Do what `step` does, whoever asks."""
+        raise NotImplementedError
+
+    def track(self, optimizer: Optimizer) -> None:
+        """Name an optimizer whose state must follow the connections."""
+        raise NotImplementedError
+
+    def _check_stepped(self) -> None:
+        """Raise RuntimeError if it can be told that another model has been trained."""
+
+    def _check_optimizer(
+        self, optimizer: Optimizer | None, layers: Iterable[tuple[str, SparseLayer]]
+    ) -> Optimizer | None:
+        """The optimizer itself, unwrapped; raise if it could not drive the training of these layers."""
+        if optimizer is None:
+            return None
+        # Accelerate wraps optimizers in one whose hooks torch does not call.
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if self.handle is not None:
+            raise RuntimeError(
+                f"a {type(self).__name__} must step along with one optimizer, got another; call remove() on "
+                f"what the first attach(model, optimizer) returned"
+            )
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = [(name, layer) for name, layer in layers if layer.stored.requires_grad]
+        if missing := [name for name, layer in trained if id(layer.stored) not in held]:
+            raise ValueError(
+                f"optimizer must hold the weights of the sparse layers, got one without those of {missing}. "
+                f"Make it from model.parameters() after sparsify(model, ...), which replaces the weights "
+                f"(and of this model, not of a copy)"
+            )
+        return optimizer
+
+    def _drive(self, optimizer: Optimizer | None) -> StepHandle | None:
+        """Step along from now on."""
+        if optimizer is None:
+            return None
+        self.track(optimizer)
+        self.handle = StepHandle(self, optimizer)
+        return self.handle
