@@ -1,4 +1,4 @@
-"""Every hazard is right or refused, and the runner tells a wrong number, an accident and a crash from both."""
+"""Every hazard is right or refused, and the runner tells a wrong number and an accident from both."""
 
 from __future__ import annotations
 

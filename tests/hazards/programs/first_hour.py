@@ -9,6 +9,10 @@ import torch
 import sparselab
 from tests.hazards.cases import demand, hazard
 
+DYNAMIC = (
+    "CHTs", "CHTss", "DSR", "DeepR", "GMP", "GSE", "GraNet", "MEST", "RigL", "SET", "SNFS", "SRigL", "TopKAST",
+)  # fmt: skip
+
 
 @hazard("first hour", "RigL(sparsity=0.9, drop_fraction=0.3, update_freq=100)", refusable=False)
 def headline() -> None:

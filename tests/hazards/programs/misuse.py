@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
@@ -102,10 +101,7 @@ def to_dense_subclass() -> None:
 
 def dropped_with(score: Any) -> int:
     layer = sparselab.SparseLinear(32, 64, sparsity=0.9)
-    algorithm = set_(1, drop_fraction=0.3)
-    algorithm.drop = score
-    with contextlib.suppress(TypeError):
-        algorithm = sparselab.dst.DynamicSparsityAlgorithm(drop=score, drop_fraction=0.3, update={"freq": 1})
+    algorithm = sparselab.dst.DynamicSparsityAlgorithm(drop=score, drop_fraction=0.3, update={"freq": 1})
     layer.apply(algorithm)
     algorithm.step()
     return int(algorithm.last_update[0].dropped)

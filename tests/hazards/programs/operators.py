@@ -32,8 +32,8 @@ def calls_of(layer: Any, x: torch.Tensor) -> dict[str, tuple[Any, list[Any]]]:
     return recorded.calls
 
 
-def called(calls: Any, suffix: str, dense: torch.Tensor, **other: Any) -> None:
-    """Call an operator with some arguments replaced, and compare what comes with `dense`."""
+def called(calls: Any, suffix: str, **other: Any) -> None:
+    """Call an operator with some arguments replaced by what does not fit, which must be refused."""
     (name,) = [each for each in calls if each.endswith(suffix)]
     function, args = calls[name]
     for k, argument in enumerate(function._schema.arguments):
@@ -41,20 +41,15 @@ def called(calls: Any, suffix: str, dense: torch.Tensor, **other: Any) -> None:
             args[k] = other[argument.name](args[k])
     got = function(*args)
     got = got[0] if isinstance(got, (tuple, list)) else got
-    got = got.reshape(-1)
-    wrong = got.shape != dense.reshape(-1).shape or not torch.allclose(
-        got, dense.reshape(-1).to(got.dtype), 1e-3
-    )
-    demand(
-        not wrong, f"{name} returned {tuple(got.shape)}, up to {got.abs().max() if got.numel() else 0:.3g}"
-    )
+    largest = got.abs().max() if got.numel() else 0.0
+    demand(False, f"{name} returned {tuple(got.shape)}, up to {largest:.3g}")
 
 
 @hazard("operators", "conv2d with 3 channels where the layer has 4")
 def conv_channels() -> None:
     layer = sparselab.SparseConv2d(4, 8, 3, padding=1, sparsity=0.5)
     calls = calls_of(layer, torch.randn(2, 4, 64, 64))
-    called(calls, "conv2d", torch.zeros(1), x=lambda x: torch.randn(2, 3, 64, 64))
+    called(calls, "conv2d", x=lambda x: torch.randn(2, 3, 64, 64))
 
 
 def linear_calls(n_tokens: int = 40) -> Any:
@@ -64,25 +59,25 @@ def linear_calls(n_tokens: int = 40) -> Any:
 
 @hazard("operators", "linear_values_grad with a gradient 3 wide")
 def narrow_gradient() -> None:
-    called(linear_calls(), "linear_values_grad", torch.zeros(1), grad=lambda _: torch.randn(40, 3))
+    called(linear_calls(), "linear_values_grad", grad=lambda _: torch.randn(40, 3))
 
 
 @hazard("operators", "linear_input_grad with 3 of 13107 values")
 def few_values() -> None:
-    called(linear_calls(), "linear_input_grad", torch.zeros(1), values=lambda values: values[:3])
+    called(linear_calls(), "linear_input_grad", values=lambda values: values[:3])
 
 
 @hazard("operators", "a float64 gradient with float32 x")
 def wide_gradient() -> None:
     called(
-        linear_calls(), "linear_values_grad", torch.zeros(1),
+        linear_calls(), "linear_values_grad",
         grad=lambda grad: torch.ones(grad.shape, dtype=torch.float64),
     )  # fmt: skip
 
 
 @hazard("operators", "a gradient of 9000 tokens against x of 40")
 def many_tokens() -> None:
-    called(linear_calls(), "linear_values_grad", torch.zeros(1), grad=lambda grad: torch.randn(9000, 512))
+    called(linear_calls(), "linear_values_grad", grad=lambda grad: torch.randn(9000, 512))
 
 
 @hazard("operators", "an unpack hook that returns a short tensor")
@@ -105,9 +100,10 @@ def exported_meets() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/program.pt2"
         make = (
-            "import torch, sparselab; torch.manual_seed(0); layer = sparselab.SparseLinear(64, 32, sparsity=0.8); "
-            "x = torch.ones(40, 64); "
-            f"torch.export.save(torch.export.export(layer, (x,)), {path!r}); torch.save(layer(x), {path + '.y'!r})"
+            "import torch, sparselab; torch.manual_seed(0); x = torch.ones(40, 64); "
+            "layer = sparselab.SparseLinear(64, 32, sparsity=0.8); "
+            f"torch.export.save(torch.export.export(layer, (x,)), {path!r}); "
+            f"torch.save(layer(x), {path + '.y'!r})"
         )
         subprocess.run([sys.executable, "-c", make], check=True, capture_output=True)
         layers = [sparselab.BlockSparseLinear(64, 32, sparsity=0.5) for _ in range(3)]
