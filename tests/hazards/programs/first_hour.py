@@ -10,7 +10,8 @@ import sparselab
 from tests.hazards.cases import demand, hazard
 
 DYNAMIC = (
-    "CHTs", "CHTss", "DSR", "DeepR", "GMP", "GSE", "GraNet", "MEST", "RigL", "SET", "SNFS", "SRigL", "TopKAST",
+    "CHTs", "CHTss", "DSR", "DeepR", "GMP", "GSE", "GraNet", "MEST", "RigL", "SET", "SNFS", "SRigL",
+    "TopKAST",
 )  # fmt: skip
 
 
