@@ -168,7 +168,7 @@ def test_an_activation_may_be_used_in_several_places() -> None:
 
 def test_modes_trainability_and_dtype_stay() -> None:
     model = nn.Sequential(fan_in(8, 6, 1), nn.ReLU(), nn.Linear(6, 2)).eval().to(torch.bfloat16)
-    model[0].values.requires_grad_(False)
+    model[0].weight_values.requires_grad_(False)
     model[2].bias.requires_grad_(False)
     condense(model)
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, False]

@@ -157,8 +157,8 @@ def test_dtype_mode_and_trainability_are_kept() -> None:
     model.mlp[0].weight.requires_grad_(False)
     sparsify(model, {"mlp.*": 0.5})
     new = model.mlp[0]
-    assert (new.values.dtype, new.training) == (torch.float64, False)
-    assert (new.values.requires_grad, new.bias.requires_grad) == (False, True)
+    assert (new.weight_values.dtype, new.training) == (torch.float64, False)
+    assert (new.weight_values.requires_grad, new.bias.requires_grad) == (False, True)
 
 
 def test_magnitude_keeps_the_largest_and_the_first_of_equals() -> None:
@@ -169,14 +169,14 @@ def test_magnitude_keeps_the_largest_and_the_first_of_equals() -> None:
     assert layer.to_dense().weight.tolist() == [[0, -5, 2], [0, 3, 0]]
     assert torch.equal(layer.bias, linear.bias)
     model = sparsify(nn.Sequential(linear), {"0": 0.5}, init="magnitude")
-    assert torch.equal(model[0].values, layer.weight_values)
+    assert torch.equal(model[0].weight_values, layer.weight_values)
 
 
 def test_what_is_not_a_number_is_the_first_to_go() -> None:
     linear = nn.Linear(3, 2)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[torch.nan, -5.0, 2.0], [2.0, torch.inf, 0.0]]))
-    assert SparseLinear.from_dense(linear, 0.5).values.tolist() == [-5, 2, torch.inf]
+    assert SparseLinear.from_dense(linear, 0.5).weight_values.flatten().tolist() == [-5, 2, torch.inf]
 
 
 def test_dense_and_back_is_the_same_layer() -> None:

@@ -20,16 +20,16 @@ def huge() -> nn.Sequential:
 def test_a_model_too_big_to_exist_dense() -> None:
     model = huge()
     assert plan_sparsify(model, {"0": SPARSITY}).layers[0].bytes_before > 4 * HUGE**2
-    assert sparsify(model, {"0": SPARSITY})[0].values.is_meta
+    assert sparsify(model, {"0": SPARSITY})[0].weight_values.is_meta
     assert model[0].nnz == NNZ
     assert materialize(model) is model
     positions = model[0].positions()
     assert len(positions) == len(positions.unique()) == NNZ
     assert 0 < positions.min() < HUGE**2 // 100 < HUGE**2 - HUGE**2 // 100 < positions.max() < HUGE**2
-    assert 0 < model[0].values.detach().abs().max() <= 1
+    assert 0 < model[0].weight_values.detach().abs().max() <= 1
     assert torch.equal(model[1].weight, torch.ones(HUGE))
     model(torch.randn(1, HUGE)).sum().backward()
-    assert model[0].values.grad.shape == (NNZ,)
+    assert model[0].weight_values.grad.shape == (NNZ,)
 
 
 def test_emptied_and_reset_is_materialised_too() -> None:
@@ -48,7 +48,7 @@ def test_draws_are_those_of_the_layers() -> None:
     torch.manual_seed(0)
     materialize(model)
     assert torch.equal(model[0].positions(), expected.positions())
-    assert torch.equal(model[0].values, expected.weight_values)
+    assert torch.equal(model[0].weight_values, expected.weight_values)
     assert torch.equal(model[0].bias, expected.bias)
 
 
