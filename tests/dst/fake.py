@@ -30,11 +30,10 @@ class _Function(torch.autograd.Function):
 class FakeStorage(Storage):
     """Positions and values, nothing else."""
 
-    parameter = "values"
-    saved = "values", "live"
+    saved = "weight_values", "live"
 
     def nnz(self, layer):
-        return layer.values.numel()
+        return layer.weight_values.numel()
 
     def positions(self, layer):
         return layer.live
@@ -58,10 +57,10 @@ class FakeStorage(Storage):
         new.sort()
         slot = np.searchsorted(old, new).clip(max=max(old.size - 1, 0))
         source = torch.from_numpy(np.where(old[slot] == new, slot, -1))
-        gradient, layer.values.grad = layer.values.grad, None
-        layer.values.data = self.move(layer, layer.values.data, source)
+        gradient, layer.weight_values.grad = layer.weight_values.grad, None
+        layer.weight_values.data = self.move(layer, layer.weight_values.data, source)
         if gradient is not None:
-            layer.values.grad = self.move(layer, gradient, source)
+            layer.weight_values.grad = self.move(layer, gradient, source)
         if layer.forward_mask is not None:
             layer.forward_mask = self.move(layer, layer.forward_mask, source)
         layer.live = torch.from_numpy(new)
@@ -78,7 +77,7 @@ class FakeSparse(SparseLayer):
         nnz = round((1 - sparsity) * n)
         live = np.sort(rng.choice(n, nnz, replace=False))
         self.register_buffer("live", torch.from_numpy(live))
-        self.values = nn.Parameter(torch.from_numpy(rng.standard_normal(nnz)).to(dtype))
+        self.weight_values = nn.Parameter(torch.from_numpy(rng.standard_normal(nnz)).to(dtype))
         self.bias = None
 
     def dense(self, values):
@@ -86,11 +85,11 @@ class FakeSparse(SparseLayer):
         return flat.index_put((self.live,), values).reshape(self.shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.values.data = torch.empty_like(state_dict[prefix + "values"])
+        self.weight_values.data = torch.empty_like(state_dict[prefix + "weight_values"])
         self.live = torch.empty_like(state_dict[prefix + "live"])
         mask = state_dict.get(prefix + "forward_mask")
         self.forward_mask = None if mask is None else torch.empty_like(mask)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x):
-        return _Function.apply(x, self.values, self)
+        return _Function.apply(x, self.weight_values, self)

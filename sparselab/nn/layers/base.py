@@ -72,6 +72,7 @@ class SparseLayer(nn.Module):
     @gradient_hook.setter
     def gradient_hook(self, hook: GradientHook | None) -> None:
         self.storage.hook_place.hook = hook
+        self.storage.refresh(self)
 
     @property
     def stored(self) -> nn.Parameter:

@@ -194,3 +194,4 @@ class CompressedLayer(SparseLayer):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        storage.refresh(self)

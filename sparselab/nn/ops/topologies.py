@@ -98,12 +98,12 @@ class TensorTopology:
         self.sizes, self.layout = _check_sizes(sizes), layout
         self.device = indices.device
         self.products = find_products("linear", layout, self.device.type)
-        self._tensors = indptr, indices
+        #: The tensors themselves, whose version counters tell of writes.
+        self.tensors = indptr, indices
         self._stamps = _stamp(indptr), _stamp(indices)
-        #: Aliases that hold the memory, so that no other tensor can come to have the address. Seen as arrays,
-        #: the memory cannot be resized either.
-        self._held = _alias(indptr), _alias(indices)
-        self._arrays = _array("indptr", self._held[0]), _array("indices", self._held[1])
+        #: The memory, which is held so that no other tensor can come to have the address, and which cannot be
+        #: resized while it is seen as arrays.
+        self._arrays = _array("indptr", indptr), _array("indices", indices)
         self.own = _read(layout)(*self._arrays, self.sizes)
         self.shape = self.own.shape
         self.values_shape = torch.Size((self.own.nnz, *self.own.block_shape))
@@ -115,24 +115,20 @@ class TensorTopology:
         #: Whether a hook wants to see operands.
         self.is_watched = False
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """The two tensors, or detached ones with the same memory."""
-        return self._held
-
     def is_of(self, indptr: Tensor, indices: Tensor) -> bool:
         """Whether these are the tensors that the topology was made of, unchanged."""
         a, b = self._stamps
         if a is None or b is None:
-            return torch.equal(self._held[0], indptr) and torch.equal(self._held[1], indices)
-        mine, columns = self._tensors
+            given = indptr.cpu().numpy(), indices.cpu().numpy()
+            return all(map(np.array_equal, self._arrays, given))
+        mine, columns = self.tensors
         if mine is indptr and columns is indices:
             return (indptr.data_ptr(), indptr._version) == a and (indices.data_ptr(), indices._version) == b
         return (
-            a == _stamp(indptr) == _stamp(self._held[0])
-            and b == _stamp(indices) == _stamp(self._held[1])
-            and _form(indptr) == _form(self._held[0])
-            and _form(indices) == _form(self._held[1])
+            a == _stamp(indptr) == _stamp(mine)
+            and b == _stamp(indices) == _stamp(columns)
+            and _form(indptr) == _form(mine)
+            and _form(indices) == _form(columns)
         )
 
     def require_unchanged(self) -> None:
@@ -140,7 +136,7 @@ class TensorTopology:
         a, b = self._stamps
         if a is None or b is None:
             return
-        indptr, indices = self._held
+        indptr, indices = self.tensors
         if (indptr.data_ptr(), indptr._version) != a or (indices.data_ptr(), indices._version) != b:
             raise RuntimeError(
                 "the topology needed for gradient computation has been modified by an inplace operation: a "
@@ -303,15 +299,13 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _alias(tensor: Tensor) -> Tensor:
-    with torch.inference_mode(False):
-        return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
 def _array(name: str, tensor: Tensor) -> Any:
+    """The memory of a tensor, or a copy if nobody counts the writes to it."""
     if tensor.layout is not torch.strided or tensor.is_floating_point():
         raise TypeError(f"{name} must be a dense tensor of integers, got {tensor.dtype} of {tensor.layout}")
-    return tensor.cpu().numpy()
+    # Detached, because the array must hold the memory and not the tensor, whose `data` may be replaced.
+    array = tensor.detach().cpu().numpy()
+    return array.copy() if tensor.is_inference() else array
 
 
 def _check_sizes(sizes: Sequence[int]) -> Sizes:

@@ -90,6 +90,9 @@ class Storage(abc.ABC):
         """The connections on the grid, for the compiled functions of `sparselab.kernels`."""
         return RowTopology.from_positions(self.grid, self.positions(layer).cpu().numpy())
 
+    def refresh(self, layer: Any) -> None:  # noqa: B027
+        """See to it that operators which are given the tensors of the layer find its gradient hook."""
+
     def held(self, layer: Any) -> nn.Parameter:
         """The Parameter.
 

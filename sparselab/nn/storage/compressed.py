@@ -74,6 +74,11 @@ class Compressed(Storage):
             found.measured = self.measured
         return found
 
+    def refresh(self, layer: Any) -> None:
+        """See to it that operators which are given the tensors of the layer find its gradient hook."""
+        if self.hook_place.hook is not None and not layer.indices.is_meta:
+            self.topology(layer)
+
     def plan_bytes(self) -> int:
         """Bytes of the kernel plans held now."""
         return 0 if self._topology is None else self._topology.plan_bytes
@@ -165,6 +170,7 @@ class Compressed(Storage):
         self.resize(layer, len(indices))
         layer.indices.copy_(torch.from_numpy(np.array(indices)))
         layer.indptr.copy_(torch.from_numpy(np.array(indptr)))
+        self.refresh(layer)
 
     def resize(self, layer: Any, nnz: int) -> None:
         """Make room for so many connections; what the Parameter, its gradient and the columns held is lost."""

@@ -208,7 +208,7 @@ def test_units_without_a_connection_on_one_side_lose_those_on_the_other():
 
 def test_a_chain_with_a_frozen_layer_is_left_alone():
     model, algorithm = chained(0.0)
-    model[2].values.requires_grad_(False)
+    model[2].weight_values.requires_grad_(False)
     born = model[0].live.clone()
     algorithm.step()
     assert torch.equal(model[0].live, born)

@@ -137,7 +137,7 @@ def test_counts_are_exact(scope, seed):
 def test_the_network_grows_where_it_is_empty():
     layers = torch.nn.ModuleList([FakeSparse(100, 100, 0.5), FakeSparse(100, 100, 0.9)])
     start(layers, algorithm := DeepR(temperature=0.0, l1=0.0, scope="network"))
-    set_weights(layers[0], -layers[0].values)
+    set_weights(layers[0], -layers[0].weight_values)
     algorithm.step()
     grown = [report.grown for report in algorithm.last_update]
     assert sum(grown) == algorithm.last_update[0].dropped == 4999
@@ -150,7 +150,7 @@ def test_the_last_of_a_layer_stays_in_a_network_and_moves_in_a_layer():
     for scope, replaced in (("network", 0), ("layer", 1)):
         layers = torch.nn.ModuleList([FakeSparse(2, 5, 0.9), FakeSparse(10, 10, 0.5)])
         start(layers, algorithm := DeepR(temperature=0.0, l1=0.0, scope=scope))
-        set_weights(layers[0], -layers[0].values)
+        set_weights(layers[0], -layers[0].weight_values)
         algorithm.step()
         assert [report.dropped for report in algorithm.last_update] == [replaced, 0]
 

@@ -48,7 +48,7 @@ def slow_shares(total, weights, caps):
 def test_one_update_against_a_slow_one(kind):
     layers = network(kind)
     layers.apply(algorithm := DSR(update=1, threshold=0.1, n_prune=25))
-    before = [dict(zip(w.positions().tolist(), w.values.tolist(), strict=True)) for w in layers]
+    before = [dict(zip(w.positions().tolist(), w.weight_values.tolist(), strict=True)) for w in layers]
     kept = [{p: w for p, w in layer.items() if abs(w) >= 0.1} for layer in before]
     pruned = [before[i].keys() - kept[i].keys() for i in range(3)]
     n_pruned = sum(map(len, pruned))
@@ -97,8 +97,8 @@ def test_every_layer_keeps_its_best(kind):
     layers = network(kind)
     fill(layers[2], 1e-9)
     with torch.no_grad():
-        layers[2].values[7] = -2e-9
-        layers[2].values[3] = torch.nan
+        layers[2].weight_values[7] = -2e-9
+        layers[2].weight_values[3] = torch.nan
     best = layers[2].positions()[7].item()
     layers.apply(algorithm := DSR(update=1))
     algorithm.step()
@@ -110,7 +110,7 @@ def test_every_layer_keeps_its_best(kind):
 def test_what_a_full_layer_cannot_take_goes_to_the_others():
     layers = network("fake", (358, 60, 20))
     with torch.no_grad():
-        layers[1].values[:30] = 0
+        layers[1].weight_values[:30] = 0
     layers.apply(algorithm := DSR(update=1, threshold=1e-12))
     algorithm.step()
     assert layers[0].nnz == 360
@@ -122,8 +122,8 @@ def test_no_more_are_dropped_than_there_are_empty_positions():
     with torch.no_grad():
         for layer in layers:
             layer.weight_values.copy_(torch.linspace(1, 2, layer.nnz))
-        layers[1].values[50:60] = 1e-9
-        layers[0].values[50:60] = 1e-8
+        layers[1].weight_values[50:60] = 1e-9
+        layers[0].weight_values[50:60] = 1e-8
     lost = set(layers[1].positions()[50:60].tolist())
     layers.apply(algorithm := DSR(update=1, threshold=5.0))
     algorithm.step()
@@ -152,7 +152,7 @@ def test_random_growth_is_exact(seed):
 
 def test_frozen_layers_neither_give_nor_take():
     layers = network("fake")
-    layers[0].values.requires_grad_(False)
+    layers[0].weight_values.requires_grad_(False)
     layers.apply(algorithm := DSR(update=1, threshold=0.3))
     algorithm.step()
     assert algorithm.last_update[0] == UpdateReport(nnz=90, skipped="frozen")

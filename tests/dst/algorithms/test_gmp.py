@@ -191,7 +191,7 @@ def test_mest_without_a_sparsity_keeps_each_layers_own():
 def test_mest_needs_a_finite_gradient_only_if_it_asks_for_one():
     for lam, skipped in ((0.0, ["", ""]), (0.1, ["no gradient", "gradient is not finite"])):
         model = network(0.5, 0.5)
-        model[1].values.grad = torch.full_like(model[1].values, torch.nan)
+        model[1].weight_values.grad = torch.full_like(model[1].weight_values, torch.nan)
         model.apply(algorithm := MEST(0.5, 0.1, update=1, soft_bound=False, lam=lam))
         algorithm.step()
         assert [report.skipped for report in algorithm.last_update] == skipped

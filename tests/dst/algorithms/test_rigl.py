@@ -221,7 +221,7 @@ def test_a_layer_without_gradient_is_skipped():
     model = torch.nn.ModuleList([make("real"), make("real"), make("real")])
     algorithm = RigL(update=1)
     model.apply(algorithm)
-    model[1].values.requires_grad_(False)
+    model[1].weight_values.requires_grad_(False)
     x, dy = operands(0)
     backward(model[1], x.requires_grad_(), dy)
     backward(model[2], x, dy)

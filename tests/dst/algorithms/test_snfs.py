@@ -315,7 +315,7 @@ def test_a_layer_without_a_usable_momentum_is_skipped():
     optimizer = OPTIMIZERS["sgd"](layers[1:].parameters())
     layers.apply(algorithm := SNFS(update=1))
     train_step(layers, optimizer, 1)
-    optimizer.state[layers[2].values]["momentum_buffer"][3] = torch.nan
+    optimizer.state[layers[2].weight_values]["momentum_buffer"][3] = torch.nan
     algorithm.step()
     reasons = [report.skipped for report in algorithm.last_update]
     assert reasons == ["no momentum", "", "momentum is not finite"]
@@ -328,7 +328,7 @@ def test_weights_that_are_not_finite_skip_their_layer():
     layers = network("fake")
     layers.apply(algorithm := SET(update=1, redistribute=ByMagnitude()))
     with torch.no_grad():
-        layers[1].values[0] = torch.inf
+        layers[1].weight_values[0] = torch.inf
     algorithm.step()
     assert [report.skipped for report in algorithm.last_update] == ["", "weights are not finite", ""]
 

@@ -145,7 +145,7 @@ def test_a_frozen_layer_is_left_alone():
     model = build("fake")
     algorithm = SET(update=1)
     model.apply(algorithm)
-    model[0].values.requires_grad_(False)
+    model[0].weight_values.requires_grad_(False)
     born = model[0].positions().clone()
     algorithm.step()
     assert torch.equal(model[0].positions(), born)
@@ -161,7 +161,7 @@ def test_state_that_cannot_move_is_refused_before_any_layer_changes():
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     backward(model, 1)
     optimizer.step()
-    optimizer.state[model[2].values]["extra"] = torch.zeros(2)
+    optimizer.state[model[2].weight_values]["extra"] = torch.zeros(2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="cannot follow its connections"):
         algorithm.step()

@@ -28,7 +28,7 @@ def network(*sparsities, size=20):
 def test_the_network_drops_its_weakest_wherever_they_are():
     model = network(0.5, 0.5)
     with torch.no_grad():
-        model[0].values.mul_(1e-6)
+        model[0].weight_values.mul_(1e-6)
     model.apply(algorithm := SET(drop_fraction=0.4, update=1, scope="network"))
     algorithm.step()
     weak, strong = algorithm.last_update
@@ -39,7 +39,7 @@ def test_the_network_drops_its_weakest_wherever_they_are():
 def test_the_network_leaves_each_layer_one_connection():
     model = network(0.5, 0.9)
     with torch.no_grad():
-        model[1].values.mul_(1e-6)
+        model[1].weight_values.mul_(1e-6)
     model.apply(algorithm := DynamicSparsityAlgorithm(Linear(0.7, 0.99, 1), 0.0, update=1, scope="network"))
     algorithm.step()
     assert [layer.nnz for layer in model] == [7, 1]
@@ -194,7 +194,7 @@ def test_attaching_with_an_optimizer_updates_by_itself():
     assert second.names == ("0", "2")
     assert second.steps_done == 3
     assert torch.equal(by_hand[0].positions(), by_itself[0].positions())
-    assert torch.equal(by_hand[0].values, by_itself[0].values)
+    assert torch.equal(by_hand[0].weight_values, by_itself[0].weight_values)
     handle.remove()
     optimizers[1].step()
     assert second.steps_done == 3

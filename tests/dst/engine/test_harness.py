@@ -36,7 +36,7 @@ def test_assert_same_state_sees_one_entry(where):
         runs += [model, optimizer]
     assert_same_state(*runs)
     with torch.no_grad():
-        values = runs[0][0].values
+        values = runs[0][0].weight_values
         (values if where == "weight" else runs[1].state[values]["exp_avg"])[2] += 1
     with pytest.raises(AssertionError, match="differs"):
         assert_same_state(*runs)

@@ -197,11 +197,25 @@ def test_a_copy_and_a_loaded_state_compute_the_same() -> None:
         assert torch.equal(twin(*tokens)[0], sparse(*tokens)[0])
 
 
+def test_a_new_one_takes_torch_s_own_arguments() -> None:
+    settings: dict[str, Any] = {"dropout": 0.0, "add_bias_kv": True, "kdim": 6, "vdim": 10, "batch_first": True}
+    sparse = SparseMultiheadAttention(32, 4, **settings, density=0.25)
+    dense = nn.MultiheadAttention(32, 4, **settings)
+    assert [getattr(sparse, name).nnz for name in ("q_proj", "k_proj", "v_proj", "out_proj")] == [256, 48, 80, 256]
+    shapes = {name: parameter.shape for name, parameter in sparse.to_dense().named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in dense.named_parameters()}
+    x = torch.randn(2, 5, 32), torch.randn(2, 7, 6), torch.randn(2, 7, 10)
+    torch.testing.assert_close(sparse(*x), sparse.to_dense()(*x))
+    assert SparseMultiheadAttention(32, 4).q_proj.sparsity == pytest.approx(0.9, abs=1e-3)
+    with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads, got 32 and 5"):
+        SparseMultiheadAttention(32, 5)
+
+
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(TypeError, match=r"attention must be a torch.nn.MultiheadAttention, got Linear"):
-        SparseMultiheadAttention(nn.Linear(3, 3))  # type: ignore[arg-type]
+        SparseMultiheadAttention.from_dense(nn.Linear(3, 3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layers must be named q_proj, .* got 'in_proj'"):
-        SparseMultiheadAttention(dense_attention(), {"in_proj": nn.Linear(3, 3)})
+        SparseMultiheadAttention.of_layers(dense_attention(), {"in_proj": nn.Linear(3, 3)})
     sparse = SparseMultiheadAttention.from_dense(dense_attention(), 0.5)
     tokens = inputs(dense_attention())
     with pytest.raises(RuntimeError, match="attn_mask must be given with is_causal=True"):

@@ -15,12 +15,13 @@ import sparselab
 from sparselab import BlockSparseLinear, MaskedLinear, SparseLinear, densify, measure_sparsity, memory_report
 from sparselab.kernels import BlockCSR
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.ops import block_linear as _block_functional
-from sparselab.nn.ops.cpu import block_products as _block_products
+from sparselab.nn.ops import linear as functional
+from sparselab.nn.ops.cpu import bsr
 from sparselab.nn.ops.cpu import variants
 from sparselab.nn.ops.cpu.variants import BLOCKS, FORWARD, possible
 from sparselab.nn.layers.base import as_matrix, is_sparse
 from tests.nn.blocks import SIZES, array, every_block, outside
+from tests.nn.storage.test_rewrite import Seen
 from tests.oracle import Exact, assert_close, product
 
 
@@ -69,18 +70,11 @@ def test_gradients_are_true(block_shape: tuple[int, int], bias: bool) -> None:
 def test_the_operators_satisfy_torch() -> None:
     layer = BlockSparseLinear(7, 9, sparsity=0.5, block_shape=(4, 4))
     x = torch.randn(3, 7, requires_grad=True)
-    torch.library.opcheck(
-        _block_functional.block_linear, (x, layer.weight_values, layer.bias, layer.indptr, layer.indices, 9, 0)
-    )
-    dy = torch.randn(3, 9)
-    torch.library.opcheck(
-        _block_functional.block_linear_input_grad,
-        (dy, layer.weight_values.detach(), layer.indptr, layer.indices, 7, 0),
-    )
-    torch.library.opcheck(
-        _block_functional.block_linear_values_grad,
-        (dy, x.detach(), layer.indptr, layer.indices, [4, 4], 0, True),
-    )
+    arguments = layer.topology_arguments()
+    torch.library.opcheck(functional.linear_operator, (x, layer.weight_values, layer.bias, *arguments))
+    dy, values = torch.randn(3, 9), layer.weight_values.detach()
+    torch.library.opcheck(functional.linear_input_grad, (dy, values, *arguments))
+    torch.library.opcheck(functional.linear_values_grad, (dy, x.detach(), *arguments, True))
 
 
 def test_compiled_layers_follow_a_rewrite() -> None:
@@ -139,7 +133,7 @@ def test_density_and_sparsity_are_two_ways_to_say_it() -> None:
         (
             {"density": 0.1, "sparsity": 0.9},
             ValueError,
-            "give density or sparsity, not both, got 0.1 and 0.9",
+            "only one of sparsity or density must be given, got 0.9 and 0.1",
         ),
         ({"density": 1.5}, ValueError, "density must be a finite number"),
         ({"density": "half"}, TypeError, "density must be a number"),
@@ -203,9 +197,7 @@ def test_precisions_and_modes() -> None:
 def test_dense_products_of_chunks_give_the_same(
     block_shape: tuple[int, int], sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparselab.nn.ops.cpu import block_products as _block_products
-
-    monkeypatch.setattr(_block_products, "_CHUNK_BYTES", 4 * 70 * 10)
+    monkeypatch.setattr(bsr, "_CHUNK_BYTES", 4 * 70 * 10)
     layer = BlockSparseLinear(*SIZES, sparsity=sparsity, block_shape=block_shape)
     x, dy = torch.randn(130, 70), torch.randn(130, 50)
     results = []
@@ -229,19 +221,19 @@ def test_every_variant_gives_the_numbers_of_dense(
     block_shape: tuple[int, int], bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    for name, kernel in (("multiply_few_blocks", "few tokens"), ("multiply", "tiles")):
-        monkeypatch.setattr(_block_products, name, noting(taken, kernel, getattr(_block_products, name)))
+    for name, kernel in (("multiply_few_blocks", "skinny"), ("multiply", "tiles")):
+        monkeypatch.setattr(bsr, name, noting(taken, kernel, getattr(bsr, name)))
     layer = BlockSparseLinear(*SIZES, bias, sparsity=0.6, block_shape=block_shape)
     x = torch.randn(SIZES[0], tokens).T
     exact = product(array(layer.to_dense().weight), array(x).T, bias=array(layer.bias) if bias else None)
-    ways = layer._ways(x)
+    ways = layer.ways(x)
     assert tuple(ways) == possible(tokens, BLOCKS) == (FORWARD if tokens <= 64 else FORWARD[1:])
     for way in ways.values():
         assert_close(array(way()).T, exact, np.float32)
     assert (*taken, "dense blocks") == tuple(ways)
     taken.clear()
     layer(x)
-    assert taken == [layer.variant(tokens).name] == ["few tokens" if tokens <= 64 else "tiles"]
+    assert taken == [layer.variant(tokens).name] == ["skinny" if tokens <= 64 else "tiles"]
 
 
 def noting(taken: list[str], name: str, run: Callable[..., None]) -> Callable[..., None]:
@@ -252,20 +244,11 @@ def noting(taken: list[str], name: str, run: Callable[..., None]) -> Callable[..
     return noted
 
 
-def test_a_watcher_sees_the_factors_of_the_gradient() -> None:
-    seen: list[Any] = []
-
-    class Watcher:
-        def forward_seen(self) -> None:
-            seen.append("forward")
-
-        def backward_seen(self, factors: Any) -> None:
-            seen.append((factors.x.shape, factors.dy.shape))
-
-    layer = BlockSparseLinear(*SIZES, block_shape=(4, 4))
-    layer.gradient_watcher = Watcher()
+def test_a_hook_sees_the_operands_of_the_gradient() -> None:
+    layer, seen = BlockSparseLinear(*SIZES, block_shape=(4, 4)), Seen()
+    layer.gradient_hook = seen
     layer(torch.randn(3, 70)).sum().backward()
-    assert seen == ["forward", ((3, 70), (3, 50))]
+    assert [(x.shape, dy.shape) for x, dy in seen.operands] == [((3, 70), (3, 50))]
     assert is_sparse(layer)
 
 

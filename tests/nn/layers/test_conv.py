@@ -33,7 +33,8 @@ TOLERANCE = {
 
 def make(kind: Any = SparseConv2d, *args: Any, **changes: Any) -> Any:
     torch.manual_seed(0)
-    options = {"padding": 1, "sparsity": 0.7, "dtype": torch.float64, **changes}
+    amount = {} if "fan_in" in changes else {"sparsity": 0.7}
+    options = {"padding": 1, "dtype": torch.float64, **amount, **changes}
     return kind(*(args or (4, 6, 3)), **options)
 
 
@@ -168,11 +169,14 @@ def test_gradcheck() -> None:
 
 
 def test_operator_is_well_formed() -> None:
-    from sparselab.nn.ops.conv2d import conv2d
+    from sparselab.nn.ops import conv2d
 
     layer, x = make(), images(2, 4, 5, 5)
-    arguments = (x, layer.weight_values, layer.bias, layer.indptr, layer.indices, 0, layer._geometry.numbers)
-    torch.library.opcheck(conv2d, arguments)
+    topology, numbers = layer.topology_arguments(), layer.geometry.numbers
+    values, dy = layer.weight_values.detach(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    torch.library.opcheck(conv2d.conv2d_operator, (x, layer.weight_values, layer.bias, *topology, numbers))
+    torch.library.opcheck(conv2d.conv2d_input_grad, (dy, values, *topology, numbers, 5, 5))
+    torch.library.opcheck(conv2d.conv2d_values_grad, (dy, x.detach(), *topology, numbers))
 
 
 def test_it_compiles() -> None:
@@ -227,12 +231,12 @@ def test_the_masked_twin_has_the_same_everything() -> None:
     options = {"stride": 2, "groups": 2, "sparsity": 0.6, "dtype": torch.float64}
     sparse, masked = make(SparseConv2d, **options), make(MaskedConv2d, **options)
     assert torch.equal(sparse.positions(), masked.positions())
-    assert torch.equal(sparse.weight_values, masked.per_connection(masked.weight))
+    assert torch.equal(sparse.weight_values.flatten(), masked.per_connection(masked.weight))
     x = images(2, 4, 6, 6)
     for ours, theirs in zip(gradients(sparse, x), gradients(masked, x), strict=True):
-        theirs = masked.per_connection(theirs) if theirs.shape == masked.shape else theirs
+        theirs = masked.per_connection(theirs).view(-1, 1, 1) if theirs.shape == masked.shape else theirs
         torch.testing.assert_close(ours, theirs)
-    sparse.forward_mask = torch.arange(sparse.nnz) % 3 > 0
+    sparse.forward_mask = (torch.arange(sparse.nnz) % 3 > 0).view(-1, 1, 1)
     masked = MaskedConv2d.from_sparse(sparse)
     torch.testing.assert_close(sparse(x), masked(x))
     assert torch.equal(masked.to_sparse().forward_mask, sparse.forward_mask)
@@ -252,23 +256,27 @@ def test_the_largest_weights_stay() -> None:
     per_row = SparseConv2d.from_dense(dense, fan_in=5)
     assert per_row.indptr.diff().tolist() == [5] * 6
     kept = dense.weight.flatten(1).abs().sort(1).values[:, -5:].sum()
-    torch.testing.assert_close(per_row.values.abs().sum(), kept)
+    torch.testing.assert_close(per_row.weight_values.abs().sum(), kept)
     masked = MaskedConv2d.from_dense(dense, 0.75)
-    assert torch.equal(masked.to_sparse().values, layer.weight_values)
+    assert torch.equal(masked.to_sparse().weight_values, layer.weight_values)
 
 
 def test_constant_fan_in() -> None:
     layer = make(fan_in=7)
+    assert layer.fan_in == 7
     assert layer.indptr.diff().tolist() == [7] * 6
     before = layer.positions()
     layer.reset_parameters()
     assert layer.indptr.diff().tolist() == [7] * 6
     assert not torch.equal(layer.positions(), before)
     layer.rewrite(torch.arange(3), torch.tensor([], dtype=torch.int64))
+    assert layer.fan_in is None
     layer.reset_parameters()
     assert layer.nnz == 39
-    with pytest.raises(ValueError, match="fan_in must be at most 36, the columns of W, got 37"):
+    with pytest.raises(ValueError, match="fan_in must be at most 36, the inputs of an output, got 37"):
         make(fan_in=37)
+    with pytest.raises(ValueError, match="only one of sparsity or fan_in must be given, got 0.5 and 4"):
+        make(sparsity=0.5, fan_in=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,7 @@ from sparselab import (
     sparsify,
 )
 from sparselab.dst import allocate, prune
-from sparselab.nn.ops.conv_operands import ConvolutionFactors
+from sparselab.nn.ops.conv_operands import ConvolutionOperands
 from tests.nn.layers.test_conv import KINDS, gradients, images, make
 
 
@@ -77,39 +77,31 @@ def test_budgets_and_pruning_count_kernels() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_watchers_see_the_dense_gradient(kind: Any, groups: int) -> None:
-    class Watcher:
-        def forward_seen(self) -> None:
-            pass
-
-        def backward_seen(self, factors: ConvolutionFactors) -> None:
-            self.factors = factors.clone()
-
-    layer = make(kind, 4, 6, (3, 2), stride=(2, 1), groups=groups, padding=(1, 0))
-    x = images(3, 4, 6, 5)
-    layer.gradient_watcher = watcher = Watcher()
+def test_hooks_see_the_dense_gradient(kind: Any, groups: int) -> None:
+    seen: list[ConvolutionOperands] = []
+    layer.gradient_hook = seen.append
     gradients(layer, x)
-    factors = watcher.factors
+    (operands,) = seen
     expected = gradients(layer.to_dense(), x)[2].flatten(1)
     whole = torch.full((4, expected.shape[1]), torch.nan, dtype=torch.float64)
-    factors.add_rows(1, whole, beta=0)
+    operands.add_rows(1, whole, beta=0)
     torch.testing.assert_close(whole, expected[1:5])
-    factors.add_rows(1, whole, beta=0.5)
+    operands.add_rows(1, whole, beta=0.5)
     torch.testing.assert_close(whole, 1.5 * expected[1:5])
     positions = np.arange(2, expected.numel(), 5)
-    np.testing.assert_allclose(factors.sampled(positions), expected.reshape(-1)[positions], atol=1e-12)
-    assert factors.is_finite()
-    assert factors.to(torch.float32).x.dtype == torch.float32
-    assert factors.n_tokens == 3 * 3 * 4
+    np.testing.assert_allclose(operands.sampled(positions), expected.reshape(-1)[positions], atol=1e-12)
+    assert operands.is_finite()
+    assert operands.to(torch.float32).x.dtype == torch.float32
+    assert operands.n_tokens == 3 * 3 * 4
     unfolded = nn.functional.unfold(x.detach(), (3, 2), padding=(1, 0), stride=(2, 1)).transpose(1, 2)
-    tokens, dy = unfolded.reshape(36, -1), factors.dy.permute(0, 2, 3, 1).reshape(36, -1)
+    tokens, dy = unfolded.reshape(36, -1), operands.dy.permute(0, 2, 3, 1).reshape(36, -1)
     signs = np.where(np.arange(36) % 3, 1.0, -1.0)
     for (rows, columns), combine in (
-        (factors.totals(None), torch.abs),
-        (factors.totals(signs), torch.from_numpy(signs)[:, None].mul),
+        (operands.totals(None), torch.abs),
+        (operands.totals(signs), torch.from_numpy(signs)[:, None].mul),
     ):
         np.testing.assert_allclose(rows, combine(dy).sum(0))
         np.testing.assert_allclose(columns, combine(tokens).sum(0).reshape(groups, -1).sum(0))
-    bad = factors.clone()
+    bad = operands.with_input(operands.x.clone())
     bad.x[0, 0, 0, 0] = torch.inf
     assert not bad.is_finite()

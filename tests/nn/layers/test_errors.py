@@ -32,22 +32,31 @@ def test_an_unsupported_layer_dtype_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "settings", "error", "message"),
     [
-        ((2.0, 3), TypeError, "in_features must be an integer, got 2.0"),
-        ((2, True), TypeError, "out_features must be an integer, got True"),
-        ((-1, 3), ValueError, "in_features must be at least 0, got -1"),
-        ((2, 3, True, float("nan")), ValueError, "sparsity must be a finite number in"),
-        ((2, 3, True, float("inf")), ValueError, "sparsity must be a finite number in"),
-        ((2, 3, True, -0.1), ValueError, "got -0.1"),
-        ((2, 3, True, 1.5), ValueError, "got 1.5"),
-        ((2, 3, True, "0.9"), TypeError, "sparsity must be a number in"),
-        ((2, 3, True, True), TypeError, "sparsity must be a number in"),
+        ((2.0, 3), {}, TypeError, "in_features must be an integer, got 2.0"),
+        ((2, True), {}, TypeError, "out_features must be an integer, got True"),
+        ((-1, 3), {}, ValueError, "in_features must be at least 0, got -1"),
+        ((2, 3), {"sparsity": float("nan")}, ValueError, "sparsity must be a finite number in"),
+        ((2, 3), {"sparsity": float("inf")}, ValueError, "sparsity must be a finite number in"),
+        ((2, 3), {"sparsity": -0.1}, ValueError, "got -0.1"),
+        ((2, 3), {"sparsity": 1.5}, ValueError, "got 1.5"),
+        ((2, 3), {"sparsity": "0.9"}, TypeError, "sparsity must be a number in"),
+        ((2, 3), {"sparsity": True}, TypeError, "sparsity must be a number in"),
+        ((2, 3), {"density": 1.5}, ValueError, "density must be a finite number in"),
+        ((2, 3), {"sparsity": 0.9, "density": 0.1}, ValueError, "only one of sparsity or density must be given"),
+        (
+            (100, 256, 0.8), {}, TypeError,
+            r"bias must be True or False, got 0.8; for a sparsity write SparseLinear\(100, 256, sparsity=0.8\)",
+        ),
+        ((100, 256, None), {}, TypeError, "bias must be True or False, got None$"),
     ],
 )
-def test_bad_arguments_are_named(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(
+    arguments: tuple[Any, ...], settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
-        SparseLinear(*arguments)
+        SparseLinear(*arguments, **settings)
 
 
 @pytest.mark.parametrize(("layer", "x"), [("cpu", "meta"), ("meta", "cpu")])
@@ -68,19 +77,19 @@ def test_a_device_without_kernels_is_named() -> None:
 
 def test_an_operator_without_an_implementation_for_the_device_is_refused() -> None:
     layer = SparseLinear(10, 5)
-    arguments = layer.weight_values, layer.bias, layer.indptr, layer.indices, 0
-    with pytest.raises((NotImplementedError, RuntimeError), match="sparselab::linear"):
-        functional.linear(torch.zeros(2, 10).to_mkldnn(), *arguments)
+    arguments = layer.weight_values, layer.bias, *layer.topology_arguments()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        functional.linear_operator(torch.zeros(2, 10).to_mkldnn(), *arguments)
 
 
 WRONG_PARTS = {
     "few values": (
-        {"weight_values": torch.zeros(4)},
-        r"values must be torch.float32 of shape \(5,\), got .* \(4,\)",
+        {"weight_values": torch.zeros(4, 1, 1)},
+        r"values must be torch.float32 of shape \(5, 1, 1\), got .* \(4, 1, 1\)",
     ),
     "more values": (
-        {"weight_values": torch.zeros(6)},
-        r"values must be torch.float32 of shape \(5,\), got .* \(6,\)",
+        {"weight_values": torch.zeros(6, 1, 1)},
+        r"values must be torch.float32 of shape \(5, 1, 1\), got .* \(6, 1, 1\)",
     ),
     "flat bias": ({"bias": torch.zeros(1)}, r"bias must be torch.float32 of shape \(5,\), got .* \(1,\)"),
     "bias dtype": ({"bias": torch.zeros(5).double()}, "bias must be torch.float32 .* got torch.float64"),
@@ -95,8 +104,8 @@ WRONG_PARTS = {
     ),
     "offset": ({"indptr": torch.tensor([1, 1, 2, 3, 4, 5])}, "indptr must start at 0, got 1"),
     "end": ({"indptr": torch.tensor([0, 1, 2, 3, 4, 10**9])}, "indices must have shape"),
-    "float indptr": ({"indptr": torch.zeros(6)}, "indptr must have dtype int64"),
-    "no indptr": ({"indptr": torch.empty(0, dtype=torch.int64)}, "shape must be two sizes >= 0"),
+    "float indptr": ({"indptr": torch.zeros(6)}, "indptr must be a dense tensor of integers"),
+    "no indptr": ({"indptr": torch.empty(0, dtype=torch.int64)}, r"indptr must be int64 of shape \(6,\)"),
 }
 
 
@@ -124,7 +133,7 @@ def test_a_column_edited_out_of_range_is_refused() -> None:
 def test_a_layer_without_topology_yet_is_refused() -> None:
     layer = SparseLinear(10, 5, sparsity=0.5, device="meta").to_empty(device="cpu")
     layer.indptr.fill_(2**40)
-    with pytest.raises(ValueError, match="indices must have shape"):
+    with pytest.raises(ValueError, match="indptr must start at 0, got 1099511627776"):
         layer(torch.randn(3, 10))
     layer.reset_parameters()
     assert layer(torch.randn(3, 10)).isfinite().all()

@@ -22,17 +22,17 @@ def test_freezing_lets_go_of_what_training_needs_and_keeps_the_forward_plan(bias
     SET().attach(layer)
     x = train(layer).detach()
     expected, held = layer(x), layer.plan_bytes()
-    plan = layer._plans.current.forward
-    assert layer.gradient_watcher is not None or layer.weight_values.grad is not None
+    plan = layer.topology().kept.forward
+    assert layer.gradient_hook is not None or layer.weight_values.grad is not None
     assert layer.freeze() is layer
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert all(parameter.grad is None for parameter in layer.parameters())
-    assert layer.gradient_watcher is None
+    assert layer.gradient_hook is None
     assert 0 < layer.plan_bytes() < held / 2
     y = layer(x)
     assert not y.requires_grad
     assert torch.equal(y, expected)
-    assert layer._plans.current.forward is plan
+    assert layer.topology().kept.forward is plan
     assert memory_report(layer).gradient_bytes == 0
 
 

@@ -73,7 +73,7 @@ def test_output_and_every_gradient_equal_the_dense_layer(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    layer = SparseLinear(inputs, outputs, bias, sparsity, dtype=dtype)
+    layer = SparseLinear(inputs, outputs, bias, sparsity=sparsity, dtype=dtype)
     x = torch.randn(*leading, inputs, dtype=dtype, requires_grad=True)
     y = layer(x)
     dy = torch.randn_like(y)
@@ -200,14 +200,14 @@ def test_the_same_seed_draws_the_same_layer() -> None:
         torch.manual_seed(seed)
         layers.append(SparseLinear(50, 40))
     assert torch.equal(layers[0].positions(), layers[1].positions())
-    assert torch.equal(layers[0].values, layers[1].values)
+    assert torch.equal(layers[0].weight_values, layers[1].weight_values)
     assert not torch.equal(layers[0].positions(), layers[2].positions())
 
 
 def test_weights_fill_the_range_of_their_row_s_fan_in() -> None:
     layer = SparseLinear(400, 300, sparsity=0.9)
     fan_in = torch.diff(layer.indptr).clamp(min=1)
-    scaled = layer.weight_values.detach() * torch.repeat_interleave(fan_in, torch.diff(layer.indptr)).sqrt()
+    scaled = layer.weight_values.detach().flatten() * torch.repeat_interleave(fan_in, torch.diff(layer.indptr)).sqrt()
     assert scaled.abs().max() <= 1
     assert scaled.abs().max() > 0.99
     # The mean of n uniform draws has standard deviation 1 / sqrt(3 n); six of them are never exceeded here.

@@ -77,9 +77,9 @@ def test_what_the_forward_pass_leaves_out_is_zero(layer: type[SparseLinear]) -> 
 
 def test_bfloat16_stays_in_torch_and_is_widened_in_scipy() -> None:
     layer = SparseLinear(30, 20).to(torch.bfloat16)
-    assert torch.equal(layer.to_sparse_csr().values(), layer.weight_values)
+    assert torch.equal(layer.to_sparse_csr().values(), layer.weight_values.flatten())
     assert layer.to_scipy().dtype == np.float32
-    assert np.array_equal(layer.to_scipy().data, layer.weight_values.detach().float().numpy())
+    assert np.array_equal(layer.to_scipy().data, layer.weight_values.detach().float().flatten().numpy())
 
 
 def test_a_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparselab import SparseLinear, memory_report
-from sparselab.nn.ops.cpu import products as _products
-from sparselab.nn.ops.cpu import variants
+from sparselab.nn.ops.cpu import csr, variants
 from sparselab.nn.ops.cpu.variants import DENSE_FROM, choose
 from tests.nn.layers.test_linear import check_gradients
 
@@ -17,8 +16,8 @@ from tests.nn.layers.test_linear import check_gradients
 @pytest.mark.parametrize(
     ("operation", "tokens", "density", "name"),
     [
-        ("forward", 1, 0.1, "few tokens"),
-        ("forward", 16, 1.0, "few tokens"),
+        ("forward", 1, 0.1, "skinny"),
+        ("forward", 16, 1.0, "skinny"),
         ("forward", 17, 0.1, "tiles"),
         ("forward", 17, 1.0, "tiles"),
         ("forward", 2048, 1.0, "dense blocks"),
@@ -47,7 +46,7 @@ def test_output_and_gradients_whatever_the_variant(
     dense_from: float, bias: bool, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants, "_DENSE_TOKENS", 1)
-    monkeypatch.setattr(_products, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(csr, "_BLOCK_BYTES", block_bytes)
     torch.manual_seed(0)
     layer = SparseLinear(37, 21, bias, sparsity=0.3)
     for operation in DENSE_FROM:
@@ -125,18 +124,3 @@ def test_a_sign_that_is_still_to_be_turned_is_turned(tokens: int) -> None:
     assert x.is_neg()
     with torch.no_grad():
         assert torch.equal(layer(x), layer(x.resolve_neg()))
-
-
-@pytest.mark.parametrize("width", [10, 100])
-def test_plans_of_another_width_are_not_taken(width: int) -> None:
-    layer = SparseLinear(40, 30, sparsity=0.5)
-    operands = layer.weight_values.detach(), layer.bias, layer.indptr, layer.indices
-    with torch.no_grad():
-        layer(torch.randn(70, 40))
-        if width < 40:
-            with pytest.raises(ValueError, match="indices must"):
-                torch.ops.sparselab.linear(torch.randn(70, width), *operands, layer._plans.number)
-        else:
-            x = torch.randn(70, width)
-            y = torch.ops.sparselab.linear(x, *operands, layer._plans.number)
-            torch.testing.assert_close(y, layer(x[:, :40]))

@@ -24,14 +24,14 @@ def test_from_dense_keeps_the_blocks_of_largest_norm() -> None:
         dense.weight[0, 7] = -9.0
         dense.weight[4:, 4:] = 2.0
         dense.weight[:4, :4] = 1.5
-    layer = BlockSparseLinear.from_dense(dense, 0.5, (4, 4))
+    layer = BlockSparseLinear.from_dense(dense, 0.5, block_shape=(4, 4))
     assert layer.positions().tolist() == [0, 1]
     expected = torch.zeros(6, 8)
     expected[:4] = dense.weight[:4]
     assert torch.equal(layer.to_dense().weight, expected)
     assert torch.equal(layer.bias, dense.bias)  # type: ignore[arg-type]
     assert (layer.training, layer.weight_values.requires_grad) == (False, False)
-    assert BlockSparseLinear.from_dense(dense, 0.0, (4, 4)).to_dense().weight.equal(dense.weight)
+    assert BlockSparseLinear.from_dense(dense, 0.0, block_shape=(4, 4)).to_dense().weight.equal(dense.weight)
     with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv2d"):
         BlockSparseLinear.from_dense(nn.Conv2d(1, 1, 1), 0.5)  # type: ignore[arg-type]
 
@@ -48,7 +48,7 @@ def test_patterns_of_every_form_give_their_blocks(block_shape: tuple[int, int]) 
     for pattern in (old.to_scipy(), old.to_sparse_csr()):
         new = BlockSparseLinear.from_pattern(pattern, block_shape=block_shape)
         assert torch.equal(new.positions(), old.positions())
-        assert torch.equal(new.values, old.weight_values)
+        assert torch.equal(new.weight_values, old.weight_values)
     grid = np.zeros(old.grid, np.bool_)
     grid.reshape(-1)[old.positions()] = True
     patterns = [live, array(live.to_dense()), live.to_dense()]
@@ -156,17 +156,17 @@ def test_a_state_loads_into_any_topology(block_shape: tuple[int, int], tmp_path:
 
 def test_a_wrong_state_is_refused_and_named() -> None:
     good = BlockSparseLinear(10, 8, sparsity=0.5, block_shape=(4, 4)).state_dict()
-    edge = good["values"].clone()
+    edge = good["weight_values"].clone()
     edge[:, :, 3] = 1
     for changed, message in (
-        ({"weight_values": good["values"][:, :2]}, r"values must have shape \(3, 4, 4\), got \(3, 2, 4\)"),
-        ({"weight_values": good["values"][0]}, "values must be a 3-D floating point tensor"),
-        ({"weight_values": edge, "indices": torch.tensor([0, 1, 2])[:3]}, "0 outside the matrix|ascending"),
-        ({"indptr": good["indptr"] + 1}, r"indices must have shape \(4,\)|must start at 0"),
+        ({"weight_values": good["weight_values"][:, :2]}, r"weight_values must be .* \(3, 4, 4\), got .* \(3, 2, 4\)"),
+        ({"weight_values": good["weight_values"][0]}, "weight_values must be floating point of shape"),
+        ({"weight_values": edge, "indices": torch.tensor([0, 1, 2])[:3]}, "0 where blocks reach beyond W|ascending"),
+        ({"indptr": good["indptr"] + 1}, "must start at 0"),
         ({"indptr": good["indptr"][:-1]}, r"indptr must be int64 of shape \(3,\)"),
         ({"indices": torch.full((3,), 3)}, r"columns of 0\.\.2, got 3"),
         ({"indices": torch.zeros(3)}, "indices must be uint16, int32 or int64"),
-        ({"weight_values": None}, "must be loaded together, got no values"),
+        ({"weight_values": None}, "must be loaded together, got no weight_values"),
     ):
         state = {name: entry for name, entry in {**good, **changed}.items() if entry is not None}
         layer = BlockSparseLinear(10, 8, sparsity=0.5, block_shape=(4, 4))

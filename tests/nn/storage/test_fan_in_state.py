@@ -18,31 +18,25 @@ def change(name: str, replace: Any) -> Callable[[dict[str, Tensor]], dict[str, A
 
 
 HOSTILE = {
-    "unsorted columns": (change("indices", lambda t: t.int().flip(1)), "strictly ascending within a row"),
+    "unsorted columns": (change("indices", lambda t: t.int().view(18, 6).flip(1).flatten()), "strictly ascending within a row"),
     "column out of range": (
         change("indices", lambda t: t.int() + 30),
         r"indices must be columns of 0\.\.29",
     ),
-    "flat": (
-        lambda state: {**state, "values": state["weight_values"].flatten(), "indices": state["indices"].flatten()},
-        r"values must have shape \(rows left, fan_in\), got torch.float32 of shape \(108,\)",
-    ),
-    "too few columns": (change("indices", lambda t: t[:-1]), r"indices must have shape \(18, 6\), as values"),
-    "rows of nothing": (
-        lambda state: {**state, "values": torch.zeros(18, 0), "indices": torch.zeros(18, 0).int()},
-        "values must have shape",
-    ),
+    "flat": (change("weight_values", lambda t: t.flatten()), r"weight_values must be .* \(108, 1, 1\)"),
+    "too few columns": (change("indices", lambda t: t[:-1]), "equally many columns for each of 18 rows, got 107"),
+    "columns of two dimensions": (change("indices", lambda t: t.view(18, 6)), "indices must have one dimension"),
     "float columns": (change("indices", lambda t: t.float()), "indices must be uint16, int32 or int64"),
-    "integer values": (change("values", lambda t: t.long()), "values must be a 1-D floating point tensor"),
-    "no rows": (lambda state: {**state, "rows": None}, r"rows must be int64 of shape \(18,\), got .*\(20,\)"),
-    "few rows": (change("rows", lambda t: t[1:]), r"rows must be int64 of shape \(18,\), got .*\(17,\)"),
+    "integer values": (change("weight_values", lambda t: t.long()), "weight_values must be floating point"),
+    "no rows": (lambda state: {**state, "rows": None}, "equally many columns for each of 20 rows, got 108"),
+    "few rows": (change("rows", lambda t: t[1:]), "equally many columns for each of 17 rows, got 108"),
     "narrow rows": (change("rows", lambda t: t.int()), "rows must be int64"),
     "unsorted rows": (change("rows", lambda t: t.flip(0)), r"rows must be strictly ascending outputs of 0"),
     "rows twice": (change("rows", lambda t: t.clamp(min=3)), "rows must be strictly ascending"),
     "negative rows": (change("rows", lambda t: t - 9), "rows must be strictly ascending"),
     "rows out of range": (change("rows", lambda t: t + 9), "rows must be strictly ascending"),
     "meta rows": (change("rows", lambda t: t.to("meta")), "rows must hold data"),
-    "no values": (lambda state: {**state, "values": None}, "must be loaded together, got no values"),
+    "no values": (lambda state: {**state, "weight_values": None}, "must be loaded together, got no weight_values"),
     "no indices": (lambda state: {**state, "indices": None}, "must be loaded together, got no indices"),
 }
 
@@ -64,4 +58,4 @@ def test_a_hostile_state_is_refused_and_changes_nothing(what: str, assign: bool)
 def test_missing_and_unexpected_keys_are_reported_as_by_torch() -> None:
     state = make(3).state_dict()
     assert make().load_state_dict({**state, "more": state["bias"]}, strict=False).unexpected_keys == ["more"]
-    assert set(make().load_state_dict({}, strict=False).missing_keys) == {"values", "indices", "bias"}
+    assert set(make().load_state_dict({}, strict=False).missing_keys) == {"weight_values", "indices", "bias"}

@@ -115,7 +115,7 @@ def test_a_layer_may_get_its_memory_later() -> None:
 
 def test_a_default_device_without_memory_does_not_reach_a_layer_placed_elsewhere() -> None:
     with torch.device("meta"):
-        assert SparseLinear(30, 20).values.is_meta
+        assert SparseLinear(30, 20).weight_values.is_meta
         layer = SparseLinear(30, 20, device="cpu")
     assert layer(torch.randn(2, 30)).isfinite().all()
 

@@ -30,7 +30,7 @@ def dense_gradient(layer: SparseLinear, x: Tensor) -> Tensor:
     dense = layer.to_dense()
     dense(x).square().sum().backward()
     assert dense.weight.grad is not None
-    return dense.weight.grad.reshape(-1)[layer.positions()]
+    return dense.weight.grad.reshape(-1)[layer.positions()].view(-1, 1, 1)
 
 
 @pytest.mark.parametrize("how", RESIZE)
@@ -56,7 +56,7 @@ def test_hooks_on_the_parameter_stay(how: str) -> None:
     layer.weight_values.register_post_accumulate_grad_hook(lambda parameter: shapes.append(parameter.grad.shape))
     RESIZE[how](layer)
     layer(torch.randn(4, 20)).sum().backward()
-    assert shapes == [(layer.nnz,)] * 2
+    assert shapes == [(layer.nnz, 1, 1)] * 2
 
 
 def test_loading_another_count_drops_the_gradient_of_the_old_connections() -> None:

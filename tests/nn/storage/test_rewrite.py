@@ -11,7 +11,7 @@ from sparselab.nn.ops.operands import GradientOperands, LinearOperands
 
 
 def keyed(layer: SparseLinear, tensor: Tensor) -> dict[int, float]:
-    return dict(zip(layer.positions().tolist(), tensor.tolist(), strict=True))
+    return dict(zip(layer.positions().tolist(), tensor.flatten().tolist(), strict=True))
 
 
 def free_positions(layer: SparseLinear, n: int) -> Tensor:
@@ -41,10 +41,10 @@ def test_values_and_gradient_follow_their_connection(n_drop: int, n_grow: int) -
 
 def test_a_gradient_is_moved_in_place_and_a_rotten_one_spreads_nothing() -> None:
     layer = SparseLinear(30, 20, sparsity=0.9)
-    gradient = layer.weight_values.grad = torch.full((60,), torch.nan)
+    gradient = layer.weight_values.grad = torch.full((60, 1, 1), torch.nan)
     source = layer.rewrite(torch.arange(20), free_positions(layer, 20))
     assert layer.weight_values.grad is gradient
-    assert torch.equal(gradient.isnan(), source >= 0)
+    assert torch.equal(gradient.isnan().flatten(), source >= 0)
     assert not gradient[source < 0].any()
 
 
@@ -95,44 +95,50 @@ def test_a_wrong_request_is_refused_and_changes_nothing(drop: list[int], grow: o
         assert torch.equal(tensor, before[name])
 
 
-class Watcher:
+class Seen:
+    """A gradient hook that keeps copies of what it is shown."""
+
     def __init__(self) -> None:
-        self.forwards = 0
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.operands: list[tuple[Tensor, Tensor]] = []
 
-    def forward_seen(self) -> None:
-        self.forwards += 1
-
-    def backward_seen(self, factors: GradientOperands) -> None:
-        assert isinstance(factors, LinearOperands)
-        self.seen.append((factors.x.clone(), factors.dy.clone()))
+    def __call__(self, operands: GradientOperands) -> None:
+        assert isinstance(operands, LinearOperands)
+        self.operands.append((operands.x.clone(), operands.dy.clone()))
 
 
-def test_a_watcher_sees_both_factors_of_the_gradient() -> None:
-    layer, watcher = SparseLinear(6, 4), Watcher()
-    layer.gradient_watcher = watcher
+def test_a_hook_sees_both_operands_of_the_gradient() -> None:
+    layer, seen = SparseLinear(6, 4), Seen()
+    layer.gradient_hook = seen
     x = torch.randn(2, 3, 6)
     with torch.no_grad():
         layer(x)
-    assert watcher.forwards == 0
     loss = (layer(x) * 2).sum()
-    assert (watcher.forwards, len(watcher.seen)) == (1, 0)
+    assert not seen.operands
     loss.backward(retain_graph=True)
     loss.backward()
-    assert len(watcher.seen) == 2
-    for seen_x, seen_dy in watcher.seen:
+    assert len(seen.operands) == 2
+    for seen_x, seen_dy in seen.operands:
         assert torch.equal(seen_x, x.reshape(6, 6))
         assert torch.equal(seen_dy, torch.full((6, 4), 2.0))
     layer.weight_values.requires_grad_(False)
     layer(x.requires_grad_()).sum().backward()
-    assert watcher.forwards == 1
+    assert len(seen.operands) == 2
 
 
-def test_a_watched_input_is_let_go_with_the_graph() -> None:
+def test_a_hook_follows_a_rewrite() -> None:
+    layer, seen = SparseLinear(6, 4, sparsity=0.5), Seen()
+    layer.gradient_hook = seen
+    layer(torch.randn(3, 6)).sum().backward()
+    layer.rewrite(torch.arange(2), free_positions(layer, 3))
+    layer(torch.randn(3, 6)).sum().backward()
+    assert len(seen.operands) == 2
+
+
+def test_an_input_is_let_go_with_the_graph() -> None:
     import weakref
 
     layer = SparseLinear(6, 4)
-    layer.gradient_watcher = Watcher()
+    layer.gradient_hook = Seen()
     hidden = torch.randn(3, 6, requires_grad=True).sin()
     reference = weakref.ref(hidden)
     loss = layer(hidden).sum()

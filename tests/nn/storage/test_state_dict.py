@@ -48,7 +48,7 @@ def test_loads_by_assignment() -> None:
 def test_loads_within_a_model_and_from_another_float_dtype() -> None:
     source, target = (nn.Sequential(nn.Linear(4, 30), layer) for layer in make_pair())
     target.load_state_dict(source.double().state_dict())
-    assert target[1].values.dtype == torch.float32
+    assert target[1].weight_values.dtype == torch.float32
     x = torch.randn(3, 4)
     torch.testing.assert_close(target(x), source(x.double()).float())
 
@@ -132,34 +132,34 @@ HOSTILE = {
     "column out of range": (edit("indices", put(-1, 30)), r"indices must be columns of 0\.\.29, got 30"),
     "float columns": (
         edit("indices", lambda t: t.float()),
-        "indices must be uint16, int32 or int64, got torch.float32",
+        "indices must be uint16, int32 or int64 of one dimension, got torch.float32",
     ),
-    "too few columns": (edit("indices", lambda t: t[:-1]), r"indices must have shape \(120,\), got \(119,\)"),
+    "too few columns": (edit("indices", lambda t: t[:-1]), r"weight_values must be .* \(119, 1, 1\)"),
     "falling indptr": (edit("indptr", put(3, 1000)), "indptr must start at 0 or above and never decrease"),
     "indptr not from 0": (edit("indptr", put(0, 1)), "indptr must start at 0, got 1"),
     "negative indptr": (edit("indptr", put(0, -(2**62))), "indptr must start at 0"),
     "indptr past the end": (edit("indptr", put(-1, 10**9)), "indices must have shape"),
     "short indptr": (edit("indptr", lambda t: t[:-1]), r"indptr must be int64 of shape \(21,\)"),
     "narrow indptr": (edit("indptr", lambda t: t.int()), "indptr must be int64 of shape"),
-    "too few values": (edit("values", lambda t: t[:-1]), r"values must have shape \(120,\), got \(119,\)"),
-    "integer values": (edit("values", lambda t: t.long()), "values must be a 1-D floating point tensor"),
-    "values of two dimensions": (edit("values", lambda t: t.view(2, -1)), "values must be a 1-D"),
+    "too few values": (edit("weight_values", lambda t: t[:-1]), r"weight_values must be .* \(120, 1, 1\), got .* \(119, 1, 1\)"),
+    "integer values": (edit("weight_values", lambda t: t.long()), "weight_values must be floating point"),
+    "values of two dimensions": (edit("weight_values", lambda t: t.view(2, -1)), r"weight_values .* \(120, 1, 1\)"),
     "bfloat16 columns": (edit("indices", lambda t: t.bfloat16()), "indices must be uint16, int32 or int64"),
     "columns of two dimensions": (
         edit("indices", lambda t: t.view(2, -1)),
-        r"indices must have shape \(120,\)",
+        "indices must be uint16, int32 or int64 of one dimension",
     ),
     "bfloat16 indptr": (edit("indptr", lambda t: t.bfloat16()), "indptr must be int64 .* got torch.bfloat16"),
     "indptr without dimensions": (edit("indptr", lambda t: t[0]), r"indptr must be int64 of shape \(21,\)"),
-    "complex values": (edit("values", lambda t: t + 0j), "values must be a 1-D floating point tensor"),
+    "complex values": (edit("weight_values", lambda t: t + 0j), "weight_values must be floating point"),
     "no data": (
-        edit("values", lambda t: t.to("meta")),
-        "values must hold data, got a tensor on the meta device",
+        edit("weight_values", lambda t: t.to("meta")),
+        "weight_values must hold data, got a tensor on the meta device",
     ),
-    "no values": (lambda state: without(state, "values"), "must be loaded together, got no values"),
+    "no values": (lambda state: without(state, "weight_values"), "must be loaded together, got no weight_values"),
     "no indptr": (lambda state: without(state, "indptr"), "must be loaded together, got no indptr"),
     "no indices": (lambda state: without(state, "indices"), "must be loaded together, got no indices"),
-    "not a tensor": (lambda state: {**state, "values": [1.0]}, "values must be a tensor, got list"),
+    "not a tensor": (lambda state: {**state, "weight_values": [1.0]}, "weight_values must be a tensor, got list"),
 }
 
 

@@ -186,7 +186,7 @@ def values_grad(
             collect_rows(dense, rows.indices, rows.begin, rows.end, row0, row1, rows.shape[1], flat)
         return result, grad.sum(0) if with_bias else grad.new_empty(0)
     sums = torch.empty(rows.shape[0] if with_bias else 0, dtype=dtype)
-    if n_tokens == 0 or (flat.size == 0 and not with_bias):
+    if n_tokens == 0 or flat.size + sums.numel() == 0:
         return result.zero_(), sums.zero_()
     plan = rows.gradient
     if plan is None:
