@@ -204,7 +204,7 @@ def _reason_to_leave(model: nn.Module, place: _Place) -> str | None:
     if type(module) is nn.Linear:
         found = extras(module, ("weight", "bias"))
     elif kind is None:
-        return f"{place.name!r} is a {type(module).__name__}, which may compute in a way of its own"
+        return f"{place.name!r} is of class {type(module).__name__}, which may compute in a way of its own"
     elif not kind.condenses:
         return f"{place.name!r} is of kind {kind.name!r}, which is not condensed"
     else:

@@ -111,7 +111,7 @@ def _find_stuck(model: nn.Module, layers: Mapping[str, DenseLayer]) -> Iterator[
     for name, module in model.named_modules():
         base = dense_base(type(module))
         if base is not None and name not in layers and not any(dense_parts(module)):
-            reason = f"is a {type(module).__name__}, which may compute or be read in a way of its own"
+            reason = f"is of class {type(module).__name__}, which may compute or be read in a way of its own"
             if found := extras(module, [*module._parameters, *module._buffers, *module._modules]):
                 reason = f"has {' and '.join(found)}"
             yield LeftLayer(name, type(module).__name__, reason)

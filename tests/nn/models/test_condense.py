@@ -186,11 +186,11 @@ def diagonal_blocks() -> nn.Module:
 
 REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a subclass that reads": (
-        lambda: nn.Sequential(fan_in(6, 6, 1), Reader(6, 2)), "'1' is a Reader, which may compute"
+        lambda: nn.Sequential(fan_in(6, 6, 1), Reader(6, 2)), "'1' is of class Reader, which may compute"
     ),
     "a subclass": (
         lambda: nn.Sequential(without(Scaled(6, 6, sparsity=0.4), 1), nn.Linear(6, 2)),
-        "'0' is a Scaled, which",
+        "'0' is of class Scaled, which",
     ),
     "a masked layer": (
         lambda: nn.Sequential(MaskedLinear.from_sparse(fan_in(6, 6, 1)), nn.Linear(6, 2)),

@@ -152,7 +152,7 @@ def test_subclasses_are_left_alone() -> None:
         pass
 
     model = nn.ModuleDict({"attention": Attention(8, 2), "own": Linear(8, 8), "plain": nn.Linear(8, 8)})
-    with pytest.warns(UserWarning, match="'attention' is a Attention, .*; .*'own' is a Linear"):
+    with pytest.warns(UserWarning, match="'attention' is of class Attention, .*; .*'own' is of class Linear"):
         sparsify(model, {"*": 0.5})
     assert kinds(model) == {"plain": 0.5}
     model["attention"](*[torch.randn(3, 1, 8)] * 3)

@@ -217,8 +217,8 @@ def test_a_subclass_of_a_dense_layer_is_in_the_plan() -> None:
     model = nn.ModuleDict({"own": MyLinear(4, 4), "plain": nn.Linear(4, 4)})
     plan = plan_sparsify(model, {"*": 0.5})
     assert [(each.name, each.kind) for each in plan.left] == [("own", "MyLinear")]
-    assert str(plan).splitlines()[-1].startswith("left dense: 'own' is a MyLinear, which may compute")
-    with pytest.raises(ValueError, match="got 'own' is a MyLinear"):
+    assert str(plan).splitlines()[-1].startswith("left dense: 'own' is of class MyLinear, which may compute")
+    with pytest.raises(ValueError, match="got 'own' is of class MyLinear"):
         sparsify(model, {"own": 0.5})
 
 

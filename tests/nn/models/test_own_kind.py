@@ -215,5 +215,5 @@ def test_a_subclass_that_is_registered_is_swapped() -> None:
         assert type(sparsify(nn.Sequential(Renamed(4, 4)), {"*": 0.5})[0]) is SparseLinear
     finally:
         forget_dense(dense)
-    with pytest.raises(ValueError, match="'0' is a Renamed"):
+    with pytest.raises(ValueError, match="'0' is of class Renamed"):
         sparsify(nn.Sequential(Renamed(4, 4)), {"*": 0.5})
