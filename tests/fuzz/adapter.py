@@ -35,6 +35,13 @@ def use_threads_for_little_work() -> None:
                     setattr(module, constant, 1)
 
 
+def use_threads(count: int) -> None:
+    """So many threads for the kernels that are called without torch, if the machine has them."""
+    import numba
+
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
 # --- matrices ---------------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,8 @@ class Driver:
             "families": self.families, "seconds": seconds, "at": self.at, "stop": self.stop,
             "package": self.package, "status": str(status), "skip": sorted(self.skip), "enough": ENOUGH,
         }  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        # The twins' small dense products gain nothing from threads, and lose much on a busy machine.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
         with errors.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.fuzz.worker", json.dumps(job)], cwd=ROOT, env=environment,

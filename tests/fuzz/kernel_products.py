@@ -55,7 +55,7 @@ def draw(case: Case, state: State, name: str, tokens: int | None = None, *, plai
     W, twin = state.W, state.twin
     tokens = case.pick(TOKENS) if tokens is None else tokens
     if max(twin.shape) > 1000:
-        tokens = min(tokens, 33)
+        tokens = min(tokens, 17)
     layouts = ["C", "Fortran"] if plain else [*LAYOUTS, *BROADCASTS, "unaligned", "Fortran", "C", "Fortran"]
     rows, columns = twin.shape
     X = operand(case.rng, (columns, tokens), state.dtype, case.pick(layouts))

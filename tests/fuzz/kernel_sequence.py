@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.fuzz import kernel_products, kernel_steps
+from tests.fuzz import adapter, kernel_products, kernel_steps
 from tests.fuzz.case import Case, Skipped
 from tests.fuzz.kernel_state import State, draw_blocks, draw_padded
 
@@ -16,6 +16,7 @@ _WEIGHTS /= _WEIGHTS.sum()
 
 
 def _run(case: Case, state: State) -> None:
+    adapter.use_threads(case.pick((1, 1, 2, 3)))
     for _ in range(int(case.rng.integers(4, 25))):
         case.next_step()
         step, _ = STEPS[int(case.rng.choice(len(STEPS), p=_WEIGHTS))]

@@ -67,7 +67,7 @@ def expect_matrix(W: Any, twin: Twin, what: str) -> None:
 
 def draw_shape(case: Case) -> tuple[int, int]:
     """Mostly small; sometimes with more columns than the narrowest index type can hold."""
-    if case.chance(0.08):
+    if case.chance(0.06):
         return int(case.rng.integers(1, 4)), case.pick(WIDE)
     return case.pick(SIZES), case.pick(SIZES)
 
@@ -92,7 +92,7 @@ def draw_index_dtype(case: Case, columns: int) -> type:
     """Mostly the narrowest; always one that is allowed."""
     if columns <= 1 << 16:
         return case.pick((np.uint16,) * 8 + (np.int32, np.int64))  # type: ignore[no-any-return]
-    return case.pick((np.uint16, np.int32, np.int32, np.int64))  # type: ignore[no-any-return]
+    return case.pick((np.uint16, np.uint16, np.int32, np.int64))  # type: ignore[no-any-return]
 
 
 def draw_dtype(case: Case) -> type:

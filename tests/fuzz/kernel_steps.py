@@ -355,7 +355,8 @@ def giant(case: Case, state: State) -> None:
     columns = case.pick((1 << 31, 1 << 40, 1 << 58, 1 << 60))
     rows = case.pick((2, 7, 16))
     case.note("giant", f"{rows} x 2^{columns.bit_length() - 1}")
-    position = (rows - 1) * columns + int(case.rng.integers(columns))
+    last = min(rows, 2**63 // columns) - 1  # of which all positions are int64
+    position = last * columns + int(case.rng.integers(1, columns - 1))
     before = np.array([0, columns - 1], np.int64)
     W = case.attempt(lambda: adapter.from_positions(PaddedCSR, (rows, columns), (), before), "shape")
     if W is REFUSED:
@@ -380,6 +381,6 @@ def empty_matrices(case: Case, state: State) -> None:
 
 STEPS: list[tuple[Step, float]] = [
     (construct_wrong, 2), (from_positions, 1), (from_scipy, 1), (edit, 1), (edit_given, 0.5),
-    (set_attribute, 0.2), (rewrite, 6), (rewrite_wrong, 2), (with_values, 2), (convert, 3), (giant, 0.2),
+    (set_attribute, 0.2), (rewrite, 6), (rewrite_wrong, 2), (with_values, 2), (convert, 3), (giant, 0.3),
     (empty_matrices, 0.2),
 ]  # fmt: skip

@@ -165,7 +165,9 @@ class _Geometry:
         self.channels, self.groups, *rest = args["geometry"]
         self.kernel, self.stride, self.padding, self.dilation = (rest[k : k + 2] for k in (0, 2, 4, 6))
         need(min(self.groups, *self.kernel, *self.stride, *self.dilation) >= 1, "geometry")
-        need(self.channels >= 0 and min(self.padding) >= 0 and max(args["geometry"]) < 1000, "geometry")
+        need(self.channels >= 0 and min(self.padding) >= 0, "geometry")
+        if max(args["geometry"]) >= 1000:
+            raise TooLarge
         self.rows = _rows(args)
         need(self.channels % self.groups == 0 and self.rows % self.groups == 0, "groups")
         self.columns = self.channels // self.groups * math.prod(self.kernel)
