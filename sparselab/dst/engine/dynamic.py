@@ -137,7 +137,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self.grown_state = check_grown_state(grown_state)
         self.parts |= {"budget": self.budget, "drop": self.drop, "selection": self.selection}
         self.parts |= {"grow": self.grow} | ({} if redistribute is None else {"redistribute": redistribute})
-        self._tracker = OptimizerTracker(self._layers)
+        self._tracker = OptimizerTracker(self._layers, self.grow.settle)
         self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
         self.last_update: tuple[UpdateReport, ...] | None = None
 

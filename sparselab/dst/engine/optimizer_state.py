@@ -37,10 +37,13 @@ class OptimizerTracker:
     ----------
     layers : sequence of layers
         Read at each step, so that layers may be added later, and ``stored`` replaced by loading.
+    stepped : callable, optional
+        Called after each step of an optimizer that has a layer.
     """
 
-    def __init__(self, layers: Sequence[SparseLayer]) -> None:
+    def __init__(self, layers: Sequence[SparseLayer], stepped: Callable[[], None] | None = None) -> None:
         self._layers = layers
+        self._when_stepped = stepped
         #: With the number of the note that was taken of each last.
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._n_notes = 0
@@ -78,6 +81,8 @@ class OptimizerTracker:
         if optimizer in self._optimizers or self._has_a_layer(optimizer):
             self.add(optimizer)
             self._stepped.ours = True
+            if self._when_stepped is not None:
+                self._when_stepped()
         else:
             self._stepped.other = type(optimizer).__name__
 

@@ -188,6 +188,7 @@ class PassWatcher(abc.ABC):
 
     def __init__(self, layer: SparseLayer) -> None:
         self._layer = weakref.ref(layer)
+        self._settled = False
         self._waiting: dict[int, list[GradientOperands]] = {}
         self._parameter: weakref.ref[torch.nn.Parameter] | None = None
         self._handle: RemovableHandle | None = None
@@ -213,8 +214,14 @@ class PassWatcher(abc.ABC):
             self._handle.remove()
         self._waiting = {}
 
+    def settle(self) -> None:
+        """Look at no more passes: the optimizer has made its step with what is in ``.grad``."""
+        self._settled = True
+
     def see(self, operands: GradientOperands) -> None:
         """The layer's gradient hook."""
+        if self._settled:
+            return
         layer, task = self._layer(), torch._C._current_graph_task_id()
         if task < 0 or layer is None:  # not in a backward pass: somebody calls the operator
             return
@@ -228,6 +235,8 @@ class PassWatcher(abc.ABC):
         self._waiting[task].append(operands)
 
     def _arrived(self, parameter: Tensor) -> None:
+        if self._settled:
+            return
         self._ends(parameter, self._waiting.pop(torch._C._current_graph_task_id(), []))
 
     @abc.abstractmethod
@@ -284,8 +293,8 @@ class GradientCollector(PassWatcher):
     def _begins(self, parameter: Tensor) -> None:
         grad = parameter.grad
         if self._grad is None:
-            if grad is not None and bool(grad.any()):
-                self.reason = "part of the gradient is older than the step"
+            older = grad is not None and bool(grad.any())
+            self.reason = "part of the gradient is older than the step" if older else ""
             return
         known, version = self._grad
         if grad is None or grad is not known() or (grad._version != version and not bool(grad.any())):
@@ -333,6 +342,14 @@ class GradientCollector(PassWatcher):
             "optimizer step> to the algorithm",
             stacklevel=2,
         )
+
+    def settle(self) -> None:
+        """Form the summary of what is in ``.grad`` now, at the optimizer's step, and see no more."""
+        layer = self._layer()
+        if layer is not None and layer.stored.grad is None:
+            self._reset()
+        self.summary()
+        super().settle()
 
     def summary(self) -> GradientSummary | None:
         """What is known of the gradient, or None if nothing is."""

@@ -53,6 +53,7 @@ class GradientAverage(PassWatcher):
     def start_step(self) -> None:
         """The next gradient is that of a new optimizer step; what follows it is added to it."""
         self._remaining = self._momentum
+        self._settled = False
 
     def _begins(self, parameter: torch.Tensor) -> None:
         pass
@@ -129,6 +130,12 @@ class MomentumGrowth(Growth):
     def expect_passes(self, passes: int) -> None:
         """Say how many backward passes the optimizer step under way sums over, and those after it."""
         self._gradient.expect_passes(passes)
+
+    def settle(self) -> None:
+        """Leave out backward passes between the optimizer's step and the next `prepare`."""
+        self._gradient.settle()
+        for average in self._averages.values():
+            average.settle()
 
     def reason_to_skip(self, view: LayerView) -> str:
         """Why the layer cannot grow now; empty if it can."""

@@ -146,8 +146,12 @@ def same_words() -> None:
 def schedules() -> None:
     lacking = [
         name
-        for name in ("allocate", "EverySteps", "AtSteps", "Constant", "Cosine")
+        for name in ("allocate", "EverySteps", "AtSteps")
         if not hasattr(sparselab, name)
     ]
-    polynomial = [name for name in dir(sparselab) if name.startswith("Polynomial")]
-    demand(not lacking and polynomial, f"missing: {', '.join([*lacking, 'Polynomial'])}")
+    lacking += [
+        name
+        for name in ("Constant", "Cosine", "Linear", "Polynomial")
+        if not any(hasattr(sparselab, name + suffix) for suffix in ("", "Schedule"))
+    ]
+    demand(not lacking, f"missing: {', '.join(lacking)}")

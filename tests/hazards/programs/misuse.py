@@ -101,7 +101,10 @@ def to_dense_subclass() -> None:
 
 def dropped_with(score: Any) -> int:
     layer = sparselab.SparseLinear(32, 64, sparsity=0.9)
-    algorithm = sparselab.dst.DynamicSparsityAlgorithm(drop=score, drop_fraction=0.3, update={"freq": 1})
+    try:
+        algorithm = sparselab.SET(drop_fraction=0.3, update={"freq": 1}, drop=score)
+    except TypeError:
+        algorithm = sparselab.dst.DynamicSparsityAlgorithm(drop=score, drop_fraction=0.3, update={"freq": 1})
     layer.apply(algorithm)
     algorithm.step()
     return int(algorithm.last_update[0].dropped)
