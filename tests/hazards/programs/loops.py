@@ -53,7 +53,7 @@ class Masked(nn.Linear):
             return
         flat, mask = self.weight.view(-1), self.mask.view(-1)
         live = mask.nonzero()[:, 0]
-        k = round(fraction * len(live))
+        k = int(fraction * len(live))
         order = torch.argsort(flat[live].abs(), descending=True, stable=True)
         kept = live[order[: len(live) - k]]
         mask[live[order[len(live) - k :]]] = False
