@@ -43,4 +43,4 @@ def test_nothing_is_left_to_load_or_compile(threads: str) -> None:
 
 
 def test_what_is_loaded_or_compiled_would_be_seen() -> None:
-    assert "_multiply_share" in run_python("-c", PROGRAM).split()
+    assert "_multiply_tiles" in run_python("-c", PROGRAM).split()

@@ -22,8 +22,9 @@ class Topology(abc.ABC):
     them read-only. What a kernel derives from a topology (a *plan*) is kept with it, so no plan can belong to
     another topology than the one it is used with.
 
-    A layout is a subclass and its `SparseMatrix`. The products of a layout on a device are registered with
-    `sparselab.kernels.backends.register`.
+    A layout is a subclass and its `SparseMatrix` (which names it as `topology_class`). Each attribute of a
+    topology can be set once, and arrays should be `sparselab.kernels.arrays.frozen`. The products of a layout
+    on a device are registered with `sparselab.kernels.backends.register`.
     """
 
     #: Name under which the products of this layout are registered.
@@ -112,7 +113,7 @@ class Topology(abc.ABC):
         return self._plans.setdefault(key, make(self)) if found is None else found
 
     def plans(self) -> dict[Hashable, Any]:
-        """The plans made so far, by key."""
+        """The plans made so far, by key; never to be written to, since kernels trust them."""
         return dict(self._plans)
 
     def forget(self, keep: Callable[[Hashable], bool] | None = None) -> None:
