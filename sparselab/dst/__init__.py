@@ -37,7 +37,7 @@ from sparselab.dst.parts.grow_momentum import MomentumGrowth
 from sparselab.dst.parts.grow_paths import PathGrowth
 from sparselab.dst.parts.grow_sampled import SampledGradientGrowth
 from sparselab.dst.parts.grown import FanInUniform, Normal
-from sparselab.dst.parts.part import Part
+from sparselab.dst.part import Part
 from sparselab.dst.parts.redistribute import ByMagnitude, ByMomentum, ByRemaining, ByWeight, Redistribution
 from sparselab.dst.parts.select import (
     LayerSelection,

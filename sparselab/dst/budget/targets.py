@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable
 
 from sparselab.dst.checks import require_finite
-from sparselab.dst.parts.part import Part
+from sparselab.dst.part import Part
 from sparselab.dst.schedules.schedule import ConstantSchedule, Schedule, as_schedule
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import SparseLayer

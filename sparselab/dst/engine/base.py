@@ -13,7 +13,7 @@ from sparselab.dst.budget.targets import check_count, check_sparsity
 from sparselab.dst.checks import require_count
 from sparselab.dst.engine.describe import arguments, as_text, differences, plain
 from sparselab.dst.engine.driven import Driven, StepHandle
-from sparselab.dst.parts.part import Part
+from sparselab.dst.part import Part
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.nn.layers.base import SparseLayer, find_sparse, is_sparse
 

@@ -18,13 +18,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from sparselab.dst.hooks import call_while_alive
 from sparselab.dst.parts.grown import GrownState
 from sparselab.nn.layers.base import SparseLayer
-
-# Hooks whose tracker is gone. The garbage collector may take a tracker while torch walks over its hooks, and
-# removing one there would be an error in the middle of an optimizer step; so it waits.
-_retired_hooks: list[RemovableHandle] = []
-
 
 class OptimizerTracker:
     """Remembers which optimizers step the layers of one algorithm.
@@ -137,29 +133,6 @@ class OptimizerTracker:
             If some optimizer keeps state for ``layer.stored`` that is not one entry per entry.
         """
         return StateMove(layer, self._optimizers)
-
-
-def call_while_alive(owner: object, method: str, register: Callable[..., RemovableHandle]) -> None:
-    """Call a method with every optimizer of the process that steps, for as long as its owner lives.
-
-    Parameters
-    ----------
-    owner : object
-        Held weakly.
-    method : str
-        Takes the optimizer.
-    register : callable
-        ``register_optimizer_step_pre_hook`` or ``register_optimizer_step_post_hook`` of torch.
-    """
-    while _retired_hooks:
-        _retired_hooks.pop().remove()
-    reference = weakref.ref(owner)
-
-    def call(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if (alive := reference()) is not None:
-            getattr(alive, method)(optimizer)
-
-    weakref.finalize(owner, _retired_hooks.append, register(call))
 
 
 class _Stepped(threading.local):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from sparselab.dst.checks import require_finite
-from sparselab.dst.parts.part import Part
+from sparselab.dst.part import Part
 from sparselab.dst.parts.view import LayerView
 from sparselab.dst.schedules.schedule import ConstantSchedule, Schedule, as_schedule
 from sparselab.kernels.arrays import Array

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sparselab.dst.budget.allocate import apportion
-from sparselab.dst.parts.part import Part
+from sparselab.dst.part import Part
 from sparselab.dst.parts.view import LayerUpdate, LayerView
 
 

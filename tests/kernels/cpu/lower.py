@@ -18,22 +18,22 @@ from typing import Any
 
 def kernels() -> dict[str, Any]:
     """The compiled functions with the loops that matter, by name."""
-    from sparselab.kernels.cpu.bsr import products as _block_products
     from sparselab.kernels.cpu.bsr import sddmm_dw as _block_gradient
-    from sparselab.kernels.cpu.bsr import skinny as _block_few_tokens
+    from sparselab.kernels.cpu.bsr import skinny as _block_skinny
+    from sparselab.kernels.cpu.bsr import spmm as _block_spmm
     from sparselab.kernels.cpu.conv import shifted as _shifted
     from sparselab.kernels.cpu.csr import sddmm_dw as _sddmm_dw
     from sparselab.kernels.cpu.csr import spmm as _spmm
 
     return {
-        "spmm": _spmm._multiply_share,
-        "sddmm_dw": _sddmm_dw._sample_share,
-        "multiply_shifted": _shifted._multiply_share,
-        "sample_shifted": _shifted._sample_share,
-        "block few tokens": _block_few_tokens._multiply_share,
-        "block gather": _block_products._gather_share,
-        "block scatter": _block_products._scatter_share,
-        "block gradient": _block_gradient._sample_share,
+        "spmm": _spmm._multiply_tiles,
+        "sddmm_dw": _sddmm_dw._sample_rectangles,
+        "multiply_shifted": _shifted._multiply_windows,
+        "sample_shifted": _shifted._sample_windows,
+        "block skinny": _block_skinny._multiply_skinny_blocks,
+        "block gather": _block_spmm._gather_tiles,
+        "block scatter": _block_spmm._scatter_tiles,
+        "block gradient": _block_gradient._sample_blocks,
     }
 
 

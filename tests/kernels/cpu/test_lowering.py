@@ -35,7 +35,7 @@ N_LOOPS = {
     "spmm": 3, "sddmm_dw": 2, "multiply_shifted": 1, "sample_shifted": 1,
     "block gather": 2, "block scatter": 1, "block gradient": 1,
 }  # fmt: skip
-KERNELS = (*N_LOOPS, "block few tokens")
+KERNELS = (*N_LOOPS, "block skinny")
 
 
 class Listings:
@@ -103,7 +103,7 @@ def test_innermost_loops_work_on_vector_registers(
 def test_few_tokens_of_blocks_are_multiplied_in_vectors(
     listings: Listings, width: int, target: str, dtype: str
 ) -> None:
-    loops = listings.loops(width, "block few tokens", dtype, target)
+    loops = listings.loops(width, "block skinny", dtype, target)
     # Columns: four rows, one. Tokens in two sizes: four rows of one column, of several; four blocks of a row,
     # the rest of them.
     assert len(loops) >= 2 + 2 * 4

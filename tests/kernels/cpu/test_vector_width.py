@@ -8,7 +8,7 @@ from tests.kernels.process import run_python
 
 SIZES = """
 from sparselab.kernels.cpu.runtime import target
-print(target.VECTOR_BYTES, target.TILE_BYTES, target.BLOCK_COLUMNS)
+print(target.VECTOR_BYTES, target.TILE_BYTES, target.TARGET.block_columns)
 """
 
 

@@ -45,7 +45,7 @@ def test_select_agrees_with_sorting(rows, rest, dtype, data):
 
 @pytest.mark.parametrize("k", [[-1, 0], [0, 3]])
 def test_an_impossible_count_is_refused(k):
-    with pytest.raises(ValueError, match=r"k must lie in \[0, 2\] for row [01]; got (-1|3)"):
+    with pytest.raises(ValueError, match=r"k must lie in \[0, 2\] for row [01], got (-1|3)"):
         select_rows(np.zeros(4), np.array([0, 2, 4]), np.array(k))
     with pytest.raises(ValueError, match="k must lie in"):
         sample_rows(np.random.default_rng(0), np.array([2, 2]), np.array(k))
@@ -53,7 +53,7 @@ def test_an_impossible_count_is_refused(k):
 
 def test_a_negative_count_of_free_entries_is_refused():
     W = PaddedCSR.from_dense(np.eye(2))
-    with pytest.raises(ValueError, match=r"k must lie in .* for row 1; got -1"):
+    with pytest.raises(ValueError, match=r"k must lie in .* for row 1, got -1"):
         RowTopK(np.array([0, -1]), W.topology, np.float64)
 
 

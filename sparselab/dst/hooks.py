@@ -1,0 +1,37 @@
+"""Hooks on the optimizers of the process that live as long as the object they serve."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+# Hooks whose owner is gone. The garbage collector may take an owner while torch walks over its hooks, and
+# removing one there would be an error in the middle of an optimizer step; so it waits.
+_retired_hooks: list[RemovableHandle] = []
+
+
+def call_while_alive(owner: object, method: str, register: Callable[..., RemovableHandle]) -> None:
+    """Call a method with every optimizer of the process that steps, for as long as its owner lives.
+
+    Parameters
+    ----------
+    owner : object
+        Held weakly.
+    method : str
+        Takes the optimizer.
+    register : callable
+        ``register_optimizer_step_pre_hook`` or ``register_optimizer_step_post_hook`` of torch.
+    """
+    while _retired_hooks:
+        _retired_hooks.pop().remove()
+    reference = weakref.ref(owner)
+
+    def call(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (alive := reference()) is not None:
+            getattr(alive, method)(optimizer)
+
+    weakref.finalize(owner, _retired_hooks.append, register(call))
