@@ -252,8 +252,8 @@ class RowTopology(Topology):
         self._check_columns()
 
     def _check_columns(self) -> None:
-        columns, live = self.shape[1], self.live_slots()
-        index = self.indices if len(live) == self.capacity else self.indices[live]
+        columns = self.shape[1]
+        index = self.indices if self.nnz == self.capacity else self.indices[self.live_slots()]
         # As int64 only for the two offending numbers: the array itself may be narrow and unsigned.
         if len(index) and (int(index.max()) >= columns or int(index.min()) < 0):
             worst = int(index.max()) if int(index.max()) >= columns else int(index.min())

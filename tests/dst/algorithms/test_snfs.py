@@ -13,7 +13,6 @@ from sparselab.dst import SET, SNFS, ByMagnitude, ByMomentum, ByRemaining, Linea
 from sparselab.dst.algorithms import snfs
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
-from sparselab.nn.ops.operands import LinearOperands
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import assert_topology
 
@@ -177,12 +176,12 @@ def test_the_budget_goes_to_the_layers_that_fit_in_the_order_of_attachment():
 
 
 def test_low_precision_is_averaged_in_float32():
-    layer = SparseLinear(30, 12, sparsity=0.8)
+    layer = SparseLinear(30, 12, sparsity=0.8).bfloat16()
     growth = MomentumGrowth()
     growth.prepare([layer], None)
-    layer.gradient_watcher.dtype = torch.promote_types(torch.bfloat16, torch.float32)
     x, dy = (t.bfloat16() for t in operands(layer, 0))
-    layer.gradient_watcher.backward_seen(LinearOperands(x, dy))
+    layer(x).backward(dy)
+    assert growth.memory()["0"].dtype == torch.float32
     assert torch.allclose(growth.memory()["0"], dy.float().T @ x.float())
 
 

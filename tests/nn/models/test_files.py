@@ -43,7 +43,7 @@ class Model(nn.Module):
 
 def make_pair() -> tuple[Model, Model]:
     source, target = Model(0.8), Model(0.5)
-    source.inner.forward_mask = torch.rand(source.inner.nnz) < 0.5
+    source.inner.forward_mask = torch.rand(source.inner.nnz, 1, 1) < 0.5
     return source, target
 
 
@@ -185,7 +185,7 @@ def test_a_damaged_topology_is_named_and_changes_nothing(what: str, tmp_path: Pa
     )
     save_model(source, tmp_path / "model.safetensors")
     state = load_file(tmp_path / "model.safetensors")
-    layer = {name: state.pop(f"inner.{name}") for name in ("values", "indptr", "indices", "bias")}
+    layer = {name: state.pop(f"inner.{name}") for name in ("weight_values", "indptr", "indices", "bias")}
     state |= {f"inner.{name}": tensor.contiguous() for name, tensor in change(layer).items()}
     rewrite(tmp_path / "model.safetensors", state)
     refused(target, tmp_path / "model.safetensors", RuntimeError, f"inner: .*{message}")
@@ -251,7 +251,7 @@ def test_a_damaged_file_is_refused_and_changes_nothing(what: str, masked: bool, 
     damage(path)
     target = SparseLinear(30, 20, sparsity=0.5)
     if masked:
-        target.forward_mask = torch.rand(target.nnz) < 0.5
+        target.forward_mask = torch.rand(target.nnz, 1, 1) < 0.5
     refused(target, path, error, message)
 
 
@@ -280,7 +280,7 @@ class WithExtra(nn.Module):
     [
         (WithExtra({"a": 1}), TypeError, "dense tensors only, got dict under '_extra_state'"),
         (WithExtra(torch.eye(2).to_sparse()), TypeError, "got torch.sparse_coo under '_extra_state'"),
-        (SparseLinear(3, 3, device="meta"), ValueError, "must hold data, got 'values' on the device meta"),
+        (SparseLinear(3, 3, device="meta"), ValueError, "must hold data, got 'weight_values' on the device meta"),
     ],
 )
 def test_models_that_do_not_fit_a_file_are_named(
@@ -300,7 +300,7 @@ def test_extra_state_of_a_tensor_comes_back(tmp_path: Path) -> None:
 
 def test_a_model_without_memory_is_not_loaded(tmp_path: Path) -> None:
     save_model(SparseLinear(30, 20), tmp_path / "layer.safetensors")
-    with pytest.raises(ValueError, match="must hold data, got 'values' on the device meta"):
+    with pytest.raises(ValueError, match="must hold data, got 'weight_values' on the device meta"):
         load_model(SparseLinear(30, 20, device="meta"), tmp_path / "layer.safetensors")
 
 

@@ -29,7 +29,7 @@ def test_a_model_too_big_to_exist_dense() -> None:
     assert 0 < model[0].weight_values.detach().abs().max() <= 1
     assert torch.equal(model[1].weight, torch.ones(HUGE))
     model(torch.randn(1, HUGE)).sum().backward()
-    assert model[0].weight_values.grad.shape == (NNZ,)
+    assert model[0].weight_values.grad.shape == (NNZ, 1, 1)
 
 
 def test_emptied_and_reset_is_materialised_too() -> None:
