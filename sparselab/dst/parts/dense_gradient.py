@@ -284,8 +284,8 @@ class GradientCollector(PassWatcher):
     def _begins(self, parameter: Tensor) -> None:
         grad = parameter.grad
         if self._grad is None:
-            if grad is not None and bool(grad.any()):
-                self.reason = "part of the gradient is older than the step"
+            older = grad is not None and bool(grad.any())
+            self.reason = "part of the gradient is older than the step" if older else ""
             return
         known, version = self._grad
         if grad is None or grad is not known() or (grad._version != version and not bool(grad.any())):

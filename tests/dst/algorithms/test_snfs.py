@@ -75,7 +75,7 @@ def slow_update(layers, momenta, dense, fraction):
     """Positions of each layer after an update, by sorting everything."""
     kept, n_dropped = [], 0
     for layer in layers:
-        positions, weights = layer.positions().tolist(), layer.weight_values.tolist()
+        positions, weights = layer.positions().tolist(), layer.weight_values.flatten().tolist()
         order = sorted(range(len(positions)), key=lambda slot: (-abs(weights[slot]), slot))
         k = math.ceil(fraction * len(positions))
         n_dropped += k
