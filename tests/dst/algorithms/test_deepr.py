@@ -170,7 +170,7 @@ def test_where_little_is_empty_those_furthest_beyond_zero_go(scope):
 def test_nan_ends_a_connection():
     layer = FakeSparse(10, 10, 0.5)
     start(layer, algorithm := DeepR(temperature=0.0))
-    set_weights(layer, [torch.nan, *layer.weight_values.tolist()[1:]])
+    set_weights(layer, [torch.nan, *layer.weight_values.flatten().tolist()[1:]])
     algorithm.step()
     assert algorithm.last_update[0].dropped == 1
     assert bool(layer.weight_values.isfinite().all())

@@ -96,6 +96,7 @@ def test_rows_share_what_a_schedule_says(make_algorithm, start, end):
     layer.apply(algorithm := make_algorithm(LinearSchedule(start, end, 5), update_freq=1, scope="row"))
     for step in range(1, 6):
         before = row_counts(layer).tolist()
+        layer.zero_grad()
         backward(layer, *operands(step, torch.float64))
         algorithm.step()
         total = round((1 - start - (end - start) * step / 5) * ROWS * COLS)

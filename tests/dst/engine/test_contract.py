@@ -132,5 +132,5 @@ def test_a_copy_of_the_model_belongs_to_no_algorithm(run):
     model, optimizer, algorithm = run()
     train(model, optimizer, algorithm, 1, 6)
     twin = copy.deepcopy(model)
-    assert all(layer.gradient_watcher is None for layer in sparse_layers(twin))
+    assert all(layer.gradient_hook is None for layer in sparse_layers(twin))
     twin.apply(Static())

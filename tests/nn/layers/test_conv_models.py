@@ -78,6 +78,8 @@ def test_budgets_and_pruning_count_kernels() -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_see_the_dense_gradient(kind: Any, groups: int) -> None:
+    layer = make(kind, 4, 6, (3, 2), stride=(2, 1), groups=groups, padding=(1, 0))
+    x = images(3, 4, 6, 5)
     seen: list[ConvolutionOperands] = []
     layer.gradient_hook = seen.append
     gradients(layer, x)
