@@ -24,6 +24,7 @@ from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.engine.group import Group
 from sparselab.dst.monitor.monitor import Monitor
+from sparselab.dst.part import Part
 from sparselab.dst.parts.drop import (
     DropScore,
     Magnitude,
@@ -37,7 +38,6 @@ from sparselab.dst.parts.grow_momentum import MomentumGrowth
 from sparselab.dst.parts.grow_paths import PathGrowth
 from sparselab.dst.parts.grow_sampled import SampledGradientGrowth
 from sparselab.dst.parts.grown import FanInUniform, Normal
-from sparselab.dst.part import Part
 from sparselab.dst.parts.redistribute import ByMagnitude, ByMomentum, ByRemaining, ByWeight, Redistribution
 from sparselab.dst.parts.select import (
     LayerSelection,

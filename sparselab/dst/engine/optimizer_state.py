@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from sparselab.dst.hooks import call_while_alive
 from sparselab.dst.parts.grown import GrownState
 from sparselab.nn.layers.base import SparseLayer
+
 
 class OptimizerTracker:
     """Remembers which optimizers step the layers of one algorithm.

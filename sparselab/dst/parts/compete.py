@@ -14,9 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from sparselab.dst.budget.targets import Budget, Exchange
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.hooks import call_while_alive
+from sparselab.dst.part import Part
 from sparselab.dst.parts.drop import Scores
 from sparselab.dst.parts.grow import Growth, random_free
-from sparselab.dst.part import Part
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import Selection, UpdateContext
 from sparselab.dst.parts.view import LayerUpdate, LayerView

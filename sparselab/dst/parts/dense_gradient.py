@@ -203,7 +203,7 @@ class PassWatcher(abc.ABC):
         parameter = layer.stored
         if parameter.requires_grad:
             self._parameter = weakref.ref(parameter)
-            self._handle = parameter.register_post_accumulate_grad_hook(self._arrived)
+            self._handle = parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
 
     def release(self) -> None:
         """Stop watching."""
@@ -231,8 +231,11 @@ class PassWatcher(abc.ABC):
             self._waiting[task] = []
             self._begins(layer.stored)
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(self._waiting.pop, task, None))
+            engine.queue_callback(partial(self._forget, task))
         self._waiting[task].append(operands)
+
+    def _forget(self, task: int) -> None:
+        self._waiting.pop(task, None)
 
     def _arrived(self, parameter: Tensor) -> None:
         if self._settled:
@@ -245,7 +248,7 @@ class PassWatcher(abc.ABC):
 
     @abc.abstractmethod
     def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
-        """A pass has added to ``parameter.grad``; without operands that came another way, as from a penalty."""
+        """A pass has added to ``parameter.grad``; without operands, it came another way, as from a penalty."""
 
 
 class GradientCollector(PassWatcher):
@@ -271,8 +274,8 @@ class GradientCollector(PassWatcher):
     summary is formed, inside the last one, and the operands are let go. Until that is known, operands are
     held: references to tensors of the graph, and copies of inputs that somebody may overwrite.
 
-    If a further pass adds to the same ``.grad`` after that, the gradient cannot be known any more: there is no
-    summary, and `reason` says why.
+    If a further pass adds to the same ``.grad`` after that, the gradient cannot be known any more: there is
+    no summary, and `reason` says why.
     """
 
     def __init__(self, layer: SparseLayer, most: Callable[[], int | Array], passes: PassCount) -> None:

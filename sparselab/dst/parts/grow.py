@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from sparselab.dst.checks import require_count
-from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount
 from sparselab.dst.part import Part
+from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount
 from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct

@@ -11,8 +11,8 @@ import numpy as np
 from sparselab.dst.budget.allocate import apportion
 from sparselab.dst.budget.rows import apportion_rows
 from sparselab.dst.budget.targets import Budget
-from sparselab.dst.parts.drop import Scores, lowest, lowest_of_network, lowest_of_rows
 from sparselab.dst.part import Part
+from sparselab.dst.parts.drop import Scores, lowest, lowest_of_network, lowest_of_rows
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.view import LayerUpdate, LayerView, total_size
 from sparselab.kernels.arrays import Array

@@ -27,8 +27,8 @@ class SparseMultiheadAttention(nn.Module):
     """`torch.nn.MultiheadAttention` with each projection a layer of its own, dense or sparse.
 
     Takes the same arguments and computes the same function, in training and in evaluation. All projections
-    of a new one are `SparseLinear`. `sparselab.sparsify` makes it from a dense one where a rule matches one of
-    its projections; `from_dense` and `of_layers` make a single one.
+    of a new one are `SparseLinear`. `sparselab.sparsify` makes it from a dense one where a rule matches one
+    of its projections; `from_dense` and `of_layers` make a single one.
 
     Parameters
     ----------
@@ -137,7 +137,8 @@ class SparseMultiheadAttention(nn.Module):
         if unknown := sorted(set(layers) - set(own)):
             raise ValueError(f"layers must be named {', '.join(own)}, got {unknown[0]!r}")
         new = cls(
-            attention.embed_dim, attention.num_heads, attention.dropout, own["q_proj"].linear.bias is not None,
+            attention.embed_dim, attention.num_heads, attention.dropout,
+            own["q_proj"].linear.bias is not None,
             attention.bias_k is not None, attention.add_zero_attn, attention.kdim, attention.vdim,
             attention.batch_first, "meta", sparsity=1.0,
         )  # fmt: skip

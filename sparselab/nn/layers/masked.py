@@ -343,7 +343,7 @@ class MaskedConv2d(Convolution, MaskedLayer):
 
 
 class _Shown(torch.autograd.Function):
-    """y itself, whose backward passes show its gradient, and what it is multiplied with, to the layer's hook."""
+    """y itself, whose backward passes show its gradient, and what it is multiplied with, to a hook."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, layer: MaskedLayer) -> Tensor:

@@ -26,7 +26,7 @@ class Blocks(Compressed):
     def n_weights(self, layer: Any) -> int:
         """Live weights: those of the blocks that lie within W."""
         if layer.weight_values.is_meta:
-            return min(layer.weight_values.numel(), math.prod(self.shape))
+            return int(min(layer.weight_values.numel(), math.prod(self.shape)))
         return int(self.input_pointers(layer)[-1])
 
     def take(self, layer: Any, entries: Tensor) -> Tensor:

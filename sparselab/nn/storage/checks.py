@@ -16,7 +16,7 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 
 def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
-    """x (..., in_features), brought to the dtype of the values under autocast; errors as of `SparseLinear`."""
+    """x (..., in_features), in the dtype of the values under autocast; errors as of `SparseLinear`."""
     shape = x.shape
     if shape and shape[-1] == in_features and x.dtype is values.dtype and x.dtype in _DTYPES:
         device = x.device
@@ -171,7 +171,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def check_bias(bias: object, example: str) -> bool:
-    """Whether there are biases; TypeError, with the right call for what may have been meant, if it is no bool.
+    """Whether there are biases; TypeError, with the call that may have been meant, if it is no bool.
 
     Parameters
     ----------

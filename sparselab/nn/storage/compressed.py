@@ -97,7 +97,8 @@ class Compressed(Storage):
         row = torch.repeat_interleave(
             torch.arange(rows, device=layer.indptr.device), torch.diff(layer.indptr)
         )
-        return row * columns + layer.indices.long()
+        positions: Tensor = row * columns + layer.indices.long()
+        return positions
 
     def matrix(self, layer: Any) -> RowTopology:
         """The connections on the grid; nothing is copied."""
@@ -173,7 +174,7 @@ class Compressed(Storage):
         self.refresh(layer)
 
     def resize(self, layer: Any, nnz: int) -> None:
-        """Make room for so many connections; what the Parameter, its gradient and the columns held is lost."""
+        """Make room for so many connections; what Parameter, gradient and columns held is lost."""
         held = self.held(layer)
         if nnz == held.shape[0]:
             return

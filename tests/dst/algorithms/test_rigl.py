@@ -206,7 +206,9 @@ def test_a_pass_after_the_gradient_was_formed_skips_the_layer_once_and_is_learnt
     born = model[0].positions().clone()
     backward(model[0], *operands(2))
     backward(model[1], *operands(3))
-    with pytest.warns(UserWarning, match=r"had 2 backward passes where 1 were expected. Pass grad_accumulation="):
+    with pytest.warns(
+        UserWarning, match=r"had 2 backward passes where 1 were expected. Pass grad_accumulation="
+    ):
         backward(model[0], *operands(4))
     algorithm.step()
     reason = "2 backward passes, after the gradient was formed from 1"
@@ -314,7 +316,7 @@ def test_operands_are_not_copied_once_the_number_of_passes_is_known(monkeypatch)
 
 def test_what_was_overwritten_is_never_used():
     layer = make("real")
-    layer.apply(algorithm := RigL(update=1))
+    layer.apply(algorithm := RigL(update_freq=1))
     hidden = torch.randn(9, COLS, requires_grad=True) * 1
     backward(layer, hidden, operands(0)[1])
     with torch.no_grad():

@@ -254,18 +254,19 @@ def test_the_comparison_sees_a_gradient_that_is_left_out():
     torch.manual_seed(0)
     layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
     ours, dense = Sparse(layer), DenseRigL(layer)
-    with pytest.raises(AssertionError):
-        for step in range(36):
-            two_losses(ours, step)
-            plain(dense, step)
-            assert ours.positions().tolist() == dense.positions().tolist()
+    same = []
+    for step in range(36):
+        two_losses(ours, step)
+        plain(dense, step)
+        same.append(ours.positions().tolist() == dense.positions().tolist())
+    assert not all(same)
 
 
 def test_nothing_is_held_of_passes_that_do_not_count():
     import weakref
 
     layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
-    layer.apply(algorithm := RigL(update=1))
+    layer.apply(algorithm := RigL(update_freq=1))
     references = []
     for step in range(5):
         hidden = batch(step)[0].requires_grad_().sin()
@@ -280,7 +281,7 @@ def test_nothing_is_held_of_passes_that_do_not_count():
 def test_a_gradient_older_than_the_step_is_not_guessed():
     layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
     loss_of(layer, 0).backward()
-    layer.apply(algorithm := RigL(update=1))
+    layer.apply(algorithm := RigL(update_freq=1))
     loss_of(layer, 1).backward()
     algorithm.step()
     assert algorithm.last_update[0].skipped == "part of the gradient is older than the step"

@@ -90,7 +90,7 @@ def test_detach_gives_every_layer_back(name):
     algorithm.detach()
     assert algorithm.layers == algorithm.names == ()
     for layer in sparse_layers(model):
-        assert layer.gradient_watcher is None
+        assert layer.gradient_hook is None
         assert layer.forward_mask is None
     optimizer.step()
     assert algorithm.steps_done == 1

@@ -144,11 +144,7 @@ def same_words() -> None:
 
 @hazard("first hour", "the schedule that GMP needs is at the top", refusable=False)
 def schedules() -> None:
-    lacking = [
-        name
-        for name in ("allocate", "EverySteps", "AtSteps")
-        if not hasattr(sparselab, name)
-    ]
+    lacking = [name for name in ("allocate", "EverySteps", "AtSteps") if not hasattr(sparselab, name)]
     lacking += [
         name
         for name in ("Constant", "Cosine", "Linear", "Polynomial")

@@ -117,7 +117,9 @@ def test_numbers_of_a_large_population_come_equally_often() -> None:
 
 @pytest.mark.parametrize(("population", "k"), [(5, 6), (5, -1), (0, 1)])
 def test_k_out_of_range(population: int, k: int) -> None:
-    with pytest.raises(ValueError, match=rf"k must lie in \[0, {population}\], the size of the population, got {k}"):
+    with pytest.raises(
+        ValueError, match=rf"k must lie in \[0, {population}\], the size of the population, got {k}"
+    ):
         sample_distinct(np.random.default_rng(0), population, k)
 
 

@@ -130,7 +130,9 @@ def test_computed_and_tied_projections_are_refused() -> None:
     model = mixed()
     model["other"] = nn.MultiheadAttention(12, 2)
     model["other"].in_proj_weight = model["attn"].in_proj_weight
-    with pytest.raises(ValueError, match=r"got 'attn\.v_proj' shares its weight or bias: 'attn' and 'other' hold"):
+    with pytest.raises(
+        ValueError, match=r"got 'attn\.v_proj' shares its weight or bias: 'attn' and 'other' hold"
+    ):
         sparsify(model, {"attn.v_proj": 0.5})
     assert sparse_names(sparsify(model, {"attn.out_proj": 0.5})) == ["attn.out_proj"]
 

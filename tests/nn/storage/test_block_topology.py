@@ -161,9 +161,15 @@ def test_a_wrong_state_is_refused_and_named() -> None:
     edge = good["weight_values"].clone()
     edge[:, :, 3] = 1
     for changed, message in (
-        ({"weight_values": good["weight_values"][:, :2]}, r"weight_values must be .* \(3, 4, 4\), got .* \(3, 2, 4\)"),
+        (
+            {"weight_values": good["weight_values"][:, :2]},
+            r"weight_values must be .* \(3, 4, 4\), got .* \(3, 2, 4\)",
+        ),
         ({"weight_values": good["weight_values"][0]}, "weight_values must be floating point of shape"),
-        ({"weight_values": edge, "indices": torch.tensor([0, 1, 2])[:3]}, "0 where blocks reach beyond W|ascending"),
+        (
+            {"weight_values": edge, "indices": torch.tensor([0, 1, 2])[:3]},
+            "0 where blocks reach beyond W|ascending",
+        ),
         ({"indptr": good["indptr"] + 1}, "must start at 0"),
         ({"indptr": good["indptr"][:-1]}, r"indptr must be int64 of shape \(3,\)"),
         ({"indices": torch.full((3,), 3)}, r"columns of 0\.\.2, got 3"),

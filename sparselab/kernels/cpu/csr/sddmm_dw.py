@@ -154,6 +154,6 @@ def sample_cut(
     out.fill(0)
     work = scratch(cut.n_workers, cut.items, out.dtype)
     launch(
-        _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles, DY[0], DY[1], X[0], X[1], X[2][0], X[2][1],
-        cut.most_rows, work, out, sums,
+        _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles,
+        DY[0], DY[1], X[0], X[1], X[2][0], X[2][1], cut.most_rows, work, out, sums,
     )  # fmt: skip
