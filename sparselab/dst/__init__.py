@@ -47,7 +47,6 @@ from sparselab.dst.parts.select import (
     Selection,
     UpdateContext,
 )
-from sparselab.dst.parts.view import LayerUpdate, LayerView, UpdateReport
 from sparselab.dst.schedules.schedule import (
     ConstantSchedule,
     CosineSchedule,
@@ -60,6 +59,7 @@ from sparselab.dst.schedules.schedule import (
     as_schedule,
 )
 from sparselab.dst.schedules.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
+from sparselab.dst.view import LayerUpdate, LayerView, UpdateReport
 
 __all__ = [
     "DSR",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sparselab.dst.parts.view import LayerView
+from sparselab.dst.view import LayerView
 from sparselab.nn.layers.base import SparseLayer
 
 

@@ -15,9 +15,9 @@ from sparselab.dst.parts.drop import DropScore, RelativeImportance, Scores, Soft
 from sparselab.dst.parts.grow_paths import PathGrowth
 from sparselab.dst.parts.grown import GrownState, GrownValue
 from sparselab.dst.parts.select import LayerSelection, UpdateContext
-from sparselab.dst.parts.view import LayerView
 from sparselab.dst.schedules.schedule import Schedule, SigmoidSchedule
 from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.dst.view import LayerView
 from sparselab.kernels.arrays import Array
 
 

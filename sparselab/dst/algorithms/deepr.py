@@ -16,9 +16,9 @@ from sparselab.dst.parts.drop import DropScore, Scores, lowest, lowest_of_networ
 from sparselab.dst.parts.grow import RandomGrowth
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import LayerSelection, NetworkSelection, UpdateContext, as_selection
-from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.dst.schedules.schedule import ConstantSchedule, Schedule, as_schedule
 from sparselab.dst.schedules.when import UpdateSchedule, when_to_update
+from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.nn.layers.base import SparseLayer

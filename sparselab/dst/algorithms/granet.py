@@ -11,9 +11,9 @@ from sparselab.dst.parts.drop import DropScore, lowest, lowest_of_network
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import NetworkSelection, UpdateContext, as_selection
-from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 
 

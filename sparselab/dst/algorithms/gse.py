@@ -16,9 +16,9 @@ from sparselab.dst.parts.grow_sampled import SampledGradientGrowth, Sampler
 from sparselab.dst.parts.grown import GrownState, GrownValue
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import as_selection
-from sparselab.dst.parts.view import LayerUpdate
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.dst.view import LayerUpdate
 from sparselab.kernels.rewiring.topk import largest
 
 

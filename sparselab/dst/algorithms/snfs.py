@@ -16,9 +16,9 @@ from sparselab.dst.parts.grow_momentum import MomentumGrowth
 from sparselab.dst.parts.grown import GrownState, GrownValue
 from sparselab.dst.parts.redistribute import ByMomentum, ByWeight
 from sparselab.dst.parts.select import LayerSelection, UpdateContext
-from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 
 BY_MOMENTUM = ByMomentum()

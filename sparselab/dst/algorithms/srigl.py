@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.dst.budget.rows import rows_of
 from sparselab.dst.budget.targets import Exchange
 from sparselab.dst.checks import require_finite
 from sparselab.dst.engine.describe import setting
@@ -19,9 +18,9 @@ from sparselab.dst.parts.drop import Scores, lowest
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.grown import GrownState, GrownValue
 from sparselab.dst.parts.select import RowBudget, RowSelection
-from sparselab.dst.parts.view import LayerView
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.dst.view import LayerView, rows_of
 from sparselab.kernels.arrays import Array, n_connections, slot_dtype
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions

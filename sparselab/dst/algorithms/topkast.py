@@ -10,9 +10,9 @@ import torch
 from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.compete import Competition, Exploration, NestedBudget, Winners
-from sparselab.dst.parts.view import LayerUpdate
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.dst.view import LayerUpdate
 
 
 class TopKAST(DynamicSparsityAlgorithm):

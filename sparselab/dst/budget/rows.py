@@ -58,8 +58,3 @@ def apportion_rows(total: int, weights: Array, caps: Array) -> Array:
         total -= int(caps[free[over]].sum())
         free = free[~over]
     return counts
-
-
-def rows_of(slots: Array, indptr: Array) -> Array:
-    """How many of some ascending slots each row has: int64 (rows,), rows beginning at `indptr`."""
-    return np.diff(np.searchsorted(slots, indptr))

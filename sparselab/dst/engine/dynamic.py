@@ -21,9 +21,9 @@ from sparselab.dst.parts.grow import Growth, RandomGrowth
 from sparselab.dst.parts.grown import GrownState, GrownValue, as_grown_value, check_grown_state
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import Selection, UpdateContext, as_selection
-from sparselab.dst.parts.view import LayerUpdate, LayerView, UpdateReport
 from sparselab.dst.schedules.schedule import ConstantSchedule, CosineSchedule, Schedule, as_schedule
 from sparselab.dst.schedules.when import UpdateSchedule, when_to_update
+from sparselab.dst.view import LayerUpdate, LayerView, UpdateReport
 from sparselab.kernels.arrays import Array
 from sparselab.nn.layers.base import SparseLayer
 
@@ -242,6 +242,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
             self._tracker.check(type(self).__name__)
 
     def _before_step(self, step: int) -> None:
+        self._tracker.finished()
         self._tracker.watch()
         self.grow.begin(step, self._seed)
         due = self.is_update_step(step)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sparselab.dst.hooks import call_while_alive
 from sparselab.dst.parts.grown import GrownState
@@ -34,7 +34,7 @@ class OptimizerTracker:
     layers : sequence of layers
         Read at each step, so that layers may be added later, and ``stored`` replaced by loading.
     stepped : callable, optional
-        Called after each step of an optimizer that has a layer.
+        Called after each step of an optimizer that has a layer, unless that step has been `finished` by then.
     """
 
     def __init__(self, layers: Sequence[SparseLayer], stepped: Callable[[], None] | None = None) -> None:
@@ -44,12 +44,15 @@ class OptimizerTracker:
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._n_notes = 0
         self._watching = False
+        #: Whether an optimizer is within a step, and whether `finished` was called since that began.
+        self._within = self._finished = False
         self._stepped = _Stepped()
 
     def watch(self) -> None:
         """Start noticing optimizers as they step; calling it again changes nothing."""
         if not self._watching:
             self._watching = True
+            call_while_alive(self, "_begin", register_optimizer_step_pre_hook)
             call_while_alive(self, "_note", register_optimizer_step_post_hook)
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
@@ -73,11 +76,22 @@ class OptimizerTracker:
         self._optimizers.clear()
         self._stepped = _Stepped()
 
+    def finished(self) -> None:
+        """Take note that the algorithm has counted the optimizer's step.
+
+        Torch calls an optimizer's own hooks, which may do that, before the one by which the step is seen here.
+        """
+        self._finished = self._within
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        self._within, self._finished = True, False
+
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
+        self._within, finished = False, self._finished
         if optimizer in self._optimizers or self._has_a_layer(optimizer):
             self.add(optimizer)
             self._stepped.ours = True
-            if self._when_stepped is not None:
+            if self._when_stepped is not None and not finished:
                 self._when_stepped()
         else:
             self._stepped.other = type(optimizer).__name__

@@ -17,8 +17,8 @@ from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.engine.group import Group
 from sparselab.dst.monitor.position_set import PositionSet
-from sparselab.dst.parts.view import UpdateReport
 from sparselab.dst.schedules.schedule import Schedule
+from sparselab.dst.view import UpdateReport
 from sparselab.nn.layers.base import SparseLayer, as_matrix
 
 TOTAL = "total"

@@ -19,8 +19,8 @@ from sparselab.dst.parts.drop import Scores
 from sparselab.dst.parts.grow import Growth, random_free
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import Selection, UpdateContext
-from sparselab.dst.parts.view import LayerUpdate, LayerView
 from sparselab.dst.schedules.schedule import Schedule
+from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array, n_connections
 from sparselab.kernels.rewiring.select import select
 from sparselab.nn.layers.base import SparseLayer

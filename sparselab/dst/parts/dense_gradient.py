@@ -203,7 +203,8 @@ class PassWatcher(abc.ABC):
         parameter = layer.stored
         if parameter.requires_grad:
             self._parameter = weakref.ref(parameter)
-            self._handle = parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+            register: Any = parameter.register_post_accumulate_grad_hook
+            self._handle = register(self._arrived)
 
     def release(self) -> None:
         """Stop watching."""

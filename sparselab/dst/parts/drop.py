@@ -16,8 +16,8 @@ import torch
 
 from sparselab.dst.checks import require_finite
 from sparselab.dst.part import Part
-from sparselab.dst.parts.view import LayerView
 from sparselab.dst.schedules.schedule import ConstantSchedule, Schedule, as_schedule
+from sparselab.dst.view import LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.rows import select_rows
 from sparselab.kernels.rewiring.select import select

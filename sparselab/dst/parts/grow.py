@@ -11,7 +11,7 @@ import numpy as np
 from sparselab.dst.checks import require_count
 from sparselab.dst.part import Part
 from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount
-from sparselab.dst.parts.view import LayerUpdate, LayerView
+from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.rewiring.positions import kept_positions, skip_kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.dst.parts.grow import Growth, random_free
-from sparselab.dst.parts.view import LayerUpdate
+from sparselab.dst.view import LayerUpdate
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.two_hop import TwoHops

@@ -12,7 +12,7 @@ import torch
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount
 from sparselab.dst.parts.grow import GradientGrowth
-from sparselab.dst.parts.view import LayerView
+from sparselab.dst.view import LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions

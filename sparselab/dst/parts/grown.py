@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparselab.dst.checks import require_finite
-from sparselab.dst.parts.view import LayerUpdate
+from sparselab.dst.view import LayerUpdate
 from sparselab.kernels.arrays import Array
 
 GrownState = Literal["zero", "mean"]

@@ -13,7 +13,7 @@ import torch
 
 from sparselab.dst.budget.allocate import apportion
 from sparselab.dst.part import Part
-from sparselab.dst.parts.view import LayerUpdate, LayerView
+from sparselab.dst.view import LayerUpdate, LayerView
 
 
 class Redistribution(Part, abc.ABC):

@@ -14,7 +14,7 @@ from sparselab.dst.budget.targets import Budget
 from sparselab.dst.part import Part
 from sparselab.dst.parts.drop import Scores, lowest, lowest_of_network, lowest_of_rows
 from sparselab.dst.parts.redistribute import Redistribution
-from sparselab.dst.parts.view import LayerUpdate, LayerView, total_size
+from sparselab.dst.view import LayerUpdate, LayerView, total_size
 from sparselab.kernels.arrays import Array
 
 

@@ -157,8 +157,8 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage, ge
     """
     if not is_plain(x, values, bias):
         refuse_forward_mode(x, values, bias)
-        y: Tensor = conv2d_operator(x, values, bias, *layer.storage.arguments(layer), geometry.numbers)
-        return y
+        arguments = layer.storage.arguments(layer)
+        return conv2d_operator(x, values, bias, *arguments, geometry.numbers)  # type: ignore[no-any-return]
     topology = layer.storage.topology(layer)
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, values, bias)):
         y: Tensor = Conv2dFunction.apply(x, values, bias, topology, geometry)  # type: ignore[no-untyped-call]

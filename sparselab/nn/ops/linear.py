@@ -160,8 +160,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) ->
     """
     if not is_plain(x, values, bias):
         refuse_forward_mode(x, values, bias)
-        y: Tensor = linear_operator(x, values, bias, *layer.storage.arguments(layer))
-        return y
+        return linear_operator(x, values, bias, *layer.storage.arguments(layer))  # type: ignore[no-any-return]
     topology = layer.storage.topology(layer)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)

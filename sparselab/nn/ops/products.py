@@ -2,65 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from torch import Tensor
-
-from sparselab.nn.ops.cpu.variants import Variant
 from sparselab.nn.ops.numpy_products import NumpyProducts
-
-if TYPE_CHECKING:
-    from sparselab.nn.ops.topologies import TensorTopology
-
-
-class LinearProducts(Protocol):
-    """The products of linear layers of one layout on one device.
-
-    Operands have been checked against the topology; they are plain, of one dtype, with any strides. Tokens
-    are rows. Results are new tensors.
-    """
-
-    def product(self, topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x W^T + b``, (tokens, rows)."""
-
-    def input_grad(self, topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor:
-        """``dy W``, (tokens, columns)."""
-
-    def values_grad(
-        self, topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool
-    ) -> tuple[Tensor, Tensor]:
-        """``sum_t dy[t, i] x[t, j]`` at the connections, shaped as the values; ``sum_t dy[t]``, or empty."""
-
-    def variant(self, topology: TensorTopology, operation: str, n_tokens: int) -> Variant:
-        """Which way a product of so many tokens takes, and why."""
-
-    def ways(
-        self, topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None
-    ) -> dict[str, Callable[[], Tensor]]:
-        """Every way to compute `product`, by the name of its variant."""
-
-    def keep_forward(self, topology: TensorTopology) -> None:
-        """Let go of what only backward passes need; it is made anew if it is needed."""
-
-
-class ConvolutionProducts(Protocol):
-    """The products of convolutions of one layout on one device; operands have been checked."""
-
-    def product(
-        self, topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Any
-    ) -> Tensor:
-        """The convolution of images, contiguous."""
-
-    def input_grad(
-        self, topology: TensorTopology, values: Tensor, grad: Tensor, geometry: Any, size: tuple[int, int]
-    ) -> Tensor:
-        """The gradient by images of that size."""
-
-    def values_grad(self, topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Any) -> Tensor:
-        """The gradient by the values, shaped as they are."""
-
 
 #: For layouts that only `sparselab.kernels.backends` knows.
 _by_arrays = NumpyProducts()

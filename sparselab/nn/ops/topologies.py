@@ -15,6 +15,7 @@ from torch import Tensor
 from sparselab.kernels.layouts.block_csr import BlockTopology, check_block_shape, grid_of
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.layouts.topology import Topology
+from sparselab.nn.ops.cpu.memory import nbytes
 from sparselab.nn.ops.cpu.variants import Measured
 from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.ops.products import find_products
@@ -172,13 +173,6 @@ class KeepsForward(Protocol):
 
     def keep_forward(self) -> None:
         """Let go of these."""
-
-
-def nbytes(plan: Any) -> int:
-    """Bytes of the arrays of a plan."""
-    if isinstance(plan, tuple):
-        return sum(nbytes(part) for part in plan)
-    return int(getattr(plan, "nbytes", 0))
 
 
 #: Makes a topology of two arrays and the sizes, by layout.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparselab.kernels.arrays import for_kernels
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.cutting import join
 from sparselab.nn.storage.checks import check_rows
@@ -62,7 +63,7 @@ class Blocks(Compressed):
 
     def outside(self, layer: Any) -> tuple[Tensor, Tensor]:
         """Blocks that reach beyond W, int64 (n,), and where, bool (n, block_out, block_in)."""
-        slots, outside = (torch.from_numpy(part) for part in self.blocks(layer).outside())
+        slots, outside = (torch.from_numpy(for_kernels(part)) for part in self.blocks(layer).outside())
         place = layer.indices.device
         return slots.to(place), outside.to(place)
 

@@ -18,7 +18,7 @@ from sparselab.dst import (
 )
 from sparselab.dst.algorithms import chts
 from sparselab.dst.parts.grow_paths import draw_by_paths
-from sparselab.dst.parts.view import LayerUpdate, LayerView
+from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels import PaddedCSR
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear

@@ -8,7 +8,7 @@ import torch
 
 from sparselab.dst import DeepR, LinearSchedule, UpdateReport
 from sparselab.dst.algorithms import deepr
-from sparselab.dst.parts.view import LayerView
+from sparselab.dst.view import LayerView
 from sparselab.nn import MaskedLinear, SparseLinear
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import LAYERS, assert_topology

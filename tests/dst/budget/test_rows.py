@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from sparselab.dst import SET, ByRemaining, DynamicSparsityAlgorithm, Growth, LinearSchedule, RigL, apportion
 from sparselab.dst.budget import rows
-from sparselab.dst.budget.rows import apportion_rows, rows_of
+from sparselab.dst.budget.rows import apportion_rows
 from sparselab.dst.parts.drop import lowest_of_rows
+from sparselab.dst.view import rows_of
 from tests.dst.algorithms.test_rigl import COLS, ROWS, backward, make, operands
 
 

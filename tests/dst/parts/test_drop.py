@@ -12,7 +12,7 @@ from sparselab.dst.parts.drop import (
     lowest,
     lowest_of_network,
 )
-from sparselab.dst.parts.view import LayerView
+from sparselab.dst.view import LayerView
 from tests.dst.fake import FakeSparse
 
 

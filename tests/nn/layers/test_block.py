@@ -222,7 +222,7 @@ def test_every_variant_gives_the_numbers_of_dense(
     block_shape: tuple[int, int], bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    for name, kernel in (("multiply_few_blocks", "skinny"), ("multiply", "tiles")):
+    for name, kernel in (("multiply_skinny_blocks", "skinny"), ("multiply", "tiles")):
         monkeypatch.setattr(bsr, name, noting(taken, kernel, getattr(bsr, name)))
     layer = BlockSparseLinear(*SIZES, bias, sparsity=0.6, block_shape=block_shape)
     x = torch.randn(SIZES[0], tokens).T

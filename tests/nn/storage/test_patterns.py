@@ -231,7 +231,7 @@ def test_training_leaves_the_topology_and_an_algorithm_moves_it() -> None:
 
     train()
     assert torch.equal(layer.positions(), positions)
-    assert not torch.equal(layer.values, weights)
+    assert not torch.equal(layer.weight_values, weights)
     SET(drop_fraction=0.5, update_freq=1).attach(layer, optimizer)
     train()
     assert not torch.equal(layer.positions(), positions)

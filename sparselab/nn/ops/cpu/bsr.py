@@ -12,22 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparselab.kernels.arrays import for_kernels
 from sparselab.kernels.cpu.bsr.plan import panel_plan, plan_key, wants_transpose
 from sparselab.kernels.cpu.bsr.sddmm_dw import sample
 from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
 from sparselab.kernels.cpu.bsr.spmm import multiply
 from sparselab.kernels.layouts.block_csr import BlockTopology
+from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.cpu.memory import LIKE, as_array, as_matrix, as_vector, zeros
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
 from sparselab.nn.ops.cutting import cut, join
-from sparselab.nn.ops.topologies import TensorTopology
 
 _CHUNK_BYTES = 8 << 20
 
 
 def product(
-    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None
+    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None
 ) -> Tensor:
     """``x W^T + b``, by a variant or the one that suits it."""
     dtype, n_tokens = x.dtype, x.shape[0]
@@ -68,7 +69,7 @@ def _product_of_chunks(
     return y
 
 
-def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor:
+def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     """``dy W``."""
     dtype = grad.dtype
     if dtype is torch.bfloat16:
@@ -85,7 +86,7 @@ def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor
     return dx
 
 
-def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     """The gradient of every block, 0 outside the matrix, and ``sum_t dy[t]`` or an empty tensor."""
     dtype = grad.dtype
     if dtype is torch.bfloat16:
@@ -106,7 +107,7 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bo
     else:
         of_bias = as_vector(sums) if fused else None
         sample(plan, as_array(grad).T, as_array(x).T, as_vector(result), of_bias)
-    slots, outside = (torch.from_numpy(part) for part in own.outside())
+    slots, outside = own.plan("outside on tensors", _outside)
     if len(slots):
         result[slots] = result[slots].masked_fill(outside, 0)
     return result, grad.sum(0) if with_bias and not fused else sums
@@ -123,24 +124,30 @@ def _density(own: BlockTopology) -> float:
     return live / size if size else 1.0
 
 
-def variant(topology: TensorTopology, operation: str, n_tokens: int) -> Variant:
+def variant(topology: OnTensors, operation: str, n_tokens: int) -> Variant:
     """Which way a product of so many tokens takes, and why."""
     own: BlockTopology = topology.own  # type: ignore[assignment]
     return choose(operation, n_tokens, density(own), topology.measured, BLOCKS)
 
 
 def ways(
-    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None
+    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None
 ) -> dict[str, Callable[[], Tensor]]:
     """Every way to compute `product`, by the name of its variant."""
     return {name: partial(product, topology, values, x, bias, name) for name in possible(len(x), BLOCKS)}
 
 
-def keep_forward(topology: TensorTopology) -> None:
+def keep_forward(topology: OnTensors) -> None:
     """Let go of the plan of products with W^T, unless it is the same; it is made anew if needed."""
     own: BlockTopology = topology.own  # type: ignore[assignment]
     along = wants_transpose(own.block_shape, False)
     own.forget(lambda key: key != plan_key(not along))
+
+
+def _outside(own: BlockTopology) -> tuple[Tensor, Tensor]:
+    """The blocks that reach beyond W, and where."""
+    slots, outside = (torch.from_numpy(for_kernels(part)) for part in own.outside())
+    return slots, outside
 
 
 class _Chunk(NamedTuple):

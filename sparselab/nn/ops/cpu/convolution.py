@@ -32,12 +32,12 @@ from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan, plan_shifted
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.cpu.csr import dense_blocks, row_blocks
-from sparselab.nn.ops.cpu.memory import as_array, as_vector
+from sparselab.nn.ops.cpu.memory import as_array, as_vector, nbytes
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import CONVOLUTIONS, choose_name
 from sparselab.nn.ops.geometry import Geometry, Pair
-from sparselab.nn.ops.topologies import TensorTopology, nbytes
 
 #: Planes of one chunk, unless one image takes more.
 _CHUNK_BYTES = 8 << 20
@@ -109,7 +109,7 @@ class ConvolutionPlans:
 
 
 def product(
-    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry
+    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """The convolution of x (n, in_channels, height, width), contiguous, in the dtype of x."""
     if x.dtype == torch.bfloat16:
@@ -136,9 +136,7 @@ def product(
     return y
 
 
-def input_grad(
-    topology: TensorTopology, values: Tensor, grad: Tensor, geometry: Geometry, size: Pair
-) -> Tensor:
+def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The gradient by x (n, in_channels, height, width), in the dtype of dy."""
     if grad.dtype == torch.bfloat16:
         return input_grad(topology, values, grad.float(), geometry, size).to(torch.bfloat16)
@@ -169,7 +167,7 @@ def input_grad(
     return dx
 
 
-def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """The gradient by the values, (nnz, 1, 1), in the dtype of dy."""
     if grad.dtype == torch.bfloat16:
         return values_grad(topology, grad.float(), x.float(), geometry).to(torch.bfloat16)
@@ -211,7 +209,7 @@ def _kernels(
         yield first, last, block.view(last - first, geometry.in_channels, *geometry.kernel)
 
 
-def _plans(topology: TensorTopology, geometry: Geometry) -> ConvolutionPlans:
+def _plans(topology: OnTensors, geometry: Geometry) -> ConvolutionPlans:
     own: RowTopology = topology.own  # type: ignore[assignment]
     return own.plan(("cpu", "conv2d", geometry), partial(ConvolutionPlans, geometry=geometry))
 

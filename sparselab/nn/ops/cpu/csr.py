@@ -29,10 +29,10 @@ from sparselab.kernels.cpu.csr.skinny import multiply_skinny
 from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
-from sparselab.nn.ops.topologies import TensorTopology
 
 _BLOCK_BYTES = 8 << 20
 
@@ -75,7 +75,7 @@ class RowProducts:
         return self.zeros(dtype) if bias is None else as_vector(bias)
 
 
-def _rows(topology: TensorTopology) -> RowProducts:
+def _rows(topology: OnTensors) -> RowProducts:
     """What is kept, made when it is first needed."""
     own: Any = topology.own
     kept: RowProducts = RowProducts(own)
@@ -84,7 +84,7 @@ def _rows(topology: TensorTopology) -> RowProducts:
 
 
 def product(
-    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None
+    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None
 ) -> Tensor:
     """``x W^T + b``, by a variant or the one that suits it."""
     dtype, n_tokens = x.dtype, x.shape[0]
@@ -133,7 +133,7 @@ def _product_of_blocks(rows: Rows, values: Tensor, x: Tensor, bias: Tensor | Non
     return y
 
 
-def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor:
+def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     """``dy W``."""
     dtype, n_tokens = grad.dtype, grad.shape[0]
     if dtype is torch.bfloat16:
@@ -167,7 +167,7 @@ def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor
     return dx
 
 
-def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     """``sum_t dy[t, i] x[t, j]`` for each connection (i, j), and ``sum_t dy[t]`` or an empty tensor."""
     dtype, n_tokens = grad.dtype, grad.shape[0]
     if dtype is torch.bfloat16:
@@ -197,19 +197,19 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bo
     return result, sums
 
 
-def variant(topology: TensorTopology, operation: str, n_tokens: int) -> Variant:
+def variant(topology: OnTensors, operation: str, n_tokens: int) -> Variant:
     """Which way a product of so many tokens takes, and why."""
     return choose(operation, n_tokens, topology.own.density, topology.measured, SINGLE)
 
 
 def ways(
-    topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None
+    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None
 ) -> dict[str, Callable[[], Tensor]]:
     """Every way to compute `product`, by the name of its variant."""
     return {name: partial(product, topology, values, x, bias, name) for name in possible(len(x), SINGLE)}
 
 
-def keep_forward(topology: TensorTopology) -> None:
+def keep_forward(topology: OnTensors) -> None:
     """Let go of the plans of backward passes; they are made anew if they are needed."""
     topology.own.forget(lambda key: key not in (PRODUCT_T, GRADIENT))
     if topology.kept is not None:

@@ -62,3 +62,10 @@ def zeros(n: int, dtype: torch.dtype) -> Tensor:
     """So many zeros, to be read only."""
     with torch.inference_mode(False):
         return torch.zeros(n, dtype=dtype)
+
+
+def nbytes(plan: Any) -> int:
+    """Bytes of the arrays of a plan."""
+    if isinstance(plan, tuple):
+        return sum(nbytes(part) for part in plan)
+    return int(getattr(plan, "nbytes", 0))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparselab.dst.budget.rows import rows_of
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
@@ -168,6 +167,11 @@ class LayerUpdate:
     def kept(self) -> Array:
         """Positions ``row * columns + column`` that keep their connection, ascending."""
         return kept_positions(self.view.matrix, self.drop)
+
+
+def rows_of(slots: Array, indptr: Array) -> Array:
+    """How many of some ascending slots each row has: int64 (rows,), rows beginning at `indptr`."""
+    return np.diff(np.searchsorted(slots, indptr))
 
 
 def total_size(views: Sequence[LayerView]) -> int:
