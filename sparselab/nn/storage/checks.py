@@ -17,17 +17,19 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
     """x (..., in_features), brought to the dtype of the values under autocast; errors as of `SparseLinear`."""
-    shape = x.shape
-    if shape and shape[-1] == in_features and x.dtype is values.dtype and x.dtype in _DTYPES:
-        device = x.device
-        if device == values.device and device.type == "cpu":
-            return x
-    check_width(x, in_features)
+    if not x.ndim or x.shape[-1] != in_features:
+        check_width(x, in_features)
+    device, dtype = x.device, x.dtype
+    if dtype is values.dtype and dtype in _DTYPES and device == values.device and device.type == "cpu":
+        return x
     return check_input(x, values)
 
 
 def check_input(x: Tensor, values: Tensor) -> Tensor:
     """x, brought to the dtype of the values under autocast; errors as documented at `SparseLinear`."""
+    device, dtype = x.device, x.dtype
+    if dtype is values.dtype and dtype in _DTYPES and device == values.device and device.type == "cpu":
+        return x
     for name, tensor in (("input", x), ("layer", values)):
         if not has_products(tensor.device.type):
             raise NotImplementedError(
