@@ -111,8 +111,9 @@ def test_imports_that_point_the_other_way_are_seen(path: str, source: str) -> No
     [
         ("sparselab/kernels/x.py", "import torchlike\nfrom sparselab.kernels import spmm"),
         ("sparselab/nn/x.py", "import torch\nfrom sparselab import kernels"),
-        ("sparselab/dst/x.py", "from sparselab.nn.storage.entries import find_sparse")
-        ("sparselab/dst/budget/prune.py", "from sparselab.nn.models.convert import keep_positions"),
+        ("sparselab/dst/x.py", "from sparselab.nn.storage.entries import find_sparse")(
+            "sparselab/dst/budget/prune.py", "from sparselab.nn.models.convert import keep_positions"
+        ),
         ("sparselab/integrations/x.py", "from sparselab.integrations._driver import Driver"),
         ("sparselab/integrations/x.py", "from sparselab.dst import Monitor"),
     ],

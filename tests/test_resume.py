@@ -102,6 +102,8 @@ def test_the_comparison_refuses_a_last_bit() -> None:
     run = Run("SET", seed=0)
     state, other = run.state(), Run("SET", seed=0).state()
     assert_same(state, other)
-    other["model"]["0.weight_values"][0] = torch.nextafter(other["model"]["0.weight_values"][0], torch.tensor(9.0))
+    other["model"]["0.weight_values"][0] = torch.nextafter(
+        other["model"]["0.weight_values"][0], torch.tensor(9.0)
+    )
     with pytest.raises(AssertionError, match=r"state\['model'\]\['0.weight_values'\]"):
         assert_same(state, other)

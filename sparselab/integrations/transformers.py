@@ -15,8 +15,8 @@ from sparselab.dst import Group, Monitor, SparsityAlgorithm
 from sparselab.dst.monitor.monitor import ScalarWriter
 from sparselab.integrations._driver import Driver
 from sparselab.nn import sparsify
-from sparselab.nn.models.kinds import Given, rule_of_saved
 from sparselab.nn.layers.base import find_sparse
+from sparselab.nn.models.kinds import Given, rule_of_saved
 
 try:
     from safetensors.torch import load_file

@@ -20,7 +20,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, values = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
         if ctx.layer.gradient_hook is not None:
             ctx.layer.gradient_hook(LinearOperands(x.detach(), dy.detach(), is_of_graph(x)))
         dw = (dy.T @ x).reshape(-1)[ctx.layer.positions()]

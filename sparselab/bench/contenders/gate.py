@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparselab import BlockSparseLinear, SparseLinear
+from sparselab.nn import SparseLayer, find_sparse
+from sparselab.nn.ops.cutting import cut
 
 
 class WrongResultError(Exception):
@@ -17,13 +18,13 @@ class Gate:
 
     Parameters
     ----------
-    layer : SparseLinear
+    layer : SparseLayer
     x : (tokens, in_features)
     dy : (tokens, out_features)
         Gradient of the output.
     """
 
-    def __init__(self, layer: SparseLinear, x: Tensor, dy: Tensor) -> None:
+    def __init__(self, layer: SparseLayer, x: Tensor, dy: Tensor) -> None:
         self._x, self._dy = x, dy
         self._layer = layer
         exact = layer.to_dense().double()
@@ -39,8 +40,7 @@ class Gate:
         Parameters
         ----------
         module : nn.Module
-            Its parameters are a bias, named so, and a weight: dense, sparse CSR, or, under the name values,
-            those of the connections alone.
+            Its parameters are a bias, named so, and a weight: dense, sparse CSR, or that of a sparse layer.
         tolerance : float
         gradients : bool
             Also judge the gradients of the input, the live weights and the bias.
@@ -66,25 +66,23 @@ class Gate:
 
     def _collect(self, module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
         found = {"input": x.grad}
+        own = {id(layer.stored) for _, layer in find_sparse(module)}
         for name, parameter in module.named_parameters():
             if name.rpartition(".")[2] == "bias":
                 found["bias"] = parameter.grad
             else:
-                found["live weights"] = self._live(name, parameter.grad)
+                found["live weights"] = self._live(parameter.grad, id(parameter) in own)
         return found
 
-    def _live(self, name: str, gradient: Tensor | None) -> Tensor | None:
-        """The gradient of the connections in row-major order, or in blocks."""
-        if gradient is None or gradient.shape == self._layer.weight_values.shape:
-            return gradient
-        if name.rpartition(".")[2] == "values":
-            return gradient.reshape(-1)
+    def _live(self, gradient: Tensor | None, packed: bool) -> Tensor | None:
+        """The gradient of the weights that exist, connection by connection, from a packed one or all of W."""
+        if gradient is None:
+            return None
         if gradient.layout == torch.sparse_csr:
             return gradient.values()
-        positions = self._layer.positions()
-        if isinstance(self._layer, BlockSparseLinear):
-            return self._layer.cut(gradient)[positions]
-        return gradient.reshape(-1)[positions]
+        if not packed:
+            gradient = cut(gradient, self._layer.block_shape)[self._layer.positions()]
+        return gradient.reshape(-1)
 
 
 def _compare(

@@ -13,7 +13,7 @@ from sparselab import BlockSparseLinear, FanInLinear, SparseLinear
 from sparselab.bench.contenders.gate import Gate, WrongResultError
 from sparselab.bench.measure.timing import Timing, interleave
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn import constant_fan_in_
+from sparselab.nn import SparseLayer, constant_fan_in_
 
 Call = Callable[[], object]
 
@@ -62,7 +62,7 @@ class Contender:
 
     make: Callable[[SparseLinear], nn.Module]
     tolerance: float
-    reference: Callable[[nn.Module], SparseLinear] | None = None
+    reference: Callable[[nn.Module], SparseLayer] | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def find_contender(name: str) -> Contender:
             layer.in_features, layer.out_features, sparsity=layer.sparsity, block_shape=(height, width)
         )
 
-    def reference(module: nn.Module) -> SparseLinear:
+    def reference(module: nn.Module) -> SparseLayer:
         assert isinstance(module, BlockSparseLinear)
         return module
 

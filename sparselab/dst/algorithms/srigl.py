@@ -25,8 +25,8 @@ from sparselab.dst.schedules.schedule import Schedule
 from sparselab.kernels.arrays import Array, n_connections, slot_dtype
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
-from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.storage.entries import as_scores
 
 Magnitudes = npt.NDArray[np.floating[Any]]

@@ -27,8 +27,8 @@ from sparselab.kernels.rewiring.positions import merge_candidates
 from sparselab.kernels.rewiring.rows import RowTopK, select_rows
 from sparselab.kernels.rewiring.stream import BlockStream
 from sparselab.kernels.rewiring.topk import StreamedTopK, largest
-from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.ops.operands import GradientOperands
 
 _BLOCK_BYTES = 4 << 20
 
@@ -199,7 +199,7 @@ class PassWatcher(abc.ABC):
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-        parameter = layer.stored
+        parameter: Any = layer.stored
         if parameter.requires_grad:
             self._parameter = weakref.ref(parameter)
             self._handle = parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -223,7 +223,7 @@ class PassWatcher(abc.ABC):
         if task not in self._waiting:
             self._waiting[task] = []
             self._begins(layer.stored)
-            engine = torch.autograd.Variable._execution_engine
+            engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(self._waiting.pop, task, None))
         self._waiting[task].append(operands)
 
@@ -236,7 +236,7 @@ class PassWatcher(abc.ABC):
 
     @abc.abstractmethod
     def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
-        """A pass has added to ``parameter.grad``; without operands that came another way, as from a penalty."""
+        """A pass has added to ``parameter.grad``: no operands if that came another way, as from a penalty."""
 
 
 class GradientCollector(PassWatcher):
@@ -262,8 +262,8 @@ class GradientCollector(PassWatcher):
     summary is formed, inside the last one, and the operands are let go. Until that is known, operands are
     held: references to tensors of the graph, and copies of inputs that somebody may overwrite.
 
-    If a further pass adds to the same ``.grad`` after that, the gradient cannot be known any more: there is no
-    summary, and `reason` says why.
+    If a further pass adds to the same ``.grad`` after that, the gradient cannot be known any more: there is
+    no summary, and `reason` says why.
     """
 
     def __init__(self, layer: SparseLayer, most: Callable[[], int | Array], passes: PassCount) -> None:

@@ -151,9 +151,7 @@ class GradientGrowth(Growth):
         """Watch the next backward passes of every layer, or stop watching."""
         self.watch(dict(enumerate(layers)), most)
 
-    def watch(
-        self, layers: Mapping[int, SparseLayer], most: Callable[[int], int | Array] | None
-    ) -> None:
+    def watch(self, layers: Mapping[int, SparseLayer], most: Callable[[int], int | Array] | None) -> None:
         """As `prepare`, of some layers by their numbers."""
         for collector in self._collectors.values():
             self._passes.learn(collector.passes_seen)

@@ -13,8 +13,8 @@ from sparselab.dst.parts.grow import GradientGrowth, Growth
 from sparselab.dst.parts.view import Vacancy
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.topk import StreamedTopK
-from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.ops.operands import GradientOperands
 
 
 class GradientAverage(PassWatcher):

@@ -18,8 +18,8 @@ from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
 from sparselab.kernels.rewiring.topk import largest
-from sparselab.nn.ops.operands import GradientOperands, Totals
 from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.ops.operands import GradientOperands, Totals
 
 Sampler = Literal["uniform", "grabo", "graest"]
 

@@ -20,8 +20,8 @@ class SparseMultiheadAttention(nn.Module):
     """`torch.nn.MultiheadAttention` with each projection a layer of its own, dense or sparse.
 
     Takes the same arguments and computes the same function, in training and in evaluation. All projections
-    of a new one are `SparseLinear`. `sparselab.sparsify` makes it from a dense one where a rule matches one of
-    its projections; `from_dense` and `of_layers` make a single one.
+    of a new one are `SparseLinear`. `sparselab.sparsify` makes it from a dense one where a rule matches one
+    of its projections; `from_dense` and `of_layers` make a single one.
 
     Parameters
     ----------
@@ -98,9 +98,7 @@ class SparseMultiheadAttention(nn.Module):
         """The largest weights of each projection of a dense one, by magnitude."""
         _require_attention(attention)
         own = projections(attention)
-        layers = {
-            name: SparseLinear.from_dense(own[name].linear, sparsity, density=density) for name in own
-        }
+        layers = {name: SparseLinear.from_dense(own[name].linear, sparsity, density=density) for name in own}
         return cls.of_layers(attention, layers)
 
     @classmethod
@@ -128,10 +126,11 @@ class SparseMultiheadAttention(nn.Module):
         own = projections(attention)
         if unknown := sorted(set(layers) - set(own)):
             raise ValueError(f"layers must be named {', '.join(own)}, got {unknown[0]!r}")
+        bias = own["q_proj"].linear.bias is not None
         new = cls(
-            attention.embed_dim, attention.num_heads, attention.dropout, own["q_proj"].linear.bias is not None,
-            attention.bias_k is not None, attention.add_zero_attn, attention.kdim, attention.vdim,
-            attention.batch_first, "meta", sparsity=1.0,
+            attention.embed_dim, attention.num_heads, attention.dropout, bias, attention.bias_k is not None,
+            attention.add_zero_attn, attention.kdim, attention.vdim, attention.batch_first, "meta",
+            sparsity=1.0,
         )  # fmt: skip
         new.bias_k, new.bias_v = _copy(attention.bias_k), _copy(attention.bias_v)
         for name in PROJECTIONS:

@@ -127,8 +127,8 @@ class SparseLinear(LinearLayer):
     derived from the topology when they are needed and are neither saved nor copied.
 
     In every kind of layer the Parameter has three dimensions, (connections, outputs and inputs of one): code
-    that finds what decays by ``p.ndim >= 2`` finds it, and optimizers for matrices (`torch.optim.Muon`), which
-    would take packed entries for one, refuse it.
+    that finds what decays by ``p.ndim >= 2`` finds it, and optimizers for matrices (`torch.optim.Muon`),
+    which would take packed entries for one, refuse it.
 
     Examples
     --------

@@ -336,7 +336,7 @@ class MaskedConv2d(Convolution, MaskedLayer):
 
 
 class _Shown(torch.autograd.Function):
-    """y itself, whose backward passes show its gradient, and what it is multiplied with, to the layer's hook."""
+    """y itself, whose backward passes show its gradient and the input to the layer's hook."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, layer: MaskedLayer) -> Tensor:

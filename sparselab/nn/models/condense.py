@@ -249,7 +249,8 @@ def _make(
     new.weight_values.requires_grad_(like.weight_values.requires_grad)
     new.bias = _parameter(bias, like.bias, like.weight_values)
     new.dense_class = like.dense_class
-    return new.train(like.training)
+    made: LinearLayer = new.train(like.training)
+    return made
 
 
 def _parameter(bias: Tensor | None, before: Tensor | None, weight: Tensor) -> nn.Parameter | None:

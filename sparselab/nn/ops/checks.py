@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
@@ -44,4 +43,3 @@ def _is(shape: Any, expected: Any) -> bool:
     return len(shape) == len(expected) and all(
         m is None or n == m for n, m in zip(shape, expected, strict=True)
     )
-

@@ -167,7 +167,9 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage, ge
     """
     if not is_plain(x, values, bias):
         refuse_forward_mode(x, values, bias)
-        return conv2d_operator(x, values, bias, *layer.storage.arguments(layer), geometry.numbers)
+        arguments = *layer.storage.arguments(layer), geometry.numbers
+        by_dispatcher: Tensor = conv2d_operator(x, values, bias, *arguments)
+        return by_dispatcher
     topology = layer.storage.topology(layer)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
@@ -198,9 +200,7 @@ class Conv2dFunction(torch.autograd.Function):
         topology.require_unchanged()
         if torch.is_grad_enabled() or not is_plain(grad, x, values):
             arguments = *topology.tensors, list(topology.sizes), topology.layout
-            found = _by_operators(
-                ctx.needs_input_grad, grad, x, values, arguments, geometry.numbers, size
-            )
+            found = _by_operators(ctx.needs_input_grad, grad, x, values, arguments, geometry.numbers, size)
             return *found, None, None
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = input_grad(topology, grad, values, geometry, size) if needs_x else None

@@ -74,7 +74,8 @@ def product(topology: TensorTopology, x: Tensor, values: Tensor, bias: Tensor | 
             topology.device, dtype, x=(x, (None, columns)), values=(values, topology.values_shape),
             bias=(bias, (rows,)),
         )  # fmt: skip
-    return topology.products.product(topology, values, x, bias)
+    y: Tensor = topology.products.product(topology, values, x, bias)
+    return y
 
 
 def input_grad(topology: TensorTopology, grad: Tensor, values: Tensor) -> Tensor:
@@ -104,7 +105,8 @@ def input_grad(topology: TensorTopology, grad: Tensor, values: Tensor) -> Tensor
             topology.device, dtype, grad=(grad, (None, topology.shape[0])),
             values=(values, topology.values_shape),
         )  # fmt: skip
-    return topology.products.input_grad(topology, values, grad)
+    dx: Tensor = topology.products.input_grad(topology, values, grad)
+    return dx
 
 
 def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,8 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bo
         )
     if topology.is_watched:
         topology.show(LinearOperands(x.detach(), grad.detach(), is_of_graph(x)))
-    return topology.products.values_grad(topology, grad, x, with_bias)
+    found: tuple[Tensor, Tensor] = topology.products.values_grad(topology, grad, x, with_bias)
+    return found
 
 
 def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) -> Tensor:
@@ -157,7 +160,8 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) ->
     """
     if not is_plain(x, values, bias):
         refuse_forward_mode(x, values, bias)
-        return linear_operator(x, values, bias, *layer.storage.arguments(layer))
+        by_dispatcher: Tensor = linear_operator(x, values, bias, *layer.storage.arguments(layer))
+        return by_dispatcher
     topology = layer.storage.topology(layer)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
@@ -228,9 +232,7 @@ def _(
 
 
 @linear_input_grad.register_fake
-def _(
-    grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str
-) -> Tensor:
+def _(grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str) -> Tensor:
     return grad.new_empty((grad.shape[0], sizes[1]))
 
 

@@ -61,7 +61,9 @@ class NumpyProducts:
 
     def variant(self, topology: TensorTopology, operation: str, n_tokens: int) -> Variant:
         """There is one way."""
-        return Variant(operation, "kernels", f"the layout {topology.own.layout!r} has products on arrays only")
+        return Variant(
+            operation, "kernels", f"the layout {topology.own.layout!r} has products on arrays only"
+        )
 
     def ways(
         self, topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None

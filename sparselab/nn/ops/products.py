@@ -48,7 +48,9 @@ class LinearProducts(Protocol):
 class ConvolutionProducts(Protocol):
     """The products of convolutions of one layout on one device; operands have been checked."""
 
-    def product(self, topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
+    def product(
+        self, topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Any
+    ) -> Tensor:
         """The convolution of images, contiguous."""
 
     def input_grad(

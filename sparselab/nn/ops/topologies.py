@@ -231,7 +231,9 @@ def _read_blocks(indptr: Any, indices: Any, sizes: Sizes) -> BlockTopology:
 
 def _rows(shape: tuple[int, int], indptr: Any, indices: Any) -> RowTopology:
     if indptr.dtype != np.int64 or indptr.shape != (shape[0] + 1,):
-        raise ValueError(f"indptr must be int64 of shape ({shape[0] + 1},), got {indptr.dtype} {indptr.shape}")
+        raise ValueError(
+            f"indptr must be int64 of shape ({shape[0] + 1},), got {indptr.dtype} {indptr.shape}"
+        )
     if indices.ndim != 1:
         raise ValueError(f"indices must have one dimension, got shape {indices.shape}")
     if indptr[0] != 0:

@@ -26,7 +26,7 @@ class Blocks(Compressed):
     def n_weights(self, layer: Any) -> int:
         """Live weights: those of the blocks that lie within W."""
         if layer.weight_values.is_meta:
-            return min(layer.weight_values.numel(), math.prod(self.shape))
+            return min(int(layer.weight_values.numel()), math.prod(self.shape))
         return int(self.input_pointers(layer)[-1])
 
     def take(self, layer: Any, entries: Tensor) -> Tensor:
@@ -96,9 +96,7 @@ class Blocks(Compressed):
         return indices
 
 
-def _inside(
-    shape: tuple[int, int], block_shape: tuple[int, int], row: Tensor, column: Tensor
-) -> Tensor:
+def _inside(shape: tuple[int, int], block_shape: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
     """bool (blocks, *block_shape): what of each block lies within a matrix of that shape."""
     rows, columns = (
         at[:, None] * size + torch.arange(size) < n

@@ -16,7 +16,7 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 
 def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
-    """x (..., in_features), brought to the dtype of the values under autocast; errors as of `SparseLinear`."""
+    """x (..., in_features), in the dtype of the values under autocast; errors as of `SparseLinear`."""
     if not x.ndim or x.shape[-1] != in_features:
         check_width(x, in_features)
     device, dtype = x.device, x.dtype
@@ -85,9 +85,7 @@ def check_rows(
     """
     if not _is_complete(state):
         return None
-    values, indptr, indices = (
-        state[name].detach().cpu() for name in ("weight_values", "indptr", "indices")
-    )
+    values, indptr, indices = (state[name].detach().cpu() for name in ("weight_values", "indptr", "indices"))
     if indptr.dtype != torch.int64 or indptr.shape != (grid[0] + 1,):
         raise ValueError(f"indptr must be int64 of shape ({grid[0] + 1},), got {_kind(indptr)}")
     if indices.dtype not in (torch.uint16, torch.int32, torch.int64) or indices.ndim != 1:
@@ -175,7 +173,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def check_bias(bias: object, example: str) -> bool:
-    """Whether there are biases; TypeError, with the right call for what may have been meant, if it is no bool.
+    """Whether there are biases; TypeError, with the call that may have been meant, if it is no bool.
 
     Parameters
     ----------

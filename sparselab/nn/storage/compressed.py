@@ -97,7 +97,8 @@ class Compressed(Storage):
         row = torch.repeat_interleave(
             torch.arange(rows, device=layer.indptr.device), torch.diff(layer.indptr)
         )
-        return row * columns + layer.indices.long()
+        positions: Tensor = row * columns + layer.indices.long()
+        return positions
 
     def matrix(self, layer: Any) -> RowTopology:
         """The connections on the grid; nothing is copied."""
@@ -161,7 +162,7 @@ class Compressed(Storage):
         self.check_rows(np.diff(begin))
         self.store(layer, begin, columns)
 
-    def check_rows(self, row_nnz: Array) -> None:  # noqa: B027
+    def check_rows(self, row_nnz: Array) -> None:
         """Raise ValueError if rows may not have these lengths."""
 
     @torch.no_grad()
@@ -173,7 +174,7 @@ class Compressed(Storage):
         self.refresh(layer)
 
     def resize(self, layer: Any, nnz: int) -> None:
-        """Make room for so many connections; what the Parameter, its gradient and the columns held is lost."""
+        """Make room for so many connections; what Parameter, gradient and columns held is lost."""
         held = self.held(layer)
         if nnz == held.shape[0]:
             return
@@ -215,7 +216,7 @@ class Compressed(Storage):
         self.resize(layer, len(indices))
         return {**state, prefix + "indices": indices}
 
-    def save(self, layer: Any, destination: dict[str, Any], prefix: str) -> None:  # noqa: B027
+    def save(self, layer: Any, destination: dict[str, Any], prefix: str) -> None:
         """Add to a saved state what the tensors do not say."""
 
     def __getstate__(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def as_scores(entries: Tensor) -> npt.NDArray[np.float32 | np.float64]:
 
 
 def slot_scores(entries: Tensor) -> npt.NDArray[np.float32 | np.float64]:
-    """Magnitudes of what `sparselab.nn.SparseLayer.per_connection` returns, the norm of each block, as `as_scores`.
+    """Magnitudes of what a layer's `per_connection` returns, the norm of each block, as `as_scores`.
 
     Blocks are summed in float64, so that no square overflows.
     """

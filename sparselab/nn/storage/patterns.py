@@ -123,7 +123,9 @@ def _read_rows(shape: tuple[int, int], indptr: Tensor, indices: Tensor, entries:
     return Pattern(shape, positions, weights)
 
 
-def read_blocks(pattern: Any, shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def read_blocks(
+    pattern: Any, shape: tuple[int, int], block_shape: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
     """Positions of the blocks of a pattern in the grid, and their weights if the pattern has some.
 
     Parameters

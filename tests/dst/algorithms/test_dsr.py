@@ -48,7 +48,9 @@ def slow_shares(total, weights, caps):
 def test_one_update_against_a_slow_one(kind):
     layers = network(kind)
     layers.apply(algorithm := DSR(update=1, threshold=0.1, n_prune=25))
-    before = [dict(zip(w.positions().tolist(), w.weight_values.flatten().tolist(), strict=True)) for w in layers]
+    before = [
+        dict(zip(w.positions().tolist(), w.weight_values.flatten().tolist(), strict=True)) for w in layers
+    ]
     kept = [{p: w for p, w in layer.items() if abs(w) >= 0.1} for layer in before]
     pruned = [before[i].keys() - kept[i].keys() for i in range(3)]
     n_pruned = sum(map(len, pruned))

@@ -100,7 +100,9 @@ def test_grows_the_largest_gradients_of_the_sample(kind, sampler, gamma):
         if step % 2 == 0:
             n_sample = math.ceil(gamma * layer.nnz)
             sample = slow_sample(layer, [(x, dy)], sampler, n_sample, 5, 0, step)
-            expected = slow_update(expected, layer.weight_values.flatten().tolist(), sample, dense([(x, dy)]), 0.3)
+            expected = slow_update(
+                expected, layer.weight_values.flatten().tolist(), sample, dense([(x, dy)]), 0.3
+            )
             n_grown = min(math.ceil(0.3 * layer.nnz), len(sample))
         algorithm.step()
         assert layer.positions().tolist() == expected
@@ -133,7 +135,9 @@ def test_a_layer_of_half_its_connections_is_ranked_whole(sparsity):
     pair = operands(0)
     backward(layer, *pair)
     free = sorted(set(range(ROWS * COLS)) - set(layer.live.tolist()))
-    expected = slow_update(layer.live.tolist(), layer.weight_values.flatten().tolist(), free, dense([pair]), 0.3)
+    expected = slow_update(
+        layer.live.tolist(), layer.weight_values.flatten().tolist(), free, dense([pair]), 0.3
+    )
     algorithm.step()
     assert layer.live.tolist() == expected
 
@@ -251,7 +255,10 @@ def test_the_network_ranks_samples_together():
         scores = dense([pair]).abs().reshape(-1)
         sample = slow_sample(layer, [pair], "uniform", layer.nnz, 0, index, 1)
         candidates += [(float(scores[p]), index, p) for p in sample]
-        old += [(abs(w), index, p) for w, p in zip(layer.weight_values.flatten().tolist(), layer.live.tolist(), strict=True)]
+        old += [
+            (abs(w), index, p)
+            for w, p in zip(layer.weight_values.flatten().tolist(), layer.live.tolist(), strict=True)
+        ]
     k = math.ceil(0.3 * len(old))
     after = sorted(old)[k:] + sorted(candidates)[-k:]
     algorithm.step()

@@ -206,7 +206,9 @@ def test_a_pass_after_the_gradient_was_formed_skips_the_layer_once_and_is_learnt
     born = model[0].positions().clone()
     backward(model[0], *operands(2))
     backward(model[1], *operands(3))
-    with pytest.warns(UserWarning, match=r"had 2 backward passes where 1 were expected. Pass grad_accumulation="):
+    with pytest.warns(
+        UserWarning, match=r"had 2 backward passes where 1 were expected. Pass grad_accumulation="
+    ):
         backward(model[0], *operands(4))
     algorithm.step()
     reason = "2 backward passes, after the gradient was formed from 1"

@@ -27,7 +27,9 @@ def kept_weights(model):
         (name, position): weight
         for name, layer in model.named_modules()
         if isinstance(layer, SparseLinear)
-        for position, weight in zip(layer.positions().tolist(), layer.weight_values.flatten().tolist(), strict=True)
+        for position, weight in zip(
+            layer.positions().tolist(), layer.weight_values.flatten().tolist(), strict=True
+        )
     }
 
 

@@ -11,8 +11,8 @@ from sparselab.dst import GMP, SET, MagnitudeAndGradient, RelativeImportance, Ri
 from sparselab.dst.parts.dense_gradient import block_norms, summarise
 from sparselab.dst.parts.grown import FanInUniform, Normal
 from sparselab.nn import BlockSparseLinear
-from sparselab.nn.ops.operands import LinearOperands
 from sparselab.nn.layers.base import as_matrix
+from sparselab.nn.ops.operands import LinearOperands
 from sparselab.nn.storage.entries import slot_scores
 from tests.dst.contract_rows import COMMON, ROWS
 
@@ -145,7 +145,10 @@ def test_scores_of_weights_and_gradients_are_norms():
     nn.Sequential(layer).apply(algorithm)
     layer(torch.randn(5, SHAPE[1], dtype=torch.float64)).square().sum().backward()
     (view,) = algorithm._views(1)
-    norms = [part.flatten(1).norm(dim=1).numpy() for part in (layer.weight_values.detach(), layer.weight_values.grad)]
+    norms = [
+        part.flatten(1).norm(dim=1).numpy()
+        for part in (layer.weight_values.detach(), layer.weight_values.grad)
+    ]
     np.testing.assert_allclose(algorithm.drop(view), norms[0] + 2 * norms[1], rtol=1e-12)
 
 

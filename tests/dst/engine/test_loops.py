@@ -254,11 +254,10 @@ def test_the_comparison_sees_a_gradient_that_is_left_out():
     torch.manual_seed(0)
     layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
     ours, dense = Sparse(layer), DenseRigL(layer)
-    with pytest.raises(AssertionError):
-        for step in range(36):
-            two_losses(ours, step)
-            plain(dense, step)
-            assert ours.positions().tolist() == dense.positions().tolist()
+    for step in range(36):
+        two_losses(ours, step)
+        plain(dense, step)
+    assert ours.positions().tolist() != dense.positions().tolist()
 
 
 def test_nothing_is_held_of_passes_that_do_not_count():

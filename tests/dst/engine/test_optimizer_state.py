@@ -114,7 +114,9 @@ def test_state_that_is_not_per_connection_is_left_alone(layer, entry):
 @pytest.mark.parametrize("position", [0, 1])
 def test_lbfgs_is_refused_wherever_the_layer_is_among_its_parameters(layer, position):
     other = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.LBFGS([layer.weight_values, other] if position == 0 else [other, layer.weight_values])
+    optimizer = torch.optim.LBFGS(
+        [layer.weight_values, other] if position == 0 else [other, layer.weight_values]
+    )
     with pytest.raises(RuntimeError, match=r"LBFGS.*one vector over all parameters"):
         StateMove(layer, [optimizer])
     StateMove(FakeSparse(6, 5, 0.5), [optimizer])

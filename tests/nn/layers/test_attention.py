@@ -198,10 +198,21 @@ def test_a_copy_and_a_loaded_state_compute_the_same() -> None:
 
 
 def test_a_new_one_takes_torch_s_own_arguments() -> None:
-    settings: dict[str, Any] = {"dropout": 0.0, "add_bias_kv": True, "kdim": 6, "vdim": 10, "batch_first": True}
+    settings: dict[str, Any] = {
+        "dropout": 0.0,
+        "add_bias_kv": True,
+        "kdim": 6,
+        "vdim": 10,
+        "batch_first": True,
+    }
     sparse = SparseMultiheadAttention(32, 4, **settings, density=0.25)
     dense = nn.MultiheadAttention(32, 4, **settings)
-    assert [getattr(sparse, name).nnz for name in ("q_proj", "k_proj", "v_proj", "out_proj")] == [256, 48, 80, 256]
+    assert [getattr(sparse, name).nnz for name in ("q_proj", "k_proj", "v_proj", "out_proj")] == [
+        256,
+        48,
+        80,
+        256,
+    ]
     shapes = {name: parameter.shape for name, parameter in sparse.to_dense().named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in dense.named_parameters()}
     x = torch.randn(2, 5, 32), torch.randn(2, 7, 6), torch.randn(2, 7, 10)

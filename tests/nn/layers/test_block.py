@@ -15,11 +15,10 @@ import sparselab
 from sparselab import BlockSparseLinear, MaskedLinear, SparseLinear, densify, measure_sparsity, memory_report
 from sparselab.kernels import BlockCSR
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.ops import linear as functional
-from sparselab.nn.ops.cpu import bsr
-from sparselab.nn.ops.cpu import variants
-from sparselab.nn.ops.cpu.variants import BLOCKS, FORWARD, possible
 from sparselab.nn.layers.base import as_matrix, is_sparse
+from sparselab.nn.ops import linear as functional
+from sparselab.nn.ops.cpu import bsr, variants
+from sparselab.nn.ops.cpu.variants import BLOCKS, FORWARD, possible
 from tests.nn.blocks import SIZES, array, every_block, outside
 from tests.nn.storage.test_rewrite import Seen
 from tests.oracle import Exact, assert_close, product
@@ -185,7 +184,9 @@ def test_precisions_and_modes() -> None:
     assert z.dtype == half.weight_values.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
     torch.testing.assert_close(z.float(), y, rtol=0.05, atol=0.05)
     torch.testing.assert_close(half.to_scipy().toarray(), array(half.to_dense().weight.float()))
-    doubled = torch.func.functional_call(layer, {"weight_values": 2 * layer.weight_values, "bias": 2 * layer.bias}, (x,))
+    doubled = torch.func.functional_call(
+        layer, {"weight_values": 2 * layer.weight_values, "bias": 2 * layer.bias}, (x,)
+    )
     torch.testing.assert_close(doubled, 2 * y)
     for wrong in (x[..., :-1], x.double()):
         with pytest.raises(RuntimeError, match="input must have"):

@@ -275,7 +275,7 @@ def test_constant_fan_in() -> None:
     assert layer.nnz == 39
     with pytest.raises(ValueError, match="fan_in must be at most 36, the inputs of an output, got 37"):
         make(fan_in=37)
-    with pytest.raises(ValueError, match="only one of sparsity or fan_in must be given, got 0.5 and 4"):
+    with pytest.raises(ValueError, match=r"only one of sparsity or fan_in must be given, got 0\.5 and 4"):
         make(sparsity=0.5, fan_in=4)
 
 

@@ -112,7 +112,11 @@ def test_the_fan_in_sets_the_range_of_weights_and_biases() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"fan_in": 3, "sparsity": 0.9}, ValueError, "only one of sparsity or fan_in must be given, got 0.9 and 3"),
+        (
+            {"fan_in": 3, "sparsity": 0.9},
+            ValueError,
+            "only one of sparsity or fan_in must be given, got 0.9 and 3",
+        ),
         ({"fan_in": 31}, ValueError, "fan_in must be at most 30, the inputs of an output, got 31"),
         ({"fan_in": -1}, ValueError, "fan_in must be at least 0, got -1"),
         ({"fan_in": 0.5}, TypeError, "fan_in must be an integer, got 0.5"),
@@ -191,7 +195,11 @@ def test_from_dense_keeps_the_largest_of_each_output() -> None:
         [pytest.approx(0.1), 0, pytest.approx(-0.3), 0],
     ]
     assert torch.equal(layer.bias, linear.bias)
-    assert (layer.training, layer.bias.requires_grad, layer.weight_values.requires_grad) == (False, False, True)
+    assert (layer.training, layer.bias.requires_grad, layer.weight_values.requires_grad) == (
+        False,
+        False,
+        True,
+    )
     assert FanInLinear.from_dense(linear, fan_in=1).indices.tolist() == [1, 2]
     with pytest.raises(TypeError, match=r"linear must be .*, got Conv2d"):
         FanInLinear.from_dense(nn.Conv2d(1, 1, 1), 0.5)
@@ -241,7 +249,7 @@ def test_patterns_with_unequal_rows_are_refused_and_change_nothing() -> None:
         FanInLinear.from_pattern(pattern)
     with pytest.raises(ValueError, match="got 1 for output 0 and 2 for output 1"):
         FanInLinear.from_sparse(SparseLinear.from_pattern(pattern))
-    with pytest.raises(TypeError, match="layer must be a sparse linear layer .*, got Linear"):
+    with pytest.raises(TypeError, match=r"layer must be a sparse linear layer .*, got Linear"):
         FanInLinear.from_sparse(nn.Linear(3, 2))
     layer = make()
     before = copy.deepcopy(layer.state_dict())
@@ -324,7 +332,9 @@ def test_life_inside_torch() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()))
     values, expected = torch.randn(2, 114, 1, 1), expected.detach()
-    by_values = torch.func.vmap(lambda v: torch.func.functional_call(layer, {"weight_values": v}, (x,)))(values)
+    by_values = torch.func.vmap(lambda v: torch.func.functional_call(layer, {"weight_values": v}, (x,)))(
+        values
+    )
     for each, y in zip(values, by_values, strict=True):
         torch.testing.assert_close(y, torch.func.functional_call(layer, {"weight_values": each}, (x,)))
     half = copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16())

@@ -70,7 +70,9 @@ def test_functional_call_uses_what_it_is_given() -> None:
     x = torch.randn(4, 20)
     layer(x)
     zeros = torch.zeros_like(layer.weight_values)
-    assert torch.equal(torch.func.functional_call(layer, {"weight_values": zeros}, (x,)), layer.bias.expand(4, 10))
+    assert torch.equal(
+        torch.func.functional_call(layer, {"weight_values": zeros}, (x,)), layer.bias.expand(4, 10)
+    )
     everything = {**dict(other.named_parameters()), **dict(other.named_buffers())}
     assert torch.equal(torch.func.functional_call(layer, everything, (x,)), other(x))
     assert torch.equal(layer(x), copy.deepcopy(layer)(x))

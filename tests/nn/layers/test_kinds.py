@@ -76,7 +76,11 @@ def test_a_conv1d_keeps_the_largest_of_its_transposed_weight() -> None:
     layer = sparsify(model.eval(), {"0": 0.5}, init="magnitude")[0]
     assert layer.to_dense().weight.tolist() == [[0, -5, 2], [0, 3, 0]]
     assert torch.equal(layer.bias, bias)
-    assert (layer.training, layer.bias.requires_grad, layer.weight_values.requires_grad) == (False, False, True)
+    assert (layer.training, layer.bias.requires_grad, layer.weight_values.requires_grad) == (
+        False,
+        False,
+        True,
+    )
 
 
 def test_another_conv1d_is_left_alone() -> None:

@@ -207,7 +207,10 @@ def test_the_same_seed_draws_the_same_layer() -> None:
 def test_weights_fill_the_range_of_their_row_s_fan_in() -> None:
     layer = SparseLinear(400, 300, sparsity=0.9)
     fan_in = torch.diff(layer.indptr).clamp(min=1)
-    scaled = layer.weight_values.detach().flatten() * torch.repeat_interleave(fan_in, torch.diff(layer.indptr)).sqrt()
+    scaled = (
+        layer.weight_values.detach().flatten()
+        * torch.repeat_interleave(fan_in, torch.diff(layer.indptr)).sqrt()
+    )
     assert scaled.abs().max() <= 1
     assert scaled.abs().max() > 0.99
     # The mean of n uniform draws has standard deviation 1 / sqrt(3 n); six of them are never exceeded here.

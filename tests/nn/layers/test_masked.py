@@ -195,7 +195,9 @@ def test_rewritten_as_the_sparse_layer_is(n_drop: int, n_grow: int) -> None:
     parameter, x = masked.weight, torch.randn(4, 30)
     for layer in (sparse, masked):
         layer(x).square().sum().backward()
-    masked.weight.grad[masked.mask] = sparse.weight_values.grad.flatten()  # equal bits, whatever the order of the sums
+    masked.weight.grad[masked.mask] = (
+        sparse.weight_values.grad.flatten()
+    )  # equal bits, whatever the order of the sums
     drop = torch.randperm(60)[:n_drop]
     free = (~masked.mask).view(-1).nonzero().flatten()
     # Half of what is grown was just dropped, and comes back with what it had.

@@ -82,7 +82,7 @@ def test_a_parametrization_computes_the_weights(kind: str) -> None:
     original = layer.parametrizations.weight_values.original
     torch.testing.assert_close(original.grad, 2 * twin.weight_values.grad)
     torch.testing.assert_close(layer.to_dense()(x), y)
-    with pytest.raises(TypeError, match="weight_values must be a Parameter .*; remove its parametrization"):
+    with pytest.raises(TypeError, match=r"weight_values must be a Parameter .*; remove its parametrization"):
         layer.rewrite(torch.arange(1), torch.empty(0, dtype=torch.int64))
     parametrize.remove_parametrizations(layer, "weight_values")
     torch.testing.assert_close(layer(x), y)
@@ -169,10 +169,12 @@ def test_the_same_words_in_every_class(kind: str) -> None:
     assert cls.from_dense(dense, 0.5).density == pytest.approx(0.5, abs=0.03)
     assert cls.from_dense(dense, density=0.5).density == pytest.approx(0.5, abs=0.03)
     for wrong in ({"sparsity": 0.5, "density": 0.5}, {"density": 2.0}, {"sparsity": -1.0}):
-        with pytest.raises(ValueError, match="sparsity|density"):
+        with pytest.raises(ValueError, match=r"sparsity|density"):
             cls.from_dense(dense, **wrong)
     arguments = (4, 4, 3) if kind == "convolution" else (8, 8)
-    with pytest.raises(TypeError, match=r"bias must be True or False, got 0.9; for a sparsity write .*sparsity=0.9\)"):
+    with pytest.raises(
+        TypeError, match=r"bias must be True or False, got 0.9; for a sparsity write .*sparsity=0.9\)"
+    ):
         cls(*arguments, bias=0.9)
     with pytest.raises(TypeError, match="positional"):
         cls(*arguments, *([1] * 10))

@@ -280,7 +280,11 @@ class WithExtra(nn.Module):
     [
         (WithExtra({"a": 1}), TypeError, "dense tensors only, got dict under '_extra_state'"),
         (WithExtra(torch.eye(2).to_sparse()), TypeError, "got torch.sparse_coo under '_extra_state'"),
-        (SparseLinear(3, 3, device="meta"), ValueError, "must hold data, got 'weight_values' on the device meta"),
+        (
+            SparseLinear(3, 3, device="meta"),
+            ValueError,
+            "must hold data, got 'weight_values' on the device meta",
+        ),
     ],
 )
 def test_models_that_do_not_fit_a_file_are_named(

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from sparselab.nn.ops.cpu.plans import TopologyPlans
 from torch import Tensor, nn
 
 from sparselab import MaskedLinear, SparseLinear, tune
 from sparselab.nn.layers import linear
 from sparselab.nn.models import tune as _tune
 from sparselab.nn.ops.cpu import products as _products
-from sparselab.nn.ops.cpu.plans import TopologyPlans
 from sparselab.nn.ops.cpu.variants import FORWARD, Measured, possible
 from tests.nn.layers.test_linear import check_gradients, dense_weight
 from tests.oracle import assert_close, product

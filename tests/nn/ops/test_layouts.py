@@ -106,7 +106,9 @@ def test_a_layout_is_known_once_and_products_too() -> None:
     products.register_products("linear", "csr", "somewhere", "sparselab.nn.ops.cpu.csr")
     try:
         assert products.has_products("somewhere")
-        assert products.find_products("linear", "csr", "somewhere") is products.find_products("linear", "csr", "cpu")
+        assert products.find_products("linear", "csr", "somewhere") is products.find_products(
+            "linear", "csr", "cpu"
+        )
     finally:
         products.unregister_products("linear", "csr", "somewhere")
     assert not products.has_products("somewhere")

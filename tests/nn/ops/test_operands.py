@@ -80,7 +80,13 @@ def test_an_operand_that_does_not_fit_is_refused(operator: str, name: str, how: 
 WRONG_TOPOLOGY: dict[str, Any] = {
     "sizes": [[10, 20, 1], [10, -20, 1, 1], [11, 20, 1, 1], [10, 7, 1, 1], [10, 20, 0, 1], [10, 20, 2, 2]],
     "layout": ["coo", "", "bsr "],
-    "indptr": [lambda t: t[:-1], lambda t: t.int(), lambda t: t + 1, lambda t: t.float(), lambda t: t.flip(0)],
+    "indptr": [
+        lambda t: t[:-1],
+        lambda t: t.int(),
+        lambda t: t + 1,
+        lambda t: t.float(),
+        lambda t: t.flip(0),
+    ],
     "indices": [lambda t: t[:-1], lambda t: t.long() + 20, lambda t: t.long() - 1, lambda t: t.float()],
 }
 
@@ -97,7 +103,9 @@ def test_a_topology_that_is_none_is_refused(operator: str, name: str) -> None:
 
 def test_the_messages_name_the_argument() -> None:
     given = arguments("single", "linear_values_grad")
-    with pytest.raises(RuntimeError, match=r"grad must be torch.float32 of shape \(tokens, 10\), got .* \(6, 3\)"):
+    with pytest.raises(
+        RuntimeError, match=r"grad must be torch.float32 of shape \(tokens, 10\), got .* \(6, 3\)"
+    ):
         OPS.linear_values_grad(*{**given, "grad": torch.randn(6, 3)}.values())
     with pytest.raises(RuntimeError, match=r"x must be torch.float64 of shape .*, got torch.float32"):
         OPS.linear_values_grad(*{**given, "grad": torch.randn(6, 10).double()}.values())

@@ -103,7 +103,9 @@ def test_rewriting_moves_values_gradient_and_mask(block_shape: tuple[int, int]) 
     layer(torch.randn(4, 70)).sum().backward()
     layer.forward_mask = torch.rand_like(layer.weight_values) < 0.5
     assert layer.weight_values.grad is not None
-    before = [each.detach().clone() for each in (layer.weight_values, layer.weight_values.grad, layer.forward_mask)]
+    before = [
+        each.detach().clone() for each in (layer.weight_values, layer.weight_values.grad, layer.forward_mask)
+    ]
     old, parameter = layer.positions(), layer.weight_values
     free = torch.tensor([p for p in range(layer.grid[0] * layer.grid[1]) if p not in old][:1])
     for grow in (free, free[:0]):
@@ -159,9 +161,15 @@ def test_a_wrong_state_is_refused_and_named() -> None:
     edge = good["weight_values"].clone()
     edge[:, :, 3] = 1
     for changed, message in (
-        ({"weight_values": good["weight_values"][:, :2]}, r"weight_values must be .* \(3, 4, 4\), got .* \(3, 2, 4\)"),
+        (
+            {"weight_values": good["weight_values"][:, :2]},
+            r"weight_values must be .* \(3, 4, 4\), got .* \(3, 2, 4\)",
+        ),
         ({"weight_values": good["weight_values"][0]}, "weight_values must be floating point of shape"),
-        ({"weight_values": edge, "indices": torch.tensor([0, 1, 2])[:3]}, "0 where blocks reach beyond W|ascending"),
+        (
+            {"weight_values": edge, "indices": torch.tensor([0, 1, 2])[:3]},
+            "0 where blocks reach beyond W|ascending",
+        ),
         ({"indptr": good["indptr"] + 1}, "must start at 0"),
         ({"indptr": good["indptr"][:-1]}, r"indptr must be int64 of shape \(3,\)"),
         ({"indices": torch.full((3,), 3)}, r"columns of 0\.\.2, got 3"),

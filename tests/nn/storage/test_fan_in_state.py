@@ -18,14 +18,23 @@ def change(name: str, replace: Any) -> Callable[[dict[str, Tensor]], dict[str, A
 
 
 HOSTILE = {
-    "unsorted columns": (change("indices", lambda t: t.int().view(18, 6).flip(1).flatten()), "strictly ascending within a row"),
+    "unsorted columns": (
+        change("indices", lambda t: t.int().view(18, 6).flip(1).flatten()),
+        "strictly ascending within a row",
+    ),
     "column out of range": (
         change("indices", lambda t: t.int() + 30),
         r"indices must be columns of 0\.\.29",
     ),
     "flat": (change("weight_values", lambda t: t.flatten()), r"weight_values must be .* \(108, 1, 1\)"),
-    "too few columns": (change("indices", lambda t: t[:-1]), "equally many columns for each of 18 rows, got 107"),
-    "columns of two dimensions": (change("indices", lambda t: t.view(18, 6)), "indices must have one dimension"),
+    "too few columns": (
+        change("indices", lambda t: t[:-1]),
+        "equally many columns for each of 18 rows, got 107",
+    ),
+    "columns of two dimensions": (
+        change("indices", lambda t: t.view(18, 6)),
+        "indices must have one dimension",
+    ),
     "float columns": (change("indices", lambda t: t.float()), "indices must be uint16, int32 or int64"),
     "integer values": (change("weight_values", lambda t: t.long()), "weight_values must be floating point"),
     "no rows": (lambda state: {**state, "rows": None}, "equally many columns for each of 20 rows, got 108"),
@@ -36,7 +45,10 @@ HOSTILE = {
     "negative rows": (change("rows", lambda t: t - 9), "rows must be strictly ascending"),
     "rows out of range": (change("rows", lambda t: t + 9), "rows must be strictly ascending"),
     "meta rows": (change("rows", lambda t: t.to("meta")), "rows must hold data"),
-    "no values": (lambda state: {**state, "weight_values": None}, "must be loaded together, got no weight_values"),
+    "no values": (
+        lambda state: {**state, "weight_values": None},
+        "must be loaded together, got no weight_values",
+    ),
     "no indices": (lambda state: {**state, "indices": None}, "must be loaded together, got no indices"),
 }
 

@@ -53,7 +53,9 @@ def test_hooks_on_the_parameter_stay(how: str) -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)
     shapes: list[torch.Size] = []
     layer.weight_values.register_hook(lambda gradient: shapes.append(gradient.shape))
-    layer.weight_values.register_post_accumulate_grad_hook(lambda parameter: shapes.append(parameter.grad.shape))
+    layer.weight_values.register_post_accumulate_grad_hook(
+        lambda parameter: shapes.append(parameter.grad.shape)
+    )
     RESIZE[how](layer)
     layer(torch.randn(4, 20)).sum().backward()
     assert shapes == [(layer.nnz, 1, 1)] * 2

@@ -141,9 +141,15 @@ HOSTILE = {
     "indptr past the end": (edit("indptr", put(-1, 10**9)), "indices must have shape"),
     "short indptr": (edit("indptr", lambda t: t[:-1]), r"indptr must be int64 of shape \(21,\)"),
     "narrow indptr": (edit("indptr", lambda t: t.int()), "indptr must be int64 of shape"),
-    "too few values": (edit("weight_values", lambda t: t[:-1]), r"weight_values must be .* \(120, 1, 1\), got .* \(119, 1, 1\)"),
+    "too few values": (
+        edit("weight_values", lambda t: t[:-1]),
+        r"weight_values must be .* \(120, 1, 1\), got .* \(119, 1, 1\)",
+    ),
     "integer values": (edit("weight_values", lambda t: t.long()), "weight_values must be floating point"),
-    "values of two dimensions": (edit("weight_values", lambda t: t.view(2, -1)), r"weight_values .* \(120, 1, 1\)"),
+    "values of two dimensions": (
+        edit("weight_values", lambda t: t.view(2, -1)),
+        r"weight_values .* \(120, 1, 1\)",
+    ),
     "bfloat16 columns": (edit("indices", lambda t: t.bfloat16()), "indices must be uint16, int32 or int64"),
     "columns of two dimensions": (
         edit("indices", lambda t: t.view(2, -1)),
@@ -156,10 +162,16 @@ HOSTILE = {
         edit("weight_values", lambda t: t.to("meta")),
         "weight_values must hold data, got a tensor on the meta device",
     ),
-    "no values": (lambda state: without(state, "weight_values"), "must be loaded together, got no weight_values"),
+    "no values": (
+        lambda state: without(state, "weight_values"),
+        "must be loaded together, got no weight_values",
+    ),
     "no indptr": (lambda state: without(state, "indptr"), "must be loaded together, got no indptr"),
     "no indices": (lambda state: without(state, "indices"), "must be loaded together, got no indices"),
-    "not a tensor": (lambda state: {**state, "weight_values": [1.0]}, "weight_values must be a tensor, got list"),
+    "not a tensor": (
+        lambda state: {**state, "weight_values": [1.0]},
+        "weight_values must be a tensor, got list",
+    ),
 }
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparselab import MaskedLinear, SparseLinear
-from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.layers.base import find_sparse, is_sparse
+from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.storage.entries import move_slots
 from tests.nn.storage.test_rewrite import Seen
 

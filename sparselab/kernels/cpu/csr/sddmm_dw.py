@@ -152,6 +152,6 @@ def sample_cut(
     out.fill(0)
     work = scratch(cut.n_shares, cut.items, out.dtype)
     launch(
-        _sample_share, cut.n_shares, indices, plan, cut.rectangles, DY[0], DY[1], X[0], X[1], X[2][0], X[2][1],
+        _sample_share, cut.n_shares, indices, plan, cut.rectangles, DY[0], DY[1], X[0], X[1], *X[2],
         cut.most_rows, work, out, sums,
     )  # fmt: skip

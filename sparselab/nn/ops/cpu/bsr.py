@@ -20,8 +20,8 @@ from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.cpu.memory import LIKE, as_array, as_matrix, as_vector, zeros
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
-from sparselab.nn.ops.topologies import TensorTopology
 from sparselab.nn.ops.cutting import cut, join
+from sparselab.nn.ops.topologies import TensorTopology
 
 _CHUNK_BYTES = 8 << 20
 
@@ -85,9 +85,7 @@ def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor
     return dx
 
 
-def values_grad(
-    topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool
-) -> tuple[Tensor, Tensor]:
+def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     """The gradient of every block, 0 outside the matrix, and ``sum_t dy[t]`` or an empty tensor."""
     dtype = grad.dtype
     if dtype is torch.bfloat16:
@@ -135,9 +133,7 @@ def ways(
     topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None
 ) -> dict[str, Callable[[], Tensor]]:
     """Every way to compute `product`, by the name of its variant."""
-    return {
-        name: partial(product, topology, values, x, bias, name) for name in possible(len(x), BLOCKS)
-    }
+    return {name: partial(product, topology, values, x, bias, name) for name in possible(len(x), BLOCKS)}
 
 
 def keep_forward(topology: TensorTopology) -> None:
@@ -177,4 +173,3 @@ def _chunks(own: BlockTopology) -> Iterator[_Chunk]:
         slots = slice(int(indptr[r0]), int(indptr[r1]))
         inside = slice(r0 * height, min(r1 * height, own.shape[0]))
         yield _Chunk(inside, slots, positions[slots] - r0 * columns, (r1 - r0, columns))
-

@@ -167,9 +167,7 @@ def input_grad(topology: TensorTopology, values: Tensor, grad: Tensor) -> Tensor
     return dx
 
 
-def values_grad(
-    topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool
-) -> tuple[Tensor, Tensor]:
+def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     """``sum_t dy[t, i] x[t, j]`` for each connection (i, j), and ``sum_t dy[t]`` or an empty tensor."""
     dtype, n_tokens = grad.dtype, grad.shape[0]
     if dtype is torch.bfloat16:
@@ -208,9 +206,7 @@ def ways(
     topology: TensorTopology, values: Tensor, x: Tensor, bias: Tensor | None
 ) -> dict[str, Callable[[], Tensor]]:
     """Every way to compute `product`, by the name of its variant."""
-    return {
-        name: partial(product, topology, values, x, bias, name) for name in possible(len(x), SINGLE)
-    }
+    return {name: partial(product, topology, values, x, bias, name) for name in possible(len(x), SINGLE)}
 
 
 def keep_forward(topology: TensorTopology) -> None:
