@@ -113,7 +113,7 @@ def test_a_layer_of_blocks_that_computes_something_else_is_refused() -> None:
     other = BlockSparseLinear(8, 6, block_shape=(3, 5), sparsity=0.5)
     with pytest.raises(WrongResultError, match="output of BlockSparseLinear is off"):
         judge.check(other, 1e-5, gradients=False)
-    layer.values.register_hook(lambda gradient: gradient * 2)
+    layer.weight_values.register_hook(lambda gradient: gradient * 2)
     with pytest.raises(WrongResultError, match="gradient of the live weights of BlockSparseLinear is off"):
         judge.check(layer, 1e-5, gradients=True)
 
