@@ -200,7 +200,7 @@ class PassWatcher(abc.ABC):
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-        parameter = layer.stored
+        parameter: Any = layer.stored
         if parameter.requires_grad:
             self._parameter = weakref.ref(parameter)
             register: Any = parameter.register_post_accumulate_grad_hook

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -361,7 +361,7 @@ def weight_of(layer: Any) -> Tensor:
     return weight
 
 
-def is_sparse(module: object) -> bool:
+def is_sparse(module: object) -> TypeGuard[SparseLayer]:
     """Whether a module is a `SparseLayer`."""
     return isinstance(module, SparseLayer)
 

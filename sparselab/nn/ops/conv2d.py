@@ -41,11 +41,19 @@ def product(
         If an operand does not fit.
     """
     outputs = _outputs(topology, geometry, x)
-    rows = topology.shape[0]
-    _check(
-        topology, x=(x, (None, geometry.in_channels, *x.shape[2:])),
-        values=(values, topology.values_shape), bias=(bias, (rows,)),
-    )  # fmt: skip
+    dtype, values_shape = x.dtype, topology.values_shape
+    if (
+        dtype not in DTYPES
+        or x.shape[1] != geometry.in_channels
+        or values.shape != values_shape
+        or values.dtype is not dtype
+        or not (bias is None or (bias.dtype is dtype and bias.shape == topology.shape[:1]))
+        or not (x.device == values.device == topology.device)
+    ):
+        refuse_misfits(
+            topology.device, dtype, x=(x, (None, geometry.in_channels, *x.shape[2:])),
+            values=(values, values_shape), bias=(bias, topology.shape[:1]),
+        )  # fmt: skip
     if min(outputs) < 1:
         raise RuntimeError(f"x must be as large as the kernel, {geometry.kernel}, got {tuple(x.shape)}")
     return _products(topology).product(topology, values, x, bias, geometry)  # type: ignore[no-any-return]
@@ -70,10 +78,18 @@ def input_grad(
         If an operand does not fit.
     """
     _check_geometry(topology, geometry)
-    _check(
-        topology, grad=(grad, (None, topology.shape[0], *_positive(geometry, size))),
-        values=(values, topology.values_shape),
-    )  # fmt: skip
+    shape = topology.shape[0], *_positive(geometry, size)
+    dtype = grad.dtype
+    if (
+        dtype not in DTYPES
+        or grad.shape[1:] != shape
+        or values.shape != topology.values_shape
+        or values.dtype is not dtype
+        or not (grad.device == values.device == topology.device)
+    ):
+        refuse_misfits(
+            topology.device, dtype, grad=(grad, (None, *shape)), values=(values, topology.values_shape)
+        )
     return _products(topology).input_grad(topology, values, grad, geometry, size)  # type: ignore[no-any-return]
 
 
@@ -93,27 +109,21 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geo
         If an operand does not fit.
     """
     outputs = _outputs(topology, geometry, x)
-    _check(
-        topology, grad=(grad, (x.shape[0], topology.shape[0], *outputs)),
-        x=(x, (None, geometry.in_channels, *x.shape[2:])),
-    )  # fmt: skip
+    shape = x.shape[0], topology.shape[0], *outputs
+    dtype = grad.dtype
+    if (
+        dtype not in DTYPES
+        or grad.shape != shape
+        or x.shape[1] != geometry.in_channels
+        or x.dtype is not dtype
+        or not (grad.device == x.device == topology.device)
+    ):
+        refuse_misfits(
+            topology.device, dtype, grad=(grad, shape), x=(x, (None, geometry.in_channels, *x.shape[2:]))
+        )
     if topology.is_watched:
         topology.show(ConvolutionOperands(x.detach(), grad.detach(), geometry, is_of_graph(x)))
     return _products(topology).values_grad(topology, grad, x, geometry)  # type: ignore[no-any-return]
-
-
-def _check(topology: TensorTopology, **operands: Any) -> None:
-    dtype = next(iter(operands.values()))[0].dtype
-    for tensor, shape in operands.values():
-        if tensor is not None and (
-            tensor.dtype is not dtype
-            or tensor.device != topology.device
-            or len(tensor.shape) != len(shape)
-            or any(m is not None and n != m for n, m in zip(tensor.shape, shape, strict=True))
-        ):
-            refuse_misfits(topology.device, dtype, **operands)
-    if dtype not in DTYPES:
-        refuse_misfits(topology.device, dtype, **operands)
 
 
 def _check_geometry(topology: TensorTopology, geometry: Geometry) -> None:

@@ -55,8 +55,6 @@ class Geometry(NamedTuple):
 
     def outputs(self, size: Pair) -> Pair:
         """Rows and columns of outputs for images of this size; not positive if they are too small."""
-        down, right = (
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        )
-        return down, right
+        (a, b), (p, q), (s, t), (d, e) = self.kernel, self.padding, self.stride, self.dilation
+        down = (size[0] + 2 * p - d * (a - 1) - 1) // s + 1
+        return down, (size[1] + 2 * q - e * (b - 1) - 1) // t + 1

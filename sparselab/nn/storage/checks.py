@@ -28,6 +28,9 @@ def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
 
 def check_input(x: Tensor, values: Tensor) -> Tensor:
     """x, brought to the dtype of the values under autocast; errors as documented at `SparseLinear`."""
+    device, dtype = x.device, x.dtype
+    if dtype is values.dtype and dtype in _DTYPES and device == values.device and device.type == "cpu":
+        return x
     for name, tensor in (("input", x), ("layer", values)):
         if not has_products(tensor.device.type):
             raise NotImplementedError(

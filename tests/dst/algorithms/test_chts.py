@@ -20,6 +20,7 @@ from sparselab.dst.algorithms import chts
 from sparselab.dst.parts.grow_paths import draw_by_paths
 from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels import PaddedCSR
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
@@ -127,7 +128,7 @@ def test_growth_sees_the_kept_connections_only():
     # With slot 0 gone, nothing has a path, and position 0 may grow.
     update = LayerUpdate(LayerView(0, 1, 0, as_layer(live)), np.array([0]), 7)
     assert PathGrowth().choose(update).tolist() == [0, 2, 4, 5, 6, 7, 8]
-    assert draw_by_paths(np.random.default_rng(0), PaddedCSR.from_positions((3, 3), update.kept), 7).size == 0
+    assert draw_by_paths(np.random.default_rng(0), RowTopology.from_positions((3, 3), update.kept), 7).size == 0
 
 
 @pytest.mark.parametrize("make", [FakeSparse, lambda i, o, s: SparseLinear(i, o, sparsity=s)])
@@ -146,7 +147,7 @@ def test_a_hot_removal_is_certain():
     # At a high enough temperature the soft rule is that of the smallest weights.
     layer = FakeSparse(30, 20, 0.8)
     layer.apply(algorithm := CHTs(temperature=1e6, update_freq=1))
-    weights = layer.values.detach().abs()
+    weights = layer.weight_values.detach().abs()
     weakest = set(layer.live[weights.argsort()[:36]].tolist())
     kept = set(layer.live.tolist()) - weakest
     algorithm.step()
@@ -158,7 +159,7 @@ def test_a_schedule_prunes_the_least_important_first():
     layer.apply(
         algorithm := CHTs(LinearSchedule(0.5, 0.7, 1), drop_fraction=0.0, update_freq=1, prune=Magnitude())
     )
-    weights = layer.values.detach().abs()
+    weights = layer.weight_values.detach().abs()
     strongest = sorted(layer.live[weights.argsort()[-180:]].tolist())
     algorithm.step()
     assert layer.live.tolist() == strongest
@@ -171,7 +172,7 @@ def test_pruning_comes_before_the_soft_removal():
             LinearSchedule(0.5, 0.7, 1), drop_fraction=0.5, update_freq=1, temperature=0.0, prune=Magnitude()
         )
     )
-    weights = layer.values.detach().abs()
+    weights = layer.weight_values.detach().abs()
     strongest = set(layer.live[weights.argsort()[-180:]].tolist())
     (drop,) = algorithm.selection.drop(algorithm.context([LayerView(0, 1, 0, layer)]))
     kept = np.delete(layer.live.numpy(), drop).tolist()

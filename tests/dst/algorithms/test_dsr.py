@@ -77,7 +77,7 @@ def test_the_threshold_doubles_and_halves(n_below, expected, n_prune):
     layer = FakeSparse(40, 20, 0.5)
     fill(layer, 5.0)
     with torch.no_grad():
-        layer.values[:n_below] = -0.5
+        layer.weight_values[:n_below] = -0.5
     layer.apply(algorithm := DSR(update_freq=1, threshold=1.0, n_prune=n_prune))
     algorithm.step()
     assert algorithm.last_update[0].dropped == n_below

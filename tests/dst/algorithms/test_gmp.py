@@ -230,7 +230,7 @@ def test_a_delta_out_of_range_is_named_with_its_step_before_anything_changes():
 def test_ties_keep_exact_counts():
     model = network(0.0, 0.0)
     for layer in model:
-        layer.values.data.fill_(0.5)
+        layer.weight_values.data.fill_(0.5)
     model.apply(algorithm := GMP(LinearSchedule(0.0, 0.5, 1), update_freq=1, scope="network"))
     algorithm.step()
     assert np.array_equal(model[0].positions(), np.arange(143))

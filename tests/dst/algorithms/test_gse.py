@@ -13,6 +13,7 @@ from sparselab.dst.algorithms import gse
 from sparselab.dst.parts import dense_gradient as gradient
 from sparselab.dst.parts.grow_sampled import _activity, _draw
 from sparselab.kernels import PaddedCSR
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn import SparseLinear
 from sparselab.nn.ops.operands import LinearOperands
 from tests.dst.fake import FakeSparse
@@ -195,7 +196,7 @@ def test_the_sample_does_not_depend_on_the_threads(n_threads):
 
 def test_a_sample_is_drawn_in_proportion_to_row_times_column():
     rows, columns = np.array([1.0, 0.0, 3.0]), np.array([2.0, 1.0, 0.0, 1.0])
-    live = PaddedCSR.from_positions((3, 4), np.array([0]))
+    live = RowTopology.from_positions((3, 4), np.array([0]))
     counts = np.zeros(12)
     rng, n_draws = np.random.default_rng(0), 8000
     for _ in range(n_draws):
@@ -206,7 +207,7 @@ def test_a_sample_is_drawn_in_proportion_to_row_times_column():
 
 
 def test_without_activity_the_sample_is_uniform():
-    live = PaddedCSR.from_positions((3, 4), np.empty(0, np.int64))
+    live = RowTopology.from_positions((3, 4), np.empty(0, np.int64))
     drawn = _draw(np.random.default_rng(0), live, 500, np.zeros(3), np.zeros(4))
     assert drawn.tolist() == list(range(12))
 

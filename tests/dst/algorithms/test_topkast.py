@@ -19,7 +19,9 @@ def make(kind, sparsity=0.7, dtype=torch.float64):
     torch.manual_seed(0)
     if kind == "fake":
         return FakeSparse(COLS, ROWS, sparsity, dtype=dtype)
-    return (SparseLinear if kind == "real" else MaskedLinear)(COLS, ROWS, False, sparsity, dtype=dtype)
+    return (SparseLinear if kind == "real" else MaskedLinear)(
+        COLS, ROWS, False, sparsity=sparsity, dtype=dtype
+    )
 
 
 def operands(step):

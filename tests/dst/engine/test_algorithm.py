@@ -130,7 +130,7 @@ def test_ties_drop_the_higher_positions():
 def test_nan_weights_do_not_break_the_count():
     layer = FakeSparse(10, 10, 0.9)
     with torch.no_grad():
-        layer.values[[1, 4]] = torch.nan
+        layer.weight_values[[1, 4]] = torch.nan
     algorithm = SET(drop_fraction=0.2, update_freq=1)
     layer.apply(algorithm)
     rotten = set(layer.positions()[[1, 4]].tolist())

@@ -71,7 +71,7 @@ class Sparse:
     def __init__(self, layer):
         self.layer = layer
         self.optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
-        self.algorithm = RigL(update=EVERY, drop_fraction=FRACTION)
+        self.algorithm = RigL(update_freq=EVERY, drop_fraction=FRACTION)
         layer.apply(self.algorithm)
 
     def __call__(self, x):

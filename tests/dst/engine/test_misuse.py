@@ -209,7 +209,7 @@ def test_an_optimizer_that_torch_does_not_report_may_be_named():
     model.apply(algorithm := SET(update_freq=1))
 
     class Plain:
-        param_groups = ({"params": [layer.values for layer in sparse_layers(model)]},)
+        param_groups = ({"params": [layer.weight_values for layer in sparse_layers(model)]},)
         state = {}  # noqa: RUF012
 
     algorithm.track(named := Plain())

@@ -13,7 +13,7 @@ def test_a_growth_of_ones_own_sees_the_gradient():
     layer = FakeSparse(10, 8, 0.5, dtype=torch.float64)
     layer.apply(algorithm := DynamicSparsityAlgorithm(Exchange(None, 0.5), update_freq=1, grow=Mixed()))
     x, dy = torch.randn(5, 10, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-    kept = set(layer.live[layer.values.abs().argsort()[20:]].tolist())
+    kept = set(layer.live[layer.weight_values.abs().argsort()[20:]].tolist())
     (layer(x) * dy).sum().backward()
     algorithm.step()
     steep = (dy.T @ x).abs().reshape(-1).numpy()

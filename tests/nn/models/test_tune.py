@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sparselab.nn.ops.cpu.plans import TopologyPlans
 from torch import Tensor, nn
 
 from sparselab import MaskedLinear, SparseLinear, tune

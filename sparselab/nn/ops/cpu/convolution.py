@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -116,8 +116,7 @@ def product(
         wide = None if bias is None else bias.detach().float()
         return product(topology, values, x.float(), wide, geometry).to(torch.bfloat16)
     use_torch_threads()
-    plans, grid = _plans(topology, geometry), _grid(geometry, (x.shape[2], x.shape[3]))
-    outputs = output_grid(grid)
+    plans, (grid, outputs) = _plans(topology, geometry), _grids(geometry, (x.shape[2], x.shape[3]))
     y = x.new_empty((len(x), plans.shape[0], *grid.outputs))
     if plans.is_dense("forward", y):
         for first, last, kernels in _kernels(values, plans, x):
@@ -141,8 +140,7 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, geometry: Geom
     if grad.dtype == torch.bfloat16:
         return input_grad(topology, values, grad.float(), geometry, size).to(torch.bfloat16)
     use_torch_threads()
-    plans, grid = _plans(topology, geometry), _grid(geometry, size)
-    outputs = output_grid(grid)
+    plans, (grid, outputs) = _plans(topology, geometry), _grids(geometry, size)
     dx = grad.new_empty((len(grad), geometry.in_channels, *size))
     if not grid.is_onto(size):
         dx.zero_()
@@ -172,8 +170,7 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, geometry: Geometry
     if grad.dtype == torch.bfloat16:
         return values_grad(topology, grad.float(), x.float(), geometry).to(torch.bfloat16)
     use_torch_threads()
-    plans, grid = _plans(topology, geometry), _grid(geometry, (x.shape[2], x.shape[3]))
-    outputs = output_grid(grid)
+    plans, (grid, outputs) = _plans(topology, geometry), _grids(geometry, (x.shape[2], x.shape[3]))
     result = grad.new_zeros(topology.values_shape)
     flat = as_vector(result)
     if plans.is_dense("values_grad", grad):
@@ -214,9 +211,11 @@ def _plans(topology: OnTensors, geometry: Geometry) -> ConvolutionPlans:
     return own.plan(("cpu", "conv2d", geometry), partial(ConvolutionPlans, geometry=geometry))
 
 
-def _grid(geometry: Geometry, size: Pair) -> Grid:
-    """Where the pixels of images of this size go."""
-    return input_grid(size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+@lru_cache(maxsize=256)
+def _grids(geometry: Geometry, size: Pair) -> tuple[Grid, Grid]:
+    """Where the pixels of images of this size go, and those of their outputs."""
+    grid = input_grid(size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+    return grid, output_grid(grid)
 
 
 def _n_planes(x: Tensor, grid: Grid) -> int:
