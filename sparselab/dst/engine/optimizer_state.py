@@ -34,7 +34,7 @@ class OptimizerTracker:
     layers : sequence of layers
         Read at each step, so that layers may be added later, and ``stored`` replaced by loading.
     stepped : callable, optional
-        Called after each step of an optimizer that has a layer, unless that step has been `finished` by then.
+        Called after each step of an optimizer that has a layer, unless it has been `finished` by then.
     """
 
     def __init__(self, layers: Sequence[SparseLayer], stepped: Callable[[], None] | None = None) -> None:
@@ -79,7 +79,7 @@ class OptimizerTracker:
     def finished(self) -> None:
         """Take note that the algorithm has counted the optimizer's step.
 
-        Torch calls an optimizer's own hooks, which may do that, before the one by which the step is seen here.
+        Torch calls an optimizer's own hooks, which may do that, before the one that sees the step here.
         """
         self._finished = self._within
 

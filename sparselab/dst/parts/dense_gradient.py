@@ -249,7 +249,7 @@ class PassWatcher(abc.ABC):
 
     @abc.abstractmethod
     def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
-        """A pass has added to ``parameter.grad``; without operands, it came another way, as from a penalty."""
+        """A pass has added to ``parameter.grad``; without operands, another way, as from a penalty."""
 
 
 class GradientCollector(PassWatcher):

@@ -20,8 +20,8 @@ from sparselab.dst.algorithms import chts
 from sparselab.dst.parts.grow_paths import draw_by_paths
 from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels import PaddedCSR
-from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.arrays import n_connections
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn import SparseLinear
 from tests.dst.fake import FakeSparse
 
@@ -76,7 +76,7 @@ def test_positions_are_drawn_in_proportion_to_their_score():
     chances /= chances.sum()
     n_draws = 3000
     rng = np.random.default_rng(0)
-    counts = Counter(int(draw_by_paths(rng, W, 1)[0]) for _ in range(n_draws))
+    counts = Counter(int(draw_by_paths(rng, W.topology, 1)[0]) for _ in range(n_draws))
     expected = n_draws * chances
     found = np.array([counts[position] for position in range(live.size)])
     assert np.all(found[chances == 0] == 0)
@@ -94,7 +94,7 @@ def test_pairs_are_drawn_one_after_the_other_without_replacement():
     p /= p.sum()
     n_draws = 3000
     rng = np.random.default_rng(0)
-    counts = Counter(tuple(draw_by_paths(rng, W, 2).tolist()) for _ in range(n_draws))
+    counts = Counter(tuple(draw_by_paths(rng, W.topology, 2).tolist()) for _ in range(n_draws))
     for i in range(live.size):
         for j in range(i + 1, live.size):
             expected = n_draws * (p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j]))
@@ -128,7 +128,9 @@ def test_growth_sees_the_kept_connections_only():
     # With slot 0 gone, nothing has a path, and position 0 may grow.
     update = LayerUpdate(LayerView(0, 1, 0, as_layer(live)), np.array([0]), 7)
     assert PathGrowth().choose(update).tolist() == [0, 2, 4, 5, 6, 7, 8]
-    assert draw_by_paths(np.random.default_rng(0), RowTopology.from_positions((3, 3), update.kept), 7).size == 0
+    assert (
+        draw_by_paths(np.random.default_rng(0), RowTopology.from_positions((3, 3), update.kept), 7).size == 0
+    )
 
 
 @pytest.mark.parametrize("make", [FakeSparse, lambda i, o, s: SparseLinear(i, o, sparsity=s)])

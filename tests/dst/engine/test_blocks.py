@@ -147,7 +147,10 @@ def test_scores_of_weights_and_gradients_are_norms():
     nn.Sequential(layer).apply(algorithm)
     layer(torch.randn(5, SHAPE[1], dtype=torch.float64)).square().sum().backward()
     (view,) = algorithm.views(1)
-    norms = [part.flatten(1).norm(dim=1).numpy() for part in (layer.weight_values.detach(), layer.weight_values.grad)]
+    norms = [
+        part.flatten(1).norm(dim=1).numpy()
+        for part in (layer.weight_values.detach(), layer.weight_values.grad)
+    ]
     np.testing.assert_allclose(algorithm.drop(view), norms[0] + 2 * norms[1], rtol=1e-12)
 
 

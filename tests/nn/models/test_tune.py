@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from sparselab.nn.ops.cpu.plans import TopologyPlans
 from torch import Tensor, nn
 
 from sparselab import MaskedLinear, SparseLinear, tune

@@ -23,7 +23,6 @@ from sparselab.nn.ops.cpu.memory import LIKE, as_array, as_matrix, as_vector, ze
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
 from sparselab.nn.ops.cutting import cut, join
-from sparselab.nn.ops.topologies import TensorTopology
 
 _CHUNK_BYTES = 8 << 20
 
