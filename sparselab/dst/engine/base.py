@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer
@@ -153,9 +153,8 @@ class SparsityAlgorithm(Driven):
             If the algorithm has taken steps without this layer; see `reset`.
         """
         if is_sparse(module):
-            layer = cast("SparseLayer", module)
-            self._check_new([("", layer)])
-            self._attach([("", layer)])
+            self._check_new([("", module)])
+            self._attach([("", module)])
 
     def _check_whole(self, found: Sequence[tuple[str, SparseLayer]], model: torch.nn.Module) -> None:
         """Raise RuntimeError if layers of another model are attached."""

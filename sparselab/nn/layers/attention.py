@@ -136,7 +136,6 @@ class SparseMultiheadAttention(nn.Module):
         own = projections(attention)
         if unknown := sorted(set(layers) - set(own)):
             raise ValueError(f"layers must be named {', '.join(own)}, got {unknown[0]!r}")
-        bias = own["q_proj"].linear.bias is not None
         new = cls(
             attention.embed_dim, attention.num_heads, attention.dropout,
             own["q_proj"].linear.bias is not None,
