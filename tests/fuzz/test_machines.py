@@ -21,9 +21,6 @@ from tests.fuzz.report import tables
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guard pages and fork are Linux's")
 
-#: These find what is still wrong with matrices, operators and layers, which costs minutes to shrink.
-until_mended = pytest.mark.xfail(run=False, reason="finds faults that are known and not mended yet")
-
 SEEDS = st.integers(0, 2**32 - 1)
 #: Steps that find faults by ending the process are left to the driver, and what is done to the whole machine.
 KERNEL_STEPS = [
@@ -67,13 +64,11 @@ def run(made: Any) -> None:
     )
 
 
-@until_mended
 @pytest.mark.parametrize("begin", [kernel_state.draw_padded, kernel_state.draw_blocks], ids=["csr", "blocks"])
 def test_matrices_are_their_dense_twins(begin: Callable[[Case], Any]) -> None:
     run(machine(begin, KERNEL_STEPS))
 
 
-@until_mended
 @pytest.mark.parametrize("kind", layer_sequence.KINDS)
 def test_layers_are_their_dense_twins(kind: str) -> None:
     def begin(case: Case) -> layer_sequence.State:
@@ -84,7 +79,6 @@ def test_layers_are_their_dense_twins(kind: str) -> None:
     run(machine(begin, LAYER_STEPS))
 
 
-@until_mended
 @pytest.mark.parametrize("family", [*KERNELS, *TORCH])
 def test_a_short_run_finds_no_fault(family: str) -> None:
     driver = Driver([family], seconds=3600, last_seed=max(30, settings().max_examples))
@@ -97,8 +91,8 @@ def test_a_short_run_finds_no_fault(family: str) -> None:
     "way",
     [
         "threads",
-        pytest.param("fork", marks=until_mended),
-        pytest.param("DataLoader", marks=until_mended),
+        "fork",
+        "DataLoader",
     ],
 )
 def test_callers_at_once_get_the_bits_of_one(way: str) -> None:
