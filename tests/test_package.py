@@ -31,7 +31,11 @@ FORBIDDEN = {
 #: Exceptions: the doors through which algorithms reach layers and their gradients, the one by which pruning
 #: makes them, and the list of dense layers that budgets are shared out to.
 ALLOWED = {
-    "sparselab/dst": {"sparselab.nn.layers.base", "sparselab.nn.storage.entries", "sparselab.nn.ops.operands"},
+    "sparselab/dst": {
+        "sparselab.nn.layers.base",
+        "sparselab.nn.storage.entries",
+        "sparselab.nn.ops.operands",
+    },
     "sparselab/dst/budget/prune.py": {"sparselab.nn.models.convert"},
     "sparselab/dst/budget/allocate.py": {"sparselab.nn.models.dense"},
     "sparselab/integrations": {"sparselab.integrations"},

@@ -170,6 +170,7 @@ def test_a_row_with_too_many_connections_keeps_the_largest():
     weights = weights_of(layer)
     algorithm.gamma_sal = 0
     algorithm.drop_fraction = lambda step: 0.0
+    layer.zero_grad()
     backward(layer, *operands(2))
     algorithm.step()
     assert fan_ins(layer) == [FAN_IN] * ROWS
@@ -264,6 +265,7 @@ def test_candidates_never_exceed_the_budget(monkeypatch):
     layer = make("real")
     algorithm = algorithm_for(layer, gamma_sal=50)
     for seed in range(5):
+        layer.zero_grad()
         backward(layer, *operands(seed, torch.linspace(0.1, 1, ROWS).roll(seed)))
         algorithm.step()
     assert len(kept) == 5
@@ -289,6 +291,7 @@ def test_the_budget_is_remembered():
     assert expected != forgotten
     for each, each_algorithm in ((layer, algorithm), (resumed, resumed_algorithm)):
         each_algorithm.gamma_sal = 0
+        each.zero_grad()
         backward(each, x, dy)
         each_algorithm.step()
         assert each.positions().tolist() == expected

@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from sparselab.nn.ops.cpu.plans import TopologyPlans
 from torch import Tensor, nn
 
 from sparselab import MaskedLinear, SparseLinear, tune
-from sparselab.nn.layers import linear
 from sparselab.nn.models import tune as _tune
-from sparselab.nn.ops.cpu import products as _products
+from sparselab.nn.ops.cpu import csr
 from sparselab.nn.ops.cpu.variants import FORWARD, Measured, possible
 from tests.nn.layers.test_linear import check_gradients, dense_weight
 from tests.oracle import assert_close, product
@@ -31,12 +30,16 @@ class Clock:
         self.microseconds: Mapping[str, float] = {}
         self.runs: list[tuple[int, str]] = []
         patch.setattr(_tune, "perf_counter", lambda: self.now)
-        patch.setattr(linear, "product", self.product)
+        ways = SparseLinear.ways
+        patch.setattr(SparseLinear, "ways", lambda layer, x: self.slowed(ways(layer, x), len(x)))
 
-    def product(self, x: Tensor, values: Tensor, bias: Tensor | None, plans: Any, variant: str) -> Tensor:
-        self.now += 1e-6 * self.microseconds[variant]
-        self.runs.append((len(x), variant))
-        return _products.product(x, values, bias, plans, variant)
+    def slowed(self, runs: dict[str, Callable[[], Tensor]], n_tokens: int) -> dict[str, Callable[[], Tensor]]:
+        def slow(name: str) -> Tensor:
+            self.now += 1e-6 * self.microseconds[name]
+            self.runs.append((n_tokens, name))
+            return runs[name]()
+
+        return {name: partial(slow, name) for name in runs}
 
 
 @pytest.fixture
@@ -56,8 +59,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return noted
 
-    for function, name in (("multiply_few", FEW), ("multiply", TILES), ("expand_rows", DENSE)):
-        monkeypatch.setattr(_products, function, noting(getattr(_products, function), name))
+    for function, name in (("multiply_few", FEW), ("multiply_cut", TILES), ("expand_rows", DENSE)):
+        monkeypatch.setattr(csr, function, noting(getattr(csr, function), name))
     return names
 
 
@@ -69,11 +72,10 @@ def test_every_variant_equals_the_oracle(
 ) -> None:
     layer = SparseLinear(37, 21, bias, sparsity=sparsity)
     x = torch.randn(n_tokens, 37)
-    plans = TopologyPlans(layer.indptr, layer.indices, 37)
     offset = layer.bias.detach() if layer.bias is not None else None
     exact = product(dense_weight(layer).numpy(), x.numpy().T, bias=offset)
-    for name in possible(n_tokens):
-        y = _products.product(x, layer.weight_values.detach(), offset, plans, name)
+    for run in layer.ways(x).values():
+        y = run().detach()
         assert_close(y.numpy().T, exact, y.numpy().dtype)
     assert tuple(taken) == possible(n_tokens)
     assert possible(n_tokens) == (FORWARD if n_tokens <= 16 else (TILES, DENSE))
