@@ -112,11 +112,10 @@ def block_shape(text: str) -> tuple[int, int]:
 
 
 def make_optimizer(cfg: Config, model: nn.Module, arm: str) -> torch.optim.AdamW:
-    """AdamW; weights decay, biases and norms do not. A sparse weight is flat, so it is known by its name."""
+    """AdamW; weights decay, sparse ones too, biases and norms do not."""
     decayed, free = [], []
-    for name, parameter in model.named_parameters():
-        is_weight = parameter.ndim >= 2 or name.endswith(".values")
-        (decayed if is_weight else free).append(parameter)
+    for parameter in model.parameters():
+        (decayed if parameter.ndim >= 2 else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": free, "weight_decay": 0.0}]
     lr = cfg.dense_lr if arm == "dense" else cfg.sparse_lr
     return torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2))

@@ -14,6 +14,7 @@ from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.ops.cpu.variants import Variant
 from sparselab.nn.ops.linear import linear
+from sparselab.nn.ops.topologies import TensorTopology
 from sparselab.nn.storage.checks import (
     check_bias,
     check_size,
@@ -56,7 +57,8 @@ class LinearLayer(CompressedLayer):
 
     def ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         """Every way to compute the output for x (tokens, in_features), by the name of its variant."""
-        topology = self.topology()
+        # One of its own: what only one of the ways needs is not kept.
+        topology = TensorTopology(*self.topology_arguments())
         return topology.products.ways(topology, self.in_use.detach(), x, self.bias)  # type: ignore[no-any-return]
 
     def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
