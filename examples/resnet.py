@@ -113,7 +113,7 @@ def difference(sparse: nn.Module, masked: nn.Module, batch: Batch) -> tuple[floa
             for a, b in zip(ours.parameters(recurse=False), theirs.parameters(recurse=False), strict=True)
         ]
         for a, b in pairs:
-            b = theirs.per_connection(b) if a.shape != b.shape else b
+            b = theirs.per_connection(b).view(a.shape) if a.shape != b.shape else b
             worst = max(worst, float((a - b).abs().max() / b.abs().max()))
     return float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()), worst
 

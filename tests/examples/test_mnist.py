@@ -75,7 +75,7 @@ def weights(digits, seed):
     model = mnist.make_model(cfg, cfg.sparsity)
     model.apply(algo)
     mnist.train(cfg, digits, model, algo, "")
-    return torch.cat([model[0].positions(), model[0].weight_values.detach()])
+    return torch.cat([model[0].positions(), model[0].weight_values.detach().flatten()])
 
 
 def test_a_seed_gives_the_same_weights_to_the_last_bit(digits):

@@ -163,6 +163,8 @@ class MomentumGrowth(Growth):
 
     def detach(self, layers: Iterable[SparseLayer]) -> None:
         """Forget the averages, and take off the layers what collects them."""
+        for average in self._averages.values():
+            average.release()
         self._averages, self._n_seen = {}, 0
         self._gradient.detach(layers)
 

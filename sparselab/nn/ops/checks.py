@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
@@ -43,3 +44,16 @@ def _is(shape: Any, expected: Any) -> bool:
     return len(shape) == len(expected) and all(
         m is None or n == m for n, m in zip(shape, expected, strict=True)
     )
+
+
+def refuse_mixed_devices(**tensors: Tensor | None) -> None:
+    """Raise RuntimeError unless all tensors that are there are on one device, as the fake operators must.
+
+    A tensor on the device "meta" among others makes torch call these in place of the operators, and hand out
+    what they return: memory that nobody has written to.
+    """
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first, device), *others = [(name, tensor.device) for name, tensor in present.items()]
+    for name, other in others:
+        if other != device:
+            raise RuntimeError(f"{name} must be on the device of {first}, {device}, got {other}")

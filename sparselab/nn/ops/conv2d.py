@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselab.nn.ops.checks import DTYPES, refuse_misfits
+from sparselab.nn.ops.checks import DTYPES, refuse_misfits, refuse_mixed_devices
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
 from sparselab.nn.ops.geometry import Geometry, Pair
 from sparselab.nn.ops.linear import HasStorage, TopologyArguments
@@ -240,6 +240,7 @@ def _(
     x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, sizes: list[int],
     layout: str, geometry: list[int],
 ) -> Tensor:  # fmt: skip
+    refuse_mixed_devices(x=x, values=values, bias=bias, indptr=indptr, indices=indices)
     rows, columns = Geometry.of(geometry).outputs((x.shape[2], x.shape[3]))
     return x.new_empty((x.shape[0], sizes[0], rows, columns))
 
@@ -249,6 +250,7 @@ def _(
     grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str,
     geometry: list[int], height: int, width: int,
 ) -> Tensor:  # fmt: skip
+    refuse_mixed_devices(grad=grad, values=values, indptr=indptr, indices=indices)
     return grad.new_empty((grad.shape[0], Geometry.of(geometry).in_channels, height, width))
 
 
@@ -257,6 +259,7 @@ def _(
     grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str,
     geometry: list[int],
 ) -> Tensor:  # fmt: skip
+    refuse_mixed_devices(grad=grad, x=x, indptr=indptr, indices=indices)
     return grad.new_empty((indices.shape[0], 1, 1))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparselab.nn.ops.checks import DTYPES, refuse_misfits
+from sparselab.nn.ops.checks import DTYPES, refuse_misfits, refuse_mixed_devices
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
 from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode
@@ -227,11 +227,13 @@ def _(
     x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor, sizes: list[int],
     layout: str,
 ) -> Tensor:  # fmt: skip
+    refuse_mixed_devices(x=x, values=values, bias=bias, indptr=indptr, indices=indices)
     return x.new_empty((x.shape[0], sizes[0]))
 
 
 @linear_input_grad.register_fake
 def _(grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str) -> Tensor:
+    refuse_mixed_devices(grad=grad, values=values, indptr=indptr, indices=indices)
     return grad.new_empty((grad.shape[0], sizes[1]))
 
 
@@ -239,6 +241,7 @@ def _(grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list
 def _(
     grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
+    refuse_mixed_devices(grad=grad, x=x, indptr=indptr, indices=indices)
     dvalues = grad.new_empty((indices.shape[0], sizes[2], sizes[3]))
     return dvalues, grad.new_empty(sizes[0] if with_bias else 0)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselab.kernels.arrays import Array, index_dtype
+from sparselab.kernels.arrays import Array, for_kernels, index_dtype
 from sparselab.kernels.checks import ascending
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.layouts.sampling import sample_distinct
@@ -128,7 +128,8 @@ class Compressed(Storage):
         )
         self.check_rows(new.row_nnz)
         moved = torch.from_numpy(source)
-        weights = self.move(layer, held.detach().clone(), moved)
+        # In place where the count stays, and nothing can fail from here on.
+        weights = self.move(layer, held.detach(), moved)
         # Set aside meanwhile: a Parameter and its gradient have the same shape.
         gradient, held.grad = held.grad, None
         self.store(layer, new.indptr, new.indices)
@@ -169,8 +170,8 @@ class Compressed(Storage):
     def store(self, layer: Any, indptr: Array, indices: Array) -> None:
         """Copy a topology into the buffers."""
         self.resize(layer, len(indices))
-        layer.indices.copy_(torch.from_numpy(np.array(indices)))
-        layer.indptr.copy_(torch.from_numpy(np.array(indptr)))
+        layer.indices.copy_(torch.from_numpy(for_kernels(indices)))
+        layer.indptr.copy_(torch.from_numpy(for_kernels(indptr)))
         self.refresh(layer)
 
     def resize(self, layer: Any, nnz: int) -> None:

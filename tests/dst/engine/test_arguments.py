@@ -73,7 +73,7 @@ def test_update_freq_and_update_are_not_both_given():
     ):
         RigL(update_freq=5, update={"freq": 5})
     with pytest.raises(TypeError, match=r"got 5 \(the number of steps between updates is update_freq\)"):
-        RigL(update_freq=5)
+        RigL(update=5)
 
 
 def test_star_imports_shadow_nothing_of_torch():

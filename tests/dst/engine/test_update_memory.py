@@ -13,7 +13,7 @@ SCRIPT = """
 import tracemalloc
 import numpy as np, torch
 from sparselab.dst import RigL
-from sparselab.dst.parts import view as update
+from sparselab.dst import view as update
 from sparselab.nn import SparseLinear
 
 def peak(layer, algorithm, optimizer, x):

@@ -120,7 +120,7 @@ def test_positions_beyond_32_bits_do_not_wrap():
 
 def test_misuse_is_named():
     live = np.empty(0, np.int64)
-    with pytest.raises(ValueError, match="k must not be negative"):
+    with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         StreamedTopK(-1, live, 3, np.float32)
     top = StreamedTopK(2, live, 3, np.float32)
     with pytest.raises(ValueError, match=r"float32 of shape \(n, 3\)"):
@@ -130,7 +130,7 @@ def test_misuse_is_named():
     with pytest.raises(ValueError, match="C-contiguous"):
         top.push(0, np.zeros((3, 2), np.float32).T)
     top.push(0, np.zeros((2, 3), np.float32))
-    with pytest.raises(ValueError, match="ascending order"):
+    with pytest.raises(ValueError, match="first_row must be at least 2, the row after those seen"):
         top.push(1, np.zeros((2, 3), np.float32))
 
 

@@ -20,7 +20,7 @@ from sparselab.nn.ops.topologies import register_layout, unregister_layout
 class Pairs(Topology):
     """Positions as two lists: the simplest layout that there is."""
 
-    layout: ClassVar[str] = "pairs"
+    layout: ClassVar[str] = "coordinates"
 
     def __init__(self, rows: Any, columns: Any, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -66,15 +66,15 @@ def read(rows: Any, columns: Any, sizes: Any) -> Pairs:
 
 @pytest.fixture
 def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    register_layout("pairs", read)
-    backends.register("pairs", "cpu", PairProducts())  # type: ignore[arg-type]
+    register_layout("coordinates", read)
+    backends.register("coordinates", "cpu", PairProducts())  # type: ignore[arg-type]
     W = torch.randn(5, 7, dtype=torch.float64) * (torch.rand(5, 7) < 0.5)
     rows, columns = W.nonzero().unbind(1)
     try:
         yield W, rows.contiguous(), columns.contiguous()
     finally:
-        backends.unregister("pairs", "cpu")
-        unregister_layout("pairs")
+        backends.unregister("coordinates", "cpu")
+        unregister_layout("coordinates")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -83,7 +83,7 @@ def test_a_layout_that_only_the_kernels_know(pairs: tuple[Tensor, Tensor, Tensor
     values = W[rows, columns].view(-1, 1, 1).requires_grad_()
     b = torch.randn(5, dtype=torch.float64, requires_grad=True) if bias else None
     x, dy = torch.randn(9, 7, dtype=torch.float64, requires_grad=True), torch.randn(9, 5, dtype=torch.float64)
-    arguments = x, values, b, rows, columns, [5, 7, 1, 1], "pairs"
+    arguments = x, values, b, rows, columns, [5, 7, 1, 1], "coordinates"
     y = linear_operator(*arguments)
     y.backward(dy)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, W, b))
