@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,17 @@ class LinearLayer(CompressedLayer):
         NotImplementedError
             If the layer or x is on a device without products, or forward-mode derivatives are asked for.
         """
-        values = self.weight_values if self._buffers["forward_mask"] is None else self.in_use
+        # Where they are, unless something computes them: torch's own look-up takes a microsecond each.
+        parameters: Any = self._parameters
+        values = parameters.get("weight_values")
+        if values is None or self._buffers["forward_mask"] is not None:
+            values = self.in_use
+        bias = parameters["bias"] if "bias" in parameters else self.bias
         x = check_tokens(x, values, self.in_features)
         if x.ndim == 2:
-            return linear(x, values, self.bias, self)
+            return linear(x, values, bias, self)
         tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        return linear(tokens, values, self.bias, self).reshape(*x.shape[:-1], self.out_features)
+        return linear(tokens, values, bias, self).reshape(*x.shape[:-1], self.out_features)
 
     def ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         """Every way to compute the output for x (tokens, in_features), by the name of its variant."""

@@ -67,8 +67,10 @@ def product(topology: TensorTopology, x: Tensor, values: Tensor, bias: Tensor | 
         or values.shape != topology.values_shape
         or values.dtype is not dtype
         or dtype not in DTYPES
-        or not (bias is None or (bias.dtype is dtype and bias.shape == (rows,)))
-        or not (x.device == values.device == topology.device)
+        or not (bias is None or (bias.dtype is dtype and bias.shape == topology.bias_shape))
+        or not (
+            x.is_cpu and values.is_cpu if topology.is_cpu else x.device == values.device == topology.device
+        )
     ):
         refuse_misfits(
             topology.device, dtype, x=(x, (None, columns)), values=(values, topology.values_shape),
@@ -99,7 +101,11 @@ def input_grad(topology: TensorTopology, grad: Tensor, values: Tensor) -> Tensor
         or values.shape != topology.values_shape
         or values.dtype is not dtype
         or dtype not in DTYPES
-        or not (grad.device == values.device == topology.device)
+        or not (
+            grad.is_cpu and values.is_cpu
+            if topology.is_cpu
+            else grad.device == values.device == topology.device
+        )
     ):
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, topology.shape[0])),
@@ -135,7 +141,7 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bo
         or (shape[1], other[1]) != topology.shape
         or x.dtype is not dtype
         or dtype not in DTYPES
-        or not (grad.device == x.device == topology.device)
+        or not (grad.is_cpu and x.is_cpu if topology.is_cpu else grad.device == x.device == topology.device)
     ):
         rows, columns = topology.shape
         refuse_misfits(

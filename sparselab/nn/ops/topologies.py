@@ -108,6 +108,8 @@ class TensorTopology:
         self.own = _read(layout)(*self._arrays, self.sizes)
         self.shape = self.own.shape
         self.values_shape = torch.Size((self.own.nnz, *self.own.block_shape))
+        self.bias_shape = torch.Size((self.shape[0],))
+        self.is_cpu = self.device.type == "cpu"
         self.measured: Measured | None = None
         #: What the products keep from call to call.
         self.kept: Any = None

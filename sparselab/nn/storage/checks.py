@@ -17,11 +17,10 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
     """x (..., in_features), in the dtype of the values under autocast; errors as of `SparseLinear`."""
-    shape = x.shape
-    if shape and shape[-1] == in_features and x.dtype is values.dtype and x.dtype in _DTYPES:
-        device = x.device
-        if device == values.device and device.type == "cpu":
-            return x
+    shape, dtype = x.shape, x.dtype
+    fits = shape and shape[-1] == in_features and dtype is values.dtype and dtype in _DTYPES
+    if fits and x.is_cpu and values.is_cpu:
+        return x
     check_width(x, in_features)
     return check_input(x, values)
 

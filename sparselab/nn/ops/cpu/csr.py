@@ -70,6 +70,10 @@ class RowProducts:
             found = self._zeros[dtype] = np.zeros(max(self.shape), LIKE[dtype].dtype)
         return found
 
+    def zero_bias(self, dtype: torch.dtype) -> Tensor:
+        """`zeros` as a tensor."""
+        return torch.from_numpy(self.zeros(dtype))
+
     def of_bias(self, bias: Tensor | None, dtype: torch.dtype) -> Array:
         """What a product adds to each row."""
         return self.zeros(dtype) if bias is None else as_vector(bias)
@@ -105,10 +109,11 @@ def product(
         return _product_of_blocks(rows, values, x, bias, y)
     X, Y = as_matrix(x), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens))
     if variant == "skinny":
-        weights, offsets = values.contiguous(), rows.of_bias(bias, dtype)
+        weights = values if values.is_contiguous() else values.contiguous()
+        offsets = rows.zero_bias(dtype) if bias is None else bias.contiguous()
         multiply_skinny(
             weights.data_ptr(), LIKE[values.dtype], rows.indices, rows.begin, rows.end,
-            address(offsets), LIKE[dtype], X, Y, n_threads,
+            offsets.data_ptr(), LIKE[dtype], X, Y, n_threads,
         )  # fmt: skip
         return y
     plan = rows.forward
