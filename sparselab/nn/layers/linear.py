@@ -54,7 +54,7 @@ class LinearLayer(CompressedLayer):
         values = parameters.get("weight_values")
         if values is None or self._buffers["forward_mask"] is not None:
             values = self.in_use
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         x = check_tokens(x, values, self.in_features)
         if x.ndim == 2:
             return linear(x, values, bias, self)
