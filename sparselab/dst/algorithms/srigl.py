@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.dst.budget.targets import Exchange
+from sparselab.dst.budget.targets import Exchange, by_rows
 from sparselab.dst.checks import require_finite
 from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
@@ -180,7 +180,13 @@ class FanInBudget(Exchange):
 
     def of(self, layer: SparseLayer) -> int:
         """B, the connections that the layer may have."""
-        return layer.nnz if self.sparsity is None else n_connections(layer.shape, self.sparsity)
+        if self.sparsity is None:
+            return layer.nnz
+        row_nnz, budget = as_matrix(layer).row_nnz, n_connections(layer.shape, self.sparsity)
+        live, other = int(np.count_nonzero(row_nnz)), by_rows(layer, self.sparsity)
+        # Rows that were rounded one by one, as those of a `FanInLinear`, say so by their length.
+        rounded = live and other // live == row_nnz.max() != budget // live
+        return other if rounded else budget
 
     def check(self, layer: SparseLayer) -> None:
         """Raise ValueError unless the outputs that are left have the fan-in that the budget allows."""

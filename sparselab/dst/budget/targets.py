@@ -191,12 +191,18 @@ def check_sparsity(sparsity: float | Schedule | None) -> float | Schedule | None
     return sparsity
 
 
+def by_rows(layer: SparseLayer, sparsity: float) -> int:
+    """Connections of a layer whose rows have that sparsity each, which rounds for every row."""
+    rows, columns = layer.grid
+    return rows * n_connections((1, columns), sparsity)
+
+
 def check_count(layer: SparseLayer, sparsity: float | Schedule | None) -> None:
     """Raise ValueError if `sparsity` is a number and the layer has another number of connections."""
     if sparsity is None or isinstance(sparsity, Schedule):
         return
     expected = n_connections(layer.grid, sparsity)
-    if layer.nnz != expected:
+    if layer.nnz not in (expected, by_rows(layer, sparsity)):
         raise ValueError(
             f"sparsity={sparsity} means {expected} connections for a layer of shape {tuple(layer.shape)}, "
             f"but it has {layer.nnz} (sparsity {layer.sparsity:.6g}). An algorithm keeps the number of "

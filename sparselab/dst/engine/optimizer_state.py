@@ -155,6 +155,10 @@ class _Stepped(threading.local):
     ours = False
     other = ""
 
+    def __reduce__(self) -> tuple[type[_Stepped], tuple[()]]:
+        # A copy has seen nothing.
+        return _Stepped, ()
+
 
 class StateMove:
     """What has to follow the connections of one layer; made before the rewrite, applied after it.

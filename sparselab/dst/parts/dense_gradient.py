@@ -352,8 +352,9 @@ class GradientCollector(PassWatcher):
         layer = self._layer()
         if layer is not None and layer.stored.grad is None:
             self._reset()
-        self.summary()
-        super().settle()
+        if self.passes_seen:  # else the step was that of the gradient before, counted before it was made
+            self.summary()
+            super().settle()
 
     def summary(self) -> GradientSummary | None:
         """What is known of the gradient, or None if nothing is."""

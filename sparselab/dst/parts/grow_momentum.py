@@ -50,6 +50,11 @@ class GradientAverage(PassWatcher):
         """Memory of M, whether or not it is there yet."""
         return average_bytes(self.shape, self.dtype)
 
+    @property
+    def seen(self) -> bool:
+        """Whether a gradient of the step under way has come."""
+        return self._remaining != self._momentum
+
     def start_step(self) -> None:
         """The next gradient is that of a new optimizer step; what follows it is added to it."""
         self._remaining = self._momentum
@@ -135,7 +140,8 @@ class MomentumGrowth(Growth):
         """Leave out backward passes between the optimizer's step and the next `prepare`."""
         self._gradient.settle()
         for average in self._averages.values():
-            average.settle()
+            if average.seen:
+                average.settle()
 
     def reason_to_skip(self, view: LayerView) -> str:
         """Why the layer cannot grow now; empty if it can."""

@@ -17,6 +17,8 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
     """x (..., in_features), in the dtype of the values under autocast; errors as of `SparseLinear`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input must be a torch.Tensor, got {type(x).__name__}")
     shape, dtype = x.shape, x.dtype
     fits = shape and shape[-1] == in_features and dtype is values.dtype and dtype in _DTYPES
     if fits and x.is_cpu and values.is_cpu:
