@@ -57,3 +57,10 @@ def refuse_mixed_devices(**tensors: Tensor | None) -> None:
     for name, other in others:
         if other != device:
             raise RuntimeError(f"{name} must be on the device of {first}, {device}, got {other}")
+
+
+def require_strided(**tensors: Tensor | None) -> None:
+    """Raise RuntimeError unless all tensors that are there are dense ones."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise RuntimeError(f"{name} must be a dense tensor, got layout {tensor.layout}")

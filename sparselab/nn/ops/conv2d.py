@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselab.nn.ops.checks import DTYPES, refuse_misfits, refuse_mixed_devices
+from sparselab.nn.ops.checks import DTYPES, refuse_misfits, refuse_mixed_devices, require_strided
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
 from sparselab.nn.ops.geometry import Geometry, Pair
 from sparselab.nn.ops.linear import HasStorage, TopologyArguments
@@ -211,6 +211,7 @@ def conv2d_operator(
     layout: str, geometry: list[int],
 ) -> Tensor:  # fmt: skip
     """See `product`; the geometry as `Geometry.numbers`."""
+    require_strided(x=x, values=values, bias=bias, indptr=indptr, indices=indices)
     topology = find_topology(indptr, indices, sizes, layout)
     return product(topology, x, values, bias, Geometry.of(geometry))
 
@@ -221,6 +222,7 @@ def conv2d_input_grad(
     geometry: list[int], height: int, width: int,
 ) -> Tensor:  # fmt: skip
     """See `input_grad`."""
+    require_strided(grad=grad, values=values, indptr=indptr, indices=indices)
     topology = find_topology(indptr, indices, sizes, layout)
     return input_grad(topology, grad, values, Geometry.of(geometry), (height, width))
 
@@ -231,6 +233,7 @@ def conv2d_values_grad(
     geometry: list[int],
 ) -> Tensor:  # fmt: skip
     """See `values_grad`."""
+    require_strided(grad=grad, x=x, indptr=indptr, indices=indices)
     topology = find_topology(indptr, indices, sizes, layout)
     return values_grad(topology, grad, x, Geometry.of(geometry))
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparselab.nn.ops.checks import DTYPES, refuse_misfits, refuse_mixed_devices
+from sparselab.nn.ops.checks import DTYPES, refuse_misfits, refuse_mixed_devices, require_strided
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
 from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode
@@ -209,6 +209,7 @@ def linear_operator(
     layout: str,
 ) -> Tensor:  # fmt: skip
     """See `product`."""
+    require_strided(x=x, values=values, bias=bias, indptr=indptr, indices=indices)
     return product(find_topology(indptr, indices, sizes, layout), x, values, bias)
 
 
@@ -217,6 +218,7 @@ def linear_input_grad(
     grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str
 ) -> Tensor:
     """See `input_grad`."""
+    require_strided(grad=grad, values=values, indptr=indptr, indices=indices)
     return input_grad(find_topology(indptr, indices, sizes, layout), grad, values)
 
 
@@ -225,6 +227,7 @@ def linear_values_grad(
     grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """See `values_grad`."""
+    require_strided(grad=grad, x=x, indptr=indptr, indices=indices)
     return values_grad(find_topology(indptr, indices, sizes, layout), grad, x, with_bias)
 
 
