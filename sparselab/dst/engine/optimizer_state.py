@@ -34,10 +34,13 @@ class OptimizerTracker:
     layers : sequence of layers
         Read at each step, so that layers may be added later, and ``stored`` replaced by loading.
     stepped : callable, optional
-        Called after each step of an optimizer that has a layer, unless it has been `finished` by then.
+        Called after each step of an optimizer that has a layer, unless it has been `finished` by then, with
+        the `id` of every Parameter that the optimizer has.
     """
 
-    def __init__(self, layers: Sequence[SparseLayer], stepped: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[SparseLayer], stepped: Callable[[set[int]], None] | None = None
+    ) -> None:
         self._layers = layers
         self._when_stepped = stepped
         #: With the number of the note that was taken of each last.
@@ -47,6 +50,12 @@ class OptimizerTracker:
         #: Whether an optimizer is within a step, and whether `finished` was called since that began.
         self._within = self._finished = False
         self._stepped = _Stepped()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Hooks call the tracker that they were made for; a copy asks for its own.
+        self.__dict__.update(state, _watching=False, _within=False, _finished=False)
+        if state["_watching"]:
+            self.watch()
 
     def watch(self) -> None:
         """Start noticing optimizers as they step; calling it again changes nothing."""
@@ -92,7 +101,7 @@ class OptimizerTracker:
             self.add(optimizer)
             self._stepped.ours = True
             if self._when_stepped is not None and not finished:
-                self._when_stepped()
+                self._when_stepped({id(p) for group in optimizer.param_groups for p in group["params"]})
         else:
             self._stepped.other = type(optimizer).__name__
 

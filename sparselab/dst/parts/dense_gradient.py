@@ -215,6 +215,11 @@ class PassWatcher(abc.ABC):
             self._handle.remove()
         self._waiting = {}
 
+    def is_among(self, parameters: set[int]) -> bool:
+        """Whether the layer's Parameter is one of these, given by `id`."""
+        layer = self._layer()
+        return layer is not None and id(layer.stored) in parameters
+
     def settle(self) -> None:
         """Look at no more passes: the optimizer has made its step with what is in ``.grad``."""
         self._settled = True

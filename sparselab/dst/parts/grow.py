@@ -76,8 +76,14 @@ class Growth(Part, abc.ABC):
     def expect_passes(self, passes: int) -> None:
         """Say how many backward passes the optimizer step under way sums over, and those after it."""
 
-    def settle(self) -> None:
-        """Take note that an optimizer has made its step: later backward passes are of the next one."""
+    def settle(self, parameters: set[int]) -> None:
+        """Take note that an optimizer has made its step: later backward passes are of the next one.
+
+        Parameters
+        ----------
+        parameters : set of int
+            The `id` of every Parameter that it has.
+        """
 
     def detach(self, layers: Iterable[SparseLayer]) -> None:
         """Take off the layers whatever `prepare` has put on them."""
@@ -187,10 +193,11 @@ class GradientGrowth(Growth):
             for index, layer in layers.items():
                 self._collectors[index] = self._collector(layer, index, partial(most, index))
 
-    def settle(self) -> None:
-        """Look at no more backward passes until the next `prepare`."""
+    def settle(self, parameters: set[int]) -> None:
+        """Look at no more backward passes of the optimizer's layers until the next `prepare`."""
         for collector in self._collectors.values():
-            collector.settle()
+            if collector.is_among(parameters):
+                collector.settle()
 
     def expect_passes(self, passes: int) -> None:
         """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier."""

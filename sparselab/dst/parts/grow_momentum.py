@@ -136,11 +136,11 @@ class MomentumGrowth(Growth):
         """Say how many backward passes the optimizer step under way sums over, and those after it."""
         self._gradient.expect_passes(passes)
 
-    def settle(self) -> None:
+    def settle(self, parameters: set[int]) -> None:
         """Leave out backward passes between the optimizer's step and the next `prepare`."""
-        self._gradient.settle()
+        self._gradient.settle(parameters)
         for average in self._averages.values():
-            if average.seen:
+            if average.seen and average.is_among(parameters):
                 average.settle()
 
     def reason_to_skip(self, view: LayerView) -> str:

@@ -41,6 +41,52 @@ def test_an_algorithm_can_be_copied_before_it_is_attached():
     assert twin.update_freq == 7
 
 
+@pytest.mark.parametrize("generator_first", [False, True])
+def test_one_algorithm_rewires_both_networks_of_a_gan(generator_first):
+    torch.manual_seed(0)
+    nets = [SparseLinear(16, 16, sparsity=0.5), SparseLinear(16, 16, sparsity=0.5)]
+    algorithm = RigL(update_freq=2)
+    for net in nets:
+        net.apply(algorithm)
+    made, judge = (torch.optim.SGD(net.parameters(), lr=0.01) for net in nets)
+
+    def train_generator():
+        made.zero_grad()
+        nets[1](nets[0](torch.randn(4, 16))).square().sum().backward()
+        made.step()
+
+    def train_judge():
+        judge.zero_grad()
+        nets[1](torch.randn(4, 16)).sum().backward()
+        nets[1](nets[0](torch.randn(4, 16))).abs().sum().backward()
+        judge.step()
+
+    for step in range(1, 7):
+        for train in (train_generator, train_judge)[:: 1 if generator_first else -1]:
+            train()
+        algorithm.step()
+        if step % 2 == 0:
+            assert [report.skipped for report in algorithm.last_update] == ["", ""]
+
+
+def test_the_state_of_an_optimizer_follows_in_a_copy_of_all_three():
+    torch.manual_seed(0)
+    layer = SparseLinear(32, 16, sparsity=0.8)
+    layer.apply(algorithm := SET(update_freq=1, drop_fraction=0.5))
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer, algorithm, optimizer = copy.deepcopy((layer, algorithm, optimizer))
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(4, 32)).square().sum().backward()
+        optimizer.step()
+        moments = optimizer.state[layer.weight_values]["exp_avg"].flatten()
+        before = dict(zip(layer.positions().tolist(), moments.tolist(), strict=True))
+        algorithm.step()
+        moments = optimizer.state[layer.weight_values]["exp_avg"].flatten().tolist()
+        for position, moment in zip(layer.positions().tolist(), moments, strict=True):
+            assert moment in (before.get(position), 0)
+
+
 def test_what_is_no_tensor_is_refused_by_name():
     with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got ndarray"):
         SparseLinear(4, 4)(np.zeros((2, 4), np.float32))
