@@ -254,19 +254,22 @@ class SparsityAlgorithm(Driven):
         """Settings that decide what the next steps do, as plain values."""
         return {name: plain(value) for name, value in arguments(self).items() if name != "grad_accumulation"}
 
+    def _identity(self) -> dict[str, Any]:
+        """What a saved state must have in common with the algorithm that takes it."""
+        return {
+            "algorithm": type(self).__name__,
+            "config": self._config(),
+            "layers": [{"shape": list(layer.shape), "nnz": layer.nnz} for layer in self._layers],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, in plain values and tensors.
 
         The topology itself is in the ``state_dict`` of the model, the moments in that of the optimizer. There
         is no random state: draws depend on the seed, the layer and the step only.
         """
-        return {
-            "algorithm": type(self).__name__,
-            "step": self._step,
-            "config": self._config(),
-            "layers": [{"shape": list(layer.shape), "nnz": layer.nnz} for layer in self._layers],
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-        }
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return {**self._identity(), "step": self._step, "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` returned, with the same layers attached in the same order.
@@ -289,22 +292,15 @@ class SparsityAlgorithm(Driven):
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         """Raise if `state` does not fit; change nothing."""
-        parts = list(self.parts)
-        ours = {
-            "algorithm": type(self).__name__,
-            "step": self._step,
-            "config": self._config(),
-            "layers": [{"shape": list(layer.shape), "nnz": layer.nnz} for layer in self._layers],
-            "parts": parts,
-        }
-        if missing := sorted(ours.keys() - state.keys()):
+        ours, parts = self._identity(), list(self.parts)
+        if missing := sorted({*ours, "step", "parts"} - state.keys()):
             raise ValueError(f"state must be what state_dict() returned, got one that lacks {missing}")
         if state["algorithm"] != ours["algorithm"]:
             raise ValueError(
                 f"state must be of the same algorithm, got it saved by {state['algorithm']}, but this is "
                 f"{ours['algorithm']}"
             )
-        if changed := differences(state["config"], self._config()):
+        if changed := differences(state["config"], ours["config"]):
             raise ValueError(
                 f"the state was saved with other settings: {changed}. Build the algorithm with the saved "
                 f"ones; to continue with new ones on purpose, change state['config'] first"
