@@ -31,7 +31,7 @@ FLOORS = (
     ("sparselab.nn.layers",),
     ("sparselab.nn.models",),
     ("sparselab.nn",),
-    ("sparselab.dst.checks", "sparselab.dst.hooks", "sparselab.dst.view", "sparselab.dst.part"),
+    ("sparselab.dst.checks", "sparselab.dst.optimizers", "sparselab.dst.view", "sparselab.dst.part"),
     ("sparselab.dst.schedules",),
     ("sparselab.dst.budget",),
     ("sparselab.dst.parts",),

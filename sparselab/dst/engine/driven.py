@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch.optim.optimizer import Optimizer
 
+from sparselab.dst.optimizers import held_ids
 from sparselab.nn.layers.base import SparseLayer
 
 
@@ -89,7 +90,7 @@ class Driven:
                 f"a {type(self).__name__} must step along with one optimizer, got another; call remove() on "
                 f"what the first attach(model, optimizer) returned"
             )
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = held_ids(optimizer)
         trained = [(name, layer) for name, layer in layers if layer.stored.requires_grad]
         if missing := [name for name, layer in trained if id(layer.stored) not in held]:
             raise ValueError(

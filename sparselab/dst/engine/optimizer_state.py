@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sparselab.dst.hooks import call_while_alive
+from sparselab.dst.optimizers import call_while_alive, held_ids
 from sparselab.dst.parts.grown import GrownState
 from sparselab.nn.layers.base import SparseLayer
 
@@ -97,11 +97,12 @@ class OptimizerTracker:
 
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
         self._within, finished = False, self._finished
-        if optimizer in self._optimizers or self._has_a_layer(optimizer):
+        held = held_ids(optimizer)
+        if optimizer in self._optimizers or any(id(layer.stored) in held for layer in self._layers):
             self.add(optimizer)
             self._stepped.ours = True
             if self._when_stepped is not None and not finished:
-                self._when_stepped({id(p) for group in optimizer.param_groups for p in group["params"]})
+                self._when_stepped(held)
         else:
             self._stepped.other = type(optimizer).__name__
 
@@ -133,10 +134,6 @@ class OptimizerTracker:
         if not self._optimizers:
             raise RuntimeError(what)
         warnings.warn(what, stacklevel=4)
-
-    def _has_a_layer(self, optimizer: torch.optim.Optimizer) -> bool:
-        ours = {id(layer.stored) for layer in self._layers}
-        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
     def find(self, layer: SparseLayer) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Settings and state of the optimizer that stepped a layer last; both empty if none is known."""

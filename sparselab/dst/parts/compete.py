@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparselab.dst.budget.targets import Budget, Exchange
 from sparselab.dst.checks import require_count, require_finite
-from sparselab.dst.hooks import call_while_alive
+from sparselab.dst.optimizers import call_while_alive, held_ids
 from sparselab.dst.part import Part
 from sparselab.dst.parts.drop import Scores
 from sparselab.dst.parts.grow import Growth, random_free
@@ -133,7 +133,7 @@ class Exploration(Part):
 
     @torch.no_grad()
     def _add(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = held_ids(optimizer)
         for layer in self._layers:
             weights, gradient = layer.stored, layer.stored.grad
             if gradient is None or id(weights) not in held:

@@ -1,4 +1,4 @@
-"""Hooks on the optimizers of the process that live as long as the object they serve."""
+"""What optimizers hold, and hooks on those of the process that live as long as the object they serve."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from torch.utils.hooks import RemovableHandle
 # Hooks whose owner is gone. The garbage collector may take an owner while torch walks over its hooks, and
 # removing one there would be an error in the middle of an optimizer step; so it waits.
 _retired_hooks: list[RemovableHandle] = []
+
+
+def held_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The `id` of every Parameter that an optimizer has."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def call_while_alive(owner: object, method: str, register: Callable[..., RemovableHandle]) -> None:
