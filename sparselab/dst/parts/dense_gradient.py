@@ -215,14 +215,17 @@ class PassWatcher(abc.ABC):
             self._handle.remove()
         self._waiting = {}
 
-    def is_among(self, parameters: set[int]) -> bool:
-        """Whether the layer's Parameter is one of these, given by `id`."""
-        layer = self._layer()
-        return layer is not None and id(layer.stored) in parameters
+    def settle(self, parameters: set[int]) -> None:
+        """Take note that an optimizer has made its step: of its layers, look at no more passes.
 
-    def settle(self) -> None:
-        """Look at no more passes: the optimizer has made its step with what is in ``.grad``."""
-        self._settled = True
+        Parameters
+        ----------
+        parameters : set of int
+            The `id` of every Parameter that it has.
+        """
+        layer = self._layer()
+        if layer is not None and id(layer.stored) in parameters and self._stepped(layer.stored):
+            self._settled = True
 
     def see(self, operands: GradientOperands) -> None:
         """The layer's gradient hook."""
@@ -251,6 +254,13 @@ class PassWatcher(abc.ABC):
     @abc.abstractmethod
     def _begins(self, parameter: Tensor) -> None:
         """A pass brings its first operands, and has not yet added to ``parameter.grad``."""
+
+    @abc.abstractmethod
+    def _stepped(self, parameter: Tensor) -> bool:
+        """An optimizer has made its step; whether with passes seen here.
+
+        If not, it was the step of a gradient before, which was counted before it was made.
+        """
 
     @abc.abstractmethod
     def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
@@ -352,14 +362,12 @@ class GradientCollector(PassWatcher):
             stacklevel=2,
         )
 
-    def settle(self) -> None:
-        """Form the summary of what is in ``.grad`` now, at the optimizer's step, and see no more."""
-        layer = self._layer()
-        if layer is not None and layer.stored.grad is None:
+    def _stepped(self, parameter: Tensor) -> bool:
+        """Form the summary of what is in ``.grad`` now, if nothing was seen to end it before."""
+        if parameter.grad is None:
             self._reset()
-        if self.passes_seen:  # else the step was that of the gradient before, counted before it was made
-            self.summary()
-            super().settle()
+        self.summary()
+        return self.passes_seen > 0
 
     def summary(self) -> GradientSummary | None:
         """What is known of the gradient, or None if nothing is."""

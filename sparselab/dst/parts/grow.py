@@ -196,8 +196,7 @@ class GradientGrowth(Growth):
     def settle(self, parameters: set[int]) -> None:
         """Look at no more backward passes of the optimizer's layers until the next `prepare`."""
         for collector in self._collectors.values():
-            if collector.is_among(parameters):
-                collector.settle()
+            collector.settle(parameters)
 
     def expect_passes(self, passes: int) -> None:
         """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier."""

@@ -50,11 +50,6 @@ class GradientAverage(PassWatcher):
         """Memory of M, whether or not it is there yet."""
         return average_bytes(self.shape, self.dtype)
 
-    @property
-    def seen(self) -> bool:
-        """Whether a gradient of the step under way has come."""
-        return self._remaining != self._momentum
-
     def start_step(self) -> None:
         """The next gradient is that of a new optimizer step; what follows it is added to it."""
         self._remaining = self._momentum
@@ -62,6 +57,9 @@ class GradientAverage(PassWatcher):
 
     def _begins(self, parameter: torch.Tensor) -> None:
         pass
+
+    def _stepped(self, parameter: torch.Tensor) -> bool:
+        return self._remaining != self._momentum
 
     @torch.no_grad()
     def _ends(self, parameter: torch.Tensor, operands: list[GradientOperands]) -> None:
@@ -140,8 +138,7 @@ class MomentumGrowth(Growth):
         """Leave out backward passes between the optimizer's step and the next `prepare`."""
         self._gradient.settle(parameters)
         for average in self._averages.values():
-            if average.seen and average.is_among(parameters):
-                average.settle()
+            average.settle(parameters)
 
     def reason_to_skip(self, view: LayerView) -> str:
         """Why the layer cannot grow now; empty if it can."""
