@@ -34,7 +34,7 @@ from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.cpu.csr import dense_blocks, row_blocks
-from sparselab.nn.ops.cpu.memory import as_array, as_vector, nbytes
+from sparselab.nn.ops.cpu.memory import as_array, as_vector, nbytes, zero_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import CONVOLUTIONS, choose_name
 from sparselab.nn.ops.geometry import Geometry, Pair
@@ -123,7 +123,8 @@ def product(
             part = None if bias is None else bias.detach()[first:last]
             y[:, first:last] = torch.conv2d(x.detach(), kernels, part, *geometry[3:])
         return y
-    weights, offset = as_vector(values), as_vector(x.new_zeros(y.shape[1]) if bias is None else bias)
+    weights = as_vector(values)
+    offset = zero_vector(y.shape[1], x.dtype) if bias is None else as_vector(bias)
     for first, last in _chunks(x, y, grid):
         n_tokens = whole_tiles((last - first) * grid.tokens, x.itemsize)
         X, Y = _planes(as_array(x).dtype, (_n_planes(x, grid), n_tokens + grid.tail), (y.shape[1], n_tokens))
@@ -153,7 +154,7 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, geometry: Geom
         return dx
     plan = plans.input_grad(grid)
     weights = gather(as_vector(values), plan.slots, as_array(dx).dtype)
-    nothing = as_vector(dx.new_zeros(_n_planes(dx, grid)))
+    nothing = zero_vector(_n_planes(dx, grid), dx.dtype)
     for first, last in _chunks(dx, grad, grid):
         n_tokens = whole_tiles((last - first) * grid.tokens + grid.tail, dx.itemsize)
         DY, DX = _planes(weights.dtype, (grad.shape[1], grid.tail + n_tokens), (len(nothing), n_tokens))

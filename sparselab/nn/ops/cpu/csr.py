@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
-from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector
+from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector, zero_vector, zeros
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
 
@@ -61,22 +60,6 @@ class RowProducts:
         self.products: Cuts[ProductCut] = Cuts()
         self.input_grads: Cuts[ProductCut] = Cuts()
         self.gradients: Cuts[GradientCut] = Cuts()
-        self._zeros: dict[torch.dtype, Array] = {}
-
-    def zeros(self, dtype: torch.dtype) -> Array:
-        """Zeros, as many as the longer side has rows; to be read only."""
-        found = self._zeros.get(dtype)
-        if found is None:
-            found = self._zeros[dtype] = np.zeros(max(self.shape), LIKE[dtype].dtype)
-        return found
-
-    def zero_bias(self, dtype: torch.dtype) -> Tensor:
-        """`zeros` as a tensor."""
-        return torch.from_numpy(self.zeros(dtype))
-
-    def of_bias(self, bias: Tensor | None, dtype: torch.dtype) -> Array:
-        """What a product adds to each row."""
-        return self.zeros(dtype) if bias is None else as_vector(bias)
 
 
 def _rows(topology: OnTensors) -> RowProducts:
@@ -110,7 +93,7 @@ def product(
     X, Y = as_matrix(x), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens))
     if variant == "skinny":
         weights = values if values.is_contiguous() else values.contiguous()
-        offsets = rows.zero_bias(dtype) if bias is None else bias.contiguous()
+        offsets = zeros(n_rows, dtype) if bias is None else bias.contiguous()
         multiply_skinny(
             weights.data_ptr(), LIKE[values.dtype], rows.indices, rows.begin, rows.end,
             offsets.data_ptr(), LIKE[dtype], X, Y, n_threads,
@@ -123,7 +106,8 @@ def product(
     cut = rows.products.get(key) or rows.products.add(
         key, cut_product(plan, rows.shape, n_tokens, dtype.itemsize)
     )
-    multiply_cut(as_vector(values), rows.indices, plan, X, Y, rows.of_bias(bias, dtype), cut)
+    offset = zero_vector(n_rows, dtype) if bias is None else as_vector(bias)
+    multiply_cut(as_vector(values), rows.indices, plan, X, Y, offset, cut)
     return y
 
 
@@ -156,19 +140,19 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     plan = rows.transpose
     if plan is None:
         plan = rows.transpose = transpose_plan(rows.topology)
-    weights, nothing = gather(as_vector(values), plan.slots, LIKE[dtype].dtype), rows.zeros(dtype)
+    weights = gather(as_vector(values), plan.slots, LIKE[dtype].dtype)
     DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens))
     if n_tokens <= SINGLE.skinny:
         multiply_skinny(
             address(weights), LIKE[dtype], plan.indices, plan.indptr[:-1], plan.indptr[1:],
-            address(nothing), LIKE[dtype], DY, DX, n_threads,
+            zeros(n_columns, dtype).data_ptr(), LIKE[dtype], DY, DX, n_threads,
         )  # fmt: skip
         return dx
     key = n_tokens, n_threads, dtype
     cut = rows.input_grads.get(key) or rows.input_grads.add(
         key, cut_product(plan.segments, (n_columns, n_rows), n_tokens, dtype.itemsize)
     )
-    multiply_cut(weights, plan.indices, plan.segments, DY, DX, nothing, cut)
+    multiply_cut(weights, plan.indices, plan.segments, DY, DX, zero_vector(n_columns, dtype), cut)
     return dx
 
 

@@ -64,6 +64,12 @@ def zeros(n: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(n, dtype=dtype)
 
 
+@functools.lru_cache(maxsize=64)
+def zero_vector(n: int, dtype: torch.dtype) -> Array:
+    """`zeros` as an array."""
+    return as_vector(zeros(n, dtype))
+
+
 def nbytes(plan: Any) -> int:
     """Bytes of the arrays of a plan."""
     if isinstance(plan, tuple):
