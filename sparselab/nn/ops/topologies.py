@@ -263,9 +263,7 @@ def find_topology(indptr: Tensor, indices: Tensor, sizes: Sequence[int], layout:
     """
     key = _key(indptr, indices, sizes, layout)
     with _lock:
-        found = _known.get(key)
-        if found is None or not found.is_of(indptr, indices):
-            found = _known[key] = _recent[key] = TensorTopology(indptr, indices, sizes, layout)
+        found = _known_or_new(key, indptr, indices, sizes, layout)
         if key in _recent:
             _recent.move_to_end(key)
             if len(_recent) > _MOST_RECENT:
@@ -277,10 +275,17 @@ def hold_topology(indptr: Tensor, indices: Tensor, sizes: Sequence[int], layout:
     """As `find_topology`, for a layer, which holds what is returned."""
     key = _key(indptr, indices, sizes, layout)
     with _lock:
-        found = _known.get(key)
-        if found is None or not found.is_of(indptr, indices):
-            found = _known[key] = TensorTopology(indptr, indices, sizes, layout)
+        found = _known_or_new(key, indptr, indices, sizes, layout)
         _recent.pop(key, None)
+    return found
+
+
+def _known_or_new(
+    key: tuple[Any, ...], indptr: Tensor, indices: Tensor, sizes: Sequence[int], layout: str
+) -> TensorTopology:
+    found = _known.get(key)
+    if found is None or not found.is_of(indptr, indices):
+        found = _known[key] = _recent[key] = TensorTopology(indptr, indices, sizes, layout)
     return found
 
 
