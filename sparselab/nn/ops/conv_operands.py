@@ -9,13 +9,13 @@ from torch.nn.grad import conv2d_weight
 
 from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.nn.ops.geometry import Geometry
-from sparselab.nn.ops.operands import Totals, token_totals
+from sparselab.nn.ops.operands import GradientOperands, Totals, token_totals
 from sparselab.nn.ops.products import find_products
 from sparselab.nn.ops.topologies import TensorTopology
 
 
-class ConvolutionOperands:
-    """Of a convolution, ``G = dY^T X`` with the unfolded batch X.
+class ConvolutionOperands(GradientOperands):
+    """Of a convolution, where the X of G is the unfolded batch.
 
     Parameters
     ----------
@@ -27,34 +27,13 @@ class ConvolutionOperands:
     """
 
     def __init__(self, x: Tensor, dy: Tensor, geometry: Geometry, of_graph: bool = False) -> None:
-        self.x, self.dy, self.geometry, self.of_graph = x, dy, geometry, of_graph
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """x and dy."""
-        return self.x, self.dy
-
-    @property
-    def device(self) -> torch.device:
-        """Where the operands are."""
-        return self.x.device
+        super().__init__(x, dy, of_graph)
+        self.geometry = geometry
 
     @property
     def n_tokens(self) -> int:
         """Outputs of all images, of one channel."""
         return self.dy.shape[0] * self.dy.shape[2] * self.dy.shape[3]
-
-    def with_input(self, x: Tensor) -> ConvolutionOperands:
-        """The same with another tensor of the same images."""
-        return ConvolutionOperands(x, self.dy, self.geometry, True)
-
-    def to(self, dtype: torch.dtype) -> ConvolutionOperands:
-        """The operands in another dtype."""
-        return ConvolutionOperands(self.x.to(dtype), self.dy.to(dtype), self.geometry, self.of_graph)
-
-    def is_finite(self) -> bool:
-        """Whether no operand holds a NaN or an infinity."""
-        return bool(self.x.isfinite().all() and self.dy.isfinite().all())
 
     def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
         """Group by group, by torch's own gradient of a slice of the output channels."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+import abc
+import copy
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,63 +21,20 @@ Self = TypeVar("Self", bound="GradientOperands")
 _CHUNK_TOKENS = 64
 
 
-class GradientOperands(Protocol):
-    """What one backward pass knows of ``G = dL/dW``, a matrix of the layer's ``shape``, at all positions.
+class GradientOperands(abc.ABC):
+    """What one backward pass knows of ``G = dY^T X``, a matrix of the layer's ``shape``, at all positions.
 
     Detached, and not copied: tensors of the graph itself.
 
-    Attributes
+    Parameters
     ----------
+    x : tensor
+        Inputs of the layer.
+    dy : tensor
+        The gradient of its outputs.
     of_graph : bool
         Whether the inputs were computed within the graph; if not, they are somebody's, who may overwrite
         them when the backward pass is over.
-    """
-
-    of_graph: bool
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Inputs of the layer, and the gradient of its outputs."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the operands are."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Terms in each entry of G."""
-
-    def with_input(self: Self, x: Tensor) -> Self:
-        """The same with another tensor of the same inputs."""
-
-    def to(self: Self, dtype: torch.dtype) -> Self:
-        """The operands in another dtype, in which G is then formed."""
-
-    def is_finite(self) -> bool:
-        """Whether no operand holds a NaN or an infinity."""
-
-    def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
-        """``out <- beta * out + G[start : start + len(out)]``; `out` (n, columns) has the operands' dtype."""
-
-    def sampled(self, positions: Array) -> Array:
-        """G at some positions, ascending, (n,); float32 or float64 operands on the CPU."""
-
-    def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:
-        """``(sum_t |dY|, sum_t |X|)``, (rows,) and (columns,); with signs (n_tokens,), sums of ``sign_t dY``.
-
-        The same bits for any number of threads.
-        """
-
-
-class LinearOperands:
-    """Of a linear layer, ``G = dY^T X``.
-
-    Parameters
-    ----------
-    x : (tokens, in_features)
-    dy : (tokens, out_features)
-    of_graph : bool
-        See `GradientOperands`.
     """
 
     def __init__(self, x: Tensor, dy: Tensor, of_graph: bool = False) -> None:
@@ -91,22 +50,51 @@ class LinearOperands:
         """Where the operands are."""
         return self.x.device
 
-    @property
-    def n_tokens(self) -> int:
-        """Terms in each entry of G."""
-        return self.x.shape[0]
-
-    def with_input(self, x: Tensor) -> LinearOperands:
+    def with_input(self: Self, x: Tensor) -> Self:
         """The same with another tensor of the same inputs."""
-        return LinearOperands(x, self.dy, True)
+        return self._with(x, self.dy, True)
 
-    def to(self, dtype: torch.dtype) -> LinearOperands:
-        """The operands in another dtype."""
-        return LinearOperands(self.x.to(dtype), self.dy.to(dtype), self.of_graph)
+    def to(self: Self, dtype: torch.dtype) -> Self:
+        """The operands in another dtype, in which G is then formed."""
+        return self._with(self.x.to(dtype), self.dy.to(dtype), self.of_graph)
+
+    def _with(self: Self, x: Tensor, dy: Tensor, of_graph: bool) -> Self:
+        new = copy.copy(self)
+        new.x, new.dy, new.of_graph = x, dy, of_graph
+        return new
 
     def is_finite(self) -> bool:
         """Whether no operand holds a NaN or an infinity."""
         return bool(self.x.isfinite().all() and self.dy.isfinite().all())
+
+    @property
+    @abc.abstractmethod
+    def n_tokens(self) -> int:
+        """Terms in each entry of G."""
+
+    @abc.abstractmethod
+    def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
+        """``out <- beta * out + G[start : start + len(out)]``; `out` (n, columns) has the operands' dtype."""
+
+    @abc.abstractmethod
+    def sampled(self, positions: Array) -> Array:
+        """G at some positions, ascending, (n,); float32 or float64 operands on the CPU."""
+
+    @abc.abstractmethod
+    def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:
+        """``(sum_t |dY|, sum_t |X|)``, (rows,) and (columns,); with signs (n_tokens,), sums of ``sign_t dY``.
+
+        The same bits for any number of threads.
+        """
+
+
+class LinearOperands(GradientOperands):
+    """Of a linear layer: x (tokens, in_features) and dy (tokens, out_features)."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Terms in each entry of G."""
+        return self.x.shape[0]
 
     def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
         """``out <- beta * out + G[start : start + len(out)]``, by the dense product."""
