@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -95,20 +96,28 @@ CONTENDERS: dict[str, tuple[str, Callable[..., Built]]] = {
 }
 
 
-def count_calls(run: Callable[[], object], inside: str) -> int:
-    """Calls of Python functions whose source is below a folder, while something runs in this thread."""
-    count = 0
+def calls_within(run: Callable[[], object], folder: Path) -> list[str]:
+    """Python functions called while something runs in this thread whose source is below a folder.
 
-    def seen(frame: Any, event: str, argument: object) -> None:
-        nonlocal count
-        count += event == "call" and frame.f_code.co_filename.startswith(inside)
+    Returns
+    -------
+    list of str
+        ``file:function`` for each call, in order. Kernels are one each.
+    """
+    found: list[str] = []
 
-    sys.setprofile(seen)
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        name = frame.f_code.co_filename
+        if event == "call" and name.startswith(f"{folder}{os.sep}"):
+            found.append(f"{Path(name).relative_to(folder).as_posix()}:{frame.f_code.co_name}")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
     try:
         run()
     finally:
-        sys.setprofile(None)
-    return count
+        sys.setprofile(before)
+    return found
 
 
 def _difference_from_dense(package: Any, model: nn.Module, tokens: Tensor) -> float:
@@ -195,7 +204,7 @@ class Session:
         Of a 64 -> 64 `SparseLinear` and 64 tokens, after passes that made plans and compiled.
         """
         package = importlib.import_module("sparselab")
-        inside = str(Path(package.__file__).parent)
+        folder = Path(package.__file__).parent
         layer = package.SparseLinear(64, 64, sparsity=0.9)
         x = torch.randn(64, 64, requires_grad=True)
         for _ in range(3):
@@ -204,7 +213,7 @@ class Session:
         y: list[Tensor] = []
         dy = torch.ones(64, 64)
         for name, run in (("forward", lambda: y.append(layer(x))), ("backward", lambda: y[0].backward(dy))):
-            counts[name] = count_calls(run, inside)
+            counts[name] = len(calls_within(run, folder))
         return {"calls": counts}
 
     def time(self, operation: str, calls: int) -> dict[str, Any]:

@@ -194,10 +194,9 @@ def test_only_calls_inside_the_folder_count() -> None:
     def run() -> None:
         json.dumps({})
 
-    inside = str(Path(json.__file__).parent)
-    assert driver.count_calls(run, inside) >= 1
-    assert driver.count_calls(run, str(Path(__file__).parent)) == 1
-    assert driver.count_calls(run, "/nowhere") == 0
+    assert len(driver.calls_within(run, Path(json.__file__).parent)) >= 1
+    assert driver.calls_within(run, Path(__file__).parent) == ["test_revisions.py:run"]
+    assert driver.calls_within(run, Path("/nowhere")) == []
 
 
 def test_structure_is_measured(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import pytest
@@ -13,9 +10,10 @@ import torch
 from torch import nn
 
 import sparselab
+from benchmarks.driver import calls_within
 from sparselab import BlockSparseLinear, FanInLinear, SparseConv2d, SparseLinear
 
-_PACKAGE = str(Path(sparselab.__path__[0]))
+_PACKAGE = Path(sparselab.__path__[0])
 
 
 class StepCalls(NamedTuple):
@@ -25,32 +23,14 @@ class StepCalls(NamedTuple):
     backward: list[str]
 
 
-def calls_within(run: Callable[[], object]) -> list[str]:
-    """The functions of this package that are called, ``file:function``, in order; kernels are one each."""
-    found: list[str] = []
-
-    def note(frame: FrameType, event: str, _: object) -> None:
-        name = frame.f_code.co_filename
-        if event == "call" and name.startswith(_PACKAGE):
-            found.append(f"{Path(name).relative_to(_PACKAGE).as_posix()}:{frame.f_code.co_name}")
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        run()
-    finally:
-        sys.setprofile(before)
-    return found
-
-
 def calls_of_step(layer: nn.Module, x: torch.Tensor) -> StepCalls:
     """The calls of a step that is not the first one."""
     for _ in range(2):
         layer(x).sum().backward()
     loss: list[torch.Tensor] = []
-    forward = calls_within(lambda: loss.append(layer(x)))
+    forward = calls_within(lambda: loss.append(layer(x)), _PACKAGE)
     total = loss[0].sum()
-    return StepCalls(forward, calls_within(total.backward))
+    return StepCalls(forward, calls_within(total.backward, _PACKAGE))
 
 
 @pytest.mark.parametrize("kind", [SparseLinear, FanInLinear])
@@ -65,7 +45,7 @@ def test_one_token_without_gradients_makes_fewer() -> None:
     layer, x = SparseLinear(128, 96), torch.randn(1, 128)
     with torch.no_grad():
         layer(x)
-        assert len(calls_within(lambda: layer(x))) <= 18
+        assert len(calls_within(lambda: layer(x), _PACKAGE)) <= 18
 
 
 @pytest.mark.parametrize(
@@ -82,5 +62,5 @@ def test_the_other_layers_do_not_grow(layer: object, shape: tuple[int, ...], mos
 
 def test_calls_are_seen() -> None:
     layer = SparseLinear(8, 8)
-    found = calls_within(lambda: [layer.nnz, layer.nnz])
+    found = calls_within(lambda: [layer.nnz, layer.nnz], _PACKAGE)
     assert found.count("nn/layers/base.py:nnz") == 2
