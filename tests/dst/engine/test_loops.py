@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparselab import MaskedLinear, RigL, SparseLinear
+from tests.hazards.textbook import rigl_update
 
 IN, OUT, SPARSITY, EVERY, FRACTION = 14, 10, 0.7, 3, 0.3
 
@@ -42,24 +43,8 @@ class DenseRigL:
 
     def algorithm_step(self):
         self.steps += 1
-        if self.steps % EVERY or self.dense is None:
-            return
-        with torch.no_grad():
-            live = self.mask.view(-1).nonzero().flatten()
-            k = int(FRACTION * len(live))
-            order = self.weight.view(-1)[live].abs().argsort(stable=True)
-            kept = torch.ones(len(live), dtype=torch.bool)
-            kept[order[:k]] = False
-            scores = self.dense.abs().view(-1).clone()
-            scores[live[kept]] = -1
-            grown = scores.argsort(descending=True, stable=True)[:k]
-            self.mask.view(-1)[live[~kept]] = False
-            stays = torch.zeros(OUT * IN, dtype=torch.bool)
-            stays[live] = True
-            fresh = grown[~stays[grown]]
-            self.mask.view(-1)[grown] = True
-            self.weight[~self.mask] = 0
-            self.weight.view(-1)[fresh] = 0
+        if self.steps % EVERY == 0 and self.dense is not None:
+            rigl_update(self.weight, self.mask, self.dense, FRACTION)
 
     def positions(self):
         return self.mask.view(-1).nonzero().flatten()

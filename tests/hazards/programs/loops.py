@@ -13,6 +13,7 @@ from torch import nn
 import sparselab
 from tests.hazards.cases import demand, hazard
 from tests.hazards.programs.names import rigl, weights
+from tests.hazards.textbook import rigl_update
 
 STEPS, EVERY = 24, 4
 
@@ -48,25 +49,9 @@ class Masked(nn.Linear):
 
     @torch.no_grad()
     def rewire(self, fraction: float) -> None:
-        """After the step: RigL's update, ties to the lower position."""
-        if self.dense_gradient is None:
-            return
-        flat, mask = self.weight.view(-1), self.mask.view(-1)
-        live = mask.nonzero()[:, 0]
-        k = int(fraction * len(live))
-        order = torch.argsort(flat[live].abs(), descending=True, stable=True)
-        kept = live[order[: len(live) - k]]
-        mask[live[order[len(live) - k :]]] = False
-        candidates = (~mask).nonzero()[:, 0]
-        gradient = self.dense_gradient.view(-1)[candidates].abs()
-        grown = candidates[torch.argsort(gradient, descending=True, stable=True)[:k]]
-        survivors = set(live.tolist())
-        fresh = [position for position in grown.tolist() if position not in survivors]
-        mask[grown] = True
-        gone = ~mask
-        flat[gone] = 0
-        flat[fresh] = 0
-        assert int(mask.sum()) == len(kept) + k
+        """After the step: RigL's update."""
+        if self.dense_gradient is not None:
+            rigl_update(self.weight, self.mask, self.dense_gradient, fraction)
 
 
 def net() -> nn.Module:
