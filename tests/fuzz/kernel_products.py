@@ -11,9 +11,9 @@ import numpy as np
 
 from tests.fuzz import adapter
 from tests.fuzz.case import REFUSED, Case, Found, Skipped
-from tests.fuzz.guards import empty, guarded, matrix, operand
 from tests.fuzz.judge import Twin, exact_product, expect
 from tests.fuzz.kernel_state import State
+from tests.guards import empty, guarded, matrix, operand
 from tests.oracle import Exact
 from tests.strategies import BROADCASTS, LAYOUTS
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from tests.fuzz import adapter
 from tests.fuzz.case import Case, Found
-from tests.fuzz.guards import guarded
 from tests.fuzz.judge import Twin, expect_equal
+from tests.guards import guarded
 from tests.strategies import PATTERNS
 
 Array = np.ndarray[Any, Any]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.fuzz import adapter
 from tests.fuzz.case import REFUSED, Case, Found, Skipped
-from tests.fuzz.guards import guarded
 from tests.fuzz.layer_state import draw_input, draw_layer
 from tests.fuzz.operator_judge import EPS, Invalid, TooLarge, judge, results
+from tests.guards import guarded
 
 KINDS = "SparseLinear", "FanInLinear", "BlockSparseLinear", "SparseConv2d"
 

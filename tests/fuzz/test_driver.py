@@ -84,7 +84,7 @@ def test_the_kernels_can_be_tested_without_torch() -> None:
 def test_a_guard_ends_the_process_before_and_behind_an_array(front: bool) -> None:
     code = f"""
 import ctypes, numpy as np
-from tests.fuzz.guards import guarded
+from tests.guards import guarded
 array = guarded(np.arange(5.0), front={front})
 address = array.ctypes.data - 1 if {front} else array.ctypes.data + array.nbytes
 assert array.tolist() == [0, 1, 2, 3, 4]
