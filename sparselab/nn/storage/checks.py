@@ -111,15 +111,15 @@ def check_fan_in(
     Parameters
     ----------
     state : dict
-        What was loaded under the names weight_values, indices and rows, or None. Rows, the outputs that have
-        connections, may be missing: then every output has as many.
+        What was loaded under the names weight_values, indices, fan_in and rows, or None. Rows, the outputs
+        that have connections, may be missing: then every output has as many.
     shape : (int, int)
     columns : torch.dtype
     """
     given = {name: tensor for name, tensor in state.items() if name != "rows" or tensor is not None}
     if not _is_complete(given):
         return None
-    indices, rows = state["indices"], state["rows"]
+    indices, each, rows = state["indices"], state["fan_in"], state["rows"]
     if indices.ndim != 1:
         raise ValueError(f"indices must have one dimension, got {_kind(indices)}")
     left = torch.arange(shape[0]) if rows is None else rows.cpu()
@@ -131,6 +131,11 @@ def check_fan_in(
     if rest or (len(indices) and not len(left)):
         raise ValueError(
             f"indices must have equally many columns for each of {len(left)} rows, got {len(indices)}"
+        )
+    if each.dtype != torch.int64 or each.ndim or int(each) != fan_in:
+        raise ValueError(
+            f"fan_in must be int64 of no dimension, and {fan_in} for {len(indices)} columns of {len(left)} "
+            f"rows, got {int(each) if each.numel() == 1 else _kind(each)}; are the rows missing?"
         )
     row_nnz = torch.zeros(shape[0] + 1, dtype=torch.int64)
     row_nnz[left + 1] = fan_in

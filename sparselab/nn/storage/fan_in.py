@@ -19,10 +19,11 @@ class FanIn(Compressed):
 
     Notes
     -----
-    A saved state holds no `indptr`. Where some rows are empty it names the others: int64 ``rows``, ascending.
+    A saved state holds no `indptr`, but ``fan_in``, int64 of no dimension. Where some rows are empty it names
+    the others: int64 ``rows``, ascending.
     """
 
-    saved = "weight_values", "indices", "rows"
+    saved = "weight_values", "indices", "fan_in", "rows"
 
     def rows(self, layer: Any) -> Tensor:
         """int64, ascending: the rows that have connections."""
@@ -68,7 +69,8 @@ class FanIn(Compressed):
         found = check_fan_in(parts, self.shape, layer.indices.dtype)
         assert found is not None
         state = super().load(layer, state, prefix, indices)
-        state.pop(prefix + "rows", None)
+        for name in ("fan_in", "rows"):
+            state.pop(prefix + name, None)
         indptr = found[1]
         if layer.indptr.is_meta:
             layer.indptr = indptr
@@ -78,6 +80,7 @@ class FanIn(Compressed):
         return state
 
     def save(self, layer: Any, destination: dict[str, Any], prefix: str) -> None:
-        """Name the rows that have connections, if some have none."""
+        """Say how many connections a row has, and name those that have some, if others have none."""
+        destination[prefix + "fan_in"] = torch.tensor(self.each(layer), device=layer.indices.device)
         if not layer.indptr.is_meta and len(rows := self.rows(layer)) != self.shape[0]:
             destination[prefix + "rows"] = rows

@@ -308,7 +308,7 @@ def test_a_model_comes_back_from_a_file(tmp_path: Any) -> None:
 def test_a_layer_of_the_meta_device_is_made_and_counted() -> None:
     with torch.device("meta"):
         model = nn.Sequential(FanInLinear(30, 20, fan_in=6))
-    assert model.state_dict().keys() == {"0.weight_values", "0.indices", "0.bias"}
+    assert model.state_dict().keys() == {"0.weight_values", "0.indices", "0.bias", "0.fan_in"}
     layer = materialize(model)[0]
     check(layer)
     report = memory_report(model)
