@@ -13,10 +13,11 @@ from sparselab.dst.budget.targets import Exchange, by_rows
 from sparselab.dst.checks import require_finite
 from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
-from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount, summarise
+from sparselab.dst.parts.dense_gradient import GradientSummary, summarise
 from sparselab.dst.parts.drop import Scores, lowest
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.passes import GradientCollector, PassCount
 from sparselab.dst.parts.select import RowBudget, RowSelection
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule

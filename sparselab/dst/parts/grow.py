@@ -10,7 +10,8 @@ import numpy as np
 
 from sparselab.dst.checks import require_count
 from sparselab.dst.part import Part
-from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount
+from sparselab.dst.parts.dense_gradient import GradientSummary
+from sparselab.dst.parts.passes import GradientCollector, PassCount
 from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sparselab.dst.checks import require_count, require_finite
-from sparselab.dst.parts.dense_gradient import PassWatcher
 from sparselab.dst.parts.grow import GradientGrowth, Growth
+from sparselab.dst.parts.passes import PassWatcher
 from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.topk import StreamedTopK

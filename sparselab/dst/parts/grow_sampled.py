@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from sparselab.dst.checks import require_count, require_finite
-from sparselab.dst.parts.dense_gradient import GradientCollector, GradientSummary, PassCount
+from sparselab.dst.parts.dense_gradient import GradientSummary
 from sparselab.dst.parts.grow import GradientGrowth
+from sparselab.dst.parts.passes import GradientCollector, PassCount
 from sparselab.dst.view import LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.padded_csr import RowTopology

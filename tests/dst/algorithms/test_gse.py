@@ -10,7 +10,7 @@ import torch
 
 from sparselab.dst import GSE, DynamicSparsityAlgorithm, Exchange, SampledGradientGrowth, UpdateReport
 from sparselab.dst.algorithms import gse
-from sparselab.dst.parts import dense_gradient as gradient
+from sparselab.dst.parts import passes
 from sparselab.dst.parts.grow_sampled import _activity, _draw
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn import SparseLinear
@@ -152,7 +152,7 @@ def _first_free(layer):
 
 
 def test_no_dense_gradient_is_formed(monkeypatch):
-    monkeypatch.setattr(gradient, "summarise", None)
+    monkeypatch.setattr(passes, "summarise", None)
     layer = make("real")
     layer.apply(algorithm := GSE(update_freq=1))
     backward(layer, *operands(0))

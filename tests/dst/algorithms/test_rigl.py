@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from sparselab.dst import EverySteps, Group, RigL, UpdateReport
 from sparselab.dst.algorithms import rigl
 from sparselab.dst.parts import dense_gradient as gradient
-from sparselab.dst.parts.dense_gradient import GradientCollector, PassCount
+from sparselab.dst.parts import passes
+from sparselab.dst.parts.passes import GradientCollector, PassCount
 from sparselab.kernels.rewiring.topk import StreamedTopK
 from sparselab.nn import SparseLinear
 from sparselab.nn.ops.operands import LinearOperands
@@ -268,7 +269,7 @@ def test_settings_changed_too_late_for_the_gradient_skip_the_update():
 def test_layers_are_watched_on_the_step_that_updates_only(monkeypatch):
     formed = []
     original = gradient.summarise
-    monkeypatch.setattr(gradient, "summarise", lambda *args: formed.append(0) or original(*args))
+    monkeypatch.setattr(passes, "summarise", lambda *args: formed.append(0) or original(*args))
     layer = make("real")
     algorithm = RigL(update={"freq": 3, "stop": 7})
     layer.apply(algorithm)

@@ -1,0 +1,268 @@
+"""Which backward passes make up the gradient of one optimizer step, and what they are made of."""
+
+from __future__ import annotations
+
+import abc
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from sparselab.dst.parts.dense_gradient import GradientSummary, summarise
+from sparselab.kernels.arrays import Array
+from sparselab.nn.layers.base import SparseLayer, as_matrix
+from sparselab.nn.ops.operands import GradientOperands
+
+
+class PassCount:
+    """How many backward passes make up the gradient of one optimizer step, as far as that is known.
+
+    Attributes
+    ----------
+    told : int
+        What somebody said; 1 means that nobody said more.
+    learnt : int
+        The most passes that a finished step had; 0 before the first.
+    """
+
+    def __init__(self, told: int = 1) -> None:
+        self.told = told
+        self.learnt = 0
+
+    @property
+    def expected(self) -> int | None:
+        """Passes after which no other is expected; None while that is not known."""
+        return max(self.told, self.learnt) if self.told > 1 or self.learnt else None
+
+    def learn(self, passes: int) -> None:
+        """Take note of a finished step."""
+        self.learnt = max(self.learnt, passes)
+
+
+class PassWatcher(abc.ABC):
+    """Sees the operands of the backward passes that reach a layer's gradient, one pass at a time.
+
+    Operands come through the layer's gradient hook and wait until the pass adds to ``.grad``: those of a pass
+    that never does (`torch.autograd.grad`, a gradient by the input alone) are let go at its end. Passes are
+    told apart by the number that torch gives each; passes within a pass, as activation checkpointing makes
+    them, have numbers of their own.
+
+    Parameters
+    ----------
+    layer : SparseLayer
+        Held weakly, because the layer holds the watcher.
+    """
+
+    def __init__(self, layer: SparseLayer) -> None:
+        self._layer = weakref.ref(layer)
+        self._settled = False
+        self._waiting: dict[int, list[GradientOperands]] = {}
+        self._parameter: weakref.ref[torch.nn.Parameter] | None = None
+        self._handle: RemovableHandle | None = None
+        self._follow(layer)
+        layer.gradient_hook = self.see
+
+    def _follow(self, layer: SparseLayer) -> None:
+        """Watch the Parameter that the layer has now, if it is trained."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        parameter: Any = layer.stored
+        if parameter.requires_grad:
+            self._parameter = weakref.ref(parameter)
+            register: Any = parameter.register_post_accumulate_grad_hook
+            self._handle = register(self._arrived)
+
+    def release(self) -> None:
+        """Stop watching."""
+        layer = self._layer()
+        if layer is not None and layer.gradient_hook == self.see:
+            layer.gradient_hook = None
+        if self._handle is not None:
+            self._handle.remove()
+        self._waiting = {}
+
+    def settle(self, parameters: set[int]) -> None:
+        """Take note that an optimizer has made its step: of its layers, look at no more passes.
+
+        Parameters
+        ----------
+        parameters : set of int
+            The `id` of every Parameter that it has.
+        """
+        layer = self._layer()
+        if layer is not None and id(layer.stored) in parameters and self._stepped(layer.stored):
+            self._settled = True
+
+    def see(self, operands: GradientOperands) -> None:
+        """The layer's gradient hook."""
+        if self._settled:
+            return
+        layer, task = self._layer(), torch._C._current_graph_task_id()
+        if task < 0 or layer is None:  # not in a backward pass: somebody calls the operator
+            return
+        if self._parameter is None or self._parameter() is not layer.stored:
+            self._follow(layer)
+        if task not in self._waiting:
+            self._waiting[task] = []
+            self._begins(layer.stored)
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(self._forget, task))
+        self._waiting[task].append(operands)
+
+    def _forget(self, task: int) -> None:
+        self._waiting.pop(task, None)
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if self._settled:
+            return
+        self._ends(parameter, self._waiting.pop(torch._C._current_graph_task_id(), []))
+
+    @abc.abstractmethod
+    def _begins(self, parameter: Tensor) -> None:
+        """A pass brings its first operands, and has not yet added to ``parameter.grad``."""
+
+    @abc.abstractmethod
+    def _stepped(self, parameter: Tensor) -> bool:
+        """An optimizer has made its step; whether with passes seen here.
+
+        If not, it was the step of a gradient before, which was counted before it was made.
+        """
+
+    @abc.abstractmethod
+    def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
+        """A pass has added to ``parameter.grad``; without operands, another way, as from a penalty."""
+
+
+class GradientCollector(PassWatcher):
+    """Gathers what makes up a layer's ``.grad`` in one step, and summarises its dense gradient.
+
+    Parameters
+    ----------
+    layer : SparseLayer
+    most : callable
+        Says, once the gradient is there, how many candidates to keep, of the layer or of each row.
+    passes : PassCount
+        Shared by all layers of a growth.
+
+    Attributes
+    ----------
+    passes_seen : int
+        Backward passes in ``.grad`` now.
+
+    Notes
+    -----
+    The gradient is the sum over exactly the passes that are in ``.grad``: when that is cleared (None, another
+    tensor, or zeroed), what came before is forgotten. As soon as as many passes have come as are expected the
+    summary is formed, inside the last one, and the operands are let go. Until that is known, operands are
+    held: references to tensors of the graph, and copies of inputs that somebody may overwrite.
+
+    If a further pass adds to the same ``.grad`` after that, the gradient cannot be known any more: there is
+    no summary, and `reason` says why.
+    """
+
+    def __init__(self, layer: SparseLayer, most: Callable[[], int | Array], passes: PassCount) -> None:
+        self._most = most
+        self._passes = passes
+        self._reset()
+        super().__init__(layer)
+
+    def _reset(self) -> None:
+        self.passes_seen = 0
+        #: Why the gradient cannot be known; empty if it can.
+        self.reason = ""
+        self._held: list[tuple[GradientOperands, tuple[int, ...]]] = []
+        self._summary: GradientSummary | None = None
+        #: ``.grad`` after the last pass, and its version.
+        self._grad: tuple[weakref.ref[Tensor], int] | None = None
+
+    def _begins(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if self._grad is None:
+            older = grad is not None and bool(grad.any())
+            self.reason = "part of the gradient is older than the step" if older else ""
+            return
+        known, version = self._grad
+        if grad is None or grad is not known() or (grad._version != version and not bool(grad.any())):
+            self._reset()
+
+    def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
+        grad, before = parameter.grad, self._grad
+        assert grad is not None
+        if not operands:
+            if before is not None and (grad is not before[0]() or grad._version > before[1] + 1):
+                self._reset()  # it was cleared before this pass
+            elif before is not None:
+                self._grad = before[0], grad._version
+            return
+        self._grad = weakref.ref(grad), grad._version
+        self.passes_seen += 1
+        if self._summary is not None:
+            self._summary = None
+            self.reason = (
+                f"{self.passes_seen} backward passes, after the gradient was formed from "
+                f"{self.passes_seen - 1}"
+            )
+            self._warn()
+        elif not self.reason and self.passes_seen == self._passes.expected:
+            self._finish([*self._operands(), *operands])
+        elif not self.reason:
+            self._hold(operands)
+
+    def _hold(self, operands: list[GradientOperands]) -> None:
+        for each in operands:
+            kept = each if each.of_graph else each.with_input(each.tensors[0].clone())
+            self._held.append((kept, _versions(kept)))
+
+    def _operands(self) -> list[GradientOperands]:
+        """Those held; none if one was overwritten."""
+        if any(_versions(each) != versions for each, versions in self._held):
+            self.reason = "what the gradient is made of was overwritten"
+            return []
+        return [each for each, _ in self._held]
+
+    def _warn(self) -> None:
+        warnings.warn(
+            f"the update of a layer is skipped: an optimizer step had {self.passes_seen} backward passes "
+            f"where {self.passes_seen - 1} were expected. Pass grad_accumulation=<most backward passes in an "
+            "optimizer step> to the algorithm",
+            stacklevel=2,
+        )
+
+    def _stepped(self, parameter: Tensor) -> bool:
+        """Form the summary of what is in ``.grad`` now, if nothing was seen to end it before."""
+        if parameter.grad is None:
+            self._reset()
+        self.summary()
+        return self.passes_seen > 0
+
+    def summary(self) -> GradientSummary | None:
+        """What is known of the gradient, or None if nothing is."""
+        if self._summary is None and self._held and not self.reason:
+            self._finish(self._operands())
+        return self._summary
+
+    def let_go(self) -> None:
+        """Let go of what was seen, which takes as much room as the weights."""
+        self._summary = None
+        self._held = []
+
+    def _finish(self, operands: Sequence[GradientOperands]) -> None:
+        layer = self._layer()
+        self._held = []
+        if layer is not None and not self.reason:
+            self._summary = self._form(layer, operands)
+
+    def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
+        return summarise(
+            operands, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype, layer.block_shape
+        )
+
+
+def _versions(operands: GradientOperands) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in operands.tensors)
