@@ -121,7 +121,9 @@ def difference(sparse: nn.Module, masked: nn.Module, batch: Batch) -> tuple[floa
 def train(model: nn.Module, steps: int, batch: int) -> list[float]:
     """Train with SGD and RigL; the losses."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    algorithm = sparselab.RigL(drop_fraction=0.3, update_freq=5, stop=max(steps * 3 // 4, 1))
+    algorithm = sparselab.RigL(
+        drop_fraction=0.3, update_freq=max(1, min(5, steps // 4)), stop=max(steps * 3 // 4, 1)
+    )
     algorithm.attach(model, optimizer)
     losses = []
     for step in range(steps):

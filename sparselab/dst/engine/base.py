@@ -169,6 +169,7 @@ class SparsityAlgorithm(Driven):
 
     def _check_new(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
         """Raise if one of these layers is new and cannot be attached; nothing has been changed yet."""
+        self._check_apart(pairs)
         for _, layer in pairs:
             if any(layer is known for known in self._layers):
                 continue
@@ -186,6 +187,20 @@ class SparsityAlgorithm(Driven):
                     f"the other"
                 )
             self._check_layer(layer)
+
+    def _check_apart(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
+        """Raise ValueError if a layer shares tensors of W with another one of some algorithm."""
+        owned = [layer for layer, owner in _owners.items() if owner() is not None]
+        users: dict[int, SparseLayer] = {}
+        for layer in (*owned, *self._layers, *(layer for _, layer in pairs)):
+            for place in layer.storage.memory(layer):
+                if users.setdefault(place, layer) is not layer:
+                    raise ValueError(
+                        f"layers must not share their weights or connections, got two of shapes "
+                        f"{tuple(layer.shape)} and {tuple(users[place].shape)} that do: rewiring one would "
+                        f"break the other. Use the same module in both places, or load copies (without "
+                        f"assign=True)"
+                    )
 
     def _attach(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
         """Attach layers that have been checked, or name those that are attached."""

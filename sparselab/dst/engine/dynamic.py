@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -122,6 +123,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         super().__init__(self.budget.sparsity)
         self.update, self.stop = when_to_update(update_freq, update, stop)
         self._check_horizon()
+        self._warn_if_idle()
         self.seed = require_count("seed", seed)
         self.drop = Magnitude() if drop is None else drop
         self.grow = RandomGrowth() if grow is None else grow
@@ -167,6 +169,14 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
                 f"stop must leave an update at step {end} or later, where sparsity reaches its final value, "
                 f"got stop={self.stop}, before which the last update is at step {last}, with sparsity "
                 f"{self.sparsity(last):.6g}"
+            )
+
+    def _warn_if_idle(self) -> None:
+        if self.stop and not any(self.update(step) for step in range(1, self.stop)):
+            warnings.warn(
+                f"no update will ever come: update={self.update} has no step before stop={self.stop}; give "
+                f"update_freq a smaller number",
+                stacklevel=4,
             )
 
     def _check_layer(self, layer: SparseLayer) -> None:

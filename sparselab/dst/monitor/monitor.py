@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from os import PathLike
 from typing import Any, Protocol
 
@@ -233,6 +234,12 @@ class Monitor:
             self._measure(each)
 
     def _updated(self, algorithm: DynamicSparsityAlgorithm) -> None:
+        watched = tuple(self._layers[name].layer for name in self._names[algorithm])
+        if any(a is not b for a, b in zip_longest(watched, algorithm.layers[: len(watched)])):
+            raise RuntimeError(
+                f"a Monitor must watch the layers that its algorithm has, got a {type(algorithm).__name__} "
+                f"that was attached to others since. remove() the monitor, and make a new one"
+            )
         step = algorithm.steps_done
         if self.history[-1]["step"] == step:
             # Another algorithm of the group has updated at this step too; one record tells of both.

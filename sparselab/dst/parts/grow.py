@@ -164,7 +164,9 @@ class GradientGrowth(Growth):
     Notes
     -----
     G is what a dense layer would have in ``.grad`` at the step: the sum over all passes since that was
-    cleared, whatever loop made them. `torch.autograd.grad` adds nothing to it.
+    cleared, whatever loop made them. `torch.autograd.grad` adds nothing to it. What is done to ``.grad``
+    itself between the passes and the step is not seen at positions without a weight: clipping and unscaling,
+    which change all entries alike, leave the choice as it is; a gradient put there by hand does not enter it.
 
     It is formed only on the step that updates, inside its last backward pass, in blocks of rows of at most
     4 MiB: O(nnz) memory beside one block, and the time of one dense weight gradient. If that pass turns out

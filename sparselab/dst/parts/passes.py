@@ -178,6 +178,8 @@ class GradientCollector(PassWatcher):
         self.reason = ""
         self._held: list[tuple[GradientOperands, tuple[int, ...]]] = []
         self._summary: GradientSummary | None = None
+        #: Of the topology that the summary was formed for.
+        self._stamp: Any = None
         #: ``.grad`` after the last pass, and its version.
         self._grad: tuple[weakref.ref[Tensor], int] | None = None
 
@@ -245,6 +247,10 @@ class GradientCollector(PassWatcher):
         """What is known of the gradient, or None if nothing is."""
         if self._summary is None and self._held and not self.reason:
             self._finish(self._operands())
+        layer = self._layer()
+        if self._summary is not None and layer is not None and layer.storage.stamp(layer) != self._stamp:
+            self.let_go()
+            self.reason = "the connections were replaced after the gradient was formed"
         return self._summary
 
     def let_go(self) -> None:
@@ -257,6 +263,7 @@ class GradientCollector(PassWatcher):
         self._held = []
         if layer is not None and not self.reason:
             self._summary = self._form(layer, operands)
+            self._stamp = layer.storage.stamp(layer)
 
     def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
         return summarise(

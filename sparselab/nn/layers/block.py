@@ -16,7 +16,7 @@ from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import LinearLayer, require_linear
 from sparselab.nn.ops.cutting import cut
 from sparselab.nn.storage.blocks import Blocks
-from sparselab.nn.storage.checks import check_bias, check_size, read_sparsity
+from sparselab.nn.storage.checks import check_bias, check_size, read_sparsity, warn_if_none
 from sparselab.nn.storage.entries import largest_positions
 from sparselab.nn.storage.patterns import read_blocks, read_pattern
 
@@ -105,9 +105,9 @@ class BlockSparseLinear(LinearLayer):
         shape = check_size("out_features", out_features), check_size("in_features", in_features)
         bias = check_bias(bias, f"BlockSparseLinear({in_features}, {out_features}")
         storage = Blocks(shape, check_block_shape(block_shape))
-        nnz = n_connections(storage.grid, read_sparsity(sparsity, density))
-        super().__init__(storage, nnz, bias, device, dtype)
-        self._draw_if_there()
+        amount = read_sparsity(sparsity, density)
+        super().__init__(storage, n_connections(storage.grid, amount), bias, device, dtype)
+        self._draw_if_there(amount)
 
     @classmethod
     def from_dense(
@@ -117,7 +117,9 @@ class BlockSparseLinear(LinearLayer):
         """The blocks of a dense layer with the largest L2 norms; of equal ones the first in their order."""
         require_linear(linear)
         blocks = cut(linear.weight.detach(), check_block_shape(block_shape))
-        nnz = n_connections((1, len(blocks)), read_sparsity(sparsity, density))
+        amount = read_sparsity(sparsity, density)
+        nnz = n_connections((1, len(blocks)), amount)
+        warn_if_none(nnz, (1, len(blocks)), amount, stacklevel=3)
         positions = largest_positions(blocks.double().square().sum((1, 2)), nnz)
         return cls._holding(linear, positions.cpu(), blocks[positions], block_shape=block_shape)
 

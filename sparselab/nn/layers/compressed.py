@@ -15,7 +15,7 @@ from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.ops.cpu.variants import Measured
 from sparselab.nn.ops.topologies import TensorTopology
 from sparselab.nn.storage.base import draw_seed
-from sparselab.nn.storage.checks import check_dtype
+from sparselab.nn.storage.checks import check_dtype, warn_if_none
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import largest_positions
 
@@ -55,9 +55,10 @@ class CompressedLayer(SparseLayer):
         place = self.weight_values.device
         self.bias = nn.Parameter(torch.empty(self.out_features, device=place, dtype=dtype)) if bias else None
 
-    def _draw_if_there(self) -> None:
-        """First values, unless the layer is on the device "meta"."""
+    def _draw_if_there(self, sparsity: float) -> None:
+        """First values, unless the layer is on the device "meta"; warn if that sparsity leaves none."""
         if not self.weight_values.is_meta:
+            warn_if_none(self.nnz, self.grid, sparsity)
             self.reset_parameters()
 
     def topology(self) -> TensorTopology:
@@ -72,6 +73,7 @@ class CompressedLayer(SparseLayer):
     def _from_largest(cls: type[Layer], dense: Any, sparsity: float) -> Layer:
         """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
         nnz = n_connections((1, dense.weight.numel()), sparsity)
+        warn_if_none(nnz, (len(dense.weight), dense.weight[:1].numel()), sparsity)
         return cls.from_positions(dense, largest_positions(dense.weight, nnz))
 
     @classmethod
@@ -183,8 +185,17 @@ class CompressedLayer(SparseLayer):
         """Load into whatever topology this layer has now: the saved one is checked and replaces it."""
         storage = self.storage
         saved = {name: state_dict.get(prefix + name) for name in storage.saved}
+        computed = storage.parameter not in self._parameters
+        if computed:  # by a parametrization, which loads what it computes them from
+            original = f"{prefix}parametrizations.{storage.parameter}.original"
+            saved[storage.parameter] = state_dict.get(original)
         try:
             loaded = storage.check_state(saved, self.indices.dtype)
+            if computed and loaded is not None and len(loaded) != self.nnz:
+                raise ValueError(
+                    f"the state must have {self.nnz} connections, as many as the layer, whose weights are "
+                    f"computed, got {len(loaded)}; remove its parametrization first"
+                )
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return

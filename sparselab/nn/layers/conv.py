@@ -203,12 +203,13 @@ class SparseConv2d(Convolution, CompressedLayer):
             cast("Any", padding_mode), device="meta",
         )  # fmt: skip
         shape = out_channels, dense.weight[0].numel() if out_channels else 0
-        nnz = n_connections(shape, read_sparsity(sparsity, density, fan_in))
+        amount = read_sparsity(sparsity, density, fan_in)
+        nnz = n_connections(shape, amount)
         if fan_in is not None:
             nnz = out_channels * read_fan_in(shape[1], fan_in)
         super().__init__(Compressed(shape, fan_in=fan_in), nnz, bias, device, dtype)
         self._configure(dense)
-        self._draw_if_there()
+        self._draw_if_there(amount if fan_in is None else 1.0)
 
     @classmethod
     def from_dense(

@@ -100,7 +100,7 @@ class FanInLinear(LinearLayer):
         bias = check_bias(bias, f"FanInLinear({in_features}, {out_features}")
         each = _read_each(columns, sparsity, density, fan_in)
         super().__init__(FanIn((rows, columns), fan_in=each), rows * each, bias, device, dtype)
-        self._draw_if_there()
+        self._draw_if_there(read_sparsity(sparsity, density, fan_in) if fan_in is None else 1.0)
 
     @classmethod
     def from_dense(

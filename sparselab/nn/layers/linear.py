@@ -161,9 +161,9 @@ class SparseLinear(LinearLayer):
     ) -> None:
         shape = check_size("out_features", out_features), check_size("in_features", in_features)
         bias = check_bias(bias, f"SparseLinear({in_features}, {out_features}")
-        nnz = n_connections(shape, read_sparsity(sparsity, density))
-        super().__init__(Compressed(shape), nnz, bias, device, dtype)
-        self._draw_if_there()
+        amount = read_sparsity(sparsity, density)
+        super().__init__(Compressed(shape), n_connections(shape, amount), bias, device, dtype)
+        self._draw_if_there(amount)
 
     @classmethod
     def from_dense(

@@ -14,7 +14,7 @@ from sparselab._names import Pattern
 from sparselab.kernels.arrays import check_fraction, n_connections
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.kinds import LayerKind, find_kind, kinds_named, recognise
-from sparselab.nn.storage.checks import check_size
+from sparselab.nn.storage.checks import check_size, warn_if_none
 
 #: A sparsity, or what the docstring of `sparsify` lists; None leaves a layer dense.
 Given: TypeAlias = float | Mapping[str, Any] | None
@@ -54,9 +54,12 @@ class Rule(NamedTuple):
     def make(self, dense: nn.Module, init: str = "random", device: str | None = None) -> SparseLayer:
         """The layer: a new one on `device` (that of the dense one by default), or its largest weights."""
         kind = self._find(dense)
-        amount: dict[str, Any] = {"sparsity": self.sparsity(dense)}
+        sparsity = self.sparsity(dense)
+        amount: dict[str, Any] = {"sparsity": sparsity}
         if "fan_in" in kind.settings:
-            amount = {"fan_in": n_connections((1, _columns(dense)), amount["sparsity"])}
+            grid = 1, _columns(dense)
+            amount = {"fan_in": n_connections(grid, sparsity)}
+            warn_if_none(amount["fan_in"], grid, 1.0 if self.said == "fan_in" else sparsity)
         cls: Any = kind.cls
         if init == "magnitude":
             new: SparseLayer = cls.from_dense(dense, **amount, **self.settings)

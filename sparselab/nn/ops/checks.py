@@ -40,6 +40,32 @@ def refuse_misfits(device: torch.device, dtype: torch.dtype, **operands: Any) ->
     raise RuntimeError(f"{first} must fit the topology, got {operands[first][0].shape}")
 
 
+def require_memory(*tensors: Tensor | None) -> None:
+    """Raise RuntimeError if the memory of a tensor was freed or shrunk below what its shape takes."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        held = tensor.untyped_storage().nbytes()
+        apart = not tensor.is_contiguous()
+        if (apart or held < (tensor.numel() + tensor.storage_offset()) * tensor.itemsize) and (
+            held < _extent(tensor)
+        ):
+            raise RuntimeError(
+                f"a tensor must have memory for all of its entries, got {held} bytes for one of "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}; its storage was resized"
+            )
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the beginning of the storage to the end of the last entry."""
+    last = int(tensor.storage_offset())
+    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+        if n == 0:
+            return 0
+        last += (n - 1) * step
+    return (last + 1) * tensor.itemsize
+
+
 def _is(shape: Any, expected: Any) -> bool:
     return len(shape) == len(expected) and all(
         m is None or n == m for n, m in zip(shape, expected, strict=True)

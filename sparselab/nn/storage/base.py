@@ -39,6 +39,8 @@ class Storage(abc.ABC):
     #: Name of the Parameter that holds the weights, and of all tensors that a saved state has of W.
     parameter: ClassVar[str] = "weight_values"
     saved: ClassVar[tuple[str, ...]]
+    #: Names of the buffers that hold the topology.
+    pattern: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: tuple[int, int], block_shape: tuple[int, int] = (1, 1)) -> None:
         self.shape = shape
@@ -89,6 +91,18 @@ class Storage(abc.ABC):
     def matrix(self, layer: Any) -> RowTopology:
         """The connections on the grid, for the compiled functions of `sparselab.kernels`."""
         return RowTopology.from_positions(self.grid, self.positions(layer).cpu().numpy())
+
+    def stamp(self, layer: Any) -> tuple[tuple[int, int], ...]:
+        """What changes whenever the topology is written to: where it is, and how often it was written."""
+        held = (layer._buffers[name] for name in self.pattern)
+        return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in held)
+
+    def memory(self, layer: Any) -> frozenset[int]:
+        """Where the tensors of W are, if they hold data: layers that share one cannot be rewired apart."""
+        held = layer._parameters.get(self.parameter), *(layer._buffers[name] for name in self.pattern)
+        return frozenset(
+            each.data_ptr() for each in held if each is not None and not each.is_meta and each.numel()
+        )
 
     def refresh(self, layer: Any) -> None:  # noqa: B027
         """See to it that operators which are given the tensors of the layer find its gradient hook."""

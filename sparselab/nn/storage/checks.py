@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,28 @@ def read_sparsity(sparsity: float | None, density: float | None, fan_in: int | N
         return 0.9
     check_fraction("sparsity", sparsity)
     return float(sparsity)
+
+
+def warn_if_none(nnz: int, grid: tuple[int, int], sparsity: float, stacklevel: int = 4) -> None:
+    """Warn that nothing is left of a layer that was asked to have something.
+
+    Parameters
+    ----------
+    nnz : int
+        Its connections.
+    grid : (int, int)
+        Rows and columns of their positions.
+    sparsity : float
+        What was asked for.
+    stacklevel : int
+        As of `warnings.warn`, from here.
+    """
+    if nnz == 0 and sparsity < 1 and grid[0] * grid[1]:
+        warnings.warn(
+            f"a sparsity of {sparsity:.6g} leaves no connection among {grid[0]} x {grid[1]} positions: every "
+            f"output will be its bias; ask for a lower sparsity, smaller blocks, or leave the layer dense",
+            stacklevel=stacklevel,
+        )
 
 
 def read_fan_in(columns: int, fan_in: int) -> int:

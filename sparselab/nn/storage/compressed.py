@@ -38,7 +38,8 @@ class Compressed(Storage):
     """
 
     layout: ClassVar[str] = "csr"
-    saved = "weight_values", "indptr", "indices"
+    saved: ClassVar[tuple[str, ...]] = "weight_values", "indptr", "indices"
+    pattern = "indptr", "indices"
 
     def __init__(
         self, shape: tuple[int, int], block_shape: tuple[int, int] = (1, 1), fan_in: int | None = None
@@ -94,10 +95,10 @@ class Compressed(Storage):
     def positions(self, layer: Any) -> Tensor:
         """int64 (nnz,), ascending."""
         rows, columns = self.grid
-        row = torch.repeat_interleave(
-            torch.arange(rows, device=layer.indptr.device), torch.diff(layer.indptr)
-        )
-        positions: Tensor = row * columns + layer.indices.long()
+        place = layer.indptr.device
+        # By NumPy: torch's repeat_interleave waits for ever for its threads in a forked process.
+        row = np.repeat(np.arange(rows), np.diff(layer.indptr.cpu().numpy()))
+        positions: Tensor = torch.from_numpy(row).to(place) * columns + layer.indices.long()
         return positions
 
     def matrix(self, layer: Any) -> RowTopology:
@@ -176,9 +177,9 @@ class Compressed(Storage):
 
     def resize(self, layer: Any, nnz: int) -> None:
         """Make room for so many connections; what Parameter, gradient and columns held is lost."""
-        held = self.held(layer)
-        if nnz == held.shape[0]:
+        if nnz == layer.indices.shape[0]:
             return
+        held = self.held(layer)
         with torch.inference_mode(False):
             values = held.data.new_empty((nnz, *self.block_shape))
             other = torch.float64 if values.dtype == torch.float32 else torch.float32

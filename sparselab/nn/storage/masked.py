@@ -22,6 +22,7 @@ class Masked(Storage):
 
     parameter = "weight"
     saved = "weight", "mask"
+    pattern = ("mask",)
 
     def nnz(self, layer: Any) -> int:
         """Live connections, counted in the mask."""

@@ -297,7 +297,7 @@ def test_operands_are_not_copied_once_the_number_of_passes_is_known(monkeypatch)
     seen = []
     original = gradient.summarise
     monkeypatch.setattr(
-        gradient,
+        passes,
         "summarise",
         lambda operands, *rest: seen.append(operands[0].x.data_ptr()) or original(operands, *rest),
     )

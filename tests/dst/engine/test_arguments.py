@@ -41,20 +41,24 @@ def test_the_headline_lines_work_as_they_stand():
 @pytest.mark.parametrize("make", [RigL, sparselab.SRigL, SNFS, sparselab.GSE], ids=lambda make: make.__name__)
 def test_a_stop_anneals_a_number_where_the_paper_does(make):
     default = make().drop_fraction(0)
-    for settings in ({"stop": 40}, {"update": {"freq": 2, "stop": 40}}, {"update": [2, 30], "stop": 40}):
+    for settings in (
+        {"update_freq": 9, "stop": 40},
+        {"update": {"freq": 2, "stop": 40}},
+        {"update": [2, 30], "stop": 40},
+    ):
         algorithm = make(drop_fraction=0.25, **settings)
         assert algorithm.stop == 40
         assert algorithm.drop_fraction == CosineSchedule(0.25, 40)
         assert not any(algorithm.is_update_step(step) for step in range(40, 200))
-    assert make(drop_fraction=CosineSchedule(0.5, 9, 0.1), stop=40).drop_fraction == CosineSchedule(
-        0.5, 9, 0.1
-    )
-    assert make(stop=40).drop_fraction(0) == default
+    assert make(
+        drop_fraction=CosineSchedule(0.5, 9, 0.1), update_freq=9, stop=40
+    ).drop_fraction == CosineSchedule(0.5, 9, 0.1)
+    assert make(update_freq=9, stop=40).drop_fraction(0) == default
     assert make().drop_fraction(10**9) == default
     assert make(update=[2, 30], drop_fraction=0.25).drop_fraction(30) == 0.25
     with pytest.raises(ValueError, match=r"drop_fraction must lie in \[0, 1\], got 1.5"):
         make(drop_fraction=1.5, stop=40)
-    assert SET(drop_fraction=0.25, stop=40).drop_fraction(39) == 0.25
+    assert SET(drop_fraction=0.25, update_freq=9, stop=40).drop_fraction(39) == 0.25
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -157,6 +157,7 @@ def test_hooks_of_dead_trackers_do_not_pile_up(layer):
         gc.collect()
         return len(torch_optimizer._global_optimizer_post_hooks)
 
+    gc.collect()
     assert watch_and_die() == watch_and_die() == watch_and_die()
 
 

@@ -188,3 +188,42 @@ def test_operands_of_convolutions_are_checked(operator: str) -> None:
     for name, value in wrong:
         with pytest.raises(ERRORS):
             call(*{**given, name: value}.values())
+
+
+def freed(tensor: Tensor) -> Tensor:
+    kept = tensor.detach().clone()
+    kept.untyped_storage().resize_(0)
+    return kept
+
+
+def shrunk(tensor: Tensor) -> Tensor:
+    kept = tensor.detach().clone()
+    kept.untyped_storage().resize_(kept.nbytes - 4)
+    return kept
+
+
+def shrunk_below_a_view(tensor: Tensor) -> Tensor:
+    kept = torch.stack([tensor.detach(), tensor.detach()], -1)
+    kept.untyped_storage().resize_(kept.nbytes - 8)
+    return kept[..., 0]
+
+
+@pytest.mark.parametrize("how", [freed, shrunk, shrunk_below_a_view])
+@pytest.mark.parametrize("kind", ["single", "blocks"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_tensor_whose_memory_is_gone_is_refused(operator: str, kind: str, how: Any) -> None:
+    given = arguments(kind, operator)
+    for name in ("x", "grad", "values", "bias"):
+        if name in given:
+            with pytest.raises(RuntimeError, match=r"must have memory for all of its entries|out of bounds"):
+                getattr(OPS, operator)(*{**given, name: how(given[name])}.values())
+
+
+def test_memory_that_is_gone_is_refused_of_layers_too() -> None:
+    conv, images = SparseConv2d(3, 4, 3, sparsity=0.5), torch.randn(2, 3, 8, 8)
+    for layer, x in ((layer_of("single"), torch.randn(6, 20)), (conv, images)):
+        y = layer(x)
+        with pytest.raises(RuntimeError, match="must have memory for all of its entries"):
+            layer(freed(x))
+        expanded = torch.zeros(()).expand(y.shape)
+        y.backward(expanded)  # holds less than its entries would take, and is right
