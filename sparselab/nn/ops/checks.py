@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselab.nn.ops.tracing import has_memory
+
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 
@@ -40,32 +42,6 @@ def refuse_misfits(device: torch.device, dtype: torch.dtype, **operands: Any) ->
     raise RuntimeError(f"{first} must fit the topology, got {operands[first][0].shape}")
 
 
-def require_memory(*tensors: Tensor | None) -> None:
-    """Raise RuntimeError if the memory of a tensor was freed or shrunk below what its shape takes."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        held = tensor.untyped_storage().nbytes()
-        apart = not tensor.is_contiguous()
-        if (apart or held < (tensor.numel() + tensor.storage_offset()) * tensor.itemsize) and (
-            held < _extent(tensor)
-        ):
-            raise RuntimeError(
-                f"a tensor must have memory for all of its entries, got {held} bytes for one of "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}; its storage was resized"
-            )
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the beginning of the storage to the end of the last entry."""
-    last = int(tensor.storage_offset())
-    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
-        if n == 0:
-            return 0
-        last += (n - 1) * step
-    return (last + 1) * tensor.itemsize
-
-
 def _is(shape: Any, expected: Any) -> bool:
     return len(shape) == len(expected) and all(
         m is None or n == m for n, m in zip(shape, expected, strict=True)
@@ -86,7 +62,14 @@ def refuse_mixed_devices(**tensors: Tensor | None) -> None:
 
 
 def require_strided(**tensors: Tensor | None) -> None:
-    """Raise RuntimeError unless all tensors that are there are dense ones."""
+    """Raise RuntimeError unless all tensors that are there are dense ones with memory for all entries."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.layout is not torch.strided:
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided:
             raise RuntimeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if not has_memory(tensor):
+            raise RuntimeError(
+                f"{name} must have memory for all of its entries, got {tensor.untyped_storage().nbytes()} "
+                f"bytes for {tensor.dtype} of shape {tuple(tensor.shape)}; its storage was resized"
+            )

@@ -11,7 +11,6 @@ from sparselab.nn.ops.checks import (
     DTYPES,
     refuse_misfits,
     refuse_mixed_devices,
-    require_memory,
     require_strided,
 )
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
@@ -62,7 +61,6 @@ def product(
         )  # fmt: skip
     if min(outputs) < 1:
         raise RuntimeError(f"x must be as large as the kernel, {geometry.kernel}, got {tuple(x.shape)}")
-    require_memory(x, values, bias)
     return _products(topology).product(topology, values, x, bias, geometry)  # type: ignore[no-any-return]
 
 
@@ -97,7 +95,6 @@ def input_grad(
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, *shape)), values=(values, topology.values_shape)
         )
-    require_memory(grad, values)
     return _products(topology).input_grad(topology, values, grad, geometry, size)  # type: ignore[no-any-return]
 
 
@@ -129,7 +126,6 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geo
         refuse_misfits(
             topology.device, dtype, grad=(grad, shape), x=(x, (None, geometry.in_channels, *x.shape[2:]))
         )
-    require_memory(grad, x)
     if topology.is_watched:
         topology.show(ConvolutionOperands(x.detach(), grad.detach(), geometry, is_of_graph(x)))
     return _products(topology).values_grad(topology, grad, x, geometry)  # type: ignore[no-any-return]

@@ -18,7 +18,6 @@ from sparselab.nn.ops.checks import (
     DTYPES,
     refuse_misfits,
     refuse_mixed_devices,
-    require_memory,
     require_strided,
 )
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
@@ -82,7 +81,6 @@ def product(topology: TensorTopology, x: Tensor, values: Tensor, bias: Tensor | 
             topology.device, dtype, x=(x, (None, columns)), values=(values, topology.values_shape),
             bias=(bias, (rows,)),
         )  # fmt: skip
-    require_memory(x, values, bias)
     y: Tensor = topology.products.product(topology, values, x, bias)
     return y
 
@@ -118,7 +116,6 @@ def input_grad(topology: TensorTopology, grad: Tensor, values: Tensor) -> Tensor
             topology.device, dtype, grad=(grad, (None, topology.shape[0])),
             values=(values, topology.values_shape),
         )  # fmt: skip
-    require_memory(grad, values)
     dx: Tensor = topology.products.input_grad(topology, values, grad)
     return dx
 
@@ -155,7 +152,6 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bo
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, rows)), x=(x, (shape[0] if shape else 0, columns))
         )
-    require_memory(grad, x)
     if topology.is_watched:
         topology.show(LinearOperands(x.detach(), grad.detach(), is_of_graph(x)))
     both: tuple[Tensor, Tensor] = topology.products.values_grad(topology, grad, x, with_bias)

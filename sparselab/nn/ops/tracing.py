@@ -17,7 +17,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether tensors (or None) are ordinary ones that hold data, and nothing traces or transforms.
 
     A tensor whose sign is still to be turned (`Tensor.is_neg`), or of zeros without memory, is not ordinary:
-    the dispatcher makes it so.
+    the dispatcher makes it so. Nor is one whose memory was taken away, which the operator refuses.
     """
     if (
         torch.compiler.is_compiling()
@@ -35,9 +35,23 @@ def is_plain(*tensors: Tensor | None) -> bool:
             or tensor.is_nested
             or tensor.is_neg()
             or tensor._is_zerotensor()
+            or not has_memory(tensor)
         ):
             return False
     return True
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a tensor, which may have been freed or shrunk, holds all of its entries."""
+    held = tensor.untyped_storage().nbytes()
+    if held >= tensor.nbytes and not tensor.storage_offset() and tensor.is_contiguous():
+        return True
+    last = int(tensor.storage_offset())
+    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+        if n == 0:
+            return True
+        last += (n - 1) * step
+    return held >= (last + 1) * tensor.itemsize
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
