@@ -28,6 +28,7 @@ FLOORS = (
     ("sparselab.kernels",),
     ("sparselab.nn.ops",),
     ("sparselab.nn.storage",),
+    ("sparselab.nn.follow",),
     ("sparselab.nn.layers",),
     ("sparselab.nn.models",),
     ("sparselab.nn",),
@@ -67,6 +68,7 @@ FORBIDDEN = {
 #: and the list of dense layers that budgets are shared out to.
 DOORS = {
     "sparselab/dst": {
+        "sparselab.nn.follow.state_move",
         "sparselab.nn.storage.entries",
         "sparselab.nn.layers.base",
         "sparselab.nn.ops.operands",

@@ -13,12 +13,13 @@ from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import DropScore, RelativeImportance, Scores, Soft, lowest
 from sparselab.dst.parts.grow_paths import PathGrowth
-from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.grown import GrownValue
 from sparselab.dst.parts.select import LayerSelection, UpdateContext
 from sparselab.dst.schedules.schedule import Schedule, SigmoidSchedule
 from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.dst.view import LayerView
 from sparselab.kernels.arrays import Array
+from sparselab.nn.follow.state_move import GrownState
 
 
 class CHTs(DynamicSparsityAlgorithm):

@@ -14,11 +14,12 @@ from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import DropScore, Scores, lowest_of_network
 from sparselab.dst.parts.grow import RandomGrowth
-from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.grown import GrownValue
 from sparselab.dst.parts.redistribute import ByRemaining, Redistribution
 from sparselab.dst.parts.select import NetworkSelection, UpdateContext
 from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.kernels.arrays import Array
+from sparselab.nn.follow.state_move import GrownState
 from sparselab.nn.layers.base import SparseLayer
 
 # So that doubling or halving without end reaches neither infinity nor 0, from where there is no way back.

@@ -13,13 +13,14 @@ from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
 from sparselab.dst.parts.drop import DropScore
 from sparselab.dst.parts.grow_sampled import SampledGradientGrowth, Sampler
-from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.grown import GrownValue
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import as_selection
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.dst.view import LayerUpdate
 from sparselab.kernels.rewiring.topk import largest
+from sparselab.nn.follow.state_move import GrownState
 
 
 class GSE(DynamicSparsityAlgorithm):

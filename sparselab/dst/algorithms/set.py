@@ -8,10 +8,11 @@ from typing import Any, Literal
 from sparselab.dst.budget.targets import Exchange
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import DropScore
-from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.grown import GrownValue
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
+from sparselab.nn.follow.state_move import GrownState
 
 
 class SET(DynamicSparsityAlgorithm):

@@ -13,13 +13,14 @@ from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
 from sparselab.dst.parts.drop import DropScore, lowest
 from sparselab.dst.parts.grow_momentum import MomentumGrowth
-from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.grown import GrownValue
 from sparselab.dst.parts.redistribute import ByMomentum, ByWeight
 from sparselab.dst.parts.select import LayerSelection, UpdateContext
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule
 from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
+from sparselab.nn.follow.state_move import GrownState
 
 BY_MOMENTUM = ByMomentum()
 

@@ -16,7 +16,7 @@ from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
 from sparselab.dst.parts.dense_gradient import GradientSummary, summarise
 from sparselab.dst.parts.drop import Scores, lowest
 from sparselab.dst.parts.grow import GradientGrowth
-from sparselab.dst.parts.grown import GrownState, GrownValue
+from sparselab.dst.parts.grown import GrownValue
 from sparselab.dst.parts.passes import GradientCollector, PassCount
 from sparselab.dst.parts.select import RowBudget, RowSelection
 from sparselab.dst.schedules.schedule import Schedule
@@ -25,6 +25,7 @@ from sparselab.dst.view import LayerView, rows_of
 from sparselab.kernels.arrays import Array, n_connections, slot_dtype
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import kept_positions
+from sparselab.nn.follow.state_move import GrownState
 from sparselab.nn.layers.base import SparseLayer, as_matrix
 from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.storage.entries import as_scores

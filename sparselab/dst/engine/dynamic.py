@@ -16,16 +16,17 @@ from sparselab.dst.budget.targets import Budget, Exchange
 from sparselab.dst.checks import require_count, require_of_blocks
 from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.describe import setting
-from sparselab.dst.engine.optimizer_state import OptimizerTracker, StateMove
+from sparselab.dst.engine.optimizer_state import OptimizerTracker
 from sparselab.dst.parts.drop import DropScore, Magnitude
 from sparselab.dst.parts.grow import Growth, RandomGrowth
-from sparselab.dst.parts.grown import GrownState, GrownValue, as_grown_value, check_grown_state
+from sparselab.dst.parts.grown import GrownValue, as_grown_value, check_grown_state
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import Selection, UpdateContext, as_selection
 from sparselab.dst.schedules.schedule import ConstantSchedule, CosineSchedule, Schedule, as_schedule
 from sparselab.dst.schedules.when import UpdateSchedule, when_to_update
 from sparselab.dst.view import LayerUpdate, LayerView, UpdateReport
 from sparselab.kernels.arrays import Array
+from sparselab.nn.follow.state_move import GrownState, StateMove
 from sparselab.nn.layers.base import SparseLayer
 
 UpdateHook = Callable[["DynamicSparsityAlgorithm"], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,7 @@ import numpy.typing as npt
 from sparselab.dst.checks import require_finite
 from sparselab.dst.view import LayerUpdate
 from sparselab.kernels.arrays import Array
-
-GrownState = Literal["zero", "mean"]
+from sparselab.nn.follow.state_move import GrownState
 
 #: Weights (n,), or (n, *block_shape), for the n positions a layer has grown; called after the rewrite.
 GrownValue = Callable[[LayerUpdate, Array], npt.NDArray[np.floating[Any]]]

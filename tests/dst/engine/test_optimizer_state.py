@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from sparselab.dst.engine.optimizer_state import OptimizerTracker, StateMove
+from sparselab.dst.engine.optimizer_state import OptimizerTracker
+from sparselab.nn.follow.state_move import StateMove
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import assert_followed, by_position
 

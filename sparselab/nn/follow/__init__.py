@@ -1,0 +1,1 @@
+"""What must follow the connections of layers: optimizer state, and copies."""
