@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     )
     from sparselab.kernels import PaddedCSR
     from sparselab.nn import (
+        AveragedModel,
         BlockSparseLinear,
         FanInLinear,
         MaskedConv2d,
@@ -64,7 +65,9 @@ if TYPE_CHECKING:
         SparseConv2d,
         SparseLinear,
         SparseMultiheadAttention,
+        average,
         condense,
+        copy_topology,
         densify,
         load_model,
         materialize,
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
         memory_report,
         plan_sparsify,
         save_model,
+        soft_update,
         sparsify,
         tune,
     )
@@ -86,6 +90,7 @@ __all__ = [
     "SET",
     "SNFS",
     "AtSteps",
+    "AveragedModel",
     "BlockSparseLinear",
     "ByMagnitude",
     "ByMomentum",
@@ -128,7 +133,9 @@ __all__ = [
     "Static",
     "TopKAST",
     "allocate",
+    "average",
     "condense",
+    "copy_topology",
     "densify",
     "dst",
     "kernels",
@@ -140,6 +147,7 @@ __all__ = [
     "plan_sparsify",
     "prune",
     "save_model",
+    "soft_update",
     "sparsify",
     "train_prune_finetune",
     "tune",
@@ -148,6 +156,7 @@ __all__ = [
 
 _HOMES = {
     "AtSteps": "dst",
+    "AveragedModel": "nn",
     "BlockSparseLinear": "nn",
     "ByMagnitude": "dst",
     "ByMomentum": "dst",
@@ -196,7 +205,9 @@ _HOMES = {
     "Static": "dst",
     "TopKAST": "dst",
     "allocate": "dst",
+    "average": "nn",
     "condense": "nn",
+    "copy_topology": "nn",
     "densify": "nn",
     "load_model": "nn",
     "materialize": "nn",
@@ -205,6 +216,7 @@ _HOMES = {
     "plan_sparsify": "nn",
     "prune": "dst",
     "save_model": "nn",
+    "soft_update": "nn",
     "sparsify": "nn",
     "train_prune_finetune": "dst",
     "tune": "nn",

@@ -11,6 +11,7 @@ from sparselab.nn.layers.fan_in import FanInLinear
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedConv2d, MaskedLinear
+from sparselab.nn.models.average import AveragedModel, average, copy_topology, soft_update
 from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import SparsifyPlan, measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.models.densify import densify
@@ -24,6 +25,7 @@ from sparselab.nn.ops.topologies import GradientHook, register_layout
 from sparselab.nn.storage.init import fan_in_uniform_
 
 __all__ = [
+    "AveragedModel",
     "BlockSparseLinear",
     "CondensedLayer",
     "DenseLayer",
@@ -42,9 +44,11 @@ __all__ = [
     "SparseMultiheadAttention",
     "SparsifyPlan",
     "TuneReport",
+    "average",
     "brf_",
     "condense",
     "constant_fan_in_",
+    "copy_topology",
     "densify",
     "fan_in_uniform_",
     "find_sparse",
@@ -58,6 +62,7 @@ __all__ = [
     "register_layout",
     "register_products",
     "save_model",
+    "soft_update",
     "sparsify",
     "tune",
     "whole",

@@ -68,6 +68,7 @@ FORBIDDEN = {
 #: and the list of dense layers that budgets are shared out to.
 DOORS = {
     "sparselab/dst": {
+        "sparselab.nn.follow.optimizers",
         "sparselab.nn.follow.state_move",
         "sparselab.nn.storage.entries",
         "sparselab.nn.layers.base",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -211,6 +211,7 @@ class SparsityAlgorithm(Driven):
                     break
             else:
                 _owners[layer] = weakref.ref(self)
+                layer.storage.follower = _follower(self, len(self._layers))
                 self._layers.append(layer)
                 self._names.append(name)
                 for part in self.parts.values():
@@ -229,6 +230,7 @@ class SparsityAlgorithm(Driven):
         for part in self.parts.values():
             part.detach(self._layers)
         for layer in self._layers:
+            layer.storage.follower = None
             _owners.pop(layer, None)
         self._layers.clear()
         self._names.clear()
@@ -247,6 +249,12 @@ class SparsityAlgorithm(Driven):
 
     def _after_step(self, step: int) -> None:
         """Called when optimizer step number `step` (the first is 1) is done, before it is counted."""
+
+    def _replaced(self, index: int, source: torch.Tensor) -> None:
+        """Connections of layer number `index` were replaced by loading or drawing them anew.
+
+        `source`, int64, is the old slot of each new slot, or -1. The optimizers' state has followed.
+        """
 
     def track(self, optimizer: Optimizer) -> None:
         """Name an optimizer whose state must follow the connections; nothing to do where they stay."""
@@ -342,3 +350,14 @@ class SparsityAlgorithm(Driven):
 
 def _name(layer: SparseLayer) -> str:
     return f"a layer of shape {tuple(layer.shape)}"
+
+
+def _follower(algorithm: SparsityAlgorithm, index: int) -> Callable[[torch.Tensor], None]:
+    """What tells an algorithm, which it does not keep alive, of connections that were replaced."""
+    reference = weakref.ref(algorithm)
+
+    def follow(source: torch.Tensor) -> None:
+        if (alive := reference()) is not None:
+            alive._replaced(index, source)
+
+    return follow

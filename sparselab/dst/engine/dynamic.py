@@ -312,6 +312,11 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         n_survivors = self._set_grown_values(update, source)
         return UpdateReport(drop.size, grow.size, n_survivors - n_kept, layer.nnz)
 
+    def _replaced(self, index: int, source: torch.Tensor) -> None:
+        view = self.views(self._step)[index]
+        for part in self.parts.values():
+            part.follow(view, source)
+
     def _set_grown_values(self, update: LayerUpdate, source: torch.Tensor) -> int:
         """Give new connections their weights; returns how many are not new."""
         new = np.flatnonzero(source.cpu().numpy() < 0)

@@ -12,6 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sparselab.dst.optimizers import call_while_alive, held_ids
+from sparselab.nn.follow.optimizers import is_reported, note_step
 from sparselab.nn.follow.state_move import StateMove
 from sparselab.nn.layers.base import SparseLayer
 
@@ -71,6 +72,8 @@ class OptimizerTracker:
                 f"optimizer must be a torch.optim.Optimizer, or offer its param_groups and state; "
                 f"got {type(optimizer).__name__}"
             )
+        if not is_reported(optimizer):
+            note_step(optimizer)
         self._n_notes += 1
         self._optimizers[optimizer] = self._n_notes
 

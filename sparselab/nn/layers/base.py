@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparselab.kernels import PaddedCSR
 from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.follow.replaced import connections_replaced
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import Measured
 from sparselab.nn.ops.topologies import GradientHook
@@ -251,8 +252,7 @@ class SparseLayer(nn.Module):
         """Replace the connections, in place, by those of a matrix of the layer's shape.
 
         Weights come from the pattern or are drawn, as by `from_pattern`. Biases stay, and the gradient of the
-        weights is dropped. For before training: the state that an optimizer has for the weights does not
-        follow.
+        weights is dropped. The state that an optimizer has for the weights follows by position.
 
         Parameters
         ----------
@@ -274,7 +274,10 @@ class SparseLayer(nn.Module):
         """
         if self.stored.is_meta:
             raise ValueError("set_topology needs a layer that holds data, got one on the device meta")
-        self._connect(*self._read(pattern))
+        positions, weights = self._read(pattern)
+        with connections_replaced(self):
+            self._connect(positions, weights)
+        self.stored.grad = None
 
     def _read(self, pattern: Any) -> tuple[Tensor, Tensor | None]:
         """Positions of a pattern of the layer's shape, and its weights if it has some."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.kernels.arrays import n_connections
+from sparselab.nn.follow.origin import Origin
+from sparselab.nn.follow.replaced import connections_replaced
 from sparselab.nn.layers.base import SparseLayer, is_sparse, weight_of
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.ops.cpu.variants import Measured
@@ -20,6 +24,10 @@ from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import largest_positions
 
 Layer = TypeVar("Layer", bound="CompressedLayer")
+
+
+#: All that are alive, to tell whose state is loaded.
+_living: weakref.WeakSet[CompressedLayer] = weakref.WeakSet()
 
 
 class CompressedLayer(SparseLayer):
@@ -52,6 +60,7 @@ class CompressedLayer(SparseLayer):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_dtype("dtype", dtype)
         storage.register(self, nnz, device, dtype)
+        _living.add(self)
         place = self.weight_values.device
         self.bias = nn.Parameter(torch.empty(self.out_features, device=place, dtype=dtype)) if bias else None
 
@@ -124,7 +133,8 @@ class CompressedLayer(SparseLayer):
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
         storage = self.storage
-        storage.set_positions(self, storage.draw(self, np.random.default_rng(draw_seed())))
+        with connections_replaced(self):
+            storage.set_positions(self, storage.draw(self, np.random.default_rng(draw_seed())))
         self.forward_mask = None
         storage.draw_weights(self)
         self._draw_bias(storage.input_pointers(self))
@@ -162,6 +172,14 @@ class CompressedLayer(SparseLayer):
         """Bytes of the kernel plans held now."""
         return self.storage.plan_bytes()
 
+    def __deepcopy__(self: Layer, memo: dict[int, Any]) -> Layer:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if not self.indices.is_meta:
+            new.storage.origin = Origin(new, self)
+        return new
+
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if self.indices.dtype == torch.uint16:
@@ -171,6 +189,7 @@ class CompressedLayer(SparseLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _living.add(self)
         if self.indices.dtype == torch.int16:
             self.indices = self.indices.view(torch.uint16)
 
@@ -199,10 +218,23 @@ class CompressedLayer(SparseLayer):
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return
-        if loaded is not None:
-            state_dict = storage.load(self, state_dict, prefix, loaded)
-            self._fit_forward_mask(state_dict.get(prefix + "forward_mask"))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        with connections_replaced(self):
+            if loaded is not None:
+                state_dict = storage.load(self, state_dict, prefix, loaded)
+                self._fit_forward_mask(state_dict.get(prefix + "forward_mask"))
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        storage.origin = None
+        source = _whose(saved["indices"])
+        if source is not None and source is not self:
+            storage.origin = Origin(self, source)
         storage.refresh(self)
+
+
+def _whose(indices: Tensor | None) -> CompressedLayer | None:
+    """The layer whose columns these are, if it is alive and they are its own and no copy."""
+    if indices is None or indices.numel() == 0:
+        return None
+    place = indices.data_ptr()
+    return next((layer for layer in list(_living) if layer.indices.data_ptr() == place), None)

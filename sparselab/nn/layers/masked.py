@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparselab.nn.follow.replaced import connections_replaced
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.conv import Convolution, Size, SparseConv2d
@@ -91,7 +92,8 @@ class MaskedLayer(SparseLayer):
 
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
-        self._copy(self.twin.like(self, self.sparsity))
+        with connections_replaced(self):
+            self._copy(self.twin.like(self, self.sparsity))
 
     @property
     def weight_in_use(self) -> Tensor:
@@ -123,11 +125,10 @@ class MaskedLayer(SparseLayer):
         """Load, and clear what another topology leaves behind: weights and gradients without a connection."""
         if prefix + "mask" in state_dict:
             self._fit_forward_mask(state_dict.get(prefix + "forward_mask"))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        with torch.no_grad():
-            for entries in (self.weight, self.weight.grad):
-                if entries is not None:
-                    entries.masked_fill_(~self.mask, 0)
+        with connections_replaced(self):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            with torch.no_grad():
+                self.weight.masked_fill_(~self.mask, 0)
 
 
 class MaskedLinear(MaskedLayer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,10 @@ class Storage(abc.ABC):
         Where the layer's gradient hook is.
     measured : Measured or None
         Which way forward passes go at the density for which it was measured.
+    follower : callable or None
+        Called with the old slot of each new slot when connections have been replaced other than by `rewrite`.
+    origin : Origin or None
+        What the layer was copied from, where an average by slots must be told from one by positions.
     """
 
     #: Name of the Parameter that holds the weights, and of all tensors that a saved state has of W.
@@ -47,6 +52,8 @@ class Storage(abc.ABC):
         self.block_shape = block_shape
         self.hook_place = HookPlace()
         self.measured: Measured | None = None
+        self.follower: Callable[[Tensor], None] | None = None
+        self.origin: Any = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -99,7 +106,7 @@ class Storage(abc.ABC):
 
     def memory(self, layer: Any) -> frozenset[int]:
         """Where the tensors of W are, if they hold data: layers that share one cannot be rewired apart."""
-        held = layer._parameters.get(self.parameter), *(layer._buffers[name] for name in self.pattern)
+        held = layer._parameters.get(self.parameter), *map(layer._buffers.get, self.pattern)
         return frozenset(
             each.data_ptr() for each in held if each is not None and not each.is_meta and each.numel()
         )
@@ -125,7 +132,7 @@ class Storage(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to nobody: neither hook nor plans nor measurements go with it.
-        gone = {"hook_place": HookPlace(), "measured": None}
+        gone = {"hook_place": HookPlace(), "measured": None, "follower": None, "origin": None}
         return {**self.__dict__, **gone}
 
 

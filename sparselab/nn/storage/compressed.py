@@ -62,6 +62,8 @@ class Compressed(Storage):
 
     def topology(self, layer: Any) -> TensorTopology:
         """The topology that the tensors are now; made once, and kept until they change."""
+        if self.origin is not None:
+            self.origin.check(layer)
         buffers = layer._buffers
         indptr, indices = buffers["indptr"], buffers["indices"]
         found = self._topology
@@ -77,6 +79,8 @@ class Compressed(Storage):
 
     def refresh(self, layer: Any) -> None:
         """See to it that operators which are given the tensors of the layer find its gradient hook."""
+        if self.origin is not None:
+            self.origin.settle(layer)
         if self.hook_place.hook is not None and not layer.indices.is_meta:
             self.topology(layer)
 

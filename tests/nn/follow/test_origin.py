@@ -1,0 +1,187 @@
+"""Copies averaged slot by slot with a layer that was rewired are refused; whatever is right is not."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from sparselab import SET, BlockSparseLinear, MaskedLinear, RigL, SparseConv2d, SparseLinear, soft_update
+
+REFUSED = "average by slots is wrong once connections differ"
+
+
+def models(kind: str = "single") -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers: dict[str, Any] = {
+        "single": lambda: SparseLinear(16, 12, sparsity=0.5),
+        "blocks": lambda: BlockSparseLinear(16, 12, sparsity=0.5, block_shape=(4, 2)),
+        "conv": lambda: SparseConv2d(4, 6, 3, sparsity=0.5),
+        "masked": lambda: MaskedLinear(16, 12, sparsity=0.5),
+    }
+    return nn.Sequential(layers[kind]()), torch.randn(3, 4, 5, 5) if kind == "conv" else torch.randn(5, 16)
+
+
+def driven(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return optimizer, SET(update_freq=2).attach(model, optimizer)
+
+
+def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["single", "blocks", "conv"])
+def test_torchs_averager_is_refused_once_connections_move(kind: str) -> None:
+    model, x = models(kind)
+    averaged = AveragedModel(model)
+    optimizer, _ = driven(model)
+    step(model, x, optimizer)
+    averaged.update_parameters(model)
+    averaged(x)
+    step(model, x, optimizer)  # rewires
+    averaged.update_parameters(model)
+    with pytest.raises(RuntimeError, match=f"written to in place: an {REFUSED}.*sparselab.AveragedModel"):
+        averaged(x)
+
+
+def test_torchs_averager_is_right_while_connections_stay() -> None:
+    model, x = models()
+    dense, _ = models("masked")
+    averages = [AveragedModel(each, avg_fn=lambda a, m, n: 0.9 * a + 0.1 * m) for each in (model, dense)]
+    for each, averaged in zip((model, dense), averages, strict=True):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(5):
+            step(each, x, optimizer)
+            averaged.update_parameters(each)
+            averaged(x)
+    torch.testing.assert_close(averages[0](x), averages[1](x))
+
+
+def test_torchs_averager_may_begin_when_connections_have_come_to_rest() -> None:
+    model, x = models()
+    averaged = AveragedModel(model)
+    optimizer, handle = driven(model)
+    for _ in range(4):
+        step(model, x, optimizer)
+    handle.remove()
+    averaged.update_parameters(model)
+    assert torch.equal(averaged(x), model(x))
+    step(model, x, optimizer)
+    averaged.update_parameters(model)
+    averaged(x)
+
+
+def test_the_masked_twin_is_averaged_by_position_anyway() -> None:
+    model, x = models("masked")
+    averaged = AveragedModel(model)
+    optimizer, _ = driven(model)
+    for _ in range(4):
+        step(model, x, optimizer)
+        averaged.update_parameters(model)
+        averaged(x)
+
+
+def hard(target: nn.Module, model: nn.Module) -> None:
+    for own, other in zip(target.parameters(), model.parameters(), strict=True):
+        own.data.copy_(other.data)
+
+
+def soft(target: nn.Module, model: nn.Module) -> None:
+    for own, other in zip(target.parameters(), model.parameters(), strict=True):
+        own.data.copy_(0.1 * other.data + 0.9 * own.data)
+
+
+def in_place(target: nn.Module, model: nn.Module) -> None:
+    with torch.no_grad():
+        for own, other in zip(target.parameters(), model.parameters(), strict=True):
+            own.lerp_(other, 0.1)
+
+
+COPIES = {
+    "deepcopy": lambda model: copy.deepcopy(model),
+    "load_state_dict": lambda model: loaded(model),
+}
+
+
+def loaded(model: nn.Module) -> nn.Module:
+    target, _ = models()
+    target.load_state_dict(model.state_dict())
+    return target
+
+
+@pytest.mark.parametrize("made", COPIES)
+@pytest.mark.parametrize("update", [hard, soft, in_place])
+def test_a_target_network_mixed_by_slots_is_refused(update: Any, made: str) -> None:
+    model, x = models()
+    target = COPIES[made](model)
+    optimizer, _ = driven(model)
+
+    def loop() -> None:
+        for _ in range(6):
+            target(x)
+            step(model, x, optimizer)
+            update(target, model)
+
+    with pytest.raises(RuntimeError, match=f"had got other connections: an {REFUSED}.*soft_update"):
+        loop()
+
+
+@pytest.mark.parametrize("made", COPIES)
+def test_a_target_network_mixed_by_position_is_right(made: str) -> None:
+    model, x = models()
+    target = COPIES[made](model)
+    optimizer, _ = driven(model)
+    for _ in range(6):
+        target(x)
+        step(model, x, optimizer)
+        soft_update(target, model, 0.1)
+    target.load_state_dict(model.state_dict())
+    assert torch.equal(target(x), model(x))
+
+
+def test_copies_that_go_their_own_way_are_left_alone() -> None:
+    """A snapshot, a copy that is trained, one that is pruned, one that was read back, one that was told."""
+    model, x = models()
+    snapshot, trained, told = (copy.deepcopy(model) for _ in range(3))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    read = torch.load(buffer, weights_only=False)
+    optimizer, _ = driven(model)
+    own = torch.optim.SGD(trained.parameters(), lr=0.1)
+    RigL(update_freq=2).attach(trained, own)
+    kept = snapshot(x)
+    for _ in range(6):
+        step(model, x, optimizer)
+        step(trained, x, own)
+        assert torch.equal(snapshot(x), kept)
+        with torch.no_grad():
+            read[0].weight_values.mul_(0.9)
+            read(x)
+            told[0].weight_values.mul_(0.9)
+        told.load_state_dict(told.state_dict())
+        told(x)
+    snapshot[0].set_topology(told[0].to_sparse_csr())
+    snapshot(x)
+    del model, optimizer
+    with torch.no_grad():
+        snapshot[0].weight_values.mul_(0.9)
+    snapshot(x)
+
+
+def test_writing_before_the_origin_is_rewired_is_right() -> None:
+    model, x = models()
+    target = copy.deepcopy(model)
+    soft(target, model)
+    target(x)
+    with torch.no_grad():
+        target[0].weight_values.mul_(2)
+    target(x)
