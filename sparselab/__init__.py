@@ -8,7 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparselab import dst, kernels, nn
+    from sparselab import dst as dst
+    from sparselab import kernels as kernels
+    from sparselab import nn as nn
     from sparselab._warmup import warmup
     from sparselab.dst import (
         DSR,
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+#: Without the sub-packages: a star import must not put another thing in the place of torch's `nn`.
 __all__ = [
     "DSR",
     "GMP",
@@ -137,13 +140,10 @@ __all__ = [
     "condense",
     "copy_topology",
     "densify",
-    "dst",
-    "kernels",
     "load_model",
     "materialize",
     "measure_sparsity",
     "memory_report",
-    "nn",
     "plan_sparsify",
     "prune",
     "save_model",
@@ -233,4 +233,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "dst", "kernels", "nn"])

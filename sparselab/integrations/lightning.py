@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparselab.dst import Group, Monitor, SparsityAlgorithm
+from sparselab.dst import DynamicSparsityAlgorithm, Group, Monitor, SparsityAlgorithm
 from sparselab.integrations._driver import Driver
+from sparselab.nn import AveragedModel, copy_topology
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -37,7 +38,8 @@ class SparsityCallback(Callback):  # type: ignore[misc]
     Raises
     ------
     TypeError
-        If `algorithm` is neither an algorithm nor a group.
+        If `algorithm` is neither an algorithm nor a group; when training starts, if another callback averages
+        weights and is not wrapped `by_position`, which would be wrong once connections move.
 
     Notes
     -----
@@ -68,6 +70,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach, now that module and optimizers are there and restored."""
+        _refuse_averages_by_slot(trainer.callbacks, self._driver.algorithm)
         passes = trainer.accumulate_grad_batches if pl_module.automatic_optimization else None
         self._driver.start(pl_module, trainer.optimizers, passes, self._saved)
         self._saved = None
@@ -108,3 +111,69 @@ class SparsityCallback(Callback):  # type: ignore[misc]
         for step, numbers in self.monitor.news() if self.monitor is not None else ():
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=step)
+
+
+class _ByPosition:
+    """Before Lightning goes through parameters one by one, both models get the same connections."""
+
+    _average_model: Any
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)  # type: ignore[misc]
+        if self._average_model is not None:
+            self._average_model.__class__ = AveragedModel  # which adds a method, and no state
+
+    def _swap_models(self, pl_module: Any) -> None:
+        copy_topology(self._average_model.module, pl_module)
+        super()._swap_models(pl_module)  # type: ignore[misc]
+
+    def _copy_average_to_current(self, pl_module: Any) -> None:
+        copy_topology(self._average_model.module, pl_module)
+        super()._copy_average_to_current(pl_module)  # type: ignore[misc]
+
+
+def by_position(callback: Any) -> Any:
+    """Let a callback of Lightning that averages weights do so by position, and return it.
+
+    Parameters
+    ----------
+    callback : WeightAveraging
+        `lightning.pytorch.callbacks.WeightAveraging`, ``EMAWeightAveraging``, or a subclass of one's own.
+
+    Raises
+    ------
+    TypeError
+        If it is something else, such as ``StochasticWeightAveraging``, which keeps its average otherwise.
+
+    Examples
+    --------
+    >>> from lightning.pytorch.callbacks import EMAWeightAveraging  # doctest: +SKIP
+    >>> averaging = by_position(EMAWeightAveraging(decay=0.999))  # doctest: +SKIP
+    >>> lightning.Trainer(callbacks=[SparsityCallback(RigL()), averaging])  # doctest: +SKIP
+    """
+    cls = type(callback)
+    if "WeightAveraging" not in _names(callback):
+        raise TypeError(f"callback must be a WeightAveraging of Lightning, got {cls.__name__}")
+    if not isinstance(callback, _ByPosition):
+        names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__}  # as checkpoints have them
+        callback.__class__ = type(cls.__name__, (_ByPosition, cls), names)
+    return callback
+
+
+def _names(callback: Any) -> set[str]:
+    """Of its class and their bases: of either package of Lightning, in versions that lack some."""
+    return {base.__name__ for base in type(callback).__mro__}
+
+
+def _refuse_averages_by_slot(callbacks: Any, algorithm: Any) -> None:
+    members = algorithm if isinstance(algorithm, Group) else [algorithm]
+    if not any(isinstance(each, DynamicSparsityAlgorithm) for each in members):
+        return
+    for callback in callbacks:
+        averages = not _names(callback).isdisjoint(("WeightAveraging", "StochasticWeightAveraging"))
+        if averages and not isinstance(callback, _ByPosition):
+            raise TypeError(
+                f"callbacks must not average weights slot by slot while connections move, got "
+                f"{type(callback).__name__}; give sparselab.integrations.lightning.by_position("
+                f"EMAWeightAveraging(...)) or another WeightAveraging in its place"
+            )

@@ -1,20 +1,22 @@
 """Lightning's Trainer drives algorithms, saves them and resumes them."""
 
+import copy
 import importlib
 
 import pytest
 import torch
 from torch import nn
 
+import sparselab
 from sparselab import SparseLinear
-from sparselab.dst import SET, Group, RigL
+from sparselab.dst import SET, Group, RigL, Static
 from tests.dst.harness import assert_same_state
 
 pytest.importorskip("lightning")
 
 import lightning
 
-from sparselab.integrations.lightning import SparsityCallback
+from sparselab.integrations.lightning import SparsityCallback, by_position
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
@@ -224,3 +226,83 @@ def test_what_is_missing_is_named(monkeypatch):
         monkeypatch.delitem(sys.modules, f"sparselab.integrations.{name}", raising=False)
         with pytest.raises(ModuleNotFoundError, match=rf"needs {name}, .*'{extra}' extra"):
             importlib.import_module(f"sparselab.integrations.{name}")
+
+
+def averaging(**settings):
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+    return callbacks.EMAWeightAveraging(decay=0.7, **settings)
+
+
+class Validated:
+    """Adds a validation, in which Lightning puts the average in the model's place."""
+
+    def validation_step(self, _, index):
+        self.seen.append((self.net[0].positions(), self.net(batch(7, index)[0]).detach()))
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(range(1))
+
+
+def average_by_hand(epochs):
+    """The same average of dense weights, with 0 where the newest model has no connection."""
+    module = make_module()
+    net, averaged = module.net, None
+    optimizer, algorithm = torch.optim.AdamW(net.parameters(), lr=0.01), rigl()
+    algorithm.attach(net, optimizer)
+    for epoch in range(epochs):
+        for index in range(N_BATCHES):
+            x, y = batch(epoch, index)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(net(x), y).backward()
+            optimizer.step()
+            dense = [sparselab.densify(copy.deepcopy(net))[at].weight.detach() for at in (0, 2)]
+            masks = [torch.zeros_like(weight, dtype=torch.bool) for weight in dense]
+            for at, mask in zip((0, 2), masks, strict=True):
+                mask.view(-1)[net[at].positions()] = True
+            others = [net[at].bias.detach().clone() for at in (0, 2, 3)] + [net[3].weight.detach().clone()]
+            old = averaged or (dense, others)
+            mixed = [torch.where(m, a.lerp(b, 0.3), 0) for a, b, m in zip(old[0], dense, masks, strict=True)]
+            averaged = mixed, [a.lerp(b, 0.3) for a, b in zip(old[1], others, strict=True)]
+    return averaged
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_average_goes_by_position(tmp_path, resumed):
+    def run(epochs, resume=None):
+        base = type("Base", (Validated, lightning.LightningModule), {})
+        module = make_module(base, seed=0 if resume is None else 1)
+        module.seen = []
+        average = by_position(averaging())
+        assert by_position(average) is average
+        # In the middle of the run: at its end Lightning leaves the average in the model's place.
+        keep = lightning.pytorch.callbacks.ModelCheckpoint(
+            tmp_path / str(resume is None), filename="{epoch}", save_top_k=-1
+        )
+        fit(
+            tmp_path, None, module, epochs, resume=resume, num_sanity_val_steps=0,
+            callbacks=[SparsityCallback(rigl()), average, keep], enable_checkpointing=True,
+        )  # fmt: skip
+        return module
+
+    if resumed:
+        run(2)
+    module = run(3, next(tmp_path.rglob("epoch=0.ckpt")) if resumed else None)
+    weights, others = average_by_hand(3)
+    positions, output = module.seen[-1]
+    net = sparselab.densify(copy.deepcopy(module.net))
+    found = [net[0].weight, net[2].weight, net[0].bias, net[2].bias, net[3].bias, net[3].weight]
+    for ours, expected in zip(found, (*weights, *others), strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert torch.equal(positions, module.net[0].positions())
+    torch.testing.assert_close(output, module.net(batch(7, 0)[0]).detach())
+
+
+def test_an_average_by_slots_is_refused(tmp_path):
+    swa = lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01)
+    for callback in (averaging(), swa):
+        with pytest.raises(TypeError, match=r"slot by slot while connections move, got .*by_position\("):
+            fit(tmp_path, None, make_module(), 1, callbacks=[SparsityCallback(rigl()), callback])
+    with pytest.raises(TypeError, match="callback must be a WeightAveraging of Lightning, got Stochastic"):
+        by_position(swa)
+    fit(tmp_path, None, make_module(), 1, callbacks=[SparsityCallback(Static()), averaging()])

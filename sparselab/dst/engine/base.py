@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -167,9 +168,11 @@ class SparsityAlgorithm(Driven):
                 f"with this one, or attach a module that holds both"
             )
 
-    def _check_new(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
+    def _check_new(
+        self, pairs: Sequence[tuple[str, SparseLayer]], others: Iterable[SparseLayer] = ()
+    ) -> None:
         """Raise if one of these layers is new and cannot be attached; nothing has been changed yet."""
-        self._check_apart(pairs)
+        self._check_apart(pairs, others)
         for _, layer in pairs:
             if any(layer is known for known in self._layers):
                 continue
@@ -188,19 +191,20 @@ class SparsityAlgorithm(Driven):
                 )
             self._check_layer(layer)
 
-    def _check_apart(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
-        """Raise ValueError if a layer shares tensors of W with another one of some algorithm."""
+    def _check_apart(self, pairs: Sequence[tuple[str, SparseLayer]], others: Iterable[SparseLayer]) -> None:
+        """Raise ValueError if one of these layers shares tensors of W with another one or with `others`."""
+        ours = {id(layer) for _, layer in pairs}
         owned = [layer for layer, owner in _owners.items() if owner() is not None]
-        users: dict[int, SparseLayer] = {}
-        for layer in (*owned, *self._layers, *(layer for _, layer in pairs)):
-            for place in layer.storage.memory(layer):
-                if users.setdefault(place, layer) is not layer:
-                    raise ValueError(
-                        f"layers must not share their weights or connections, got two of shapes "
-                        f"{tuple(layer.shape)} and {tuple(users[place].shape)} that do: rewiring one would "
-                        f"break the other. Use the same module in both places, or load copies (without "
-                        f"assign=True)"
-                    )
+        layers = {id(layer): layer for layer in (*(layer for _, layer in pairs), *owned, *others)}
+        used = sorted((first, last, at) for at, each in layers.items() for first, last in _memory(each))
+        for (_, last, a), (first, _, b) in pairwise(used):
+            if a != b and first <= last and not ours.isdisjoint((a, b)):
+                raise ValueError(
+                    f"layers must not share their weights or connections, got two of shapes "
+                    f"{tuple(layers[a].shape)} and {tuple(layers[b].shape)} that do: rewiring one would "
+                    f"break the other. Use the same module in both places, or load copies (without "
+                    f"assign=True)"
+                )
 
     def _attach(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
         """Attach layers that have been checked, or name those that are attached."""
@@ -346,6 +350,10 @@ class SparsityAlgorithm(Driven):
             part.load_state_dict(state["parts"][name])
         self._step = int(state["step"])
         self._before_step(self._step + 1)
+
+
+def _memory(layer: SparseLayer) -> list[tuple[int, int]]:
+    return layer.storage.memory(layer)
 
 
 def _name(layer: SparseLayer) -> str:

@@ -183,6 +183,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     def _check_layer(self, layer: SparseLayer) -> None:
         if layer.block_shape != (1, 1):
             require_of_blocks(type(self).__name__, layer.block_shape, self.parts.values())
+        _ = layer.stored  # an error if its weights are computed
         self.budget.check(layer)
 
     def track(self, optimizer: Optimizer) -> None:
@@ -276,6 +277,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         ]
 
     def _update(self, step: int) -> None:
+        self._check_apart(list(zip(self.names, self._layers, strict=True)), ())
         moves = [self._tracker.plan_move(layer) for layer in self._layers]
         views = self.views(step)
         if self.redistribute is not None:

@@ -114,7 +114,7 @@ class Group(Driven):
                 )
         for pattern, algorithm in self._algorithms.items():
             algorithm._check_whole(chosen[pattern], model)
-            algorithm._check_new(chosen[pattern])
+            algorithm._check_new(chosen[pattern], [layer for _, layer in found])
         matched = [pair for matches in chosen.values() for pair in matches]
         optimizer = self._check_optimizer(optimizer, matched)
         for stream, (pattern, algorithm) in enumerate(self._algorithms.items()):

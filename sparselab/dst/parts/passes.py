@@ -176,9 +176,9 @@ class GradientCollector(PassWatcher):
         self.passes_seen = 0
         #: Why the gradient cannot be known; empty if it can.
         self.reason = ""
-        self._held: list[tuple[GradientOperands, tuple[int, ...]]] = []
+        self._held: list[tuple[GradientOperands, tuple[tuple[int, int], ...]]] = []
         self._summary: GradientSummary | None = None
-        #: Of the topology that the summary was formed for.
+        #: Of the topology that the first pass met.
         self._stamp: Any = None
         #: ``.grad`` after the last pass, and its version.
         self._grad: tuple[weakref.ref[Tensor], int] | None = None
@@ -204,6 +204,7 @@ class GradientCollector(PassWatcher):
             return
         self._grad = weakref.ref(grad), grad._version
         self.passes_seen += 1
+        self._note_topology()
         if self._summary is not None:
             self._summary = None
             self.reason = (
@@ -245,13 +246,21 @@ class GradientCollector(PassWatcher):
 
     def summary(self) -> GradientSummary | None:
         """What is known of the gradient, or None if nothing is."""
+        if self.passes_seen:
+            self._note_topology()
         if self._summary is None and self._held and not self.reason:
             self._finish(self._operands())
-        layer = self._layer()
-        if self._summary is not None and layer is not None and layer.storage.stamp(layer) != self._stamp:
-            self.let_go()
-            self.reason = "the connections were replaced after the gradient was formed"
         return self._summary
+
+    def _note_topology(self) -> None:
+        """Let go of what was seen if the connections have been replaced since the first pass."""
+        layer = self._layer()
+        stamp = None if layer is None else layer.storage.stamp(layer)
+        if self._stamp is None:
+            self._stamp = stamp
+        elif self._stamp != stamp:
+            self.let_go()
+            self.reason = "the connections were replaced after a backward pass"
 
     def let_go(self) -> None:
         """Let go of what was seen, which takes as much room as the weights."""
@@ -263,7 +272,6 @@ class GradientCollector(PassWatcher):
         self._held = []
         if layer is not None and not self.reason:
             self._summary = self._form(layer, operands)
-            self._stamp = layer.storage.stamp(layer)
 
     def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
         return summarise(
@@ -271,5 +279,6 @@ class GradientCollector(PassWatcher):
         )
 
 
-def _versions(operands: GradientOperands) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in operands.tensors)
+def _versions(operands: GradientOperands) -> tuple[tuple[int, int], ...]:
+    """What changes if a tensor is written to, or its memory taken away."""
+    return tuple((tensor._version, tensor.untyped_storage().nbytes()) for tensor in operands.tensors)

@@ -205,22 +205,21 @@ class CompressedLayer(SparseLayer):
         storage = self.storage
         saved = {name: state_dict.get(prefix + name) for name in storage.saved}
         computed = storage.parameter not in self._parameters
-        if computed:  # by a parametrization, which loads what it computes them from
-            original = f"{prefix}parametrizations.{storage.parameter}.original"
-            saved[storage.parameter] = state_dict.get(original)
         try:
+            if computed and saved["indices"] is not None:  # what they are computed from is loaded elsewhere
+                saved[storage.parameter] = getattr(self, storage.parameter).detach()
+                if saved["indices"].shape != self.indices.shape:
+                    raise ValueError(
+                        f"the state must have {self.nnz} connections, as many as the layer, whose weights "
+                        f"are computed, got {saved['indices'].shape[0]}; remove its parametrization first"
+                    )
             loaded = storage.check_state(saved, self.indices.dtype)
-            if computed and loaded is not None and len(loaded) != self.nnz:
-                raise ValueError(
-                    f"the state must have {self.nnz} connections, as many as the layer, whose weights are "
-                    f"computed, got {len(loaded)}; remove its parametrization first"
-                )
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return
         with connections_replaced(self):
             if loaded is not None:
-                state_dict = storage.load(self, state_dict, prefix, loaded)
+                state_dict = storage.load(self, {**state_dict}, prefix, loaded)
                 self._fit_forward_mask(state_dict.get(prefix + "forward_mask"))
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

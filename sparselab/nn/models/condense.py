@@ -194,7 +194,7 @@ def _live(layer: SparseLayer) -> Tensor:
     rows, columns = layer.grid
     live = torch.zeros(rows, dtype=torch.bool, device=positions.device)
     live[positions // max(columns, 1)] = True
-    return live.repeat_interleave(height)[: layer.out_features]
+    return live[:, None].expand(-1, height).reshape(-1)[: layer.out_features]
 
 
 def _reason_to_leave(model: nn.Module, place: _Place) -> str | None:

@@ -36,6 +36,8 @@ class Geometry(NamedTuple):
                 "geometry must be in_channels, groups that divide them, and two numbers each of kernel, "
                 f"stride, padding (from 0) and dilation, got {list(numbers)}"
             )
+        if max(numbers) >= 1 << 31:
+            raise ValueError(f"geometry must be numbers below 2**31, got {list(numbers)}")
         return cls(in_channels, groups, (a, b), (c, d), (e, f), (g, h))
 
     @property

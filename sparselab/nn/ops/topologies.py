@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from sparselab.nn.ops.cpu.memory import nbytes
 from sparselab.nn.ops.cpu.variants import Measured
 from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.ops.products import find_products
+from sparselab.nn.ops.tracing import has_memory
 
 Sizes = tuple[int, int, int, int]
 GradientHook = Callable[[GradientOperands], None]
@@ -249,6 +251,16 @@ _recent: OrderedDict[Any, TensorTopology] = OrderedDict()
 _lock = threading.Lock()
 
 
+def _forget_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held it when the process forked, and is not there to give it back.
+    os.register_at_fork(after_in_child=_forget_lock)
+
+
 def find_topology(indptr: Tensor, indices: Tensor, sizes: Sequence[int], layout: str) -> TensorTopology:
     """The topology of two tensors: that of the layer they belong to, or one made for them.
 
@@ -306,6 +318,8 @@ def _array(name: str, tensor: Tensor) -> Any:
     """The memory of a tensor, or a copy if nobody counts the writes to it."""
     if tensor.layout is not torch.strided or tensor.is_floating_point():
         raise TypeError(f"{name} must be a dense tensor of integers, got {tensor.dtype} of {tensor.layout}")
+    if not has_memory(tensor):
+        raise RuntimeError(f"{name} must have memory for all of its entries; its storage was resized")
     # Detached, because the array must hold the memory and not the tensor, whose `data` may be replaced.
     array = tensor.detach().cpu().numpy()
     return array.copy() if tensor.is_inference() else array

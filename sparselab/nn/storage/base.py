@@ -104,12 +104,14 @@ class Storage(abc.ABC):
         held = (layer._buffers[name] for name in self.pattern)
         return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in held)
 
-    def memory(self, layer: Any) -> frozenset[int]:
-        """Where the tensors of W are, if they hold data: layers that share one cannot be rewired apart."""
+    def memory(self, layer: Any) -> list[tuple[int, int]]:
+        """First and last byte of the tensors of W: layers that share some cannot be rewired."""
         held = layer._parameters.get(self.parameter), *map(layer._buffers.get, self.pattern)
-        return frozenset(
-            each.data_ptr() for each in held if each is not None and not each.is_meta and each.numel()
-        )
+        return [
+            (each.data_ptr(), each.data_ptr() + each.nbytes - 1)
+            for each in held
+            if each is not None and not each.is_meta and each.numel() and each.data_ptr()
+        ]
 
     def refresh(self, layer: Any) -> None:  # noqa: B027
         """See to it that operators which are given the tensors of the layer find its gradient hook."""

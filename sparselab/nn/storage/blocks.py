@@ -11,9 +11,8 @@ from torch import Tensor
 from sparselab.kernels.arrays import for_kernels
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.cutting import join
-from sparselab.nn.storage.checks import check_rows
-from sparselab.nn.storage.compressed import Compressed
-from sparselab.nn.storage.entries import move_blocks
+from sparselab.nn.storage.compressed import Compressed, Loaded
+from sparselab.nn.storage.entries import move_blocks, repeated
 
 
 class Blocks(Compressed):
@@ -49,7 +48,7 @@ class Blocks(Compressed):
         """Fresh weights, by the inputs that each output really has; 0 outside W."""
         values = layer.weight_values
         bound = self._fan_in(layer).clamp(min=1).to(values.dtype).rsqrt()
-        per_block = torch.repeat_interleave(bound, torch.diff(layer.indptr))
+        per_block = repeated(bound, torch.diff(layer.indptr))
         values.uniform_(-1, 1).mul_(per_block[:, None, None])
         self._clear_outside(layer, values)
 
@@ -76,7 +75,7 @@ class Blocks(Compressed):
 
     def input_pointers(self, layer: Any) -> Tensor:
         """Row pointers (out_features + 1,) whose differences are the inputs that each output has."""
-        fan_in = self._fan_in(layer).repeat_interleave(self.block_shape[0])[: self.shape[0]]
+        fan_in = self._fan_in(layer)[:, None].expand(-1, self.block_shape[0]).reshape(-1)[: self.shape[0]]
         return torch.cat((fan_in.new_zeros(1), fan_in.cumsum(0)))
 
     def spread(self, layer: Any, values: Tensor) -> Tensor:
@@ -85,16 +84,19 @@ class Blocks(Compressed):
         blocks[self.positions(layer)] = values
         return join(blocks, self.shape)
 
-    def check_state(self, state: dict[str, Any], columns: torch.dtype) -> Tensor | None:
-        """`indices` of a saved state; None if it has nothing of W; TypeError or ValueError if not valid."""
-        indices = check_rows(state, self.grid, self.block_shape, columns)
-        if indices is None:
+    def check_state(self, state: dict[str, Any], columns: torch.dtype) -> Loaded | None:
+        """What a saved state says of the connections; None if it has nothing of W.
+
+        Raises TypeError or ValueError if it is not valid.
+        """
+        loaded = super().check_state(state, columns)
+        if loaded is None:
             return None
-        row = torch.repeat_interleave(torch.arange(self.grid[0]), torch.diff(state["indptr"].cpu()))
-        inside = _inside(self.shape, self.block_shape, row, indices.cpu().long())
+        row = repeated(torch.arange(self.grid[0]), torch.diff(loaded.indptr))
+        inside = _inside(self.shape, self.block_shape, row, loaded.indices.cpu().long())
         if bool((state["weight_values"].detach().cpu()[~inside] != 0).any()):
             raise ValueError("weight_values must be 0 where blocks reach beyond W, got other numbers there")
-        return indices
+        return loaded
 
 
 def _inside(shape: tuple[int, int], block_shape: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:

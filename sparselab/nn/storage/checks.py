@@ -12,6 +12,7 @@ from torch import Tensor
 from sparselab.kernels.arrays import check_fraction
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.products import has_products
+from sparselab.nn.ops.tracing import has_memory
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
@@ -133,10 +134,12 @@ def check_fan_in(
         raise ValueError(
             f"indices must have equally many columns for each of {len(left)} rows, got {len(indices)}"
         )
-    if each.dtype != torch.int64 or each.ndim or int(each) != fan_in:
+    if each.dtype != torch.int64 or each.ndim:
+        raise ValueError(f"fan_in must be int64 of no dimension, got {_kind(each)}")
+    if int(each) != fan_in:
         raise ValueError(
-            f"fan_in must be int64 of no dimension, and {fan_in} for {len(indices)} columns of {len(left)} "
-            f"rows, got {int(each) if each.numel() == 1 else _kind(each)}; are the rows missing?"
+            f"fan_in must be {fan_in} for {len(indices)} columns of {len(left)} rows, got {int(each)}; are "
+            f"the rows missing?"
         )
     row_nnz = torch.zeros(shape[0] + 1, dtype=torch.int64)
     row_nnz[left + 1] = fan_in
@@ -158,6 +161,10 @@ def _is_complete(state: dict[str, Any]) -> bool:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.is_meta:
             raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if not has_memory(tensor):
+            raise ValueError(f"{name} must have memory for all of its entries; its storage was resized")
     return True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,15 @@ from sparselab.kernels.rewiring.rows import sample_rows
 from sparselab.nn.ops.topologies import TensorTopology, hold_topology
 from sparselab.nn.storage.base import Storage, as_positions
 from sparselab.nn.storage.checks import check_rows
-from sparselab.nn.storage.entries import move_slots
+from sparselab.nn.storage.entries import move_slots, repeated
 from sparselab.nn.storage.init import fan_in_uniform_
+
+
+class Loaded(NamedTuple):
+    """Columns, in the dtype in which the layer has them, and row pointers of a saved state."""
+
+    indices: Tensor
+    indptr: Tensor
 
 
 class Compressed(Storage):
@@ -99,10 +106,8 @@ class Compressed(Storage):
     def positions(self, layer: Any) -> Tensor:
         """int64 (nnz,), ascending."""
         rows, columns = self.grid
-        place = layer.indptr.device
-        # By NumPy: torch's repeat_interleave waits for ever for its threads in a forked process.
-        row = np.repeat(np.arange(rows), np.diff(layer.indptr.cpu().numpy()))
-        positions: Tensor = torch.from_numpy(row).to(place) * columns + layer.indices.long()
+        row = repeated(torch.arange(rows, device=layer.indptr.device), torch.diff(layer.indptr))
+        positions: Tensor = row * columns + layer.indices.long()
         return positions
 
     def matrix(self, layer: Any) -> RowTopology:
@@ -213,14 +218,19 @@ class Compressed(Storage):
         indptr: Tensor = layer.indptr
         return indptr
 
-    def check_state(self, state: dict[str, Any], columns: torch.dtype) -> Tensor | None:
-        """`indices` of a saved state; None if it has nothing of W; TypeError or ValueError if not valid."""
-        return check_rows(state, self.grid, self.block_shape, columns)
+    def check_state(self, state: dict[str, Any], columns: torch.dtype) -> Loaded | None:
+        """What a saved state says of the connections; None if it has nothing of W.
 
-    def load(self, layer: Any, state: dict[str, Any], prefix: str, indices: Tensor) -> dict[str, Any]:
-        """The state as torch shall load it into the room made for it."""
-        self.resize(layer, len(indices))
-        return {**state, prefix + "indices": indices}
+        Raises TypeError or ValueError if it is not valid.
+        """
+        indices = check_rows(state, self.grid, self.block_shape, columns)
+        return None if indices is None else Loaded(indices, state["indptr"])
+
+    def load(self, layer: Any, state: dict[str, Any], prefix: str, loaded: Loaded) -> dict[str, Any]:
+        """Make room, and return the state as torch shall load it there."""
+        self.resize(layer, len(loaded.indices))
+        state[prefix + "indices"] = loaded.indices
+        return state
 
     def save(self, layer: Any, destination: dict[str, Any], prefix: str) -> None:
         """Add to a saved state what the tensors do not say."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,6 +15,18 @@ from sparselab.nn.ops.cpu.threads import use_torch_threads
 
 #: Moving a number needs its width only.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def repeated(numbers: Tensor, counts: Tensor) -> Tensor:
+    """Each number as often as its count says, (counts.sum(),).
+
+    As `torch.repeat_interleave`, which waits for ever for its threads in a forked process.
+    """
+    flat = numbers.detach().cpu()
+    narrow = flat.dtype == torch.bfloat16  # which NumPy lacks
+    array: npt.NDArray[Any] = (flat.view(torch.int16) if narrow else flat).numpy()
+    found = torch.from_numpy(np.repeat(array, counts.cpu().numpy()))
+    return (found.view(torch.bfloat16) if narrow else found).to(numbers.device)
 
 
 @torch.no_grad()

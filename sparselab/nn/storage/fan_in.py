@@ -11,7 +11,7 @@ from torch import Tensor
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.rows import sample_rows
 from sparselab.nn.storage.checks import check_fan_in
-from sparselab.nn.storage.compressed import Compressed
+from sparselab.nn.storage.compressed import Compressed, Loaded
 
 
 class FanIn(Compressed):
@@ -58,20 +58,20 @@ class FanIn(Compressed):
         super().store(layer, indptr, indices)
         self.fan_in = int(np.diff(indptr).max(initial=0))
 
-    def check_state(self, state: dict[str, Any], columns: torch.dtype) -> Tensor | None:
-        """`indices` of a saved state; None if it has nothing of W; TypeError or ValueError if not valid."""
-        found = check_fan_in(state, self.shape, columns)
-        return None if found is None else found[0]
+    def check_state(self, state: dict[str, Any], columns: torch.dtype) -> Loaded | None:
+        """What a saved state says of the connections; None if it has nothing of W.
 
-    def load(self, layer: Any, state: dict[str, Any], prefix: str, indices: Tensor) -> dict[str, Any]:
-        """The state as torch shall load it into the room made for it."""
-        parts = {name: state.get(prefix + name) for name in self.saved}
-        found = check_fan_in(parts, self.shape, layer.indices.dtype)
-        assert found is not None
-        state = super().load(layer, state, prefix, indices)
+        Raises TypeError or ValueError if it is not valid.
+        """
+        found = check_fan_in(state, self.shape, columns)
+        return None if found is None else Loaded(*found)
+
+    def load(self, layer: Any, state: dict[str, Any], prefix: str, loaded: Loaded) -> dict[str, Any]:
+        """Make room, and return the state as torch shall load it there."""
+        state = super().load(layer, state, prefix, loaded)
         for name in ("fan_in", "rows"):
             state.pop(prefix + name, None)
-        indptr = found[1]
+        indptr = loaded.indptr
         if layer.indptr.is_meta:
             layer.indptr = indptr
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparselab.nn.storage.entries import repeated
+
 
 def fan_in_uniform_(values: Tensor, indptr: Tensor) -> Tensor:
     """Fill `values` in place from U(-b, b) with ``b = 1 / sqrt(fan_in)`` of each connection's row.
@@ -23,7 +25,7 @@ def fan_in_uniform_(values: Tensor, indptr: Tensor) -> Tensor:
     AAAI 2022, section 3.1.
     """
     with torch.no_grad():
-        bound = torch.repeat_interleave(fan_in_bound(indptr, values.dtype), torch.diff(indptr))
+        bound = repeated(fan_in_bound(indptr, values.dtype), torch.diff(indptr))
         return values.uniform_(-1, 1).mul_(bound.view(values.shape))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels.layouts.block_csr import grid_of
+from sparselab.nn.storage.entries import repeated
 
 #: What `read_pattern` takes, in the words of its errors.
 _KNOWN = "a SciPy sparse matrix, a boolean NumPy array or tensor, or a torch.sparse_csr tensor"
@@ -114,10 +115,10 @@ def _read_rows(shape: tuple[int, int], indptr: Tensor, indices: Tensor, entries:
         raise ValueError(
             f"pattern must have columns of 0..{columns - 1}, got {int(indices.min())}..{int(indices.max())}"
         )
-    positions = torch.repeat_interleave(torch.arange(rows), torch.diff(indptr)) * columns + indices
+    positions = repeated(torch.arange(rows), torch.diff(indptr)) * columns + indices
     weights = entries if entries.is_floating_point() else None
     if bool((positions[1:] <= positions[:-1]).any()):
-        positions, slot = positions.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        positions, slot = torch.unique(positions, return_inverse=True)
         if weights is not None:
             weights = weights.new_zeros(len(positions)).index_add_(0, slot, weights)
     return Pattern(shape, positions, weights)

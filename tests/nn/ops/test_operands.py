@@ -227,3 +227,20 @@ def test_memory_that_is_gone_is_refused_of_layers_too() -> None:
             layer(freed(x))
         expanded = torch.zeros(()).expand(y.shape)
         y.backward(expanded)  # holds less than its entries would take, and is right
+
+
+@pytest.mark.parametrize("name", ["indices", "indptr"])
+@pytest.mark.parametrize("make", [layer_of, lambda kind: SparseConv2d(3, 4, 3, sparsity=0.5)])
+def test_connections_without_memory_are_refused(make: Any, name: str) -> None:
+    layer = make("single")
+    getattr(layer, name).untyped_storage().resize_(4)
+    x = torch.randn(2, 3, 8, 8) if isinstance(layer, SparseConv2d) else torch.randn(6, 20)
+    with pytest.raises(RuntimeError, match=f"{name} must have memory for all of its entries"):
+        layer(x)
+
+
+def test_numbers_that_no_convolution_has_are_refused() -> None:
+    layer, x = SparseConv2d(3, 4, 3, sparsity=0.5), torch.randn(2, 3, 8, 8)
+    numbers = [3, 1, 3, 3, 1, 1, 1 << 62, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"geometry must be numbers below 2\*\*31"):
+        OPS.conv2d(x, layer.weight_values, None, *layer.topology_arguments(), numbers)

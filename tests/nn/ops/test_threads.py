@@ -155,6 +155,58 @@ def test_a_forked_child_can_train() -> None:
     assert run_python("-W", "ignore", "-c", AFTER_FORK).strip() == "0"
 
 
+MAKING = """
+import copy, os, signal, numpy as np, torch
+from torch import nn
+from sparselab import *
+def make():
+    torch.manual_seed(0)
+    layers = [SparseLinear(20, 12), FanInLinear(20, 12), MaskedLinear(20, 12), SparseConv2d(3, 4, 3)]
+    layers += [BlockSparseLinear(20, 12, sparsity=0.5, block_shape=(4, 4)), SparseMultiheadAttention(32, 4)]
+    layers += [kind.from_pattern(np.tri(12, 12, dtype=bool)) for kind in (SparseLinear, MaskedLinear)]
+    layers.append(SparseLinear.from_pattern(SparseLinear(20, 12).to_scipy()))
+    layers.append(SparseLinear.from_pattern(SparseLinear(20, 12).to_sparse_csr()))
+    model = sparsify(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20)), {"*": 0.8})
+    model[0].reset_parameters()
+    model[2].set_topology(np.tri(20, 30, dtype=bool))
+    for layer in layers:
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+    return [*layers, condense(model)]
+make()
+child = os.fork()
+if child == 0:
+    signal.alarm(100)  # a child that waits for ever ends the test, too
+    make()
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
+def test_a_forked_child_can_make_layers() -> None:
+    assert run_python("-W", "ignore", "-c", MAKING).strip() == "0"
+
+
+LOCKED = """
+import os, signal, torch
+from sparselab import SparseLinear
+from sparselab.nn.ops import topologies
+layer, x = SparseLinear(20, 12), torch.randn(3, 20)
+with topologies._lock:  # as another thread may have it
+    child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    layer(x)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
+def test_a_lock_that_another_thread_held_is_free_in_a_forked_child() -> None:
+    assert run_python("-W", "ignore", "-c", LOCKED).strip() == "0"
+
+
 def train_in_child(layer: SparseLinear, x: Tensor, results: Queue[Any]) -> None:
     results.put(layer(x).detach().numpy())
     with torch.no_grad():

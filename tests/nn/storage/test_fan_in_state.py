@@ -17,6 +17,11 @@ def change(name: str, replace: Any) -> Callable[[dict[str, Tensor]], dict[str, A
     return lambda state: {**state, name: replace(state[name].clone())}
 
 
+def freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 HOSTILE = {
     "unsorted columns": (
         change("indices", lambda t: t.int().view(18, 6).flip(1).flatten()),
@@ -45,11 +50,20 @@ HOSTILE = {
             "indices": state["indices"].int()[:100],
             "weight_values": state["weight_values"][:100],
         },
-        "fan_in must be int64 of no dimension, and 5 for 100 columns of 20 rows, got 6; are the rows missing",
+        "fan_in must be 5 for 100 columns of 20 rows, got 6; are the rows missing",
     ),
-    "another fan-in": (change("fan_in", lambda t: t + 1), "fan_in must be .* and 6 for 108 .*, got 7"),
+    "another fan-in": (change("fan_in", lambda t: t + 1), "fan_in must be 6 for 108 .*, got 7"),
     "a list of fan-ins": (change("fan_in", lambda t: t.repeat(18)), r"fan_in must be .*, got torch.int64"),
     "narrow fan-in": (change("fan_in", lambda t: t.int()), "fan_in must be int64"),
+    "infinite fan-in": (
+        lambda state: {**state, "fan_in": torch.tensor(float("inf"))},
+        "fan_in must be int64",
+    ),
+    "complex fan-in": (lambda state: {**state, "fan_in": torch.tensor(4j)}, "fan_in must be int64"),
+    "sparse rows": (change("rows", lambda t: t.to_sparse()), "rows must be a dense tensor"),
+    "sparse columns": (change("indices", lambda t: t.int().to_sparse()), "indices must be a dense tensor"),
+    "columns without memory": (change("indices", freed), "indices must have memory"),
+    "weights without memory": (change("weight_values", freed), "weight_values must have memory"),
     "no fan-in": (lambda state: {**state, "fan_in": None}, "must be loaded together, got no fan_in"),
     "few rows": (change("rows", lambda t: t[1:]), "equally many columns for each of 17 rows, got 108"),
     "narrow rows": (change("rows", lambda t: t.int()), "rows must be int64"),

@@ -61,11 +61,14 @@ def test_hooks_on_the_parameter_stay(how: str) -> None:
     assert shapes == [(layer.nnz, 1, 1)] * 2
 
 
-def test_loading_another_count_drops_the_gradient_of_the_old_connections() -> None:
+def test_the_gradient_goes_with_its_positions_when_another_count_is_loaded() -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)
     layer(torch.randn(4, 20)).sum().backward()
+    before = dict(zip(layer.positions().tolist(), layer.weight_values.grad.flatten().tolist(), strict=True))
     RESIZE["loaded"](layer)
-    assert layer.weight_values.grad is None
+    assert layer.weight_values.grad.flatten().tolist() == [
+        before.get(at, 0.0) for at in layer.positions().tolist()
+    ]
 
 
 @pytest.mark.parametrize("how", RESIZE)
