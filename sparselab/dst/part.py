@@ -44,7 +44,9 @@ class Part:
         return ""
 
     def follow(self, view: LayerView, source: torch.Tensor) -> None:
-        """Move what is kept for each connection of a layer that has just been rewritten.
+        """Move what is kept for each connection of a layer that has just been rewritten, or loaded.
+
+        Loading and drawing anew may come before the first step.
 
         Parameters
         ----------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparselab.dst import DynamicSparsityAlgorithm, Group, Monitor, SparsityAlgorithm
+from sparselab.dst import Group, Monitor, SparsityAlgorithm, Static
 from sparselab.integrations._driver import Driver
 from sparselab.nn import AveragedModel, copy_topology
 
@@ -166,8 +166,7 @@ def _names(callback: Any) -> set[str]:
 
 
 def _refuse_averages_by_slot(callbacks: Any, algorithm: Any) -> None:
-    members = algorithm if isinstance(algorithm, Group) else [algorithm]
-    if not any(isinstance(each, DynamicSparsityAlgorithm) for each in members):
+    if isinstance(algorithm, Static):
         return
     for callback in callbacks:
         averages = not _names(callback).isdisjoint(("WeightAveraging", "StochasticWeightAveraging"))

@@ -25,8 +25,9 @@ class AveragedSensitivity(DropScore):
         return (view.weights.abs() * average).numpy()
 
     def follow(self, view, source):
-        old = torch.cat((self.averages[view.index], torch.zeros(1)))
-        self.averages[view.index] = old[source]
+        if view.index in self.averages:
+            old = torch.cat((self.averages[view.index], torch.zeros(1)))
+            self.averages[view.index] = old[source]
 
     def detach(self, layers):
         self.averages.clear()

@@ -187,8 +187,9 @@ class Signs(DropScore):
 
     def follow(self, view: LayerView, source: torch.Tensor) -> None:
         """Move the signs, and draw those of new connections."""
-        self._signs[view.index] = move_slots(self._signs[view.index], source)
-        self._draw_missing(view)
+        if view.index in self._signs:  # since the first step
+            self._signs[view.index] = move_slots(self._signs[view.index], source)
+            self._draw_missing(view)
 
     def _draw_missing(self, view: LayerView) -> None:
         signs = self._signs[view.index]
