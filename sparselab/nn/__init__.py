@@ -13,11 +13,12 @@ from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedConv2d, MaskedLinear
 from sparselab.nn.models.average import AveragedModel, average, copy_topology, soft_update
 from sparselab.nn.models.condense import CondensedLayer, condense
-from sparselab.nn.models.convert import SparsifyPlan, measure_sparsity, plan_sparsify, sparsify
+from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.models.densify import densify
 from sparselab.nn.models.files import load_model, save_model
 from sparselab.nn.models.materialize import materialize
 from sparselab.nn.models.memory import MemoryReport, memory_report
+from sparselab.nn.models.plan import SparsifyPlan
 from sparselab.nn.models.tune import TuneReport, tune
 from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.ops.products import register_products

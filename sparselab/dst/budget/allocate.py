@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from sparselab._names import first_match, listed, matches
+from sparselab._names import Keys, first_keys, listed, literal, match
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.layers.dense import DenseLayer, dense_parts
-from sparselab.nn.models.dense import find_dense
+from sparselab.nn.layers.dense import DenseLayer
+from sparselab.nn.models.dense import select
 
 Shape: TypeAlias = Sequence[int]
 #: Counts of connections from the shapes of all layers and the sparsity of the whole.
@@ -192,10 +191,10 @@ def apportion(
 def allocate(
     model: nn.Module,
     sparsity: float,
-    method: Literal["uniform", "er", "erk"] | Method | Mapping[str, float] = "erk",
+    method: Literal["uniform", "er", "erk"] | Method | Mapping[Any, float] = "erk",
     *,
-    include: str | Collection[str] = "*",
-    exempt: str | Collection[str] = (),
+    include: Keys = "*",
+    exempt: Keys = (),
     exempt_types: type[nn.Module] | Collection[type[nn.Module]] = (),
     first: Literal["sparse", "dense"] = "sparse",
     last: Literal["sparse", "dense"] = "sparse",
@@ -211,13 +210,13 @@ def allocate(
         Of the chosen layers together, in [0, 1]. Layers that stay dense are not counted.
     method : {"uniform", "er", "erk"}, callable or mapping
         `uniform`, `er` or `erk`; or a function of the shapes and the sparsity that returns the counts, as
-        ``functools.partial(erk, power=0.5)`` does; or a mapping from patterns to sparsity: each layer gets
-        that of the first pattern that matches it, and `sparsity` if none does.
-    include, exempt : str or collection of str
-        Patterns of qualified layer names, as `sparselab.sparsify` takes them: which layers to choose from,
-        and which of them stay dense.
+        ``functools.partial(erk, power=0.5)`` does; or a mapping from keys to sparsity: each layer gets that
+        of the first key that matches it, and `sparsity` if none does.
+    include, exempt : str, re.Pattern, type or callable, or iterable of them
+        Keys as `sparselab.sparsify` takes them: which layers to choose from, and which of them stay dense.
     exempt_types : type or collection of types
-        Modules of these types keep all layers inside them dense.
+        Modules of these types keep all layers inside them dense, at any depth; a type in `exempt` only
+        what modules of that type hold themselves.
     first, last : {"sparse", "dense"}
         Whether the first and the last of the layers left by then stay dense.
 
@@ -231,8 +230,14 @@ def allocate(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what is said above, the model is itself such a layer, a pattern or type
-        matches no layer, no layer is left, or a function returns what is no count for each layer.
+        If an argument is not what is said above, the model is itself such a layer, a key or type matches no
+        layer, a layer that cannot be swapped is named outright, no layer is left, or a function returns what
+        is no count for each layer.
+
+    Warns
+    -----
+    UserWarning
+        As `sparselab.sparsify`: if layers that match must stay dense, such as tied ones. They do not count.
 
     Examples
     --------
@@ -243,22 +248,24 @@ def allocate(
     >>> [getattr(layer, "nnz", "dense") for layer in sparse]
     [19372, 7148, 'dense']
     """
-    for name, choice in (("first", first), ("last", last)):
-        if choice not in ("sparse", "dense"):
-            raise ValueError(f'{name} must be "sparse" or "dense", got {choice!r}')
-    layers = _choose(model, include, exempt, exempt_types)
+    for name, given in (("first", first), ("last", last)):
+        if given not in ("sparse", "dense"):
+            raise ValueError(f'{name} must be "sparse" or "dense", got {given!r}')
+    choice = select(model, include, exempt)
+    choice.warn("allocate", "A key of exempt")
+    layers = _outside(model, {name: layer for name, (layer, _) in choice.layers.items()}, exempt_types)
     names = list(layers)[first == "dense" : len(layers) - (last == "dense")]
     if not names:
         raise ValueError(
             f"model must have a layer that is to be sparse; include, exempt, first and last left none of "
-            f"{listed(find_dense(model))}"
+            f"{listed([*choice.layers, *(each.name for each in choice.dense)])}"
         )
     shapes = [tuple(layers[name].linear.weight.shape) for name in names]
     sizes = [math.prod(shape) for shape in shapes]
-    counts = _counts(method, names, shapes, sparsity)
+    counts = _counts(method, {name: layers[name].owner for name in names}, shapes, sparsity)
     # (size - count) / size and what n_connections makes of it are off by less than size * 2**-52 connections.
     return {
-        re.sub(r"([*?[])", r"[\1]", name): (size - count) / size if size else 0.0
+        literal(name): (size - count) / size if size else 0.0
         for name, size, count in zip(names, sizes, counts, strict=True)
     }
 
@@ -310,16 +317,15 @@ def _bounded_shares(
 
 
 def _counts(
-    method: str | Method | Mapping[str, float],
-    names: list[str],
+    method: str | Method | Mapping[Any, float],
+    owners: Mapping[str, nn.Module],
     shapes: list[tuple[int, ...]],
     sparsity: float,
 ) -> list[int]:
     n_connections((1, 1), sparsity)
     if isinstance(method, Mapping):
-        _require_matches("method", method, names)
-        firsts = [first_match(name, method) for name in names]
-        of_layer = [sparsity if first is None else method[first] for first in firsts]
+        first = first_keys(match("method", method, owners))
+        of_layer = [method[first[name]] if name in first else sparsity for name in owners]
         return [
             n_connections((1, math.prod(shape)), each) for shape, each in zip(shapes, of_layer, strict=True)
         ]
@@ -327,7 +333,7 @@ def _counts(
     if not callable(function):
         raise ValueError(
             f'method must be "uniform", "er", "erk", a function of shapes and sparsity, or a mapping from '
-            f"patterns to sparsity, got {method!r}"
+            f"keys to sparsity, got {method!r}"
         )
     counts = [require_count("a count from method", count) for count in function(shapes, sparsity)]
     sizes = [math.prod(shape) for shape in shapes]
@@ -338,18 +344,12 @@ def _counts(
     return counts
 
 
-def _choose(
+def _outside(
     model: nn.Module,
-    include: str | Collection[str],
-    exempt: str | Collection[str],
+    layers: Mapping[str, DenseLayer],
     exempt_types: type[nn.Module] | Collection[type[nn.Module]],
 ) -> dict[str, DenseLayer]:
-    if any(dense_parts(model)):
-        raise ValueError(f"model must contain the layers to choose from, got a {type(model).__name__} itself")
-    layers = find_dense(model)
-    include, exempt = ([given] if isinstance(given, str) else list(given) for given in (include, exempt))
-    _require_matches("include", include, layers)
-    _require_matches("exempt", exempt, layers)
+    """The layers that do not lie inside a module of the types."""
     dense: set[nn.Module] = set()
     for kind in [exempt_types] if isinstance(exempt_types, type) else exempt_types:
         inside = {each for owner in model.modules() if isinstance(owner, kind) for each in owner.modules()}
@@ -358,19 +358,4 @@ def _choose(
                 f"exempt_types must hold types with linear layers inside, got {kind.__name__}, which has none"
             )
         dense |= inside
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if first_match(name, include) is not None
-        and first_match(name, exempt) is None
-        and layer.owner not in dense
-    }
-
-
-def _require_matches(argument: str, patterns: Collection[str], names: Collection[str]) -> None:
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            raise ValueError(
-                f"{argument} must match a layer with each pattern, got {pattern!r}, but the layers are: "
-                f"{listed(names)}"
-            )
+    return {name: layer for name, layer in layers.items() if layer.owner not in dense}

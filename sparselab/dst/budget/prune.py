@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
+from sparselab._names import Keys, literal
 from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.rewiring.select import select
 from sparselab.nn.models.convert import find_linear, keep_positions
 from sparselab.nn.storage.entries import as_scores, largest_positions
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 Scope = Literal["layer", "network"]
 
 
@@ -25,8 +24,8 @@ def prune(
     sparsity: float,
     scope: Scope = "layer",
     *,
-    include: Patterns = "*",
-    exempt: Patterns = (),
+    include: Keys = "*",
+    exempt: Keys = (),
 ) -> dict[str, float]:
     """Swap layers of a trained dense model for sparse ones with their largest weights, in place.
 
@@ -37,20 +36,19 @@ def prune(
     scope : {"layer", "network"}
         "layer": each layer gets that sparsity. "network": all together get it, at one threshold; a layer then
         keeps at least one weight.
-    include, exempt : str or re.Pattern, or iterable of them
-        Patterns of qualified layer names, as in `sparselab.sparsify`: layers that match one of `include` and
-        none of `exempt` are pruned.
+    include, exempt : str, re.Pattern, type or callable, or iterable of them
+        Keys as in `sparselab.sparsify`: layers that match one of `include` and none of `exempt` are pruned.
 
     Returns
     -------
     dict of str to float
-        Sparsity of each pruned layer by name: rules for `sparselab.sparsify`, to train a new model with as
-        many connections in each layer.
+        Sparsity of each pruned layer by name, in which ``*``, ``?`` and ``[`` are escaped: rules for
+        `sparselab.sparsify`, to train a new model with as many connections in each layer.
 
     Raises
     ------
     TypeError, ValueError
-        If the sparsity or the scope is none, the patterns or layers are such as `sparselab.sparsify` refuses,
+        If the sparsity or the scope is none, the keys or layers are such as `sparselab.sparsify` refuses,
         or the network is to keep fewer weights than it has layers. Nothing has been changed then.
 
     Notes
@@ -80,7 +78,7 @@ def prune(
         kept = _largest_of_all(weights, sparsity)
     keep_positions(model, dict(zip(layers, kept, strict=True)))
     return {
-        name: 1 - len(positions) / max(w.numel(), 1)
+        literal(name): 1 - len(positions) / max(w.numel(), 1)
         for name, positions, w in zip(layers, kept, weights, strict=True)
     }
 
@@ -91,8 +89,8 @@ def train_prune_finetune(
     sparsity: float,
     scope: Scope = "layer",
     *,
-    include: Patterns = "*",
-    exempt: Patterns = (),
+    include: Keys = "*",
+    exempt: Keys = (),
     finetune: Callable[[Model], object] | None = None,
 ) -> Model:
     """Train a dense model, `prune` it, and train what is left: the baseline of sparse training.
@@ -127,7 +125,7 @@ def train_prune_finetune(
 
 
 def _find(
-    model: torch.nn.Module, sparsity: float, scope: str, include: Patterns, exempt: Patterns
+    model: torch.nn.Module, sparsity: float, scope: str, include: Keys, exempt: Keys
 ) -> dict[str, torch.nn.Linear | torch.nn.Conv2d]:
     """The layers to prune, once all arguments are known to be good."""
     if scope not in ("layer", "network"):

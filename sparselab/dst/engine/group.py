@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
-from sparselab._names import first_match, listed
+from sparselab._names import Key, first_keys, listed, match, matcher, told
 from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.driven import Driven, StepHandle
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 
 
 class Group(Driven):
-    """Several algorithms, each for the sparse layers whose names match its pattern.
+    """Several algorithms, each for the sparse layers that match its key.
 
     Parameters
     ----------
-    algorithms : mapping of str to SparsityAlgorithm
-        Pattern of qualified layer names to algorithm. ``*`` matches any characters, dots included, ``?`` one
-        character, ``[...]`` a set. Of the patterns that match a layer, the first one counts. Layers that
-        match none keep their topology.
+    algorithms : mapping of str, re.Pattern, type or callable to SparsityAlgorithm
+        Key to algorithm, as the keys of `sparselab.sparsify`: globs of qualified layer names, regular
+        expressions, classes of sparse layers, and functions of a layer and its name. Of the keys that match a
+        layer, the first one counts. Layers that match none keep their topology.
 
     Raises
     ------
     TypeError, ValueError
-        If a pattern is not a string, a value no algorithm, one algorithm given twice, or there is none.
+        If a key is none, a value no algorithm, one algorithm given twice, or there is none.
 
     Examples
     --------
@@ -35,33 +35,32 @@ class Group(Driven):
     >>> from sparselab.dst import SET, Group, RigL
     >>> from sparselab.nn import SparseLinear
     >>> model = torch.nn.ModuleDict({"attn": SparseLinear(64, 64), "mlp": SparseLinear(64, 64)})
-    >>> group = Group({"attn*": RigL(), "*": SET()})
+    >>> group = Group({"attn*": RigL(), SparseLinear: SET()})
     >>> group.attach(model)
     >>> [algorithm.names for algorithm in group]
     [('attn',), ('mlp',)]
     """
 
-    def __init__(self, algorithms: Mapping[str, SparsityAlgorithm]) -> None:
-        self._algorithms = dict(algorithms)
+    def __init__(self, algorithms: Mapping[Any, SparsityAlgorithm]) -> None:
+        self._algorithms: dict[Key, SparsityAlgorithm] = dict(algorithms)
         if not self._algorithms:
-            raise ValueError("algorithms must name at least one pattern, got none")
-        for pattern, algorithm in self._algorithms.items():
-            if not isinstance(pattern, str) or not isinstance(algorithm, SparsityAlgorithm):
+            raise ValueError("algorithms must have at least one key, got none")
+        for key, algorithm in self._algorithms.items():
+            matcher("algorithms", key)
+            if not isinstance(algorithm, SparsityAlgorithm):
                 raise TypeError(
-                    f"algorithms must map patterns to sparsity algorithms, got {pattern!r}: "
+                    f"algorithms must map keys to sparsity algorithms, got {told(key)}: "
                     f"{type(algorithm).__name__}"
                 )
         if len(set(map(id, self._algorithms.values()))) < len(self._algorithms):
-            raise ValueError(
-                "algorithms must hold each algorithm once; join the patterns, or make another one"
-            )
+            raise ValueError("algorithms must hold each algorithm once; join the keys, or make another one")
 
     def __repr__(self) -> str:
-        members = ", ".join(f"{pattern!r}: {each!r}" for pattern, each in self._algorithms.items())
+        members = ", ".join(f"{told(key)}: {each!r}" for key, each in self._algorithms.items())
         return f"Group({{{members}}})"
 
-    def __getitem__(self, pattern: str) -> SparsityAlgorithm:
-        return self._algorithms[pattern]
+    def __getitem__(self, key: Key) -> SparsityAlgorithm:
+        return self._algorithms[key]
 
     def __iter__(self) -> Iterator[SparsityAlgorithm]:
         return iter(self._algorithms.values())
@@ -98,28 +97,29 @@ class Group(Driven):
         Raises
         ------
         TypeError, ValueError, RuntimeError
-            If a pattern is the first match of no sparse layer, or as `SparsityAlgorithm.attach` of one of
+            If a key is the first match of no sparse layer, or as `SparsityAlgorithm.attach` of one of
             them.
         """
-        chosen: dict[str, list[tuple[str, SparseLayer]]] = {pattern: [] for pattern in self._algorithms}
-        found = list(find_sparse(model))
-        for name, layer in found:
-            if (first := first_match(name, self._algorithms)) is not None:
-                chosen[first].append((name, layer))
-        for pattern, matches in chosen.items():
-            if not matches:
+        layers = dict(find_sparse(model))
+        first = first_keys(match("algorithms", self._algorithms, layers, "model's sparse layers"))
+        chosen: dict[Key, list[tuple[str, SparseLayer]]] = {key: [] for key in self._algorithms}
+        for name, layer in layers.items():
+            if name in first:
+                chosen[first[name]].append((name, layer))
+        for key, pairs in chosen.items():
+            if not pairs:
                 raise ValueError(
-                    f"algorithms must each have a layer, got {pattern!r} without one that no pattern before "
-                    f"it took; the model's sparse layers are: {listed([name for name, _ in found])}"
+                    f"algorithms must each have a layer, got {told(key)} without one that no key before it "
+                    f"took; the model's sparse layers are: {listed(layers)}"
                 )
-        for pattern, algorithm in self._algorithms.items():
-            algorithm._check_whole(chosen[pattern], model)
-            algorithm._check_new(chosen[pattern], [layer for _, layer in found])
-        matched = [pair for matches in chosen.values() for pair in matches]
+        for key, algorithm in self._algorithms.items():
+            algorithm._check_whole(chosen[key], model)
+            algorithm._check_new(chosen[key], [layer for _, layer in found])
+        matched = [pair for pairs in chosen.values() for pair in pairs]
         optimizer = self._check_optimizer(optimizer, matched)
-        for stream, (pattern, algorithm) in enumerate(self._algorithms.items()):
+        for stream, (key, algorithm) in enumerate(self._algorithms.items()):
             algorithm.stream = stream
-            algorithm._attach(chosen[pattern])
+            algorithm._attach(chosen[key])
         return self._drive(optimizer)
 
     def detach(self) -> None:
@@ -155,8 +155,15 @@ class Group(Driven):
             algorithm.advance()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every algorithm, by pattern."""
-        return {pattern: algorithm.state_dict() for pattern, algorithm in self._algorithms.items()}
+        """The state of every algorithm, by key; a key that is no str goes by its name and place."""
+        return {name: each.state_dict() for name, each in self._named().items()}
+
+    def _named(self) -> dict[str, SparsityAlgorithm]:
+        """The algorithms by what a file can keep of their keys."""
+        return {
+            key if isinstance(key, str) else f"{told(key)} at {place}": each
+            for place, (key, each) in enumerate(self._algorithms.items())
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` returned.
@@ -169,14 +176,13 @@ class Group(Driven):
         Raises
         ------
         TypeError, ValueError
-            If the patterns differ, or the state of one does not fit its algorithm. Nothing has been changed
+            If the keys differ, or the state of one does not fit its algorithm. Nothing has been changed
             then, in none of them.
         """
-        if list(state) != list(self._algorithms):
-            raise ValueError(
-                f"the state was saved for patterns {list(state)}, but this group has {list(self._algorithms)}"
-            )
-        for pattern, algorithm in self._algorithms.items():
-            algorithm._check_state(state[pattern])
-        for pattern, algorithm in self._algorithms.items():
-            algorithm._load_state(state[pattern])
+        named = self._named()
+        if list(state) != list(named):
+            raise ValueError(f"the state was saved for keys {list(state)}, but this group has {list(named)}")
+        for name, algorithm in named.items():
+            algorithm._check_state(state[name])
+        for name, algorithm in named.items():
+            algorithm._load_state(state[name])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from sparselab.nn.layers.extras import only_remade
+
 #: Of `torch.nn.MultiheadAttention`, in the order of its packed weight.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -53,7 +55,9 @@ class DenseType:
     Attributes
     ----------
     cls : type of torch.nn.Module, or str
-        Exactly this class; or its qualified name, where its package need not be installed.
+        This class, or its qualified name, where its package need not be installed; and subclasses of it that
+        redefine nothing but ``__init__``, ``reset_parameters`` and ``extra_repr``. Made sparse and dense
+        again, they become this class.
     parts : callable
         ``parts(module)``: the layers that its weights are, as `DenseLayer`.
     known : tuple of str
@@ -82,7 +86,11 @@ def register_dense(dense: DenseType) -> DenseType:
     Examples
     --------
     >>> class Named(nn.Linear):
-    ...     '''Reads as a linear layer; only its class is another.'''
+    ...     '''Reads as a linear layer, and says that it was called.'''
+    ...
+    ...     def forward(self, x):
+    ...         self.called = True
+    ...         return super().forward(x)
     >>> dense = register_dense(DenseType(Named, whole))
     >>> [layer.part for layer in dense_parts(Named(2, 2))]
     ['']
@@ -98,13 +106,21 @@ def forget_dense(dense: DenseType) -> None:
 
 
 def dense_type(cls: type) -> DenseType | None:
+    """What was registered for a class, or for a base from which it differs by how its objects are made."""
+    for each in cls.__mro__:
+        if (found := _registered(each)) or not only_remade(each):
+            return found
+    return None
+
+
+def dense_base(cls: type) -> DenseType | None:
+    """What was registered for the nearest base of a class: for the class itself, if it is."""
+    return next((found for base in cls.__mro__ if (found := _registered(base))), None)
+
+
+def _registered(cls: type) -> DenseType | None:
     """What was registered for exactly this class."""
     return _TYPES.get(cls) or _TYPES.get(f"{cls.__module__}.{cls.__qualname__}")
-
-
-def dense_base(cls: type) -> type | None:
-    """The nearest base of a class that is registered: the class itself, if it is."""
-    return next((base for base in cls.__mro__ if dense_type(base)), None)
 
 
 def dense_parts(module: nn.Module) -> Sequence[DenseLayer]:
@@ -143,7 +159,8 @@ def attention_parts(attention: nn.MultiheadAttention) -> Sequence[DenseLayer]:
 
 
 def _transposed(module: Any) -> Sequence[DenseLayer]:
-    view = LinearView(module.weight.t(), module.bias, module.training, type(module))
+    cls = next(each for each in type(module).__mro__ if _registered(each))
+    view = LinearView(module.weight.t(), module.bias, module.training, cls)
     return (DenseLayer(module, "", view, (module.weight, module.bias)),)
 
 

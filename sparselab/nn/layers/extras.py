@@ -58,6 +58,29 @@ def _tells(name: str, member: object) -> bool:
     return inspect.isroutine(member) or hasattr(member, "__get__")
 
 
+def only_remade(cls: type) -> bool:
+    """Whether a class differs from its base in nothing but how its objects are made, reset and printed.
+
+    Examples
+    --------
+    >>> class Zeroed(nn.Linear):
+    ...     def __init__(self, size):
+    ...         super().__init__(size, size)
+    ...         nn.init.zeros_(self.weight)
+    >>> only_remade(Zeroed), only_remade(nn.Linear)
+    (True, False)
+    """
+    return all(
+        name in {"__init__", *_HARMLESS} or (name.startswith("__") and _is_written_by_python(name, member))
+        for name, member in vars(cls).items()
+    )
+
+
+def _is_written_by_python(name: str, member: object) -> bool:
+    """Such as the name of the class, its annotations, its docstring: no method and no property."""
+    return name.startswith("__annotate") or not hasattr(member, "__get__")
+
+
 def extras(module: nn.Module, known: Collection[str]) -> list[str]:
     """What a module has beside the tensors that its class gives it, in words.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.extras import extras
 from sparselab.nn.layers.kinds import LayerKind, find_kind, kind_of
-from sparselab.nn.models.dense import parameter_users
+from sparselab.nn.models.weights import parameter_users
 
 #: Activations that treat each number by itself, and alike.
 _ELEMENTWISE = (

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from sparselab._names import Pattern
-from sparselab._table import aligned
+from sparselab._names import Keys
 from sparselab.nn.layers.base import SparseLayer, find_sparse
-from sparselab.nn.layers.dense import DenseLayer
 from sparselab.nn.layers.kinds import find_kind
-from sparselab.nn.models.dense import Choice, LeftLayer, choose, find_dense
-from sparselab.nn.models.rules import Given, Rule, read_rules
+from sparselab.nn.models.dense import choose, select
+from sparselab.nn.models.plan import SparsifyPlan, draw_plan
+from sparselab.nn.models.rules import Rules
 from sparselab.nn.models.swap import swap
+from sparselab.nn.models.weights import find_dense
 from sparselab.nn.storage.checks import check_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,25 +23,33 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def sparsify(
     model: Model,
-    rules: Mapping[Pattern, Given],
+    rules: Rules,
     *,
     init: Literal["random", "magnitude"] = "random",
     layer: str = "sparse",
 ) -> Model:
-    """Swap the named layers of a model for sparse ones, in place.
+    """Swap layers of a model for sparse ones, in place.
 
     Parameters
     ----------
     model : torch.nn.Module
         On the meta device, too: its layers then become sparse ones there, which `materialize` gives memory,
         connections and weights, and no dense weight ever exists.
-    rules : mapping of str or re.Pattern to float, mapping or None
-        Pattern of qualified layer names to what the layers become. In a str ``*`` matches any characters,
-        dots included, ``?`` one character, ``[...]`` a set; upper and lower case differ. A compiled regular
-        expression must match the whole name. Of the patterns that match a layer, the first one counts.
-        A number is a sparsity in [0, 1]. A mapping says ``"layer"``, the kind, which may be left out; exactly
-        one of ``"sparsity"``, ``"density"`` (1 minus the sparsity) and, of the kind "fan_in", ``"fan_in"``;
-        and of the kind "block" the ``"block_shape"``, (32, 32) by default. None leaves layers dense.
+    rules : float, or mapping of str, re.Pattern, type or callable to float, mapping or None
+        A number, a sparsity in [0, 1], is that of all that can be sparse, as ``{"*": number}``. Of the keys
+        of a mapping that match a layer, the first one counts, whatever its sort:
+
+        - A str is a glob of qualified layer names: ``*`` matches any characters, dots included, ``?`` one
+          character, ``[...]`` a set; upper and lower case differ. After ``"re:"`` it is a regular expression.
+        - A regular expression must match the whole name.
+        - A class matches the layers of modules that are instances of it, as ``isinstance`` has them.
+        - A function is called once with each module that owns a layer and the layer's qualified name, as
+          ``function(module, name)``, and returns a bool.
+
+        They map to what the layers become. A number is a sparsity in [0, 1]. A mapping says ``"layer"``, the
+        kind, which may be left out; exactly one of ``"sparsity"``, ``"density"`` (1 minus the sparsity) and,
+        of the kind "fan_in", ``"fan_in"``; and of the kind "block" the ``"block_shape"``, (32, 32) by
+        default. None leaves layers dense.
     init : {"random", "magnitude"}
         "random": a new random topology and new weights, to train from scratch. "magnitude": the largest
         weights of the dense layer stay.
@@ -63,33 +69,41 @@ def sparsify(
     Raises
     ------
     TypeError, ValueError
-        If the model is itself such a layer, a pattern matches none, a rule says too much, too little or
-        what its kind of layer cannot be, init or layer is none of its choices, init is "magnitude" and a
-        layer on the meta device, or a layer that must stay dense (see Notes) is named outright. Nothing has
-        been changed then.
+        If the model is itself such a layer, a key is none of those above or matches nothing, a function
+        returns no bool, a rule says too much, too little or what a layer cannot be, init or layer is none of
+        its choices, init is "magnitude" and a layer on the meta device, a layer that must stay dense (see
+        Notes) is named outright, or rules ask for sparse layers and none can be. Nothing has been changed
+        then.
 
     Warns
     -----
     UserWarning
-        If a glob or an expression matches layers that must stay dense; they are named with the reason.
+        If a rule that is not None matches what must stay dense, but by another key than its very name; it is
+        named with the reason. Embeddings and Parameters of one row, which are looked up or added and not
+        multiplied, are not named if the same key makes something else sparse.
 
     Notes
     -----
     A layer stays dense that shares a parameter with another module, computes its weight (as under
     `torch.nn.utils.parametrize` or ``spectral_norm``), has hooks, or parameters, buffers or modules beside
-    those of its class: a sparse layer in its place would lose them. `plan_sparsify` lists them without a
-    change.
+    those of its class: a sparse layer in its place would lose them. So does every other Parameter of two or
+    more dimensions, for which there is no sparse kind: it goes by the name of its module if its own begins
+    with ``weight``, and by its own name if not. `plan_sparsify` lists all of them without a change.
 
-    The layers are those whose class is exactly one of these, or was registered with
-    `sparselab.nn.register_dense`; a subclass may compute or be read by its owner in ways of its own, and
-    stays dense likewise.
+    The layers are those whose class is one of these, or was registered with `sparselab.nn.register_dense`; a
+    subclass counts as its base if it redefines nothing but ``__init__``, ``reset_parameters`` and
+    ``extra_repr``, and adds no member to its class (`sparselab.densify` then gives the base). Another one may
+    compute or be read by its owner in ways of its own, and stays dense likewise.
 
     - `torch.nn.Linear`.
     - `torch.nn.Conv2d`.
     - ``transformers.pytorch_utils.Conv1D``, a linear layer with a transposed weight, as GPT-2 has it.
     - The projections of `torch.nn.MultiheadAttention`, which go by ``q_proj``, ``k_proj``, ``v_proj`` and
-      ``out_proj`` below the name of the attention; where any matches, the attention becomes a
-      `SparseMultiheadAttention`.
+      ``out_proj`` below the name of the attention, and by its class; where any matches, the attention becomes
+      a `SparseMultiheadAttention`.
+
+    A class as a key takes its subclasses along, so that none is passed over in silence: those that must stay
+    dense are named. A key for the subclass alone goes before it.
 
     Torch's Transformer encoders leave the fused path of evaluation where a layer in them was swapped.
 
@@ -103,68 +117,27 @@ def sparsify(
       (1): ReLU()
       (2): MaskedLinear(in_features=256, out_features=10, bias=True, sparsity=0.5, nnz=1280)
     )
+
+    By class, but for what a function picks:
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    >>> rules = {lambda module, name: module.out_features < 16: None, torch.nn.Linear: 0.9}
+    >>> [type(layer).__name__ for layer in sparsify(model, rules)]
+    ['SparseLinear', 'ReLU', 'Linear']
     """
     if init not in ("random", "magnitude"):
         raise ValueError(f'init must be "random" or "magnitude", got {init!r}')
-    choice = _choose(model, rules, layer)
+    choice = choose(model, rules, layer)
     if init == "magnitude":
         for name, (each, _) in choice.layers.items():
             if each.linear.weight.is_meta:
                 raise ValueError(f'init must be "random" on the meta device, where {name!r} has no weights')
-    choice.warn("sparsify")
+    choice.warn("sparsify", 'A rule of None, such as {"name": None},')
     swap(model, [(each, rule.make(each.linear, init)) for each, rule in choice.layers.values()])
     return model
 
 
-def _choose(model: nn.Module, rules: Mapping[Pattern, Given], layer: str) -> Choice[Rule]:
-    choice = choose(model, read_rules(rules, layer))
-    for name, (each, rule) in choice.layers.items():
-        rule.check(name, each.linear)
-    return choice
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """What would become of one layer; shape is that of the weight, bytes include the bias."""
-
-    name: str
-    kind: str
-    becomes: str
-    shape: tuple[int, ...]
-    sparsity: float
-    connections: int
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True)
-class SparsifyPlan:
-    """What `sparsify` would change, layer by layer; ``str()`` of it is a table with totals.
-
-    `left` are layers that the rules match and that stay dense, each with the reason.
-    """
-
-    layers: tuple[PlannedLayer, ...]
-    left: tuple[LeftLayer, ...] = ()
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("layer", "kind", "becomes", "shape", "sparsity", "connections", "bytes before", "bytes after")
-        ]
-        for each in self.layers:
-            shape = " x ".join(map(str, each.shape))
-            numbers = (f"{n:,}" for n in (each.connections, each.bytes_before, each.bytes_after))
-            rows.append((each.name, each.kind, each.becomes, shape, f"{each.sparsity:.4g}", *numbers))
-        totals = (
-            sum(getattr(each, field) for each in self.layers)
-            for field in ("connections", "bytes_before", "bytes_after")
-        )
-        rows.append(("total", "", "", "", "", *(f"{n:,}" for n in totals)))
-        left = (f"left dense: {each}" for each in self.left)
-        return "\n".join((aligned(rows, left=3), *left))
-
-
-def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, Given], *, layer: str = "sparse") -> SparsifyPlan:
+def plan_sparsify(model: nn.Module, rules: Rules, *, layer: str = "sparse") -> SparsifyPlan:
     """List what ``sparsify(model, rules, layer=layer)`` would change, and change nothing.
 
     Parameters
@@ -177,8 +150,9 @@ def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, Given], *, layer: st
     -------
     SparsifyPlan
         Its ``layers`` have a name, the class they are and the one they become, shape, sparsity, number of
-        connections, and bytes before and after (weights, topology, bias). Its ``left`` are layers that the
-        rules match and that would stay dense, each with its name, class and reason.
+        connections, and bytes before and after (weights, topology, bias). Its ``left`` is what rules match
+        and what would stay dense all the same, each with its name, class, reason and size. Its totals say how
+        much of the model's Parameters lies in either, and elsewhere.
 
     Raises
     ------
@@ -193,55 +167,40 @@ def plan_sparsify(model: nn.Module, rules: Mapping[Pattern, Given], *, layer: st
     layer  kind    becomes          shape  sparsity  connections  bytes before  bytes after
     0      Linear  SparseLinear  256 x 64       0.9        1,638        66,560       12,908
     total                                                  1,638        66,560       12,908
+    parameters of the model: 16,640 in layers that become sparse, 0 in layers left dense, 2,570 elsewhere
+    bytes of the model: 76,840 before, 23,188 after
     """
-    choice = _choose(model, rules, layer)
-    planned = (_planned(name, each, rule) for name, (each, rule) in choice.layers.items())
-    return SparsifyPlan(tuple(planned), choice.left)
+    return draw_plan(model, choose(model, rules, layer))
 
 
-def _planned(name: str, layer: DenseLayer, rule: Rule) -> PlannedLayer:
-    after = rule.sketch(layer.linear)
-    before, after_bytes = (_bytes(each) for each in (layer.linear, after))
-    return PlannedLayer(
-        name, type(layer.owner).__name__, type(after).__name__, tuple(layer.linear.weight.shape),
-        rule.sparsity(layer.linear), round(after.density * math.prod(after.shape)), before, after_bytes,
-    )  # fmt: skip
-
-
-def _bytes(layer: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
-
-
-def find_linear(
-    model: nn.Module, include: Pattern | Iterable[Pattern] = "*", exempt: Pattern | Iterable[Pattern] = ()
-) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The linear layers and convolutions that can be swapped, by qualified name, in the order of the model.
+def find_linear(model: nn.Module, include: Keys = "*", exempt: Keys = ()) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that can be swapped for ones with single connections, by qualified name, in the order of the
+    model.
 
     Linear ones of another class than `torch.nn.Linear` are given as one with their weights, in their memory.
 
     Parameters
     ----------
     model : torch.nn.Module
-    include, exempt : pattern or iterable of patterns
-        Patterns of names as in `sparsify`: layers that match one of `include` and none of `exempt`.
+    include, exempt : key or iterable of keys
+        Keys as in `sparsify`: layers that match one of `include` and none of `exempt`.
 
     Raises
     ------
     TypeError, ValueError
-        As `sparsify` does for its patterns and layers; `exempt` must match too. And if no layer is left.
+        As `sparsify` does for its keys and layers; `exempt` must match too. And if no layer is left.
     """
-    wanted, unwanted = (
-        (each,) if isinstance(each, (str, re.Pattern)) else tuple(each) for each in (include, exempt)
-    )
-    rules: dict[Pattern, float | None] = dict.fromkeys(unwanted)
-    choice = choose(model, {**rules, **{each: 0.0 for each in wanted if each not in rules}})
-    chosen = {name: layer for name, (layer, _) in choice.layers.items()}
-    if not chosen:
-        raise ValueError(f"include must match a layer that exempt does not, got {wanted} and {unwanted}")
-    choice.warn("prune")
-    for layer in chosen.values():
+    choice = select(model, include, exempt)
+    if not choice.layers:
+        left = "; ".join(map(str, choice.left))
+        raise ValueError(
+            f"include must match a layer that exempt does not, got {include!r} and {exempt!r}"
+            + (f"; {left}" if left else "")
+        )
+    choice.warn("prune", "A key of exempt")
+    for layer, _ in choice.layers.values():
         check_dtype("dtype", layer.linear.weight.dtype)
-    return {name: layer.linear for name, layer in chosen.items()}
+    return {name: layer.linear for name, (layer, _) in choice.layers.items()}
 
 
 def keep_positions(model: nn.Module, kept: Mapping[str, Tensor]) -> None:

@@ -3,136 +3,170 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from torch import nn
 
-from sparselab._names import Pattern, first_match, listed, matches
-from sparselab.nn.layers.dense import DenseLayer, dense_base, dense_parts, dense_type
-from sparselab.nn.layers.extras import extras
-
-Value = TypeVar("Value")
+from sparselab._names import Key, Keys, as_keys, first_keys, match
+from sparselab.nn.layers.dense import DenseLayer, dense_parts
+from sparselab.nn.models.rules import Rule, Rules, read_rules
+from sparselab.nn.models.weights import Weights, find_weights
 
 
 @dataclass(frozen=True)
 class LeftLayer:
-    """A layer that rules match and that stays dense: its name, its class, and why."""
+    """What rules match and that stays dense: its name, its class, why, its Parameters' entries and bytes."""
 
     name: str
     kind: str
     reason: str
+    parameters: int
+    bytes: int
 
     def __str__(self) -> str:
-        return f"{self.name!r} {self.reason}"
+        return f"{_quoted([self.name])} {self.reason}"
 
 
 @dataclass(frozen=True)
-class Choice(Generic[Value]):
-    """Layers by name, each with the value of the first pattern that matches it; and those that are left."""
+class Choice:
+    """What the first key that matches it says of each layer.
 
-    layers: dict[str, tuple[DenseLayer, Value]]
+    Attributes
+    ----------
+    layers : dict
+        What becomes sparse: layers by name, with their rules.
+    left : tuple of LeftLayer
+        What has a rule and stays dense.
+    told : tuple of LeftLayer
+        What of that comes as a surprise.
+    dense : tuple of Weights
+        All that stays dense of what the keys match, also by a rule of None.
+    """
+
+    layers: dict[str, tuple[DenseLayer, Rule]]
     left: tuple[LeftLayer, ...]
+    told: tuple[LeftLayer, ...]
+    dense: tuple[Weights, ...]
 
-    def warn(self, what: str) -> None:
-        """Tell of what is left, if there is anything: nothing stays dense in silence."""
-        if self.left:
+    def warn(self, what: str, instead: str) -> None:
+        """Tell of what is left, if there is anything: no layer stays dense in silence."""
+        if self.told:
             warnings.warn(
-                f"{what} leaves layers that the rules match as they are: {'; '.join(map(str, self.left))}. "
-                'A rule of None, such as {"name": None}, leaves a layer dense without this warning.',
+                f"{what} leaves layers that the rules match as they are: {_joined(self.told)}. {instead} "
+                "leaves a layer dense without this warning.",
                 stacklevel=3,
             )
 
 
-def find_dense(model: nn.Module) -> dict[str, DenseLayer]:
-    """The layers by qualified name, in the order of the model; those of an attention are its projections."""
-    return {
-        f"{name}.{layer.part}".strip("."): layer
-        for name, module in model.named_modules()
-        for layer in dense_parts(module)
-    }
+def choose(model: nn.Module, rules: Rules, layer: str) -> Choice:
+    """The layers that match, by name, each with the rule of the first key that does.
 
-
-def choose(model: nn.Module, rules: Mapping[Pattern, Value | None]) -> Choice[Value]:
-    """The layers that match, by name, each with the value of the first pattern that does.
-
-    Layers that cannot be swapped stay dense where a glob or an expression matches them. A value of None says
-    that what its pattern matches shall stay dense.
+    Layers that cannot be swapped stay dense where anything but their very name matches them. A rule of None
+    says that what its key matches shall stay dense.
 
     Raises
     ------
-    ValueError
-        If the model is itself such a layer, a pattern matches none that can be swapped, or a str that is the
-        name of a layer names one that cannot.
+    TypeError, ValueError
+        If the model is itself such a layer, a key or a rule is none, a key matches nothing, a str that is the
+        name of a layer names one that cannot be swapped, or a rule asks of a layer what it does not have. And
+        if rules ask for sparse layers and there is none.
     """
+    _require_layers(model)
+    weights = find_weights(model)
+    read = read_rules(rules, layer, weights)
+    choice = _choose("rules", weights, read, match("rules", read, _owners(weights), "dense layers"))
+    for name, (each, rule) in choice.layers.items():
+        rule.check(name, each.linear)
+    if not choice.layers and any(rule is not None for rule in read.values()):
+        raise ValueError(
+            "rules must make at least one layer sparse, got none: "
+            + (_joined(choice.left) or "a rule of None comes first for all that match")
+        )
+    return choice
+
+
+def select(model: nn.Module, include: Keys, exempt: Keys) -> Choice:
+    """As `choose`, for layers with single connections that match one of `include` and none of `exempt`."""
+    _require_layers(model)
+    weights = find_weights(model)
+    wanted, unwanted = as_keys("include", include), as_keys("exempt", exempt)
+    found = {
+        key: names
+        for argument, keys in (("exempt", unwanted), ("include", wanted))
+        for key, names in match(argument, keys, _owners(weights), "dense layers").items()
+    }
+    rule = Rule("sparse", "sparsity", 0.0, {})
+    return _choose("include", weights, {key: None if key in unwanted else rule for key in found}, found)
+
+
+def _require_layers(model: nn.Module) -> None:
     if any(dense_parts(model)):
         raise ValueError(
             f"model must contain the layers to swap, got a {type(model).__name__} itself, which cannot be "
             "swapped in place; use SparseLinear.from_dense or that of its kind"
         )
-    layers = find_dense(model)
-    stuck = {each.name: each for each in _find_stuck(model, layers)}
-    able = [name for name in layers if name not in stuck]
-    for pattern, value in rules.items():
-        if pattern in stuck and value is not None:
+
+
+def _owners(weights: Mapping[str, Weights]) -> dict[str, nn.Module]:
+    return {name: each.owner for name, each in weights.items()}
+
+
+def _choose(
+    argument: str,
+    weights: Mapping[str, Weights],
+    rules: Mapping[Key, Rule | None],
+    found: Mapping[Key, list[str]],
+) -> Choice:
+    for name, each in weights.items():
+        if each.reason is not None and rules.get(name) is not None:
             raise ValueError(
-                f"rules must not name a layer that cannot be swapped, got {stuck[str(pattern)]}; "
+                f"{argument} must not name a layer that cannot be swapped, got {name!r} {each.reason}; "
                 "change that first, or leave the layer dense"
             )
-        wanted = able if value is not None else [*able, *stuck]
-        if not any(matches(name, pattern) for name in wanted):
-            refused = "; ".join(str(each) for name, each in stuck.items() if matches(name, pattern))
-            raise ValueError(
-                f"rules must match at least one layer each, got {pattern!r} without one; "
-                f"those of the model that can be swapped are: {listed(able)}"
-                + (f"; of those that match, {refused}" if refused else "")
-            )
-    chosen: dict[str, tuple[DenseLayer, Value]] = {}
-    left = []
-    for name in (*layers, *(name for name in stuck if name not in layers)):
-        first = first_match(name, rules)
-        value = None if first is None else rules[first]
-        if value is None:
+    first = first_keys(found)
+    layers: dict[str, tuple[DenseLayer, Rule]] = {}
+    left: dict[str, LeftLayer] = {}
+    for name, each in weights.items():
+        rule = rules[first[name]] if name in first else None
+        if rule is None:
             continue
-        if name in stuck:
-            left.append(stuck[name])
-        else:
-            chosen[name] = layers[name], value
-    return Choice(chosen, tuple(left))
+        reason = each.reason
+        if reason is None and each.layer is not None:
+            # The check of a rule refuses what is named outright.
+            if name in rules or rule.fits(each.layer.linear):
+                layers[name] = each.layer, rule
+                continue
+            reason = f"is of class {type(each.owner).__name__}, which has no layer of kind {rule.kind!r}"
+        left[name] = _left(each, str(reason))
+    working = {first[name] for name in layers}
+    return Choice(
+        layers,
+        tuple(left.values()),
+        tuple(each for name, each in left.items() if not (weights[name].aside and first[name] in working)),
+        tuple(each for name, each in weights.items() if name in first and name not in layers),
+    )
 
 
-def _find_stuck(model: nn.Module, layers: Mapping[str, DenseLayer]) -> Iterator[LeftLayer]:
-    """What looks like a layer to swap and cannot be swapped without losing something."""
-    users = parameter_users(model)
-    for name, layer in layers.items():
-        if reason := _reason_to_leave(layer, users):
-            yield LeftLayer(name, type(layer.owner).__name__, reason)
-    for name, module in model.named_modules():
-        base = dense_base(type(module))
-        if base is not None and name not in layers and not any(dense_parts(module)):
-            reason = f"is of class {type(module).__name__}, which may compute or be read in a way of its own"
-            if found := extras(module, [*module._parameters, *module._buffers, *module._modules]):
-                reason = f"has {' and '.join(found)}"
-            yield LeftLayer(name, type(module).__name__, reason)
+def _left(weights: Weights, reason: str) -> LeftLayer:
+    numbers = zip(*weights.tensors.values(), strict=True)
+    parameters, size = (sum(each) for each in numbers) if weights.tensors else (0, 0)
+    return LeftLayer(weights.name, type(weights.owner).__name__, reason, parameters, size)
 
 
-def _reason_to_leave(layer: DenseLayer, users: Mapping[int, list[str]]) -> str | None:
-    for source in layer.sources:
-        if not isinstance(source, nn.Parameter):
-            return "computes its weight (as under torch.nn.utils.weight_norm, spectral_norm or prune)"
-        if len(names := users[id(source)]) > 1:
-            return f"shares its weight or bias: {' and '.join(map(repr, names))} hold the same one"
-    known = dense_type(type(layer.owner))
-    found = extras(layer.owner, known.known if known else ())
-    return f"has {' and '.join(found)}" if found else None
+def _joined(left: Iterable[LeftLayer]) -> str:
+    """All of them for a message, those of one reason together."""
+    names: dict[str, list[str]] = {}
+    for each in left:
+        names.setdefault(each.reason, []).append(each.name)
+    return "; ".join(f"{_several(same)} {reason}" for reason, same in names.items())
 
 
-def parameter_users(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold each parameter, by its id."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
-    return users
+def _several(names: list[str]) -> str:
+    if len(names) == 1:
+        return _quoted(names)
+    return f"{_quoted(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''} each"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) if name else "the model" for name in names)

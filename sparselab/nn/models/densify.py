@@ -9,8 +9,8 @@ from torch import nn
 
 from sparselab.nn.layers.base import find_sparse
 from sparselab.nn.layers.dense import dense_type
-from sparselab.nn.models.dense import parameter_users
 from sparselab.nn.models.swap import replace
+from sparselab.nn.models.weights import parameter_users
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,7 +20,8 @@ def densify(model: Model) -> Model:
 
     Sparse layers of every kind become `torch.nn.Linear`, or the ``Conv1D`` of transformers that `sparsify`
     made them from, so that its checkpoints fit again; convolutions become `torch.nn.Conv2d`, and
-    `SparseMultiheadAttention` becomes `torch.nn.MultiheadAttention`. Modes and trainability are kept. The
+    `SparseMultiheadAttention` becomes `torch.nn.MultiheadAttention`. What `sparsify` made from a subclass
+    becomes the base: the ``__init__`` of the subclass may take anything. Modes and trainability are kept. The
     encoders of torch that `sparsify` has kept off their fused path stay off it.
 
     Parameters

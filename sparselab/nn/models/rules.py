@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import glob
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
-from sparselab._names import Pattern
+from sparselab._names import Key, literal, told
 from sparselab.kernels.arrays import check_fraction, n_connections
 from sparselab.nn.layers.base import SparseLayer
-from sparselab.nn.layers.kinds import LayerKind, find_kind, kinds_named, recognise
+from sparselab.nn.layers.kinds import LayerKind, find_kind, kind_names, kinds_named, recognise
 from sparselab.nn.storage.checks import check_size, warn_if_none
 
 #: A sparsity, or what the docstring of `sparsify` lists; None leaves a layer dense.
 Given: TypeAlias = float | Mapping[str, Any] | None
+
+#: A sparsity for everything, or rules by key. A mapping is invariant in its keys: one of str alone would not
+#: be one of `Key`.
+Rules: TypeAlias = float | Mapping[Any, Given]
 
 #: What says how sparse a layer is.
 _AMOUNTS = ("sparsity", "density", "fan_in")
@@ -33,9 +36,13 @@ class Rule(NamedTuple):
     amount: float
     settings: dict[str, Any]
 
+    def fits(self, dense: nn.Module) -> bool:
+        """Whether its kind has a layer that replaces a dense one."""
+        return find_kind(self.kind, dense) is not None
+
     def check(self, name: str, dense: nn.Module) -> None:
         """Raise ValueError if the rule asks of a layer what it does not have."""
-        if find_kind(self.kind, dense) is None:
+        if not self.fits(dense):
             known = [each.__name__ for kind in kinds_named(self.kind) for each in kind.dense_types]
             raise ValueError(
                 f"a layer of kind {self.kind!r} must replace one of {', '.join(known)}, got {name!r}, a "
@@ -87,18 +94,41 @@ def _columns(dense: Any) -> int:
     return math.prod(dense.weight.shape[1:])
 
 
-def read_rules(rules: Mapping[Pattern, Given], layer: str) -> dict[Pattern, Rule | None]:
+def read_rules(rules: Rules, layer: str, names: Collection[str]) -> dict[Key, Rule | None]:
     """The rules, where a number is a sparsity of the kind named `layer`, and None leaves a layer dense.
+
+    Parameters
+    ----------
+    rules : float or mapping
+        A number is that of all layers.
+    layer : str
+    names : collection of str
+        Of the layers of the model, by which a mapping of rules is told from a rule.
 
     Raises
     ------
     TypeError, ValueError
-        If a kind is unknown, a rule says what its kind does not have, or an amount is missing, said twice or
-        out of range.
+        If the rules are none, a kind is unknown, a rule says what its kind does not have, or an amount is
+        missing, said twice or out of range.
     """
     kinds_named(layer)
+    if not isinstance(rules, Mapping):
+        check_fraction("rules, if they are no mapping,", rules)
+        rules = {"*": rules}
+    if rules.keys() <= _words() and not rules.keys() <= set(names):
+        raise ValueError(
+            f"rules must map layers to what they become, got a rule alone; for all layers, write "
+            f'{{"*": {dict(rules)}}}'
+        )
+    return {key: None if given is None else _read(key, given, layer) for key, given in rules.items()}
+
+
+def _words() -> set[str]:
+    """The words that a rule may say."""
     return {
-        pattern: None if given is None else _read(pattern, given, layer) for pattern, given in rules.items()
+        "layer",
+        *_AMOUNTS,
+        *(each for name in kind_names() for kind in kinds_named(name) for each in kind.settings),
     }
 
 
@@ -114,17 +144,17 @@ def rule_of_saved(state: Mapping[str, torch.Tensor]) -> Given:
     return {"layer": kind.name, "sparsity": 0.9, **settings}
 
 
-def rules_of_saved(state: Mapping[str, torch.Tensor]) -> dict[Pattern, Given]:
+def rules_of_saved(state: Mapping[str, torch.Tensor]) -> dict[str, Given]:
     """Rules for `sparsify` that make the sparse layers of a model whose ``state_dict`` was saved."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".")
         layers.setdefault(layer, {})[part] = tensor
     rules = {layer: rule_of_saved(parts) for layer, parts in layers.items()}
-    return {glob.escape(layer): rule for layer, rule in rules.items() if rule is not None}
+    return {literal(layer): rule for layer, rule in rules.items() if rule is not None}
 
 
-def _read(pattern: Pattern, given: float | Mapping[str, Any], default: str) -> Rule:
+def _read(key: Key, given: float | Mapping[str, Any], default: str) -> Rule:
     said: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"sparsity": given}
     name = said.pop("layer", default)
     settings = dict.fromkeys(setting for kind in kinds_named(name) for setting in kind.settings)
@@ -132,14 +162,14 @@ def _read(pattern: Pattern, given: float | Mapping[str, Any], default: str) -> R
     if unknown := [key for key in said if key not in known]:
         raise ValueError(
             f"rules must say no more of a layer of kind {name!r} than {_quoted(('layer', *known))}, got "
-            f"{unknown[0]!r} for {pattern!r}"
+            f"{unknown[0]!r} for {told(key)}"
         )
     amounts = [key for key in _AMOUNTS if key in known]
     found = [key for key in amounts if key in said]
     if len(found) != 1:
         raise ValueError(
             f"rules must say exactly one of {_quoted(amounts)} of a layer of kind {name!r}, got "
-            f"{_quoted(found) or 'none'} for {pattern!r}"
+            f"{_quoted(found) or 'none'} for {told(key)}"
         )
     amount: Any = said.pop(found[0])
     if found[0] == "fan_in":

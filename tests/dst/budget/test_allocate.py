@@ -237,14 +237,14 @@ def tower():
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        ({}, ["stem", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]),
+        ({}, ["stem", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "own", "head"]),
         ({"include": "blocks.*"}, ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]),
         ({"include": ["head", "stem"]}, ["stem", "head"]),
-        ({"exempt": "blocks.*"}, ["stem", "head"]),
-        ({"exempt": ("*.up", "stem")}, ["blocks.0.down", "blocks.1.down", "head"]),
-        ({"exempt_types": Block}, ["stem", "head"]),
-        ({"exempt_types": [Gate]}, ["stem", "blocks.0.up", "blocks.0.down", "head"]),
-        ({"exempt_types": [Gate], "exempt": "head", "last": "dense"}, ["stem", "blocks.0.up"]),
+        ({"exempt": "blocks.*"}, ["stem", "own", "head"]),
+        ({"exempt": ("*.up", "stem")}, ["blocks.0.down", "blocks.1.down", "own", "head"]),
+        ({"exempt_types": Block}, ["stem", "own", "head"]),
+        ({"exempt_types": [Gate]}, ["stem", "blocks.0.up", "blocks.0.down", "own", "head"]),
+        ({"exempt_types": [Gate], "exempt": ["own", "head"], "last": "dense"}, ["stem", "blocks.0.up"]),
         ({"include": "*.up", "first": "dense"}, ["blocks.1.up"]),
     ],
 )
@@ -258,7 +258,7 @@ def test_the_budget_is_that_of_the_chosen_layers():
 
 
 def test_a_mapping_gives_layers_their_own_sparsity():
-    rules = allocate(tower(), 0.5, {"blocks.0.*": 0.75, "*.up": 0.25}, exempt=["stem", "head"])
+    rules = allocate(tower(), 0.5, {"blocks.0.*": 0.75, "*.up": 0.25}, exempt=["stem", "head", Named])
     assert list(rules.values()) == [0.75, 0.75, 0.25, 0.5]
 
 
@@ -316,15 +316,19 @@ def test_layers_without_positions_get_nothing():
         (lambda: allocate(lenet(), 2.0), ValueError, "sparsity must be a finite number"),
         (lambda: allocate(lenet(), 2.0, {"*": 0.5}), ValueError, "sparsity must be a finite number"),
         (lambda: allocate(lenet(), 0.5, {"*": 2.0}), ValueError, "sparsity must be a finite number"),
-        (lambda: allocate(lenet(), 0.5, {"3": 0.5}), ValueError, "method must match .* got '3', .* 0, 1, 2"),
+        (
+            lambda: allocate(lenet(), 0.5, {"3": 0.5}),
+            ValueError,
+            "method must match .* got '3' without one; .* 0, 1, 2",
+        ),
         (lambda: allocate(lenet(), 0.5, "ERK"), ValueError, "method must be \"uniform\", .* got 'ERK'"),
-        (lambda: allocate(lenet(), 0.5, None), ValueError, "mapping from patterns to sparsity, got None"),
+        (lambda: allocate(lenet(), 0.5, None), ValueError, "mapping from keys to sparsity, got None"),
         (lambda: allocate(lenet(), 0.5, lambda *_: [1]), ValueError, r"a count for each layer.* got \[1\]"),
         (lambda: allocate(lenet(), 0.5, lambda *_: [1, 1, 1001]), ValueError, "at most its size"),
         (lambda: allocate(lenet(), 0.5, lambda *_: [1, 1, 0.5]), TypeError, "from method must be an integer"),
         (lambda: allocate(lenet(), 0.5, include="x*"), ValueError, r"include must match .* got 'x\*'"),
         (lambda: allocate(lenet(), 0.5, exempt=["0", "y"]), ValueError, "exempt must match .* got 'y'"),
-        (lambda: allocate(tower(), 0.5, exempt="own"), ValueError, "exempt must match .* got 'own'"),
+        (lambda: allocate(tower(), 0.5, exempt="owns"), ValueError, "exempt must match .* got 'owns'"),
         (lambda: allocate(lenet(), 0.5, exempt_types=nn.ReLU), ValueError, "got ReLU, which has none"),
         (
             lambda: allocate(lenet(), 0.5, first=True),
@@ -337,9 +341,9 @@ def test_layers_without_positions_get_nothing():
             'last must be "sparse" or "dense", got \'no\'',
         ),
         (lambda: allocate(lenet(), 0.5, exempt="*"), ValueError, "left none of 0, 1, 2"),
-        (lambda: allocate(lenet(), 0.5, include="0", last="dense"), ValueError, "left none of 0, 1, 2"),
+        (lambda: allocate(lenet(), 0.5, include="0", last="dense"), ValueError, "left none of 0$"),
         (lambda: allocate(nn.Linear(2, 2), 0.5), ValueError, "got a Linear itself"),
-        (lambda: allocate(nn.ReLU(), 0.5), ValueError, "include must match .* the layers are: none"),
+        (lambda: allocate(nn.ReLU(), 0.5), ValueError, "include must match .* the dense layers are: none"),
     ],
 )
 def test_misuse_is_named(make, error, message):

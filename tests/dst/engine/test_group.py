@@ -64,7 +64,7 @@ def test_its_state_is_the_state_of_each():
     other.attach(make())
     other.load_state_dict(state)
     assert [algorithm.steps_done for algorithm in other] == [1, 1]
-    with pytest.raises(ValueError, match=r"saved for patterns \['attn', '\*'\], but this group has \['\*'\]"):
+    with pytest.raises(ValueError, match=r"saved for keys \['attn', '\*'\], but this group has \['\*'\]"):
         Group({"*": SET()}).load_state_dict(state)
 
 
@@ -131,7 +131,7 @@ def test_a_group_can_be_detached_and_begin_anew():
 @pytest.mark.parametrize(
     ("make_group", "error", "message"),
     [
-        (lambda: Group({}), ValueError, "at least one pattern"),
+        (lambda: Group({}), ValueError, "at least one key"),
         (lambda: Group({"*": SET}), TypeError, r"got '\*': type"),
         (lambda: Group({"*": Group({"*": SET()})}), TypeError, r"got '\*': Group"),
         (lambda: Group(dict.fromkeys("ab", Static())), ValueError, "each algorithm once"),

@@ -85,7 +85,8 @@ def test_a_conv1d_keeps_the_largest_of_its_transposed_weight() -> None:
 
 def test_another_conv1d_is_left_alone() -> None:
     class Other(Conv1D):
-        pass
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
 
     model = nn.ModuleList([Other(2, 3), nn.Linear(3, 2)])
     with pytest.warns(UserWarning, match="as they are: '0' is of class Other"):
@@ -190,13 +191,19 @@ def test_a_plan_prints_as_a_table() -> None:
     lines = str(
         plan_sparsify(nn.Sequential(nn.Linear(1000, 1000), nn.Linear(10, 5)), {"*": 0.75})
     ).splitlines()
-    assert [line.split() for line in lines] == [
+    table, model = lines[:4], lines[4:]
+    assert [line.split() for line in table] == [
         ["layer", "kind", "becomes", "shape", "sparsity", "connections", "bytes", "before", "bytes", "after"],
         ["0", "Linear", "SparseLinear", "1000", "x", "1000", "0.75", "250,000", "4,004,000", "1,512,008"],
         ["1", "Linear", "SparseLinear", "5", "x", "10", "0.75", "12", "220", "140"],
         ["total", "250,012", "4,004,220", "1,512,148"],
     ]
-    assert len({len(line) for line in lines}) == 1
+    assert len({len(line) for line in table}) == 1
+    assert model == [
+        "parameters of the model: 1,001,055 in layers that become sparse, 0 in layers left dense, "
+        "0 elsewhere",
+        "bytes of the model: 4,004,220 before, 1,512,148 after",
+    ]
 
 
 def test_a_plan_refuses_what_sparsify_refuses() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from sparselab import SparseLinear, measure_sparsity, memory_report, sparsify
@@ -146,10 +146,11 @@ def test_a_layer_in_two_places_stays_one_layer() -> None:
 
 def test_subclasses_are_left_alone() -> None:
     class Attention(nn.MultiheadAttention):
-        pass
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return super().forward(*inputs)[0]
 
     class Linear(nn.Linear):
-        pass
+        scale = 2.0
 
     model = nn.ModuleDict({"attention": Attention(8, 2), "own": Linear(8, 8), "plain": nn.Linear(8, 8)})
     with pytest.warns(UserWarning, match="'attention' is of class Attention, .*; .*'own' is of class Linear"):

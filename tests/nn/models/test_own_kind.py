@@ -206,7 +206,10 @@ def test_a_dense_layer_of_one_s_own_goes_there_and_back() -> None:
 
 
 class Renamed(nn.Linear):
-    """A subclass of which its owner knows that it is only a name."""
+    """A subclass of which its owner knows that it computes the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 def test_a_subclass_that_is_registered_is_swapped() -> None:
