@@ -117,6 +117,7 @@ class _ByPosition:
     """Before Lightning goes through parameters one by one, both models get the same connections."""
 
     _average_model: Any
+    goes_by_position = True
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)  # type: ignore[misc]
@@ -154,7 +155,7 @@ def by_position(callback: Any) -> Any:
     cls = type(callback)
     if "WeightAveraging" not in _names(callback):
         raise TypeError(f"callback must be a WeightAveraging of Lightning, got {cls.__name__}")
-    if not isinstance(callback, _ByPosition):
+    if not hasattr(callback, "goes_by_position"):
         names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__}  # as checkpoints have them
         callback.__class__ = type(cls.__name__, (_ByPosition, cls), names)
     return callback
@@ -170,7 +171,7 @@ def _refuse_averages_by_slot(callbacks: Any, algorithm: Any) -> None:
         return
     for callback in callbacks:
         averages = not _names(callback).isdisjoint(("WeightAveraging", "StochasticWeightAveraging"))
-        if averages and not isinstance(callback, _ByPosition):
+        if averages and not hasattr(callback, "goes_by_position"):
             raise TypeError(
                 f"callbacks must not average weights slot by slot while connections move, got "
                 f"{type(callback).__name__}; give sparselab.integrations.lightning.by_position("

@@ -114,7 +114,7 @@ class Group(Driven):
                 )
         for key, algorithm in self._algorithms.items():
             algorithm._check_whole(chosen[key], model)
-            algorithm._check_new(chosen[key], [layer for _, layer in found])
+            algorithm._check_new(chosen[key], layers.values())
         matched = [pair for pairs in chosen.values() for pair in pairs]
         optimizer = self._check_optimizer(optimizer, matched)
         for stream, (key, algorithm) in enumerate(self._algorithms.items()):

@@ -43,8 +43,8 @@ def sparsify(
           character, ``[...]`` a set; upper and lower case differ. After ``"re:"`` it is a regular expression.
         - A regular expression must match the whole name.
         - A class matches the layers of modules that are instances of it, as ``isinstance`` has them.
-        - A function is called once with each module that owns a layer and the layer's qualified name, as
-          ``function(module, name)``, and returns a bool.
+        - A function returns a bool for each layer: ``function(module, name)``, of the module that holds its
+          weights and its qualified name. It is also asked of what must stay dense, such as embeddings.
 
         They map to what the layers become. A number is a sparsity in [0, 1]. A mapping says ``"layer"``, the
         kind, which may be left out; exactly one of ``"sparsity"``, ``"density"`` (1 minus the sparsity) and,

@@ -1,12 +1,13 @@
 """Different algorithms for different layers."""
 
 import copy
+import re
 
 import pytest
 import torch
 
 from sparselab.dst import SET, SNFS, Group, RigL, Static
-from sparselab.nn import SparseLinear
+from sparselab.nn import BlockSparseLinear, FanInLinear, SparseLinear
 from tests.dst.fake import FakeSparse
 from tests.dst.harness import OPTIMIZERS, assert_same_state, backward, build
 
@@ -26,6 +27,45 @@ def test_the_first_matching_pattern_counts():
     assert group["*"].layers == (model["mlp"],)
     assert [algorithm.names for algorithm in group] == [("attn",), ("mlp",)]
     assert len(group) == 2
+
+
+def is_last(layer, name):
+    return name == "2"
+
+
+MIXED = {is_last: SNFS, re.compile("[01]"): RigL, BlockSparseLinear: Static, SparseLinear: SET, "*": RigL}
+
+
+def mixed():
+    torch.manual_seed(0)
+    linear = [SparseLinear(8, 8, sparsity=0.5) for _ in range(4)]
+    block = BlockSparseLinear(8, 8, block_shape=(2, 2), sparsity=0.5)
+    return torch.nn.Sequential(*linear, block, FanInLinear(8, 8, sparsity=0.5))
+
+
+def test_expressions_classes_and_functions_choose_beside_globs():
+    model = mixed()
+    group = Group({key: algorithm() for key, algorithm in MIXED.items()})
+    group.attach(model)
+    assert [each.names for each in group] == [("2",), ("0", "1"), ("4",), ("3",), ("5",)]
+    assert group[is_last].layers == (model[2],)
+    assert group[BlockSparseLinear].layers == (model[4],)
+    assert repr(group).startswith("Group({is_last: SNFS(")
+
+
+def test_a_state_keeps_keys_that_are_no_str_by_name_and_place(tmp_path):
+    group = Group({key: algorithm() for key, algorithm in MIXED.items()})
+    group.attach(mixed())
+    group.step()
+    names = ["is_last at 0", "re.compile('[01]') at 1", "BlockSparseLinear at 2", "SparseLinear at 3", "*"]
+    assert list(group.state_dict()) == names
+    torch.save(group.state_dict(), tmp_path / "state.pt")
+    other = Group({key: algorithm() for key, algorithm in MIXED.items()})
+    other.attach(mixed())
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [algorithm.steps_done for algorithm in other] == [1] * 5
+    with pytest.raises(ValueError, match=r"but this group has \['SparseLinear at 0'\]"):
+        Group({SparseLinear: SET()}).load_state_dict(group.state_dict())
 
 
 def test_layers_that_match_nothing_keep_their_topology():
@@ -133,6 +173,20 @@ def test_a_group_can_be_detached_and_begin_anew():
     [
         (lambda: Group({}), ValueError, "at least one key"),
         (lambda: Group({"*": SET}), TypeError, r"got '\*': type"),
+        (lambda: Group({3: SET()}), TypeError, "algorithms must choose layers by a str, .* got 3"),
+        (lambda: Group({"re:(": SET()}), ValueError, r"a regular expression after 're:', got 're:\('"),
+        (
+            lambda: Group({BlockSparseLinear: SET()}).attach(make()),
+            ValueError,
+            "got BlockSparseLinear without",
+        ),
+        (
+            lambda: Group({"a|mlp": SET()}).attach(make()),
+            ValueError,
+            "only as a regular expression would match",
+        ),
+        (lambda: Group({is_last: SET()}).attach(make()), ValueError, "got is_last without one; .*attn, mlp"),
+        (lambda: Group({lambda *_: 1: SET()}).attach(make()), TypeError, "return a bool, got 1 for 'attn'"),
         (lambda: Group({"*": Group({"*": SET()})}), TypeError, r"got '\*': Group"),
         (lambda: Group(dict.fromkeys("ab", Static())), ValueError, "each algorithm once"),
         (
