@@ -129,7 +129,9 @@ def _remedy(key: Key, names: Collection[str]) -> str:
     if not isinstance(key, str):
         return ""
     if any(name.startswith(f"{key}.") for name in names):
-        return f"what lies below it is {f'{literal(key)}.*'!r}; "
+        return f"what lies below it is {f'{key}.*'!r}; "
+    if any(name.endswith(f".{key}") for name in names):
+        return f"what ends so is {f'*.{key}'!r}; "
     try:
         expression = re.compile(key)
     except re.error:

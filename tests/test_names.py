@@ -65,6 +65,7 @@ def test_a_function_is_called_once_with_each_module_and_its_name() -> None:
     [
         ("nothing", ValueError, r"^keys must .* got 'nothing' without one; the layers are: stem, mlp"),
         ("mlp", ValueError, r"got 'mlp' without one; what lies below it is 'mlp\.\*'; the layers"),
+        ("q_proj", ValueError, r"got 'q_proj' without one; what ends so is '\*\.q_proj'; the layers"),
         (
             r".*\.(q|k)_proj$",
             ValueError,

@@ -134,7 +134,7 @@ def _choose(
         reason = each.reason
         if reason is None and each.layer is not None:
             # The check of a rule refuses what is named outright.
-            if name in rules or rule.fits(each.layer.linear):
+            if first[name] == name or rule.fits(each.layer.linear):
                 layers[name] = each.layer, rule
                 continue
             reason = f"is of class {type(each.owner).__name__}, which has no layer of kind {rule.kind!r}"

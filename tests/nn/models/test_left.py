@@ -206,6 +206,7 @@ def test_what_a_kind_does_not_replace_stays_dense_unless_it_is_named() -> None:
     assert str(left) == "'conv' is of class Conv2d, which has no layer of kind 'block'"
     with pytest.raises(ValueError, match="kind 'block' must replace one of Linear, got 'conv', a Conv2d"):
         plan_sparsify(model, {"conv": block})
+    assert len(plan_sparsify(model, {"*": block, "conv": None}).left) == 1
     with pytest.warns(UserWarning, match="'conv' is of class Conv2d, which has no layer of kind 'block'"):
         sparsify(model, {"*": block})
     assert list(sparsities(model)) == ["fc"]
