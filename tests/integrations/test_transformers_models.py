@@ -1,11 +1,12 @@
 """Models of transformers, made from a configuration: sparse by name, trained, used, and dense again."""
 
 import re
+import warnings
 
 import pytest
 import torch
 
-from sparselab import MaskedLinear, RigL, SparseLinear, densify, sparsify
+from sparselab import MaskedLinear, RigL, SparseLinear, densify, plan_sparsify, sparsify
 from sparselab.nn.layers.base import find_sparse
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -129,3 +130,55 @@ def test_a_sparse_gpt2_generates():
     written = model.generate(prompt, **settings)
     assert written.shape == (2, 11)
     assert torch.equal(densify(model).generate(prompt, **settings), written)
+
+
+@pytest.mark.parametrize(
+    ("rules", "tied"),
+    [
+        (0.9, True),
+        ({"*": 0.9}, True),
+        ({torch.nn.Linear: 0.9}, True),
+        ({lambda module, name: isinstance(module, torch.nn.Linear): 0.9}, True),
+        ({"lm_head.decoder": None, "*": 0.9}, False),
+    ],
+    ids=["number", "glob", "class", "function", "none"],
+)
+def test_a_tied_head_stays_tied_and_everything_else_is_swapped(rules, tied):
+    model = roberta()
+    plan = plan_sparsify(model, rules)
+    assert ("lm_head.decoder" in {each.name for each in plan.left}) == tied
+    sizes = plan.parameters_swapped, plan.parameters_left, plan.parameters_elsewhere
+    assert sum(sizes) == sum(each.numel() for each in model.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sparsify(model, rules)
+    assert [str(each.message).partition(" shares")[0] for each in caught] == tied * [
+        "sparsify leaves layers that the rules match as they are: 'lm_head.decoder'"
+    ]
+    assert len(list(find_sparse(model))) == len(plan.layers) == 2 * 6 + 1
+    assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
+    held = (*model.parameters(), *model.buffers())
+    assert sum(each.nbytes for each in held) == plan.bytes_after
+    assert logits(model).isfinite().all()
+
+
+def test_an_expression_as_other_packages_write_it_is_told_how():
+    expression = r".*\.(query|value)$"
+    with pytest.raises(ValueError, match=r"read as a glob, and only as a regular expression .*'re:\.\*"):
+        sparsify(roberta(), {expression: 0.9})
+    assert len(plan_sparsify(roberta(), {f"re:{expression}": 0.9}).layers) == 4
+
+
+def test_fused_experts_are_listed():
+    config = transformers.MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=2, intermediate_size=48, num_local_experts=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    experts = [name for name, each in model.named_parameters() if each.ndim == 3]
+    if not experts:
+        pytest.skip("this version of transformers has a layer for each expert")
+    plan = plan_sparsify(model, 0.9)
+    assert set(experts) <= {each.name for each in plan.left}
+    with pytest.warns(UserWarning, match=f"'{experts[0]}'.* is a Parameter of class MixtralExperts"):
+        sparsify(model, 0.9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -90,10 +90,11 @@ def _weights_of(name: str, module: nn.Module, users: Mapping[int, list[str]]) ->
     elif layers := dense_parts(module):
         for layer in layers:
             at = f"{name}.{layer.part}".strip(".")
-            tensors = _share(layer) if layer.part else _counted(dict(_own(module)))
+            tensors = _share(layer) if layer.part else _counted(dict(_own(module)).values())
             yield Weights(at, module, tensors, layer, _reason_to_leave(layer, users))
     else:
-        yield Weights(name, module, _counted(dict(_own(module))), None, _reason_of_class(module))
+        whole = (each for part in (module, *_insides(module)) for each in part.parameters(recurse=False))
+        yield Weights(name, module, _counted(whole), None, _reason_of_class(module))
 
 
 def _unknown(name: str, module: nn.Module) -> Iterator[Weights]:
@@ -105,14 +106,19 @@ def _unknown(name: str, module: nn.Module) -> Iterator[Weights]:
         layer = {at: each for at, each in own.items() if at.startswith("weight") or at not in wide}
         table = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         yield Weights(
-            name, module, _counted(layer), None, f"is of class {kind}, which has no sparse kind", table
+            name,
+            module,
+            _counted(layer.values()),
+            None,
+            f"is of class {kind}, which has no sparse kind",
+            table,
         )
     for at, each in own.items():
         if at in wide and not at.startswith("weight"):
             reason = f"is a Parameter of class {kind}, which has no sparse kind"
             # What has one row for a batch is added to all of its samples.
             added = len(each) == 1
-            yield Weights(f"{name}.{at}".strip("."), module, _counted({at: each}), None, reason, added)
+            yield Weights(f"{name}.{at}".strip("."), module, _counted([each]), None, reason, added)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -122,8 +128,8 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from module.parametrizations.named_parameters()  # type: ignore[union-attr]
 
 
-def _counted(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str], tuple[int, int]]:
-    return {(id(each), ""): (each.numel(), each.nbytes) for each in tensors.values() if not is_lazy(each)}
+def _counted(tensors: Iterable[Tensor]) -> dict[tuple[int, str], tuple[int, int]]:
+    return {(id(each), ""): (each.numel(), each.nbytes) for each in tensors if not is_lazy(each)}
 
 
 def _share(part: DenseLayer) -> dict[tuple[int, str], tuple[int, int]]:

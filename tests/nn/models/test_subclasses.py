@@ -127,4 +127,6 @@ def test_the_output_projection_belongs_to_its_attention() -> None:
             return super().forward(x, x, x)[0]
 
     model = nn.ModuleDict({"attn": Own(4, 2), "fc": nn.Linear(4, 4)})
-    assert [each.name for each in plan_sparsify(model, 0.5).left] == ["attn"]
+    plan = plan_sparsify(model, 0.5)
+    assert [(each.name, each.parameters) for each in plan.left] == [("attn", 80)]
+    assert (plan.parameters_swapped, plan.parameters_left, plan.parameters_elsewhere) == (20, 80, 0)
