@@ -11,6 +11,7 @@ from sparselab.nn.layers.fan_in import FanInLinear
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedConv2d, MaskedLinear
+from sparselab.nn.models import replicas as _replicas  # noqa: F401 - what it registers with torch
 from sparselab.nn.models.average import AveragedModel, average, copy_topology, soft_update
 from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparselab.dst.budget.targets import Budget, Exchange
-from sparselab.dst.checks import require_count, require_of_blocks
+from sparselab.dst.checks import require_count, require_of_blocks, require_one_process
 from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.optimizer_state import OptimizerTracker
@@ -184,6 +184,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         if layer.block_shape != (1, 1):
             require_of_blocks(type(self).__name__, layer.block_shape, self.parts.values())
         _ = layer.stored  # an error if its weights are computed
+        require_one_process(type(self).__name__)
         self.budget.check(layer)
 
     def track(self, optimizer: Optimizer) -> None:

@@ -44,7 +44,7 @@ def copy_topology(target: nn.Module, model: nn.Module) -> None:
     True
     """
     for own, other in _layer_pairs(target, model):
-        _take(own, other.positions())
+        take_connections(own, other.positions())
         mask = other.forward_mask
         own.forward_mask = None if mask is None else mask.to(own.stored.device, copy=True)
 
@@ -153,7 +153,7 @@ def average(
     if topology == "union":
         for other in others:
             for own, each in _layer_pairs(mean, other):
-                _take(own, torch.unique(torch.cat((own.positions(), each.positions().cpu()))))
+                take_connections(own, torch.unique(torch.cat((own.positions(), each.positions().cpu()))))
     for other, share in zip(others, shares, strict=False):
         part = copy.deepcopy(other)
         copy_topology(part, mean)
@@ -194,7 +194,8 @@ class AveragedModel(swa_utils.AveragedModel):
                 layer._buffers[name] = buffer
 
 
-def _take(layer: SparseLayer, positions: Tensor) -> None:
+def take_connections(layer: SparseLayer, positions: Tensor) -> None:
+    """Rewire a layer to int64 positions, ascending; weights, gradient and state that stay go with theirs."""
     drop, grow = difference(layer.positions(), positions)
     if len(drop) or len(grow):
         layer.rewrite(drop, grow)
