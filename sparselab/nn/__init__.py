@@ -25,6 +25,7 @@ from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.ops.products import register_products
 from sparselab.nn.ops.topologies import GradientHook, register_layout
 from sparselab.nn.storage.init import fan_in_uniform_
+from sparselab.nn.weight.view import SparseWeight
 
 __all__ = [
     "AveragedModel",
@@ -44,6 +45,7 @@ __all__ = [
     "SparseLayer",
     "SparseLinear",
     "SparseMultiheadAttention",
+    "SparseWeight",
     "SparsifyPlan",
     "TuneReport",
     "average",

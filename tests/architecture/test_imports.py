@@ -29,6 +29,7 @@ FLOORS = (
     ("sparselab.nn.ops",),
     ("sparselab.nn.storage",),
     ("sparselab.nn.follow",),
+    ("sparselab.nn.weight",),
     ("sparselab.nn.layers",),
     ("sparselab.nn.models",),
     ("sparselab.nn",),

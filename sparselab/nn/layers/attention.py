@@ -44,6 +44,9 @@ class SparseMultiheadAttention(nn.Module):
     q_proj, k_proj, v_proj : torch.nn.Module
         From embed_dim, kdim and vdim to embed_dim features: the three parts of ``in_proj_weight``, in order.
     out_proj : torch.nn.Module
+    in_proj_weight : None
+        As of torch's attention with a kdim of its own: read ``q_proj_weight``, ``k_proj_weight`` and
+        ``v_proj_weight``.
     bias_k, bias_v : Parameter, (1, 1, embed_dim), or None
 
     Raises
@@ -167,6 +170,21 @@ class SparseMultiheadAttention(nn.Module):
         new.out_proj.weight, new.out_proj.bias = out.weight, out.bias
         new.bias_k, new.bias_v = _copy(self.bias_k), _copy(self.bias_v)
         return new.train(self.training)
+
+    @property
+    def q_proj_weight(self) -> Any:
+        """``q_proj.weight``, as torch's attention has it where kdim or vdim differs and nothing is packed."""
+        return self.q_proj.weight
+
+    @property
+    def k_proj_weight(self) -> Any:
+        """``k_proj.weight``."""
+        return self.k_proj.weight
+
+    @property
+    def v_proj_weight(self) -> Any:
+        """``v_proj.weight``."""
+        return self.v_proj.weight
 
     def reset_parameters(self) -> None:
         """Draw `bias_k` and `bias_v` anew; the projections have their own ``reset_parameters``."""

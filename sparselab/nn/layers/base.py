@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +18,7 @@ from sparselab.nn.ops.cpu.variants import Measured
 from sparselab.nn.ops.topologies import GradientHook
 from sparselab.nn.storage.base import Storage
 from sparselab.nn.storage.init import fan_in_bound
-from sparselab.nn.storage.patterns import read_pattern
+from sparselab.nn.storage.patterns import read_pattern, to_csr_tensor
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -266,6 +264,7 @@ class SparseLayer(nn.Module):
 
         Examples
         --------
+        >>> import numpy as np
         >>> from sparselab import SparseLinear
         >>> layer = SparseLinear(6, 4)
         >>> layer.set_topology(np.eye(4, 6, dtype=bool))
@@ -314,14 +313,7 @@ class SparseLayer(nn.Module):
         Every connection is stored, also one whose weight is 0.
         """
         W = self._matrix()
-        with warnings.catch_warnings():
-            # Torch calls the layout a beta each time that a process first makes one.
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-            return torch.sparse_csr_tensor(
-                torch.from_numpy(W.indptr.copy()), torch.from_numpy(W.indices.astype(np.int64)),
-                torch.from_numpy(W.values).to(self.in_use.dtype, copy=True), self.shape,
-                check_invariants=False,
-            )  # fmt: skip
+        return to_csr_tensor(W.topology, torch.from_numpy(W.values).to(self.in_use.dtype, copy=True))
 
     def _matrix(self) -> PaddedCSR:
         """W as it is in use, not to be written to; bfloat16 as float32."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparselab.kernels import BlockCSR, PaddedCSR
 from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.layouts.block_csr import check_block_shape
-from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import LinearLayer, require_linear
 from sparselab.nn.ops.cutting import cut
@@ -60,6 +58,8 @@ class BlockSparseLinear(LinearLayer):
     indices : uint16, int32 or int64 buffer, (blocks,)
         Column of each block in the grid.
     forward_mask : bool buffer, (blocks, block_out, block_in), or None
+        As of `SparseLinear`.
+    weight : SparseWeight, (out_features, in_features)
         As of `SparseLinear`.
     bias : Parameter, (out_features,), or None
 
@@ -154,6 +154,7 @@ class BlockSparseLinear(LinearLayer):
 
         Examples
         --------
+        >>> import numpy as np
         >>> layer = BlockSparseLinear.from_pattern(np.eye(2, dtype=bool), block_shape=(4, 4), shape=(8, 6))
         >>> layer.indptr, layer.sparsity
         (tensor([0, 1, 2]), 0.5)
@@ -175,9 +176,6 @@ class BlockSparseLinear(LinearLayer):
         """
         return cut(dense, self.block_shape)
 
-    def _spread(self, weight: Tensor) -> None:
-        weight.copy_(self.storage.spread(self, self.in_use))
-
     def to_scipy(self) -> scipy.sparse.bsr_array | scipy.sparse.csr_array:
         """W as a SciPy BSR array (out_features, in_features); CSR if blocks reach beyond it. A copy.
 
@@ -198,16 +196,8 @@ class BlockSparseLinear(LinearLayer):
         return BlockCSR.of(self.storage.blocks(self), values.numpy())
 
     def _matrix(self) -> PaddedCSR:
-        W = self._blocks()
-        row, column = np.divmod(W.positions(), max(self.grid[1], 1))
-        height, width = self.block_shape
-        rows = row[:, None, None] * height + np.arange(height)[:, None]
-        columns = column[:, None, None] * width + np.arange(width)
-        inside = (rows < self.out_features) & (columns < self.in_features)
-        positions = (rows * self.in_features + columns)[inside]
-        order = np.argsort(positions)
-        topology = RowTopology.from_positions(self.shape, positions[order])
-        return PaddedCSR.of(topology, W.values[inside][order])
+        topology, slots = self.storage.entries(self)
+        return PaddedCSR.of(topology, self._blocks().values.reshape(-1)[slots])
 
     def reset_parameters(self) -> None:
         """Draw as many blocks anew, at random, and new weights and biases.

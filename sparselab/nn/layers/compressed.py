@@ -22,6 +22,8 @@ from sparselab.nn.storage.base import draw_seed
 from sparselab.nn.storage.checks import check_dtype, warn_if_none
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import largest_positions
+from sparselab.nn.weight.view import is_weight_of, weight_view
+from sparselab.nn.weight.writing import refuse_to_write
 
 Layer = TypeVar("Layer", bound="CompressedLayer")
 
@@ -70,6 +72,30 @@ class CompressedLayer(SparseLayer):
             warn_if_none(self.nnz, self.grid, sparsity)
             self.reset_parameters()
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense layer's weight."""
+        return self.shape
+
+    @property
+    def weight(self) -> Any:
+        """A `sparselab.nn.SparseWeight`: for code that reads a dense layer's weight or multiplies with it.
+
+        It is no Parameter, and cannot be assigned.
+        """
+        return weight_view(self)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        if not is_weight_of(self, value):
+            refuse_to_write(self.weight, "layer.weight = ...")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of `torch.nn.Module`, which calls it to assign a Parameter; not under the name of `weight`."""
+        if name == "weight":
+            refuse_to_write(self.weight, "layer.weight = ...")
+        super().register_parameter(name, param)
+
     def topology(self) -> TensorTopology:
         """The topology that the layer has now, with its plans."""
         return self.storage.topology(self)
@@ -116,19 +142,11 @@ class CompressedLayer(SparseLayer):
         refuse_to_lose(self, "to_dense", self.tensor_names)
         settings = {name: getattr(self, name) for name in self.settings}
         values = self.in_use
-        new: Any = self.dense_type(
-            **settings, bias=self.bias is not None, device=values.device, dtype=values.dtype
-        )
-        with torch.no_grad():
-            self._spread(new.weight)
-            if self.bias is not None:
-                new.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
-        new.weight.requires_grad_(values.requires_grad)
+        new: Any = self.dense_type(**settings, bias=self.bias is not None, device="meta", dtype=values.dtype)
+        new.weight = nn.Parameter(self.weight.detach().to_dense(), values.requires_grad)
+        if self.bias is not None:
+            new.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return new.train(self.training)
-
-    def _spread(self, weight: Tensor) -> None:
-        """Fill the weight of a dense twin."""
-        weight.zero_().view(-1)[self.positions()] = self.per_connection(self.in_use)
 
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""

@@ -14,7 +14,7 @@ from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.ops.conv2d import conv2d
-from sparselab.nn.ops.geometry import Geometry
+from sparselab.nn.ops.geometry import read_geometry
 from sparselab.nn.storage.checks import (
     check_bias,
     check_images,
@@ -58,7 +58,10 @@ class Convolution(SparseLayer):
         """Take over the settings of a convolution."""
         for name in self.settings:
             setattr(self, name, getattr(conv, name))
-        self.geometry, self._pad = _geometry(conv)
+        self.geometry, self._pad = read_geometry(
+            conv.in_channels, conv.groups, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.padding_mode == "zeros",
+        )  # fmt: skip
 
     @classmethod
     def from_pattern(
@@ -160,6 +163,8 @@ class SparseConv2d(Convolution, CompressedLayer):
         Weights of the live connections, output channel by output channel. Connection (row, column) has the
         place of ``weight.reshape(out_channels, -1)[row, column]`` in the weight of a `torch.nn.Conv2d`:
         ``column = (channel * height + i) * width + j``, with channels counted in their group.
+    weight : SparseWeight, (out_channels, in_channels // groups, height, width)
+        As of `SparseLinear`, for `torch.nn.functional.conv2d`.
     indptr, indices, forward_mask, bias
         As of `SparseLinear`.
     in_features, out_features : int
@@ -233,6 +238,11 @@ class SparseConv2d(Convolution, CompressedLayer):
         return new
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense layer's weight."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    @property
     def fan_in(self) -> int | None:
         """Connections of each output channel; None if they do not have equally many."""
         if self.indptr.is_meta:
@@ -272,24 +282,6 @@ class SparseConv2d(Convolution, CompressedLayer):
 
     def _product(self, x: Tensor) -> Tensor:
         return conv2d(x, self.in_use, self.bias, self, self.geometry)
-
-
-def _geometry(conv: Any) -> tuple[Geometry, list[int] | None]:
-    """The geometry of a convolution, and the padding that is to be added before, if there is any."""
-    padding = conv.padding
-    if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        total = total if padding == "same" else [0, 0]
-        sides = [(n // 2, n - n // 2) for n in total]
-    else:
-        sides = [(n, n) for n in padding]
-    (top, bottom), (left, right) = sides
-    inside = conv.padding_mode == "zeros" and top == bottom and left == right
-    geometry = Geometry(
-        conv.in_channels, conv.groups, conv.kernel_size, conv.stride,
-        (top, left) if inside else (0, 0), conv.dilation,
-    )  # fmt: skip
-    return geometry, None if inside else [left, right, top, bottom]
 
 
 register_kind(LayerKind("sparse", SparseConv2d, (nn.Conv2d,)))

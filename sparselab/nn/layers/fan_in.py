@@ -48,6 +48,8 @@ class FanInLinear(LinearLayer):
         Where each output begins. Derived, and not saved.
     forward_mask : bool buffer, (rows left * fan_in, 1, 1), or None
         As of `SparseLinear`.
+    weight : SparseWeight, (out_features, in_features)
+        As of `SparseLinear`.
     bias : Parameter, (out_features,), or None
 
     Raises

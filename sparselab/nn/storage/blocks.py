@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparselab.kernels.arrays import for_kernels
 from sparselab.kernels.layouts.block_csr import BlockTopology
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.cutting import join
 from sparselab.nn.storage.compressed import Compressed, Loaded
 from sparselab.nn.storage.entries import move_blocks, repeated
@@ -37,7 +39,7 @@ class Blocks(Compressed):
     def put(self, layer: Any, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
         """Set the entries of some slots; what lies outside W becomes 0."""
         entries[slots] = numbers.to(entries.dtype)
-        self._clear_outside(layer, entries)
+        self.clear_outside(layer, entries)
 
     def move(self, layer: Any, entries: Tensor, source: Tensor) -> Tensor:
         """What lives per block, after a rewrite."""
@@ -50,9 +52,10 @@ class Blocks(Compressed):
         bound = self._fan_in(layer).clamp(min=1).to(values.dtype).rsqrt()
         per_block = repeated(bound, torch.diff(layer.indptr))
         values.uniform_(-1, 1).mul_(per_block[:, None, None])
-        self._clear_outside(layer, values)
+        self.clear_outside(layer, values)
 
-    def _clear_outside(self, layer: Any, entries: Tensor) -> None:
+    def clear_outside(self, layer: Any, entries: Tensor) -> None:
+        """Set to 0 what of the entries lies outside W."""
         slots, outside = self.outside(layer)
         entries[slots] = entries[slots].masked_fill(outside, 0)
 
@@ -79,10 +82,21 @@ class Blocks(Compressed):
         return torch.cat((fan_in.new_zeros(1), fan_in.cumsum(0)))
 
     def spread(self, layer: Any, values: Tensor) -> Tensor:
-        """Values as a dense matrix of the shape of W."""
+        """Values as a dense matrix of the shape of W, with their gradient."""
         blocks = values.new_zeros((math.prod(self.grid), *self.block_shape))
-        blocks[self.positions(layer)] = values
-        return join(blocks, self.shape)
+        return join(blocks.index_put_((self.positions(layer),), values), self.shape).contiguous()
+
+    def entries(self, layer: Any) -> tuple[RowTopology, Tensor | slice]:
+        """All single weights row by row: where each is in W, and in the flattened values."""
+        (rows, columns), (height, width) = self.shape, self.block_shape
+        row, column = np.divmod(self.blocks(layer).positions(), max(self.grid[1], 1))
+        i = row[:, None, None] * height + np.arange(height)[:, None]
+        j = column[:, None, None] * width + np.arange(width)
+        (inside,) = np.nonzero(((i < rows) & (j < columns)).reshape(-1))
+        positions = (i * columns + j).reshape(-1)[inside]
+        order = np.argsort(positions)
+        topology = RowTopology.from_positions(self.shape, positions[order])
+        return topology, torch.from_numpy(inside[order])
 
     def check_state(self, state: dict[str, Any], columns: torch.dtype) -> Loaded | None:
         """What a saved state says of the connections; None if it has nothing of W.

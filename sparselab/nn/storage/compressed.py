@@ -209,6 +209,18 @@ class Compressed(Storage):
         drawn: Array = sample_distinct(rng, math.prod(self.grid), nnz)
         return drawn
 
+    def spread(self, layer: Any, values: Tensor) -> Tensor:
+        """Values as a dense matrix of the shape of W, with their gradient."""
+        dense = values.new_zeros(math.prod(self.shape))
+        return dense.index_put_((self.positions(layer),), values.reshape(-1)).view(self.shape)
+
+    def entries(self, layer: Any) -> tuple[RowTopology, Tensor | slice]:
+        """All single weights row by row: where each is in W, and in the flattened values."""
+        return self.matrix(layer), slice(None)
+
+    def clear_outside(self, layer: Any, entries: Tensor) -> None:
+        """Set to 0 what of the entries lies outside W."""
+
     def draw_weights(self, layer: Any) -> None:
         """Fresh weights."""
         fan_in_uniform_(layer.weight_values, layer.indptr)

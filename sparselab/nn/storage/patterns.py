@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels.layouts.block_csr import grid_of
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.storage.entries import repeated
 
 #: What `read_pattern` takes, in the words of its errors.
@@ -165,3 +167,19 @@ def read_blocks(
     values = weights.new_zeros((len(kept), *block_shape))
     values[slot, i, j] = weights
     return kept, values
+
+
+def to_csr_tensor(topology: RowTopology, values: Tensor) -> Tensor:
+    """A `torch.sparse_csr` tensor of connections without spare slots and of their weights, (nnz,).
+
+    Weights that require a gradient get it.
+    """
+    place = values.device
+    with warnings.catch_warnings():
+        # Torch calls the layout a beta each time that a process first makes one.
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(topology.indptr.copy()).to(place),
+            torch.from_numpy(topology.indices.astype(np.int64)).to(place), values, topology.shape,
+            check_invariants=False,
+        )  # fmt: skip
