@@ -121,7 +121,7 @@ class SparseLinear(LinearLayer):
         Connections that the output comes from; None means all. The others get gradients as if they were in
         use, and are 0 in the forward pass and in the gradient of x. Set by `sparselab.TopKAST`.
     weight : SparseWeight, (out_features, in_features)
-        For code that reads the weight of a dense layer or multiplies with it: see `sparselab.nn.SparseWeight`.
+        For code that reads a dense layer's weight or multiplies with it: see `sparselab.nn.SparseWeight`.
         Neither a Parameter nor part of the state.
     bias : Parameter, (out_features,), or None
 

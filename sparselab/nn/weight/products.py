@@ -12,9 +12,8 @@ from torch.nn.modules.utils import _pair
 from sparselab.nn.ops.conv2d import conv2d as sparse_conv2d
 from sparselab.nn.ops.geometry import Pair, read_geometry
 from sparselab.nn.ops.linear import linear as sparse_linear
-from sparselab.nn.ops.linear import linear_input_grad, linear_operator, linear_values_grad
-from sparselab.nn.ops.tracing import refuse_forward_mode
 from sparselab.nn.storage.checks import check_images, check_input, check_tokens
+from sparselab.nn.weight.transposed import linear_transposed
 
 
 class LiveWeight(Protocol):
@@ -52,45 +51,11 @@ def linear(x: Tensor, weight: LiveWeight, bias: Tensor | None = None) -> Tensor:
     x = check_tokens(x, values, columns)
     tokens = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
     if weight.transposed:
-        y = _linear_transposed(tokens, values, weight.layer)
+        y = linear_transposed(tokens, values, weight.layer)
         y = y if bias is None else y + bias
     else:
         y = sparse_linear(tokens, values, bias, weight.layer)
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], rows)
-
-
-def _linear_transposed(x: Tensor, values: Tensor, layer: Any) -> Tensor:
-    """``x W`` for x (tokens, out_features)."""
-    refuse_forward_mode(x, values)
-    y: Tensor = _Transposed.apply(x, values, *layer.storage.arguments(layer))  # type: ignore[no-untyped-call]
-    return y
-
-
-class _Transposed(torch.autograd.Function):
-    """``x W``, whose gradients are the other two products, with the operands in other places."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str
-    ) -> Tensor:
-        return linear_input_grad(x, values, indptr, indices, sizes, layout)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.sizes, ctx.layout = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,), (x, values, *topology) = grads, ctx.saved_tensors
-        topology = *topology, ctx.sizes, ctx.layout
-        needs_x, needs_values, *_ = ctx.needs_input_grad
-        dx = linear_operator(grad, values, None, *topology) if needs_x else None
-        # The rows of W go with x and its columns with the gradient, so that is what a gradient hook sees.
-        dvalues = linear_values_grad(x, grad, *topology, False)[0] if needs_values else None
-        return dx, dvalues, None, None, None, None
 
 
 def conv2d(

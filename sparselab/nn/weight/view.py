@@ -92,6 +92,12 @@ class Weight(Described):
         """As `to` the dtype of another tensor."""
         return self.to(other.dtype)
 
+    def type(self, dtype: Any = None, **kwargs: Any) -> Any:
+        """As `to` another dtype."""
+        if not isinstance(dtype, torch.dtype):
+            refuse(Tensor.type)
+        return self.to(dtype)
+
     def float(self) -> Any:
         """As `to`."""
         return self.to(torch.float32)
