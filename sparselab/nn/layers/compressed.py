@@ -22,7 +22,7 @@ from sparselab.nn.storage.base import draw_seed
 from sparselab.nn.storage.checks import check_dtype, warn_if_none
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import largest_positions
-from sparselab.nn.weight.view import is_weight_of, weight_view
+from sparselab.nn.weight.view import SparseWeight, is_weight_of, weight_view
 from sparselab.nn.weight.writing import refuse_to_write
 
 Layer = TypeVar("Layer", bound="CompressedLayer")
@@ -78,12 +78,12 @@ class CompressedLayer(SparseLayer):
         return self.shape
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> SparseWeight:
         """A `sparselab.nn.SparseWeight`: for code that reads a dense layer's weight or multiplies with it.
 
         It is no Parameter, and cannot be assigned.
         """
-        return weight_view(self)
+        return weight_view(self)  # type: ignore[no-any-return]
 
     @weight.setter
     def weight(self, value: object) -> None:

@@ -35,6 +35,8 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
 
 def refuse(func: Any) -> NoReturn:
     """Raise TypeError for a function that is not computed with live weights alone."""
+    if torch.compiler.is_compiling():  # where no name can be looked up
+        refuse_named("a function of torch")
     name = torch.overrides.resolve_name(func) or getattr(func, "__name__", str(func))
     last = name.rsplit(".", 1)[-1]
     if last in ("__setitem__", "__set__") or (last.endswith("_") and not last.endswith("__")):

@@ -36,7 +36,9 @@ class Weight(Described):
         self._stamp = layer.storage.stamp(layer) if known else None
 
     def _with(self, **changes: Any) -> Any:
-        state = {"transposed": self.transposed, "detached": self._detached, "copied": self._copied}
+        # What was copied of connections that are gone must not become a copy of those of now.
+        copied = None if self._copied is None else self.values()
+        state = {"transposed": self.transposed, "detached": self._detached, "copied": copied}
         return weight_view(self.layer, **{**state, **changes})
 
     def detach(self) -> Any:
@@ -50,8 +52,12 @@ class Weight(Described):
 
     @data.setter
     def data(self, data: Any) -> None:
-        if not is_weight_of(self.layer, data):
+        # Itself is what a write in place leaves to be assigned, as ``weight.data *= 2`` does.
+        if not (isinstance(data, Weight) and data._is_live_of(self.layer) and self._copied is None):
             refuse_to_write(self, "data")
+
+    def _is_live_of(self, layer: Any) -> bool:
+        return self.layer is layer and self._copied is None and not self.transposed
 
     @property
     def T(self) -> Any:
@@ -228,15 +234,15 @@ class TracedWeight(Weight):
         )
 
 
-def weight_view(layer: Any, **changes: Any) -> Weight:
+def weight_view(layer: Any, **changes: Any) -> Any:
     """The weight of a layer; further arguments as of `Weight`."""
     kind = TracedWeight if torch.compiler.is_compiling() else SparseWeight
     return kind(layer, **changes)
 
 
 def is_weight_of(layer: Any, value: object) -> bool:
-    """Whether this is the weight of that layer, as what is written in place is when it is assigned again."""
-    return isinstance(value, Weight) and value.layer is layer
+    """Whether this is the weight of that layer, which ``layer.weight *= 2`` writes and then assigns."""
+    return isinstance(value, Weight) and value._is_live_of(layer) and not value._detached
 
 
 def _refuse_gradient(grad: Tensor) -> NoReturn:

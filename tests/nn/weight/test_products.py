@@ -204,8 +204,9 @@ def test_another_dtype_is_a_copy_with_gradients() -> None:
     live = spread(layer, torch.ones_like(layer.weight_values)).double()
     torch.testing.assert_close(spread(layer, layer.weight_values.grad).double(), dense * live)
     layer.rewrite(torch.arange(1), torch.empty(0, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="connections that are gone"):
-        F.linear(x, wide)
+    for stale in (lambda: F.linear(x, wide), lambda: wide.T, wide.detach, wide.to_dense):
+        with pytest.raises(RuntimeError, match="connections that are gone"):
+            stale()
 
 
 def test_what_is_kept_follows_the_layer() -> None:
@@ -366,9 +367,36 @@ def test_a_compiled_operator_that_may_mean_two_things() -> None:
     torch.testing.assert_close(exact(x), layer.weight @ x)
 
 
-@pytest.mark.parametrize("compute", [lambda w, x: x + w.norm(), lambda w, x: (x @ w.T) * w.sum()])
+@pytest.mark.parametrize(
+    "compute", [lambda w, x: x + w.norm(), lambda w, x: (x @ w.T) * w.sum(), lambda w, x: torch.abs(w)]
+)
 def test_compiled_refusals_are_clear(compute: Any) -> None:
     layer, x = make("single"), operand(3, 20)
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"to_dense\(\)"):
         torch.compile(lambda x: compute(layer.weight, x), fullgraph=True, backend="eager")(x)
+
+
+class Tied(nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.layer.weight, self.layer.bias), self.layer.weight.T)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported(strict: bool) -> None:
+    model, x = Tied(make("single")), operand(3, 20).detach()
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_symbolically_traced() -> None:
+    model, x = Tied(make("single")), operand(3, 20).detach()
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x))
+    with torch.no_grad():
+        model.layer.weight.mul_(2)
+    torch.testing.assert_close(traced(x), model(x))
