@@ -349,6 +349,12 @@ class _Used(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        # The transpose of `backward`, so that both modes tell the same derivative.
+        tangent: Tensor = tangents[0]
+        return tangent.view_as(tangent)
+
 
 def weight_of(layer: Any) -> Tensor:
     """The weight of a dense layer, or what holds those of a sparse one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from sparselab.nn.ops.checks import (
     require_strided,
 )
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
+from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_derivatives
+from sparselab.nn.ops.derivatives import product as transformed_product
 from sparselab.nn.ops.geometry import Geometry, Pair
-from sparselab.nn.ops.linear import HasStorage, TopologyArguments
+from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.operands import is_of_graph
 from sparselab.nn.ops.products import find_products
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
-from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode
+from sparselab.nn.ops.tracing import is_plain, is_transformed
 
 
 def product(
@@ -98,7 +100,9 @@ def input_grad(
     return _products(topology).input_grad(topology, values, grad, geometry, size)  # type: ignore[no-any-return]
 
 
-def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+def values_grad(
+    topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geometry, is_shown: bool = True
+) -> Tensor:
     """The gradient by the values, (nnz, 1, 1); the layer's gradient hook sees the operands first.
 
     Parameters
@@ -107,6 +111,8 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geo
     grad : (n, out_channels, rows, columns), any strides
     x : (n, in_channels, height, width), any strides, the dtype of grad
     geometry : Geometry
+    is_shown : bool
+        As of `sparselab.nn.ops.linear.values_grad`.
 
     Raises
     ------
@@ -126,7 +132,7 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, geometry: Geo
         refuse_misfits(
             topology.device, dtype, grad=(grad, shape), x=(x, (None, geometry.in_channels, *x.shape[2:]))
         )
-    if topology.is_watched:
+    if is_shown and topology.is_watched:
         topology.show(ConvolutionOperands(x.detach(), grad.detach(), geometry, is_of_graph(x)))
     return _products(topology).values_grad(topology, grad, x, geometry)  # type: ignore[no-any-return]
 
@@ -171,9 +177,11 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage, ge
     geometry : Geometry
     """
     if not is_plain(x, values, bias):
-        refuse_forward_mode(x, values, bias)
-        arguments = layer.storage.arguments(layer)
-        return conv2d_operator(x, values, bias, *arguments, geometry.numbers)  # type: ignore[no-any-return]
+        indptr, indices, sizes, layout = layer.storage.arguments(layer)
+        if is_transformed():
+            form = ConvolutionForm(sizes, layout, geometry.numbers, (x.shape[2], x.shape[3]))
+            return transformed_product(x, values, bias, (indptr, indices), form)
+        return conv2d_operator(x, values, bias, indptr, indices, sizes, layout, geometry.numbers)  # type: ignore[no-any-return]
     topology = layer.storage.topology(layer)
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, values, bias)):
         y: Tensor = Conv2dFunction.apply(x, values, bias, topology, geometry)  # type: ignore[no-untyped-call]
@@ -201,9 +209,9 @@ class Conv2dFunction(torch.autograd.Function):
         topology, geometry, size = ctx.topology, ctx.geometry, ctx.size
         topology.require_unchanged()
         if torch.is_grad_enabled() or not is_plain(grad, x, values):
-            arguments = *topology.tensors, list(topology.sizes), topology.layout
-            found = _by_operators(ctx.needs_input_grad, grad, x, values, arguments, geometry.numbers, size)
-            return *found, None, None
+            form = ConvolutionForm(list(topology.sizes), topology.layout, geometry.numbers, size)
+            needs = ctx.needs_input_grad
+            return *product_gradients(needs, grad, (x, values), topology.tensors, form), None, None
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = input_grad(topology, grad, values, geometry, size) if needs_x else None
         dvalues = values_grad(topology, grad, x, geometry) if needs_values else None
@@ -235,12 +243,12 @@ def conv2d_input_grad(
 @torch.library.custom_op("sparselab::conv2d_values_grad", mutates_args=())
 def conv2d_values_grad(
     grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str,
-    geometry: list[int],
+    geometry: list[int], is_shown: bool = True,
 ) -> Tensor:  # fmt: skip
     """See `values_grad`."""
     require_strided(grad=grad, x=x, indptr=indptr, indices=indices)
     topology = find_topology(indptr, indices, sizes, layout)
-    return values_grad(topology, grad, x, Geometry.of(geometry))
+    return values_grad(topology, grad, x, Geometry.of(geometry), is_shown)
 
 
 @conv2d_operator.register_fake
@@ -265,33 +273,55 @@ def _(
 @conv2d_values_grad.register_fake
 def _(
     grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str,
-    geometry: list[int],
+    geometry: list[int], is_shown: bool = True,
 ) -> Tensor:  # fmt: skip
     refuse_mixed_devices(grad=grad, x=x, indptr=indptr, indices=indices)
     return grad.new_empty((indices.shape[0], 1, 1))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, indptr, indices, ctx.sizes, ctx.layout, ctx.geometry = inputs
-    ctx.size = x.shape[2], x.shape[3]
-    needs_x, needs_values = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if needs_values else None, values if needs_x else None, indptr, indices)
+class ConvolutionForm:
+    """The products of convolutions, as derivatives want them.
+
+    Parameters
+    ----------
+    sizes, layout, geometry
+        As the operators take them.
+    size : (int, int)
+        Height and width of the images.
+    is_shown : bool
+        As of `sparselab.nn.ops.linear.LinearForm`.
+    """
+
+    def __init__(
+        self, sizes: list[int], layout: str, geometry: list[int], size: Pair, is_shown: bool = True
+    ) -> None:
+        self.rest, self.size, self.is_shown = (sizes, layout, geometry), size, is_shown
+
+    def product(
+        self, x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor
+    ) -> Tensor:
+        """See `product`."""
+        return conv2d_operator(x, values, bias, indptr, indices, *self.rest)  # type: ignore[no-any-return]
+
+    def input_grad(self, grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+        """See `input_grad`."""
+        return conv2d_input_grad(grad, values, indptr, indices, *self.rest, *self.size)  # type: ignore[no-any-return]
+
+    def values_grad(
+        self, grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, with_bias: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `values_grad`."""
+        dvalues = conv2d_values_grad(grad, x, indptr, indices, *self.rest, self.is_shown)
+        return dvalues, grad.sum((0, 2, 3)) if with_bias else grad.new_empty(0)
+
+    def hidden(self) -> Bilinear:
+        """The same for something in place of the layer's values."""
+        return ConvolutionForm(*self.rest, self.size, False)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, indptr, indices = ctx.saved_tensors
-    arguments = indptr, indices, ctx.sizes, ctx.layout
-    found = _by_operators(ctx.needs_input_grad, grad, x, values, arguments, ctx.geometry, ctx.size)
-    return *found, None, None, None, None, None
+def _form(images: Tensor | None, sizes: list[int], layout: str, geometry: list[int], *rest: Any) -> Bilinear:
+    size = rest if images is None else (images.shape[2], images.shape[3])
+    return ConvolutionForm(sizes, layout, geometry, cast(Pair, size))
 
 
-def _by_operators(
-    needs: tuple[bool, ...], grad: Tensor, x: Tensor, values: Tensor, arguments: TopologyArguments,
-    geometry: list[int], size: Pair,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    dx = conv2d_input_grad(grad, values, *arguments, geometry, *size) if needs[0] else None
-    dvalues = conv2d_values_grad(grad, x, *arguments, geometry) if needs[1] else None
-    return dx, dvalues, grad.sum((0, 2, 3)) if needs[2] else None
-
-
-conv2d_operator.register_autograd(_backward, setup_context=_setup_context)
+register_derivatives(conv2d_operator, conv2d_input_grad, conv2d_values_grad, _form)

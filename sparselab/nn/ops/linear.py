@@ -1,10 +1,10 @@
 """The products of linear layers, of any layout, as torch operators with gradients.
 
-``sparselab::linear`` is differentiable; ``sparselab::linear_input_grad`` and
-``sparselab::linear_values_grad`` are its two gradients and run only where autograd asks for them. All three
-are opaque to torch: `torch.compile` puts them into its graph as they are. They take the two tensors of a
-topology (``indptr`` and ``indices``), its ``sizes`` (outputs and inputs of the layer and of a block) and the
-name of its layout, and check every operand before a kernel sees it.
+``sparselab::linear`` has two gradients, ``sparselab::linear_input_grad`` and ``sparselab::linear_values_grad``,
+and all three are differentiable (`sparselab.nn.ops.derivatives`). They are opaque to torch: `torch.compile` puts
+them into its graph as they are. They take the two tensors of a topology (``indptr`` and ``indices``), its
+``sizes`` (outputs and inputs of the layer and of a block) and the name of its layout, and check every operand
+before a kernel sees it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from sparselab.nn.ops.checks import (
     refuse_mixed_devices,
     require_strided,
 )
+from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_derivatives
+from sparselab.nn.ops.derivatives import product as transformed_product
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
-from sparselab.nn.ops.tracing import is_plain, refuse_forward_mode
+from sparselab.nn.ops.tracing import is_plain, is_transformed
 
 #: indptr, indices, sizes and layout, as operators take them.
 TopologyArguments = tuple[Tensor, Tensor, list[int], str]
@@ -120,7 +122,9 @@ def input_grad(topology: TensorTopology, grad: Tensor, values: Tensor) -> Tensor
     return dx
 
 
-def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+def values_grad(
+    topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bool, is_shown: bool = True
+) -> tuple[Tensor, Tensor]:
     """``dW[slot] = sum_t dy[t, i] x[t, j]`` for each weight (i, j), and the bias' gradient.
 
     The latter, ``sum_t dy[t]``, costs little here, where dy is read anyway; empty if it is not wanted. The
@@ -132,6 +136,8 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bo
     grad : (tokens, out_features), any strides
     x : (tokens, in_features), any strides, the dtype of grad
     with_bias : bool
+    is_shown : bool
+        Whether the hook is to see them: not if it is a gradient by something in place of the layer's values.
 
     Raises
     ------
@@ -152,7 +158,7 @@ def values_grad(topology: TensorTopology, grad: Tensor, x: Tensor, with_bias: bo
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, rows)), x=(x, (shape[0] if shape else 0, columns))
         )
-    if topology.is_watched:
+    if is_shown and topology.is_watched:
         topology.show(LinearOperands(x.detach(), grad.detach(), is_of_graph(x)))
     both: tuple[Tensor, Tensor] = topology.products.values_grad(topology, grad, x, with_bias)
     return both
@@ -170,8 +176,10 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) ->
         Asked for its topology.
     """
     if not is_plain(x, values, bias):
-        refuse_forward_mode(x, values, bias)
-        return linear_operator(x, values, bias, *layer.storage.arguments(layer))  # type: ignore[no-any-return]
+        indptr, indices, sizes, layout = layer.storage.arguments(layer)
+        if is_transformed():
+            return transformed_product(x, values, bias, (indptr, indices), LinearForm(sizes, layout))
+        return linear_operator(x, values, bias, indptr, indices, sizes, layout)  # type: ignore[no-any-return]
     topology = layer.storage.topology(layer)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
@@ -198,8 +206,9 @@ class LinearFunction(torch.autograd.Function):
         (grad,), (x, values), topology = grads, ctx.saved_tensors, ctx.topology
         topology.require_unchanged()
         if torch.is_grad_enabled() or not is_plain(grad, x, values):
-            arguments = *topology.tensors, list(topology.sizes), topology.layout
-            return *_by_operators(ctx.needs_input_grad, grad, x, values, arguments), None
+            form = LinearForm(list(topology.sizes), topology.layout)
+            needs = ctx.needs_input_grad
+            return *product_gradients(needs, grad, (x, values), topology.tensors, form), None
         needs_x, needs_values, needs_bias, _ = ctx.needs_input_grad
         dx = input_grad(topology, grad, values) if needs_x else None
         if needs_values:
@@ -229,11 +238,12 @@ def linear_input_grad(
 
 @torch.library.custom_op("sparselab::linear_values_grad", mutates_args=())
 def linear_values_grad(
-    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str, with_bias: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str, with_bias: bool,
+    is_shown: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `values_grad`."""
     require_strided(grad=grad, x=x, indptr=indptr, indices=indices)
-    return values_grad(find_topology(indptr, indices, sizes, layout), grad, x, with_bias)
+    return values_grad(find_topology(indptr, indices, sizes, layout), grad, x, with_bias, is_shown)
 
 
 @linear_operator.register_fake
@@ -253,37 +263,54 @@ def _(grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, sizes: list
 
 @linear_values_grad.register_fake
 def _(
-    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str, with_bias: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, sizes: list[int], layout: str, with_bias: bool,
+    is_shown: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     refuse_mixed_devices(grad=grad, x=x, indptr=indptr, indices=indices)
     dvalues = grad.new_empty((indices.shape[0], sizes[2], sizes[3]))
     return dvalues, grad.new_empty(sizes[0] if with_bias else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, indptr, indices, ctx.sizes, ctx.layout = inputs
-    needs_x, needs_values = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if needs_values else None, values if needs_x else None, indptr, indices)
+class LinearForm:
+    """The products of linear layers, as derivatives want them.
+
+    Parameters
+    ----------
+    sizes, layout
+        As the operators take them.
+    is_shown : bool
+        Whether the values are a layer's, whose gradient hook sees what their gradient is made of.
+    """
+
+    def __init__(self, sizes: list[int], layout: str, is_shown: bool = True) -> None:
+        self.sizes, self.layout, self.is_shown = sizes, layout, is_shown
+
+    def product(
+        self, x: Tensor, values: Tensor, bias: Tensor | None, indptr: Tensor, indices: Tensor
+    ) -> Tensor:
+        """See `product`."""
+        return linear_operator(x, values, bias, indptr, indices, self.sizes, self.layout)  # type: ignore[no-any-return]
+
+    def input_grad(self, grad: Tensor, values: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+        """See `input_grad`."""
+        return linear_input_grad(grad, values, indptr, indices, self.sizes, self.layout)  # type: ignore[no-any-return]
+
+    def values_grad(
+        self, grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, with_bias: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `values_grad`."""
+        both: tuple[Tensor, Tensor] = linear_values_grad(
+            grad, x, indptr, indices, self.sizes, self.layout, with_bias, self.is_shown
+        )
+        return both
+
+    def hidden(self) -> Bilinear:
+        """The same for something in place of the layer's values."""
+        return LinearForm(self.sizes, self.layout, False)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, indptr, indices = ctx.saved_tensors
-    arguments = indptr, indices, ctx.sizes, ctx.layout
-    return *_by_operators(ctx.needs_input_grad, grad, x, values, arguments), None, None, None, None
+def _form(operand: Tensor, sizes: list[int], layout: str, *flags: bool) -> LinearForm:
+    return LinearForm(sizes, layout)
 
 
-def _by_operators(
-    needs: tuple[bool, ...], grad: Tensor, x: Tensor, values: Tensor, arguments: TopologyArguments
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dx = dvalues = dbias = None
-    if needs[0]:
-        dx = linear_input_grad(grad, values, *arguments)
-    if needs[1]:
-        dvalues, sums = linear_values_grad(grad, x, *arguments, needs[2])
-        dbias = sums if needs[2] else None
-    elif needs[2]:
-        dbias = grad.sum(0)
-    return dx, dvalues, dbias
-
-
-linear_operator.register_autograd(_backward, setup_context=_setup_context)
+register_derivatives(linear_operator, linear_input_grad, linear_values_grad, _form)

@@ -41,9 +41,23 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward mode is at work, which see through no operator of Python's."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    )
+
+
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the storage of a tensor, which may have been freed or shrunk, holds all of its entries."""
-    held = tensor.untyped_storage().nbytes()
+    """Whether the storage of a tensor, which may have been freed or shrunk, holds all of its entries.
+
+    A tensor of batched gradients (``is_grads_batched``), whose storage torch hides, is said to have none.
+    """
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except NotImplementedError:
+        return False
     if held >= tensor.nbytes and not tensor.storage_offset() and tensor.is_contiguous():
         return True
     last = int(tensor.storage_offset())
@@ -52,21 +66,3 @@ def has_memory(tensor: Tensor) -> bool:
             return True
         last += (n - 1) * step
     return held >= (last + 1) * tensor.itemsize
-
-
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise if a tensor carries a forward-mode tangent, which torch drops at an operator of Python's.
-
-    Raises
-    ------
-    NotImplementedError
-        If one does.
-    """
-    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
-        return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            raise NotImplementedError(
-                "sparse layers have no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); "
-                "use reverse mode, as backward() and torch.autograd.grad do"
-            )
