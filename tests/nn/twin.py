@@ -31,26 +31,29 @@ class DenseTwin(nn.Module):
 
     def __init__(self, layer: SparseLayer) -> None:
         super().__init__()
-        self.weight_values = nn.Parameter(layer.stored.detach().clone())
+        self.name = layer.storage.parameter
+        self.register_parameter(self.name, nn.Parameter(layer.stored.detach().clone()))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.positions, self.grid, self.block_shape = layer.positions(), layer.grid, layer.block_shape
-        self.mask = layer.forward_mask
-        self.shape = layer.shape
+        self.used, self.shape = layer.forward_mask, layer.shape
         #: In a tuple, so that its parameters are not counted.
         self.conv: tuple[Any, ...] = (layer.to_dense(),) if hasattr(layer, "kernel_size") else ()
 
-    def weight(self) -> Tensor:
-        values = self.weight_values
-        if self.mask is not None:
-            values = values + (torch.where(self.mask, values, 0) - values).detach()
+    def weight_of(self, values: Tensor) -> Tensor:
+        """W, of values or of a masked weight."""
+        if self.used is not None:
+            values = values + (torch.where(self.used, values, 0) - values).detach()
         (rows, columns), (height, width) = self.grid, self.block_shape
+        if values.ndim == 2:
+            values = values.reshape(-1, 1, 1).index_select(0, self.positions)
         blocks = values.new_zeros(rows * columns, height, width).index_copy(0, self.positions, values)
         whole = blocks.reshape(rows, columns, height, width).permute(0, 2, 1, 3)
         return whole.reshape(rows * height, columns * width)[: self.shape[0], : self.shape[1]]
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_of(getattr(self, self.name))
         if not self.conv:
-            return nn.functional.linear(x, self.weight(), self.bias)
+            return nn.functional.linear(x, weight, self.bias)
         (conv,) = self.conv
-        y: Tensor = conv._conv_forward(x, self.weight().reshape(conv.weight.shape), self.bias)
+        y: Tensor = conv._conv_forward(x, weight.reshape(conv.weight.shape), self.bias)
         return y

@@ -16,6 +16,7 @@ from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear, connected
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
+from sparselab.nn.ops.derivatives import DenseForm, DenseProducts, product
 from sparselab.nn.ops.operands import GradientOperands, LinearOperands, is_of_graph
 from sparselab.nn.storage.checks import check_images, check_width
 from sparselab.nn.storage.masked import Masked
@@ -105,21 +106,24 @@ class MaskedLayer(SparseLayer):
         """What the dense gradient is made of."""
         raise NotImplementedError
 
-    def dense_product(self, x: Tensor) -> Tensor:
-        """The output for checked input."""
+    def dense_products(self, x: Tensor) -> DenseProducts:
+        """The product and its gradients for checked input."""
         raise NotImplementedError
 
     def _product(self, x: Tensor) -> Tensor:
         """The output, whose gradient is shown to the hook if there is one and something to be seen."""
-        y = self.dense_product(x)
-        if self.gradient_hook is None or not self.stored.requires_grad or not y.requires_grad:
-            return y
-        show = _Shown.apply
+        products, weight, bias = self.dense_products(x), self.weight_in_use, self.bias
+        if self.gradient_hook is None or not self.stored.requires_grad or not torch.is_grad_enabled():
+            return products.product(x, weight, bias)
+        call = product
         if torch.compiler.is_compiling():
             # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
-            show = torch.compiler.disable(show)  # type: ignore[no-untyped-call]
-        shown: Tensor = show(y, x, self)  # type: ignore[no-untyped-call]
-        return shown
+            call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+        return call(*_under_autocast(x, weight, bias), (None, None), DenseForm(products, self._show))
+
+    def _show(self, x: Tensor, dy: Tensor) -> None:
+        if self.gradient_hook is not None:
+            self.gradient_hook(self.operands(x.detach(), dy.detach(), is_of_graph(x)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, and clear what another topology leaves behind: weights and gradients without a connection."""
@@ -241,9 +245,9 @@ class MaskedLinear(MaskedLayer):
         y = self._product(x.reshape(math.prod(x.shape[:-1]), self.in_features))
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def dense_product(self, x: Tensor) -> Tensor:
-        """``x (W * mask)^T + b`` for tokens."""
-        return nn.functional.linear(x, self.weight_in_use, self.bias)
+    def dense_products(self, x: Tensor) -> DenseProducts:
+        """``x W^T + b`` for tokens."""
+        return DenseProducts(nn.functional.linear, lambda dy, W: dy @ W, lambda dy, x: dy.T @ x)
 
     def operands(self, x: Tensor, dy: Tensor, of_graph: bool) -> GradientOperands:
         """Tokens and the gradients of their outputs."""
@@ -326,14 +330,18 @@ class MaskedConv2d(Convolution, MaskedLayer):
         check_images(x, self.in_channels)
         return self._convolved(x)
 
-    def dense_product(self, x: Tensor) -> Tensor:
-        """The convolution of padded images with ``W * mask``."""
+    def dense_products(self, x: Tensor) -> DenseProducts:
+        """The convolution of padded images."""
         geometry = self.geometry
-        kernel = self.in_channels // self.groups, *geometry.kernel
-        return nn.functional.conv2d(
-            x, self.weight_in_use.reshape(-1, *kernel), self.bias, geometry.stride, geometry.padding,
-            geometry.dilation, self.groups,
-        )  # fmt: skip
+        kernel = self.out_channels, self.in_channels // self.groups, *geometry.kernel
+        how = geometry.stride, geometry.padding, geometry.dilation, self.groups
+        by_input: Any = nn.grad.conv2d_input
+        by_weight: Any = nn.grad.conv2d_weight
+        return DenseProducts(
+            lambda x, W, bias: nn.functional.conv2d(x, W.reshape(kernel), bias, *how),
+            lambda dy, W: by_input((len(dy), *x.shape[1:]), W.reshape(kernel), dy, *how),
+            lambda dy, x: by_weight(x, kernel, dy, *how).reshape(self.shape),
+        )
 
     def _product(self, x: Tensor) -> Tensor:
         return MaskedLayer._product(self, x)
@@ -343,21 +351,15 @@ class MaskedConv2d(Convolution, MaskedLayer):
         return ConvolutionOperands(x, dy, self.geometry, of_graph)
 
 
-class _Shown(torch.autograd.Function):
-    """y itself, whose backward passes show its gradient, and what it is multiplied with, to a hook."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, layer: MaskedLayer) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.layer = layer
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (x,), layer = ctx.saved_tensors, ctx.layer
-        if layer.gradient_hook is not None:
-            layer.gradient_hook(layer.operands(x.detach(), grads[0].detach(), is_of_graph(x)))
-        return grads[0], None, None
+def _under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Tensors as torch's own products take them: in autocast's dtype, but for float64 and None."""
+    kind = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+    )
 
 
 def _recognises(state: State) -> dict[str, object] | None:

@@ -43,8 +43,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether `torch.func` or forward mode is at work, which see through no operator of Python's."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        torch._C._are_functorch_transforms_active()
         or getattr(forward_ad, "_current_level", 0) >= 0
     )
 
