@@ -106,11 +106,14 @@ class PassWatcher(abc.ABC):
         layer, task = self._layer(), torch._C._current_graph_task_id()
         if task < 0 or layer is None:  # not in a backward pass: somebody calls the operator
             return
-        if self._parameter is None or self._parameter() is not layer.stored:
+        stored: Tensor = layer.stored
+        if not isinstance(stored, torch.nn.Parameter):  # what `functional_call` has put in its place
+            return
+        if self._parameter is None or self._parameter() is not stored:
             self._follow(layer)
         if task not in self._waiting:
             self._waiting[task] = []
-            self._begins(layer.stored)
+            self._begins(stored)
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(self._forget, task))
         self._waiting[task].append(operands)

@@ -275,7 +275,7 @@ class SparseConv2d(Convolution, CompressedLayer):
         RuntimeError
             If the shape, the dtype or the device does not fit.
         NotImplementedError
-            If the layer or x is on a device without products, or forward-mode derivatives are asked for.
+            If the layer or x is on a device without products.
         """
         check_images(x, self.in_channels)
         return self._convolved(check_input(x, self.weight_values))

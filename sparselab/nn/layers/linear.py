@@ -47,7 +47,7 @@ class LinearLayer(CompressedLayer):
         RuntimeError
             As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
         NotImplementedError
-            If the layer or x is on a device without products, or forward-mode derivatives are asked for.
+            If the layer or x is on a device without products.
         """
         # Where they are, unless something computes them: torch's own look-up takes a microsecond each.
         parameters: Any = self._parameters

@@ -115,11 +115,9 @@ class MaskedLayer(SparseLayer):
         products, weight, bias = self.dense_products(x), self.weight_in_use, self.bias
         if self.gradient_hook is None or not self.stored.requires_grad or not torch.is_grad_enabled():
             return products.product(x, weight, bias)
-        call = product
-        if torch.compiler.is_compiling():
-            # Not as a decorator, which imports torch's compiler (300 MB resident) with this module.
-            call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        return call(*_under_autocast(x, weight, bias), (None, None), DenseForm(products, self._show))
+        form = DenseForm(products, self._show)
+        x, weight, bias = _under_autocast(x, weight, bias)
+        return product(x, weight, bias, (None, None), form)
 
     def _show(self, x: Tensor, dy: Tensor) -> None:
         if self.gradient_hook is not None:

@@ -1,8 +1,9 @@
 """Derivatives of a layer's products: of any order, in reverse and forward mode, and under `torch.func`.
 
-``y = x W^T + b`` is linear in x and in W, and so are its gradients ``dx = dy W`` and ``dW = dy^T x`` in theirs.
-The derivatives of each are the other two, so the three are enough for every order. They are written here once,
-for linear layers and for convolutions; what computes them are opaque operators, which see plain tensors only.
+``y = x W^T + b`` is linear in x and in W, and so are its gradients ``dx = dy W`` and ``dW = dy^T x`` in
+theirs. The derivatives of each are the other two, so three functions are enough for every order. They are
+written once, for linear layers and for convolutions; what computes them are opaque operators, which see plain
+tensors only.
 
 W may be a layer's, whose gradient hook then sees what its gradient is made of, or something in its place: a
 cotangent or a tangent of it, which no algorithm grows by.
@@ -11,15 +12,26 @@ cotangent or a tangent of it, which no algorithm grows by.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from sparselab.nn.ops.tracing import has_memory
 
 #: A cotangent or a tangent; None is zero.
 Maybe = Tensor | None
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(function: F) -> F:
+    """The function, into which torch's compiler does not look.
+
+    Not by `torch.compiler.disable`, which imports the compiler (300 MB resident) with this module.
+    """
+    return cast("F", _disable_dynamo(function))
 
 
 class Bilinear(Protocol):
@@ -117,10 +129,12 @@ class _Product(torch.autograd.Function):
         return dx, dvalues, dbias
 
     @staticmethod
+    @_uncompiled
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
         return *_Product.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form), None, None, None
 
     @staticmethod
+    @_uncompiled
     def jvp(ctx: Any, *tangents: Maybe) -> Tensor:
         (x, values, *topology), (dx, dvalues, dbias, *_) = ctx.saved_tensors, tangents
         terms = []
@@ -133,6 +147,7 @@ class _Product(torch.autograd.Function):
         return _sum(terms)
 
     @staticmethod
+    @_uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         (x, values, bias, *rest), (of_x, of_values, of_bias, *others) = args, in_dims
         if of_values is not None or any(each is not None for each in others):
@@ -170,11 +185,13 @@ class _InputGrad(torch.autograd.Function):
         )
 
     @staticmethod
+    @_uncompiled
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
         found = _InputGrad.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form)
         return *found, None, None, None
 
     @staticmethod
+    @_uncompiled
     def jvp(ctx: Any, *tangents: Maybe) -> Tensor:
         (grad, values, *topology), (dgrad, dvalues, *_) = ctx.saved_tensors, tangents
         terms = []
@@ -185,6 +202,7 @@ class _InputGrad(torch.autograd.Function):
         return _sum(terms)
 
     @staticmethod
+    @_uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         of_grad, *others = in_dims
         if any(each is not None for each in others):
@@ -212,8 +230,8 @@ class _ValuesGrad(torch.autograd.Function):
     @staticmethod
     def gradients(needs: Any, grads: Any, saved: Any, form: Bilinear) -> tuple[Maybe, ...]:
         """By dy and x."""
-        (V, sums, *_), (grad, x, *topology) = (*grads, None), saved
-        sums = sums if sums is not None and len(sums) else None
+        V, sums = grads[0], grads[1] if len(grads) > 1 and grads[1] is not None and len(grads[1]) else None
+        grad, x, *topology = saved
         if V is None:
             return None if sums is None or not needs[0] else _spread(sums, grad.shape), None
         return (
@@ -222,11 +240,13 @@ class _ValuesGrad(torch.autograd.Function):
         )
 
     @staticmethod
+    @_uncompiled
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
         found = _ValuesGrad.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form)
         return *found, None, None, None, None
 
     @staticmethod
+    @_uncompiled
     def jvp(ctx: Any, *tangents: Maybe) -> tuple[Tensor, Tensor]:
         (grad, x, *topology), (dgrad, dx, *_) = ctx.saved_tensors, tangents
         terms, sums = [], grad.new_zeros(ctx.n_sums)
@@ -238,11 +258,13 @@ class _ValuesGrad(torch.autograd.Function):
         return _sum(terms), sums
 
     @staticmethod
+    @_uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         # A sum over the tokens of each, which cannot be told apart when they are folded.
         return _each(_ValuesGrad, info.batch_size, in_dims, args)
 
 
+@_uncompiled
 def product(x: Tensor, values: Tensor, bias: Maybe, topology: Any, form: Bilinear) -> Tensor:
     """``x W^T + b``, differentiable without limits.
 
@@ -355,25 +377,19 @@ def _folded(function: Any, tokens: Tensor, dim: int | None, *rest: Any) -> Tenso
         return alone.unsqueeze(0)
     tokens = tokens.movedim(dim, 0)
     together: Tensor = function.apply(tokens.flatten(0, 1), *rest)
-    return together.unflatten(0, tokens.shape[:2])
+    return together.reshape(*tokens.shape[:2], *together.shape[1:])
 
 
 def _each(function: Any, n: int, in_dims: Any, args: Any) -> tuple[Any, Any]:
     """The function of each element of a batch alone."""
-
-    def element(i: int) -> list[Any]:
-        return [
-            arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)
-        ]
-
-    if n == 0:
-        shapes = function.apply(
-            *(arg if dim is None else arg.new_zeros([*arg.shape[:dim], *arg.shape[dim + 1 :]])
-              for arg, dim in zip(args, in_dims, strict=True))
-        )  # fmt: skip
-        found = [shapes]
-    else:
-        found = [function.apply(*element(i)) for i in range(n)]
+    batched = {i for i, dim in enumerate(in_dims) if dim is not None}
+    moved = [arg.movedim(in_dims[i], 0) if i in batched else arg for i, arg in enumerate(args)]
+    if n == 0:  # the shapes are those of one
+        moved = [arg.new_zeros(1, *arg.shape[1:]) if i in batched else arg for i, arg in enumerate(moved)]
+    found = [
+        function.apply(*(arg[k] if i in batched else arg for i, arg in enumerate(moved)))
+        for k in range(max(n, 1))
+    ]
     if isinstance(found[0], Tensor):
         return torch.stack(found)[:n], 0
     return tuple(torch.stack(parts)[:n] for parts in zip(*found, strict=True)), (0,) * len(found[0])

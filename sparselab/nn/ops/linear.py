@@ -1,10 +1,10 @@
 """The products of linear layers, of any layout, as torch operators with gradients.
 
-``sparselab::linear`` has two gradients, ``sparselab::linear_input_grad`` and ``sparselab::linear_values_grad``,
-and all three are differentiable (`sparselab.nn.ops.derivatives`). They are opaque to torch: `torch.compile` puts
-them into its graph as they are. They take the two tensors of a topology (``indptr`` and ``indices``), its
-``sizes`` (outputs and inputs of the layer and of a block) and the name of its layout, and check every operand
-before a kernel sees it.
+``sparselab::linear`` has two gradients, ``sparselab::linear_input_grad`` and
+``sparselab::linear_values_grad``, and all three are differentiable (`sparselab.nn.ops.derivatives`). They are
+opaque to torch: `torch.compile` puts them into its graph as they are. They take the two tensors of a topology
+(``indptr`` and ``indices``), its ``sizes`` (outputs and inputs of the layer and of a block) and the name of
+its layout, and check every operand before a kernel sees it.
 """
 
 from __future__ import annotations

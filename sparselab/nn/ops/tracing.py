@@ -43,10 +43,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether `torch.func` or forward mode is at work, which see through no operator of Python's."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or getattr(forward_ad, "_current_level", 0) >= 0
-    )
+    return torch._C._are_functorch_transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def has_memory(tensor: Tensor) -> bool:

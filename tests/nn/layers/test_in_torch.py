@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparselab import SparseLinear
+from sparselab import SparseConv2d, SparseLinear
+from sparselab.nn.ops import conv2d
 from sparselab.nn.ops import linear as functional
 
 
@@ -25,9 +26,34 @@ def test_opcheck() -> None:
     topology = layer.topology_arguments()
     torch.library.opcheck(functional.linear_operator, (x, values, bias, *topology))
     torch.library.opcheck(functional.linear_operator, (x, values, None, *topology))
-    torch.library.opcheck(functional.linear_input_grad, (dy, values.detach(), *topology))
+    dy.requires_grad_()
+    torch.library.opcheck(functional.linear_input_grad, (dy, values, *topology))
     for with_bias in (False, True):
-        torch.library.opcheck(functional.linear_values_grad, (dy, x.detach(), *topology, with_bias))
+        torch.library.opcheck(functional.linear_values_grad, (dy, x, *topology, with_bias))
+
+
+def test_opcheck_of_convolutions() -> None:
+    layer = SparseConv2d(4, 6, 3, padding=1, sparsity=0.5)
+    x, dy = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(2, 6, 5, 5, requires_grad=True)
+    values = layer.weight_values.detach().clone().requires_grad_()
+    rest = *layer.topology_arguments(), layer.geometry.numbers
+    torch.library.opcheck(conv2d.conv2d_operator, (x, values, None, *rest))
+    torch.library.opcheck(conv2d.conv2d_input_grad, (dy, values, *rest, 5, 5))
+    torch.library.opcheck(conv2d.conv2d_values_grad, (dy, x, *rest))
+
+
+def test_the_operators_are_differentiable_by_themselves() -> None:
+    layer = SparseLinear(5, 4, sparsity=0.5, dtype=torch.float64)
+    given = (torch.randn(3, n, dtype=torch.float64, requires_grad=True) for n in (5, 4))
+    values = layer.weight_values.detach().clone().requires_grad_()
+    bias = layer.bias.detach().clone().requires_grad_()
+    topology = layer.topology_arguments()
+    (x, dy), check = given, torch.autograd.gradgradcheck
+    assert check(lambda *each: functional.linear_operator(*each, *topology), (x, values, bias))
+    assert check(lambda *each: functional.linear_input_grad(*each, *topology), (dy, values))
+    assert check(lambda *each: functional.linear_values_grad(*each, *topology, True), (dy, x))
+    sums = functional.linear_values_grad(dy, x, *topology, True)[1]
+    assert torch.equal(torch.autograd.grad(sums.sum(), dy)[0], torch.ones_like(dy))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -76,14 +102,6 @@ def test_functional_call_uses_what_it_is_given() -> None:
     everything = {**dict(other.named_parameters()), **dict(other.named_buffers())}
     assert torch.equal(torch.func.functional_call(layer, everything, (x,)), other(x))
     assert torch.equal(layer(x), copy.deepcopy(layer)(x))
-
-
-def test_double_backward_is_refused() -> None:
-    layer = SparseLinear(5, 4)
-    x = torch.randn(2, 5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        gradient.sum().backward()
 
 
 def test_torch_keeps_its_thread_count() -> None:

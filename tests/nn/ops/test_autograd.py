@@ -160,32 +160,6 @@ def test_vmap_computes_each_alone() -> None:
     torch.testing.assert_close(torch.func.vmap(call)(values), torch.stack([call(each) for each in values]))
 
 
-FORWARD_MODE: dict[str, Callable[[SparseLinear, Tensor], Any]] = {
-    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
-    "jvp by values": lambda layer, x: torch.func.jvp(
-        lambda values: torch.func.functional_call(layer, {"weight_values": values}, (x,)),
-        (layer.weight_values,),
-        (layer.weight_values,),
-    ),
-    "jacfwd": lambda layer, x: torch.func.jacfwd(layer)(x),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize("how", FORWARD_MODE)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_forward_mode_is_refused_where_torch_would_answer_zero(how: str, frozen: bool) -> None:
-    layer = SparseLinear(20, 10, sparsity=0.5).requires_grad_(not frozen)
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-        FORWARD_MODE[how](layer, torch.randn(4, 20))
-
-
-def test_reverse_mode_inside_functions_is_refused() -> None:
-    layer = SparseLinear(20, 10, sparsity=0.5)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: layer(x).sum())(torch.randn(4, 20))
-
-
 @pytest.mark.parametrize("flag", ["is_neg", "is_zero"])
 def test_lazy_tensors_are_resolved(flag: str) -> None:
     layer = SparseLinear(20, 10, sparsity=0.5)

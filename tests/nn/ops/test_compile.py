@@ -90,3 +90,37 @@ def test_layers_compiled_one_by_one(copies: int) -> None:
     layers = [SparseLinear(20, 10, sparsity=0.5) for _ in range(copies)]
     for layer in layers:
         check(layer, torch.compile(layer, backend="aot_eager"))
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "grad": lambda layer, x: torch.func.grad(lambda x: layer(x).tanh().sum())(x),
+    "vmap": lambda layer, x: torch.func.vmap(layer)(x),
+    "per-sample": lambda layer, x: torch.func.vmap(torch.func.grad(lambda x: layer(x).tanh().sum()))(x),
+    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x + 1,)),
+}
+
+
+@pytest.mark.parametrize("how", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_what_transforms_is_not_compiled_and_right(how: str) -> None:
+    """Inside the compiler an operator would drop tangents in silence."""
+    layer, x = SparseLinear(20, 10, sparsity=0.5), torch.randn(5, 20)
+    call = TRANSFORMS[how]
+    torch.testing.assert_close(
+        torch.compile(lambda x: call(layer, x), backend="aot_eager")(x), call(layer.to_dense(), x)
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x: call(layer, x), backend="aot_eager", fullgraph=True)(x)
+
+
+def test_transforms_of_a_compiled_layer_are_right() -> None:
+    layer, x = SparseLinear(20, 10, sparsity=0.5), torch.randn(5, 20)
+    call = torch.compile(layer, backend="aot_eager")
+    check(layer, call)
+    dense = layer.to_dense()
+    for transform in (torch.func.jacrev, torch.func.jacfwd, torch.func.vmap):
+        torch.testing.assert_close(transform(call)(x), transform(dense)(x))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x + 1)
+        got, wanted = (torch.autograd.forward_ad.unpack_dual(each(dual)) for each in (call, dense))
+    torch.testing.assert_close(got, wanted)

@@ -68,11 +68,11 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "conv": (
         lambda: SparseConv2d(2, 4, 2, stride=(1, 2), padding=1, groups=2, sparsity=0.3, dtype=F64),
-        (2, 2, 2, 2),
+        (2, 2, 1, 2),
     ),
     "conv of one image": (
         lambda: SparseConv2d(
-            1, 2, (2, 3), dilation=(2, 1), padding="same", padding_mode="circular", bias=False, fan_in=3,
+            1, 2, (2, 3), dilation=(2, 1), padding="same", padding_mode="reflect", bias=False, fan_in=3,
             dtype=F64,
         ),
         (1, 4, 3),
@@ -161,7 +161,6 @@ TRANSFORMS: dict[str, Call] = {
     )(p),
     "vjp": vjp,
     "jacrev": lambda m, p, x: torch.func.jacrev(lambda p: functional_call(m, p, (x,)))(p),
-    "jacrev in chunks": lambda m, p, x: torch.func.jacrev(m, chunk_size=2)(x),
     "jvp": lambda m, p, x: torch.func.jvp(lambda p, x: functional_call(m, p, (x,)), (p, x), (p, x)),
     "jvp by parameters": lambda m, p, x: torch.func.jvp(lambda p: loss_of(m, p, x), (p,), (p,)),
     "jvp of grad": lambda m, p, x: torch.func.jvp(
