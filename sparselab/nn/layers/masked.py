@@ -331,13 +331,13 @@ class MaskedConv2d(Convolution, MaskedLayer):
     def dense_products(self, x: Tensor) -> DenseProducts:
         """The convolution of padded images."""
         geometry = self.geometry
-        kernel = self.out_channels, self.in_channels // self.groups, *geometry.kernel
+        size, kernel = x.shape[1:], (self.out_channels, self.in_channels // self.groups, *geometry.kernel)
         how = geometry.stride, geometry.padding, geometry.dilation, self.groups
         by_input: Any = nn.grad.conv2d_input
         by_weight: Any = nn.grad.conv2d_weight
         return DenseProducts(
             lambda x, W, bias: nn.functional.conv2d(x, W.reshape(kernel), bias, *how),
-            lambda dy, W: by_input((len(dy), *x.shape[1:]), W.reshape(kernel), dy, *how),
+            lambda dy, W: by_input((len(dy), *size), W.reshape(kernel), dy, *how),
             lambda dy, x: by_weight(x, kernel, dy, *how).reshape(self.shape),
         )
 
