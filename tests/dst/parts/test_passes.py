@@ -69,7 +69,10 @@ def test_rigl_grows_where_the_gradient_of_a_dense_layer_is_largest(kind, how, as
     assert layer.positions().tolist() == wanted
 
 
-def test_a_penalty_may_have_its_own_backward_pass():
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_a_penalty_may_have_its_own_backward_pass(create_graph):
+    """With a graph torch adds up gradients in new tensors."""
     torch.manual_seed(0)
     layer, x = SparseLinear(12, 10, sparsity=0.6, dtype=F64), torch.randn(5, 12, dtype=F64)
     dense = layer.to_dense()
@@ -77,8 +80,8 @@ def test_a_penalty_may_have_its_own_backward_pass():
     layer.apply(algorithm)
     for each in (dense, layer):
         model = nn.Sequential(each, nn.Tanh())
-        model(x).square().sum().backward()
-        gradient_penalty(model, x).backward()
+        model(x).square().sum().backward(create_graph=create_graph)
+        gradient_penalty(model, x).backward(create_graph=create_graph)
     wanted = expected(layer, dense.weight.grad)
     algorithm.step()
     assert layer.positions().tolist() == wanted

@@ -250,8 +250,8 @@ def test_an_ensemble_of_members_with_connections_of_their_own(kind: str) -> None
 
 
 def of_all(loss: Tensor, model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Gradients by x and by every parameter that has one, with a graph."""
-    of = [x, *model.parameters()]
+    """Gradients by x and by every parameter that is trained, with a graph."""
+    of = [x, *(each for each in model.parameters() if each.requires_grad)]
     found = torch.autograd.grad(loss, of, create_graph=True, allow_unused=True)
     return [torch.zeros_like(i) if each is None else each for i, each in zip(of, found, strict=True)]
 
@@ -366,3 +366,25 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("how", AROUND)
 def test_what_moves_or_recomputes_what_is_saved(kind: str, how: str) -> None:
     Case(kind).compare(lambda m, x: AROUND[how](m, x.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("kind", ["linear", "blocks", "conv", "partly used"])
+@pytest.mark.parametrize("trained", [(), ("bias",), ("weight_values",)], ids=["nothing", "bias", "values"])
+@pytest.mark.parametrize("how", ["gradient penalty", "third order", "dual numbers"])
+def test_what_is_not_trained_costs_no_order(kind: str, trained: tuple[str, ...], how: str) -> None:
+    case = Case(kind)
+    for model in (case.layer, case.twin):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+    case.compare(lambda m, x: EAGER[how](m, x.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("kind", ["linear", "blocks", "conv"])
+@pytest.mark.parametrize("n_grow", [0, 1])
+def test_connections_replaced_before_the_second_backward_pass_are_refused(kind: str, n_grow: int) -> None:
+    case = Case(kind)
+    layer, x = case.layer, case.x.requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)
+    layer.rewrite(torch.tensor([0]), layer.positions()[:n_grow])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        dx.square().sum().backward()
