@@ -99,6 +99,13 @@ def difference(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(gone), torch.from_numpy(come)
 
 
+def take_connections(layer: Any, positions: Tensor) -> None:
+    """Rewire a layer to int64 positions, ascending; weights and gradient that stay go with theirs."""
+    drop, grow = difference(layer.positions(), positions)
+    if len(drop) or len(grow):
+        layer.rewrite(drop, grow)
+
+
 def _slots(known: Array, wanted: Array) -> Array:
     """Where each wanted position is among the known ones, or -1."""
     if not known.size:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from sparselab.nn.follow.replaced import difference
+from sparselab.nn.follow.replaced import take_connections
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -192,13 +192,6 @@ class AveragedModel(swa_utils.AveragedModel):
         finally:
             for layer, name, buffer in hidden:
                 layer._buffers[name] = buffer
-
-
-def take_connections(layer: SparseLayer, positions: Tensor) -> None:
-    """Rewire a layer to int64 positions, ascending; weights, gradient and state that stay go with theirs."""
-    drop, grow = difference(layer.positions(), positions)
-    if len(drop) or len(grow):
-        layer.rewrite(drop, grow)
 
 
 def _topology(model: nn.Module) -> list[tuple[SparseLayer, str, Tensor]]:

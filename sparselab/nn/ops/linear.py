@@ -21,6 +21,7 @@ from sparselab.nn.ops.checks import (
     require_strided,
 )
 from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_derivatives
+from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
@@ -187,6 +188,26 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) ->
         y: Tensor = LinearFunction.apply(x, values, bias, topology)  # type: ignore[no-untyped-call]
         return y
     return product(topology, x, values, bias)
+
+
+def linear_transposed(x: Tensor, values: Tensor, layer: HasStorage) -> Tensor:
+    """``x W`` with gradients: what the gradient of a layer's input is, as a product of its own.
+
+    Parameters
+    ----------
+    x : (tokens, out_features), any strides
+    values : (connections, block_out, block_in), the dtype of x
+    layer : HasStorage
+        Asked for its topology.
+
+    Returns
+    -------
+    (tokens, in_features)
+    """
+    indptr, indices, sizes, layout = layer.storage.arguments(layer)
+    if is_transformed():
+        return transformed_input_grad(x, values, (indptr, indices), LinearForm(sizes, layout))
+    return linear_input_grad(x, values, indptr, indices, sizes, layout)  # type: ignore[no-any-return]
 
 
 class LinearFunction(torch.autograd.Function):

@@ -12,8 +12,8 @@ from torch.nn.modules.utils import _pair
 from sparselab.nn.ops.conv2d import conv2d as sparse_conv2d
 from sparselab.nn.ops.geometry import Pair, read_geometry
 from sparselab.nn.ops.linear import linear as sparse_linear
+from sparselab.nn.ops.linear import linear_transposed
 from sparselab.nn.storage.checks import check_images, check_input, check_tokens
-from sparselab.nn.weight.transposed import linear_transposed
 
 
 class LiveWeight(Protocol):

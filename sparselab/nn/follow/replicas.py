@@ -16,15 +16,19 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from sparselab.nn.layers.base import SparseLayer, find_sparse
-from sparselab.nn.models.average import take_connections
+from sparselab.nn.follow.replaced import take_connections
+from sparselab.nn.storage.base import Storage
 
 
 def _wrapped(owner: nn.Module, name: str, module: nn.Module | None) -> None:
     """Torch's hook for a module that becomes part of another one."""
     if name != "module" or module is None or not isinstance(owner, DistributedDataParallel):
         return
-    layers = dict(find_sparse(module))
+    layers = {
+        name: each
+        for name, each in module.named_modules()
+        if isinstance(getattr(each, "storage", None), Storage)
+    }
     if not layers:
         return
     share_connections(list(layers.values()), owner.process_group)
@@ -36,12 +40,12 @@ def _wrapped(owner: nn.Module, name: str, module: nn.Module | None) -> None:
     )
 
 
-def share_connections(layers: list[SparseLayer], group: Any = None) -> None:
+def share_connections(layers: list[Any], group: Any = None) -> None:
     """Give layers the connections that they have in the first process of a group; weights go by position.
 
     Parameters
     ----------
-    layers : list of SparseLayer
+    layers : list of sparse layers
         The same in every process.
     group : torch.distributed.ProcessGroup, optional
     """
