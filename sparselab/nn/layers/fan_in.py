@@ -61,7 +61,7 @@ class FanInLinear(LinearLayer):
     Notes
     -----
     A saved state holds `weight_values`, `indices`, the bias, `fan_in` as int64 of no dimension, and, only if
-    an output has no connection, the outputs that are left: int64 `rows`, ascending.
+    some outputs have no connection, the outputs that are left, if any: int64 `rows`, ascending.
 
     `fan_in` and the rows left may change by `rewrite`. Every output must be left with no connection or as
     many as the others, so the algorithms for this layer are `Static`, `SRigL`, and those that keep the count

@@ -20,7 +20,7 @@ class FanIn(Compressed):
     Notes
     -----
     A saved state holds no `indptr`, but ``fan_in``, int64 of no dimension. Where some rows are empty it names
-    the others: int64 ``rows``, ascending.
+    the others, if there are some: int64 ``rows``, ascending.
     """
 
     saved = "weight_values", "indices", "fan_in", "rows"
@@ -81,6 +81,7 @@ class FanIn(Compressed):
 
     def save(self, layer: Any, destination: dict[str, Any], prefix: str) -> None:
         """Say how many connections a row has, and name those that have some, if others have none."""
-        destination[prefix + "fan_in"] = torch.tensor(self.each(layer), device=layer.indices.device)
-        if not layer.indptr.is_meta and len(rows := self.rows(layer)) != self.shape[0]:
+        each = self.each(layer)
+        destination[prefix + "fan_in"] = torch.tensor(each, device=layer.indices.device)
+        if each and not layer.indptr.is_meta and len(rows := self.rows(layer)) != self.shape[0]:
             destination[prefix + "rows"] = rows

@@ -289,7 +289,7 @@ def test_copies_compute_the_same_and_train_on(
     copied: Callable[[FanInLinear], FanInLinear], gone: tuple[int, ...]
 ) -> None:
     layer = make(*gone)
-    assert ("rows" in layer.state_dict()) == bool(gone)
+    assert ("rows" in layer.state_dict()) == (0 < len(gone) < 20)
     other = copied(layer)
     x = torch.randn(40, 30)
     assert torch.equal(other(x), layer(x))

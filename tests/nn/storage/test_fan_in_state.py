@@ -98,3 +98,15 @@ def test_missing_and_unexpected_keys_are_reported_as_by_torch() -> None:
     state = make(3).state_dict()
     assert make().load_state_dict({**state, "more": state["bias"]}, strict=False).unexpected_keys == ["more"]
     assert set(make().load_state_dict({}, strict=False).missing_keys) == {"weight_values", "indices", "bias"}
+
+
+def test_a_layer_without_any_connection_needs_no_rows() -> None:
+    layer = make(0)
+    layer.set_topology(torch.zeros(layer.shape, dtype=torch.bool))
+    state = copy.deepcopy(layer.state_dict())
+    assert "rows" not in state
+    assert state["fan_in"] == 0
+    other = make(1)
+    other.load_state_dict(state)
+    assert other.nnz == other.fan_in == 0
+    assert torch.equal(other.indptr, layer.indptr)
