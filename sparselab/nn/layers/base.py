@@ -190,7 +190,9 @@ class SparseLayer(nn.Module):
         mask = self._buffers["forward_mask"]
         if mask is None:
             return values
-        used: Tensor = _Used.apply(values, mask)  # type: ignore[no-untyped-call]
+        # The compiler takes no function with a forward mode.
+        function = _Used if torch.compiler.is_compiling() else _UsedInAnyMode
+        used: Tensor = function.apply(values, mask)  # type: ignore[no-untyped-call]
         return used
 
     def _fit_forward_mask(self, saved: Tensor | None) -> None:
@@ -348,6 +350,10 @@ class _Used(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+class _UsedInAnyMode(_Used):
+    """The same with a forward mode."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

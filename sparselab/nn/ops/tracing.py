@@ -6,7 +6,10 @@ nobody would see it, an operator's function is called by itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.compiler.config
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -63,3 +66,17 @@ def has_memory(tensor: Tensor) -> bool:
             return True
         last += (n - 1) * step
     return held >= (last + 1) * tensor.itemsize
+
+
+def let_sizes_change(names: Iterable[str]) -> None:
+    """Tell `torch.compile` that parameters and buffers of these names change their first size.
+
+    It would take all of them for fixed, and compile a model anew whenever an update changes a number of
+    connections. Other modules' tensors of such a name are compiled for any first size, too.
+    """
+    # Absent from older versions of torch, which compile anew.
+    known = getattr(torch.compiler.config, "dynamic_sources", None)
+    if known is not None:
+        ours = [rf".*\['{name}'\]:0" for name in names]
+        added = [each for each in ours if each not in known.split(",")]
+        torch.compiler.config.dynamic_sources = ",".join(filter(None, [known, *added]))

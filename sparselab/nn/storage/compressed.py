@@ -15,10 +15,13 @@ from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.rewiring.rows import sample_rows
 from sparselab.nn.ops.topologies import TensorTopology, hold_topology
+from sparselab.nn.ops.tracing import let_sizes_change
 from sparselab.nn.storage.base import Storage, as_positions
 from sparselab.nn.storage.checks import check_rows
 from sparselab.nn.storage.entries import move_slots, repeated
 from sparselab.nn.storage.init import fan_in_uniform_
+
+let_sizes_change(("weight_values", "indices", "forward_mask"))
 
 
 class Loaded(NamedTuple):
