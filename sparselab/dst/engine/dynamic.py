@@ -183,7 +183,12 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     def _check_layer(self, layer: SparseLayer) -> None:
         if layer.block_shape != (1, 1):
             require_of_blocks(type(self).__name__, layer.block_shape, self.parts.values())
-        _ = layer.stored  # an error if its weights are computed
+        if layer.stored.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"layers to rewire must have weights of float32 or float64, got {layer.stored.dtype}: small "
+                f"updates would be lost to its rounding. Keep them in float32, and compute in bfloat16 under "
+                f"torch.autocast"
+            )
         require_one_process(type(self).__name__)
         self.budget.check(layer)
 

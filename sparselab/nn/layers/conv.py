@@ -21,6 +21,7 @@ from sparselab.nn.storage.checks import (
     check_input,
     read_fan_in,
     read_sparsity,
+    under_autocast,
 )
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import as_scores
@@ -263,8 +264,8 @@ class SparseConv2d(Convolution, CompressedLayer):
         Parameters
         ----------
         x : (n, in_channels, height, width) or (in_channels, height, width), the dtype of `weight_values`
-            Under CPU autocast any floating dtype; the product is then computed and returned in the dtype of
-            `weight_values`.
+            Under CPU autocast any floating dtype; the product is then computed in the dtype of
+            `weight_values`, and returned in that of autocast, unless it is float64.
 
         Returns
         -------
@@ -277,6 +278,8 @@ class SparseConv2d(Convolution, CompressedLayer):
         NotImplementedError
             If the layer or x is on a device without products.
         """
+        if torch.is_autocast_enabled("cpu"):
+            return under_autocast(self.forward, x, self.in_use.dtype)
         check_images(x, self.in_channels)
         return self._convolved(check_input(x, self.weight_values))
 

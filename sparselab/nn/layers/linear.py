@@ -21,6 +21,7 @@ from sparselab.nn.storage.checks import (
     check_size,
     check_tokens,
     read_sparsity,
+    under_autocast,
 )
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.patterns import read_pattern
@@ -35,8 +36,8 @@ class LinearLayer(CompressedLayer):
         Parameters
         ----------
         x : (..., in_features), the dtype of `weight_values`
-            Under CPU autocast any floating dtype; the product is then computed and returned in the dtype of
-            `weight_values`.
+            Under CPU autocast any floating dtype; the product is then computed in the dtype of
+            `weight_values`, and returned in that of autocast, unless it is float64.
 
         Returns
         -------
@@ -49,6 +50,8 @@ class LinearLayer(CompressedLayer):
         NotImplementedError
             If the layer or x is on a device without products.
         """
+        if torch.is_autocast_enabled("cpu"):
+            return under_autocast(self.forward, x, self.in_use.dtype)
         # Where they are, unless something computes them: torch's own look-up takes a microsecond each.
         parameters: Any = self._parameters
         values = parameters.get("weight_values")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 
 def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
-    """x (..., in_features), in the dtype of the values under autocast; errors as of `SparseLinear`."""
+    """x (..., in_features); errors as of `SparseLinear`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(x).__name__}")
     shape, dtype = x.shape, x.dtype
@@ -29,8 +30,30 @@ def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
     return check_input(x, values)
 
 
+def under_autocast(compute: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a product returns under CPU autocast: of the dtype that dense layers give, unless it is float64.
+
+    It is computed in the dtype of the weights, which autocast would round before.
+
+    Parameters
+    ----------
+    compute : callable
+        Takes x in the dtype of the weights, and is called without autocast.
+    x : Tensor
+        Of any floating dtype.
+    dtype : torch.dtype
+        Of the weights.
+    """
+    found = torch.get_autocast_dtype("cpu")
+    if isinstance(x, Tensor) and x.is_floating_point():
+        x = x.to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        y = compute(x)
+    return y if y.dtype == torch.float64 else y.to(found)
+
+
 def check_input(x: Tensor, values: Tensor) -> Tensor:
-    """x, brought to the dtype of the values under autocast; errors as documented at `SparseLinear`."""
+    """x; errors as documented at `SparseLinear`."""
     device, dtype = x.device, x.dtype
     if dtype is values.dtype and dtype in _DTYPES and device == values.device and device.type == "cpu":
         return x
@@ -43,11 +66,7 @@ def check_input(x: Tensor, values: Tensor) -> Tensor:
         raise RuntimeError(f"input must be on the layer's device, {values.device}, got {x.device}")
     check_dtype("values", values.dtype)
     if x.dtype != values.dtype:
-        if not (x.is_floating_point() and torch.is_autocast_enabled("cpu")):
-            raise RuntimeError(
-                f"input must have the dtype of the layer's values, {values.dtype}, got {x.dtype}"
-            )
-        x = x.to(values.dtype)
+        raise RuntimeError(f"input must have the dtype of the layer's values, {values.dtype}, got {x.dtype}")
     return x
 
 

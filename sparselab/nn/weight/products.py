@@ -13,7 +13,7 @@ from sparselab.nn.ops.conv2d import conv2d as sparse_conv2d
 from sparselab.nn.ops.geometry import Pair, read_geometry
 from sparselab.nn.ops.linear import linear as sparse_linear
 from sparselab.nn.ops.linear import linear_transposed
-from sparselab.nn.storage.checks import check_images, check_input, check_tokens
+from sparselab.nn.storage.checks import check_images, check_input, check_tokens, under_autocast
 
 
 class LiveWeight(Protocol):
@@ -45,6 +45,8 @@ def linear(x: Tensor, weight: LiveWeight, bias: Tensor | None = None) -> Tensor:
     RuntimeError
         If an operand does not fit.
     """
+    if torch.is_autocast_enabled("cpu"):
+        return under_autocast(lambda x: linear(x, weight, bias), x, weight.values().dtype)
     if len(weight.shape) != 2:
         raise RuntimeError(f"weight must have two dimensions, got {tuple(weight.shape)}")
     values, (rows, columns) = weight.values(), weight.shape
@@ -78,6 +80,10 @@ def conv2d(
     RuntimeError, ValueError
         If an operand does not fit.
     """
+    if torch.is_autocast_enabled("cpu"):
+        return under_autocast(
+            lambda x: conv2d(x, weight, bias, stride, padding, dilation, groups), x, weight.values().dtype
+        )
     if len(weight.shape) != 4:
         raise RuntimeError(f"weight must have four dimensions, got {tuple(weight.shape)}")
     if padding == "same" and _pair(stride) != (1, 1):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparselab import SET, Group, MaskedLinear, Monitor, RigL, SparseLinear
+from sparselab import SET, Group, MaskedLinear, Monitor, RigL, SparseLinear, Static
 
 SHARED = {
     "weights": lambda a, b: setattr(b, "weight_values", a.weight_values),
@@ -140,3 +140,12 @@ def test_a_monitor_does_not_tell_of_layers_that_its_algorithm_has_no_more():
     with pytest.raises(RuntimeError, match=r"Monitor must watch the layers .* remove\(\) the monitor"):
         algorithm.step()
     assert len(monitor.history) == 2
+
+
+@pytest.mark.parametrize("layer_class", [SparseLinear, MaskedLinear])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_of_low_precision_are_not_rewired(layer_class, dtype):
+    layer = layer_class(12, 12).to(dtype)
+    with pytest.raises(TypeError, match=f"weights of float32 or float64, got {dtype}.*torch.autocast"):
+        RigL().attach(nn.Sequential(layer))
+    Static().attach(nn.Sequential(layer))

@@ -175,7 +175,7 @@ def test_precisions_and_modes() -> None:
     y = layer(x)
     assert y.shape == (2, 9, 50)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x.bfloat16()).dtype == torch.float32
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
     with torch.inference_mode():
         assert torch.equal(layer(x), y)
     half = copy.deepcopy(layer).bfloat16()

@@ -330,7 +330,7 @@ def test_life_inside_torch() -> None:
     with torch.inference_mode():
         assert torch.equal(layer(x), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()))
+        assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()).bfloat16())
     values, expected = torch.randn(2, 114, 1, 1), expected.detach()
     by_values = torch.func.vmap(lambda v: torch.func.functional_call(layer, {"weight_values": v}, (x,)))(
         values
