@@ -61,8 +61,8 @@ class Origin:
         elif own != self._own and _checksum(copy) != self._checksum:
             if not _equal(copy, layer):
                 raise RuntimeError(
-                    f"the connections of {_name(copy)}, a copy of another layer, were written to in place: "
-                    f"{_ADVICE}"
+                    f"the topology ({', '.join(copy.storage.pattern)}) of {_name(copy)}, a copy of another "
+                    f"layer, was written to in place: {_ADVICE}"
                 )
             self.settle(copy)
         elif self._checksum == _checksum(layer):
