@@ -249,9 +249,9 @@ def record_operators(run: Any) -> list[tuple[Any, list[Any]]]:
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.namespace == "sparselab":
-                names = [argument.name for argument in func._schema.arguments]
-                given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-                calls.append((func, [given[name] for name in names]))
+                known = func._schema.arguments
+                given = {**dict(zip((each.name for each in known), args, strict=False)), **(kwargs or {})}
+                calls.append((func, [given.get(each.name, each.default_value) for each in known]))
             return func(*args, **(kwargs or {}))
 
     with Record():
