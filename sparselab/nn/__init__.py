@@ -6,12 +6,13 @@ from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
 from sparselab.nn.layers.brf import brf_
 from sparselab.nn.layers.constant_fan_in import constant_fan_in_
-from sparselab.nn.layers.conv import SparseConv2d
+from sparselab.nn.layers.conv.masked import MaskedConv2d
+from sparselab.nn.layers.conv.sparse import SparseConv2d
 from sparselab.nn.layers.dense import DenseLayer, DenseType, LinearView, register_dense, whole
 from sparselab.nn.layers.fan_in import FanInLinear
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.linear import SparseLinear
-from sparselab.nn.layers.masked import MaskedConv2d, MaskedLinear
+from sparselab.nn.layers.masked import MaskedLinear
 from sparselab.nn.models.average import AveragedModel, average, copy_topology, soft_update
 from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify

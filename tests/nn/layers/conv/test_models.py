@@ -20,7 +20,7 @@ from sparselab import (
 )
 from sparselab.dst import allocate, prune
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
-from tests.nn.layers.test_conv import KINDS, gradients, images, make
+from tests.nn.layers.conv.test_sparse import KINDS, gradients, images, make
 
 
 def network() -> nn.Sequential:
