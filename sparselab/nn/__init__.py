@@ -6,8 +6,20 @@ from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
 from sparselab.nn.layers.brf import brf_
 from sparselab.nn.layers.constant_fan_in import constant_fan_in_
-from sparselab.nn.layers.conv.masked import MaskedConv2d
-from sparselab.nn.layers.conv.sparse import SparseConv2d
+from sparselab.nn.layers.conv.masked import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+)
+from sparselab.nn.layers.conv.sparse import SparseConv1d, SparseConv2d, SparseConv3d
+from sparselab.nn.layers.conv.transposed import (
+    SparseConvTranspose1d,
+    SparseConvTranspose2d,
+    SparseConvTranspose3d,
+)
 from sparselab.nn.layers.dense import DenseLayer, DenseType, LinearView, register_dense, whole
 from sparselab.nn.layers.fan_in import FanInLinear
 from sparselab.nn.layers.kinds import LayerKind, register_kind
@@ -39,10 +51,20 @@ __all__ = [
     "GradientOperands",
     "LayerKind",
     "LinearView",
+    "MaskedConv1d",
     "MaskedConv2d",
+    "MaskedConv3d",
+    "MaskedConvTranspose1d",
+    "MaskedConvTranspose2d",
+    "MaskedConvTranspose3d",
     "MaskedLinear",
     "MemoryReport",
+    "SparseConv1d",
     "SparseConv2d",
+    "SparseConv3d",
+    "SparseConvTranspose1d",
+    "SparseConvTranspose2d",
+    "SparseConvTranspose3d",
     "SparseLayer",
     "SparseLinear",
     "SparseMultiheadAttention",

@@ -295,7 +295,11 @@ class SparseLayer(nn.Module):
     def _draw_bias(self, indptr: Tensor) -> None:
         if self.bias is not None:
             with torch.no_grad():
-                self.bias.uniform_(-1, 1).mul_(fan_in_bound(indptr, self.bias.dtype))
+                self.bias.uniform_(-1, 1).mul_(self._bias_bound(indptr, self.bias.dtype))
+
+    def _bias_bound(self, indptr: Tensor, dtype: torch.dtype) -> Tensor:
+        """Within what biases are drawn, from the row pointers of W."""
+        return fan_in_bound(indptr, dtype)
 
     def to_scipy(self) -> scipy.sparse.csr_array | scipy.sparse.bsr_array:
         """W as a SciPy array (out_features, in_features) in canonical form, a copy.

@@ -43,6 +43,8 @@ class CompressedLayer(SparseLayer):
     bias : bool
     device, dtype
         As of `sparselab.SparseLinear`.
+    n_outputs : int, optional
+        Biases, if there are some; as many as W has rows by default.
     """
 
     storage: Compressed
@@ -57,6 +59,7 @@ class CompressedLayer(SparseLayer):
         bias: bool,
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
+        n_outputs: int | None = None,
     ) -> None:
         super().__init__(storage)
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -64,12 +67,13 @@ class CompressedLayer(SparseLayer):
         storage.register(self, nnz, device, dtype)
         _living.add(self)
         place = self.weight_values.device
-        self.bias = nn.Parameter(torch.empty(self.out_features, device=place, dtype=dtype)) if bias else None
+        n_outputs = self.out_features if n_outputs is None else n_outputs
+        self.bias = nn.Parameter(torch.empty(n_outputs, device=place, dtype=dtype)) if bias else None
 
-    def _draw_if_there(self, sparsity: float) -> None:
+    def _draw_if_there(self, sparsity: float, stacklevel: int = 4) -> None:
         """First values, unless the layer is on the device "meta"; warn if that sparsity leaves none."""
         if not self.weight_values.is_meta:
-            warn_if_none(self.nnz, self.grid, sparsity)
+            warn_if_none(self.nnz, self.grid, sparsity, stacklevel)
             self.reset_parameters()
 
     @property

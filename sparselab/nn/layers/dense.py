@@ -39,7 +39,7 @@ class LinearView(nn.Linear):
 class DenseLayer:
     """One layer: the module it belongs to, its name there if it is a part, a view, what holds its data.
 
-    The view is a `torch.nn.Linear`, or a `torch.nn.Conv2d` as it is.
+    The view is a `torch.nn.Linear`, or a convolution as it is.
     """
 
     owner: nn.Module
@@ -63,7 +63,7 @@ class DenseType:
     known : tuple of str
         The parameters, buffers and modules that the class gives a module; any other would be lost.
     restore : callable, optional
-        ``restore(layer, cls)``: a module of this class from the `torch.nn.Linear` or `torch.nn.Conv2d` that a
+        ``restore(layer, cls)``: a module of this class from the `torch.nn.Linear` or convolution that a
         sparse layer becomes, where `LinearView.dense_class` asks for one.
     join : callable, optional
         ``join(module, layers)``: what takes the place of a module whose parts named in ``layers`` were
@@ -178,5 +178,8 @@ def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 register_dense(DenseType(nn.Linear, whole))
-register_dense(DenseType(nn.Conv2d, whole))
+for _convolution in (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+):  # fmt: skip
+    register_dense(DenseType(_convolution, whole))
 register_dense(DenseType("transformers.pytorch_utils.Conv1D", _transposed, restore=_transpose_back))

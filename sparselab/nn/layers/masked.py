@@ -21,6 +21,9 @@ from sparselab.nn.storage.masked import Masked
 
 Layer = TypeVar("Layer", bound="MaskedLayer")
 
+#: ``x W^T + b`` for tokens.
+_LINEAR = DenseProducts(nn.functional.linear, lambda dy, W: dy @ W, lambda dy, x: dy.T @ x)
+
 
 class MaskedLayer(SparseLayer):
     """A layer whose weight is dense, with the topology in a mask; the twin of a sparse layer.
@@ -104,13 +107,9 @@ class MaskedLayer(SparseLayer):
         """What the dense gradient is made of."""
         raise NotImplementedError
 
-    def dense_products(self, x: Tensor) -> DenseProducts:
-        """The product and its gradients for checked input."""
-        raise NotImplementedError
-
-    def _product(self, x: Tensor) -> Tensor:
+    def _compute(self, products: DenseProducts, x: Tensor, bias: Tensor | None) -> Tensor:
         """The output, whose gradient is shown to the hook if there is one and something to be seen."""
-        products, weight, bias = self.dense_products(x), self.weight_in_use, self.bias
+        weight = self.weight_in_use
         if self.gradient_hook is None or not self.stored.requires_grad or not torch.is_grad_enabled():
             return products.product(x, weight, bias)
         form = DenseForm(products, self._show)
@@ -237,13 +236,9 @@ class MaskedLinear(MaskedLayer):
         """
         check_width(x, self.in_features)
         if x.ndim == 2:
-            return self._product(x)
-        y = self._product(x.reshape(math.prod(x.shape[:-1]), self.in_features))
+            return self._compute(_LINEAR, x, self.bias)
+        y = self._compute(_LINEAR, x.reshape(math.prod(x.shape[:-1]), self.in_features), self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    def dense_products(self, x: Tensor) -> DenseProducts:
-        """``x W^T + b`` for tokens."""
-        return DenseProducts(nn.functional.linear, lambda dy, W: dy @ W, lambda dy, x: dy.T @ x)
 
     def operands(self, x: Tensor, dy: Tensor, of_graph: bool) -> GradientOperands:
         """Tokens and the gradients of their outputs."""

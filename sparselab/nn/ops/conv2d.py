@@ -15,6 +15,7 @@ from sparselab.nn.ops.checks import (
 )
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
 from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_derivatives
+from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
 from sparselab.nn.ops.geometry import Geometry, Pair
 from sparselab.nn.ops.linear import HasStorage
@@ -187,6 +188,37 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage, ge
         y: Tensor = Conv2dFunction.apply(x, values, bias, topology, geometry)  # type: ignore[no-untyped-call]
         return y
     return product(topology, x, values, bias, geometry)
+
+
+def conv2d_transposed(x: Tensor, values: Tensor, layer: HasStorage, geometry: Geometry, size: Pair) -> Tensor:
+    """What the gradient of a convolution's input is, as a product of its own: the transposed convolution.
+
+    Parameters
+    ----------
+    x : (n, out_channels, rows, columns), any strides
+    values : (nnz, 1, 1), the dtype of x
+    layer : HasStorage
+        Asked for its topology.
+    geometry : Geometry
+        Of the convolution.
+    size : (int, int)
+        Of the result.
+
+    Returns
+    -------
+    (n, in_channels, *size)
+    """
+    if is_plain(x, values):
+        topology = layer.storage.topology(layer)
+        if not (torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)):
+            return input_grad(topology, x, values, geometry, size)
+    indptr, indices, sizes, layout = layer.storage.arguments(layer)
+    if is_transformed():
+        form = ConvolutionForm(sizes, layout, geometry.numbers, size)
+        return transformed_input_grad(x, values, (indptr, indices), form)
+    return conv2d_input_grad(  # type: ignore[no-any-return]
+        x, values, indptr, indices, sizes, layout, geometry.numbers, *size
+    )
 
 
 class Conv2dFunction(torch.autograd.Function):

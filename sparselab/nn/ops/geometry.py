@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from torch.nn.modules.utils import _pair
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 Pair = tuple[int, int]
+#: One number for all dimensions, or one for each.
+Size = int | tuple[int, ...]
 
 
 class Geometry(NamedTuple):
-    """What a convolution is beside its weights: W is (out_channels, in_channels // groups * elements)."""
+    """What a convolution of images is beside its weights.
+
+    W is (out_channels, in_channels // groups * elements).
+    """
 
     in_channels: int
     groups: int
@@ -64,46 +71,256 @@ class Geometry(NamedTuple):
         return down, (size[1] + 2 * q - e * (b - 1) - 1) // t + 1
 
 
-def read_geometry(
+class Depth(NamedTuple):
+    """What a convolution of volumes is along their depth."""
+
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+
+class Space(NamedTuple):
+    """A convolution of one, two or three dimensions, as one of images.
+
+    Signals are images of one row. Of volumes the depth alone is unfolded: each slice of the output is an
+    image, made of the slices below its windows, which are further channels of one image. Columns of W are
+    then those of images too: element ``(d, i, j)`` of channel c is element ``(i, j)`` of channel
+    ``c * depth + d``.
+
+    Attributes
+    ----------
+    geometry : Geometry
+        Of the images.
+    depth : Depth or None
+        Of volumes.
+    kernel, stride, padding, dilation : tuple of int
+        One number for each dimension, as torch has them. The padding is what lies within the convolution.
+    outside : list of int, or None
+        What is to be padded before, as `torch.nn.functional.pad` takes it; None if there is nothing.
+    """
+
+    geometry: Geometry
+    depth: Depth | None
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    outside: list[int] | None
+
+    @property
+    def n_dims(self) -> int:
+        """1, 2 or 3."""
+        return len(self.kernel)
+
+    def convolve(self, x: Tensor, product: Callable[[Tensor], Tensor], mode: str = "constant") -> Tensor:
+        """The convolution of x, by one of images.
+
+        Parameters
+        ----------
+        x : (n, in_channels, *size), or without n
+        product : callable
+            The outputs of images (n, geometry.in_channels, height, width).
+        mode : str
+            How `torch.nn.functional.pad` shall pad what is outside.
+
+        Returns
+        -------
+        (n, out_channels, *outputs), or without n
+
+        Raises
+        ------
+        RuntimeError
+            If x is smaller than the kernel.
+        """
+        is_batch = x.ndim == self.n_dims + 2
+        batch = x if is_batch else x.unsqueeze(0)
+        if self.outside is not None:
+            batch = F.pad(batch, self.outside, mode)
+        ends = zip(batch.shape[2:], self._extents(), self.stride, strict=True)
+        outputs = tuple((size - extent) // step + 1 for size, extent, step in ends)
+        if min(outputs) < 1:
+            raise RuntimeError(
+                f"input must be as large as the kernel, {self.kernel} of dilation {self.dilation}, when it "
+                f"is padded; got {tuple(x.shape)}, which gives {outputs} outputs"
+            )
+        y = self._unstacked(product(self._unfolded(batch)), len(batch), outputs[0])
+        return y if is_batch else y.squeeze(0)
+
+    def transpose(
+        self, x: Tensor, product: Callable[[Tensor, Pair], Tensor], output_padding: Sequence[int]
+    ) -> Tensor:
+        """The transposed convolution of x: what the gradient of a convolution's input is.
+
+        Parameters
+        ----------
+        x : (n, out_channels, *outputs), or without n
+        product : callable
+            Of images and the height and width that its results shall have: these,
+            (n, geometry.in_channels, height, width).
+        output_padding : sequence of int
+            Outputs beyond the least number, as of `torch.nn.functional.conv_transpose2d`.
+
+        Returns
+        -------
+        (n, in_channels, *size), or without n
+
+        Raises
+        ------
+        RuntimeError
+            If the output padding is negative or not below stride or dilation, or no output is left.
+        """
+        limits = [max(pair) for pair in zip(self.stride, self.dilation, strict=True)]
+        if not all(0 <= more < limit for more, limit in zip(output_padding, limits, strict=True)):
+            raise RuntimeError(
+                f"output_padding must be at least 0 and below stride {self.stride} or dilation "
+                f"{self.dilation}, got {tuple(output_padding)}"
+            )
+        is_batch = x.ndim == self.n_dims + 2
+        batch = x if is_batch else x.unsqueeze(0)
+        ends = zip(self.least(batch.shape[2:]), output_padding, strict=True)
+        size = tuple(least + more for least, more in ends)
+        if min(*size, *batch.shape[2:]) < 1:
+            raise RuntimeError(
+                f"input must have outputs, got {tuple(x.shape)}, of which {size} outputs are left"
+            )
+        # A whole stride of output padding is what further inputs would reach.
+        further = [more // step for more, step in zip(output_padding, self.stride, strict=True)]
+        if any(further):
+            batch = F.pad(batch, [n for each in reversed(further) for n in (0, each)])
+        images = self._stacked(batch)
+        height, width = (1, *size)[-2:]
+        y = self._folded(product(images, (height, width)), batch.shape[2], size)
+        return y if is_batch else y.squeeze(0)
+
+    def least(self, inputs: Sequence[int]) -> list[int]:
+        """The smallest size of which a convolution makes so many outputs."""
+        ends = zip(inputs, self.stride, self._extents(), strict=True)
+        return [(n - 1) * step + extent for n, step, extent in ends]
+
+    def _extents(self) -> list[int]:
+        """What the first window takes of an input, beside its padding."""
+        each = zip(self.kernel, self.dilation, self.padding, strict=True)
+        return [d * (k - 1) + 1 - 2 * p for k, d, p in each]
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        """Images, of (n, in_channels, *size)."""
+        if self.depth is None:
+            return x if self.n_dims == 2 else x.unsqueeze(2)
+        kernel, stride, padding, dilation = self.depth
+        padded = F.pad(x, [0, 0, 0, 0, padding, padding]) if padding else x
+        # (n, channels, outputs, height, width, kernel), a view
+        windows = padded.unfold(2, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        return windows.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)
+
+    def _folded(self, images: Tensor, n_slices: int, size: tuple[int, ...]) -> Tensor:
+        """The transpose of `_unfolded`: (n, in_channels, *size) of images, so many for each of n."""
+        if self.depth is None:
+            return images if self.n_dims == 2 else images.squeeze(2)
+        depth, *plane = size
+        kernel, stride, padding, dilation = self.depth
+        slices = torch.unflatten(images.flatten(2), 0, (len(images) // n_slices, n_slices))
+        columns = slices.transpose(1, 2).flatten(2)
+        volumes = F.fold(
+            columns, (depth, plane[0] * plane[1]), (kernel, 1), (dilation, 1), (padding, 0), (stride, 1)
+        )
+        return torch.unflatten(volumes, 3, plane)
+
+    def _stacked(self, y: Tensor) -> Tensor:
+        """Images, of (n, out_channels, *outputs)."""
+        if self.depth is None:
+            return y if self.n_dims == 2 else y.unsqueeze(2)
+        return y.transpose(1, 2).flatten(0, 1)
+
+    def _unstacked(self, images: Tensor, n: int, n_slices: int) -> Tensor:
+        """(n, out_channels, *outputs) of images, so many for each of n."""
+        if self.depth is None:
+            return images if self.n_dims == 2 else images.squeeze(2)
+        return torch.unflatten(images, 0, (n, n_slices)).transpose(1, 2).contiguous()
+
+
+def with_bias(y: Tensor, bias: Tensor | None, n_dims: int) -> Tensor:
+    """The outputs (..., channels, *size) plus a bias (channels,) or None, in the dtype of the outputs.
+
+    Raises
+    ------
+    RuntimeError
+        If there is another number of biases.
+    """
+    if bias is None:
+        return y
+    channels = y.shape[-n_dims - 1]
+    if bias.shape != (channels,):
+        raise RuntimeError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
+    return y + bias.to(y.dtype).reshape(channels, *[1] * n_dims)
+
+
+def as_sizes(value: Size | Sequence[int], n_dims: int) -> tuple[int, ...]:
+    """One number for each dimension.
+
+    Raises
+    ------
+    ValueError
+        If there is another number of them.
+    """
+    given = tuple(value) if isinstance(value, Iterable) else (value,)
+    sizes = given * n_dims if len(given) == 1 else given
+    if len(sizes) != n_dims:
+        raise ValueError(f"sizes must be one number, or {n_dims}, got {value}")
+    return sizes
+
+
+def read_space(
     in_channels: int,
     groups: int,
     kernel: Sequence[int],
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
     zeros: bool = True,
-) -> tuple[Geometry, list[int] | None]:
-    """What a convolution is, in the words of torch: the geometry, and what is to be padded before.
+) -> Space:
+    """What a convolution is, in the words of torch.
 
     Parameters
     ----------
     in_channels, groups, kernel, stride, padding, dilation
-        As of `torch.nn.functional.conv2d`.
+        As of `torch.nn.functional.conv2d` and its likes; the kernel has as many numbers as there are
+        dimensions.
     zeros : bool
-        Whether the padding is of zeros, which the geometry can have itself where both sides are alike.
-
-    Returns
-    -------
-    Geometry
-    list of int, or None
-        As `torch.nn.functional.pad` takes it; None if there is nothing to pad.
+        Whether the padding is of zeros, which the convolution can have itself where both sides are alike.
 
     Raises
     ------
     ValueError
         If a convolution cannot have the numbers.
     """
-    kernel_size, strides, dilations = _pair(kernel), _pair(stride), _pair(dilation)
+    n_dims, kernel = len(kernel), tuple(kernel)
+    strides, dilations = as_sizes(stride, n_dims), as_sizes(dilation, n_dims)
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f'padding must be numbers, "same" or "valid", got {padding!r}')
-        total = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
-        total = total if padding == "same" else [0, 0]
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
         sides = [(n // 2, n - n // 2) for n in total]
     else:
-        sides = [(n, n) for n in _pair(padding)]
-    (top, bottom), (left, right) = sides
-    inside = zeros and top == bottom and left == right
-    added = (top, left) if inside else (0, 0)
-    geometry = Geometry.of([in_channels, groups, *kernel_size, *strides, *added, *dilations])
-    return geometry, None if inside else [left, right, top, bottom]
+        sides = [(n, n) for n in as_sizes(padding, n_dims)]
+    inside = zeros and all(before == after for before, after in sides)
+    added = tuple(before if inside else 0 for before, _ in sides)
+    outside = None if inside else [n for side in reversed(sides) for n in side]
+    numbers = kernel, strides, added, dilations
+    depth = Depth(*(each[0] for each in numbers)) if n_dims == 3 else None
+    if depth is not None:
+        in_channels *= _checked(depth).kernel
+    (a, b), (s, t), (p, q), (d, e) = (
+        (neutral, *each)[-2:] for neutral, each in zip((1, 1, 0, 1), numbers, strict=True)
+    )
+    geometry = Geometry.of([in_channels, groups, a, b, s, t, p, q, d, e])
+    return Space(geometry, depth, *numbers, outside)
+
+
+def _checked(depth: Depth) -> Depth:
+    if min(depth.kernel, depth.stride, depth.dilation) < 1 or depth.padding < 0:
+        raise ValueError(
+            "kernel, stride and dilation must be at least 1 and padding at least 0 along the depth, got "
+            f"{tuple(depth)}"
+        )
+    return depth

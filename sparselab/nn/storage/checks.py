@@ -76,12 +76,13 @@ def check_width(x: Tensor, in_features: int) -> None:
         raise RuntimeError(f"input must have shape (..., in_features={in_features}), got {tuple(x.shape)}")
 
 
-def check_images(x: Tensor, in_channels: int) -> None:
-    """Raise RuntimeError unless x is (n, in_channels, height, width), or one image."""
-    if x.ndim not in (3, 4) or x.shape[-3] != in_channels:
+def check_images(x: Tensor, in_channels: int, n_dims: int = 2) -> None:
+    """Raise RuntimeError unless x is (n, in_channels, *size), of so many dimensions, or that without n."""
+    if x.ndim not in (n_dims + 1, n_dims + 2) or x.shape[-n_dims - 1] != in_channels:
+        size = ", ".join(("length",) if n_dims == 1 else ("depth", "height", "width")[-n_dims:])
         raise RuntimeError(
-            f"input must have shape (n, in_channels={in_channels}, height, width), or that of one image, "
-            f"got {tuple(x.shape)}"
+            f"input must have shape (n, in_channels={in_channels}, {size}), or that without n, got "
+            f"{tuple(x.shape)}"
         )
 
 

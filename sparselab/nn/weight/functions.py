@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparselab.nn.weight.described import Described
-from sparselab.nn.weight.products import conv2d, linear
+from sparselab.nn.weight.products import convolve, convolve_transposed, linear
 from sparselab.nn.weight.writing import refuse_to_write
 
 
@@ -110,16 +110,25 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     return linear(input, weight, bias)
 
 
-def _conv2d(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
-    if not isinstance(weight, Described):
-        refuse(F.conv2d)
-    return conv2d(input, weight, *args, **kwargs)
+def _convolution(func: Any, compute: Callable[..., Tensor], n_dims: int) -> Callable[..., Tensor]:
+    """One of torch's convolutions, computed with live weights."""
+
+    def convolution(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(weight, Described):
+            refuse(func)
+        return compute(n_dims, input, weight, *args, **kwargs)
+
+    return convolution
 
 
 #: What is computed, by the function that asks for it.
 _PRODUCTS: dict[Any, Any] = {
     F.linear: _linear,
-    F.conv2d: _conv2d,
+    **{each: _convolution(each, convolve, n) for n, each in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
+    **{
+        each: _convolution(each, convolve_transposed, n)
+        for n, each in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)
+    },
     torch.matmul: matmul,
     **dict.fromkeys((Tensor.matmul, Tensor.__matmul__), _matmul_operator),
     Tensor.__rmatmul__: lambda other, input: matmul(input, other),

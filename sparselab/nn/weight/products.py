@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from sparselab.nn.ops.conv2d import conv2d as sparse_conv2d
-from sparselab.nn.ops.geometry import Pair, read_geometry
+from sparselab.nn.ops.conv2d import conv2d_transposed
+from sparselab.nn.ops.geometry import Size, as_sizes, read_space, with_bias
 from sparselab.nn.ops.linear import linear as sparse_linear
 from sparselab.nn.ops.linear import linear_transposed
 from sparselab.nn.storage.checks import check_images, check_input, check_tokens, under_autocast
@@ -60,17 +60,19 @@ def linear(x: Tensor, weight: LiveWeight, bias: Tensor | None = None) -> Tensor:
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], rows)
 
 
-def conv2d(
-    x: Tensor, weight: LiveWeight, bias: Tensor | None = None, stride: int | Pair = 1,
-    padding: int | Pair | str = 0, dilation: int | Pair = 1, groups: int = 1,
+def convolve(
+    n_dims: int, x: Tensor, weight: LiveWeight, bias: Tensor | None = None, stride: Size = 1,
+    padding: Size | str = 0, dilation: Size = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """The convolution of images, as `torch.nn.functional.conv2d`.
+    """The convolution of x, as `torch.nn.functional.conv2d` and its likes.
 
     Parameters
     ----------
-    x : (n, groups * weight.shape[1], height, width), or without n
+    n_dims : int
+        1, 2 or 3.
+    x : (n, groups * weight.shape[1], *size), or without n
     weight : LiveWeight
-        Of four dimensions.
+        Of two dimensions more than `n_dims`.
     bias : (weight.shape[0],), optional
     stride, padding, dilation, groups
         Those of the layer, or any others.
@@ -80,25 +82,56 @@ def conv2d(
     RuntimeError, ValueError
         If an operand does not fit.
     """
-    if torch.is_autocast_enabled("cpu"):
-        return under_autocast(
-            lambda x: conv2d(x, weight, bias, stride, padding, dilation, groups), x, weight.values().dtype
-        )
-    if len(weight.shape) != 4:
-        raise RuntimeError(f"weight must have four dimensions, got {tuple(weight.shape)}")
-    if padding == "same" and _pair(stride) != (1, 1):
+    channels, kernel = _kernel(n_dims, weight)
+    if padding == "same" and any(step != 1 for step in as_sizes(stride, n_dims)):
         raise RuntimeError(f"stride must be 1 with padding='same', got {stride}")
-    (_, channels, *kernel), values = weight.shape, weight.values()
-    geometry, outside = read_geometry(channels * groups, groups, kernel, stride, padding, dilation)
-    check_images(x, geometry.in_channels)
-    x = check_input(x, values)
-    images = x if x.ndim == 4 else x.unsqueeze(0)
-    if outside is not None:
-        images = torch.nn.functional.pad(images, outside)
-    outputs = geometry.outputs((images.shape[2], images.shape[3]))
-    if min(outputs) < 1:
-        raise RuntimeError(
-            f"input must be as large as the kernel, got {tuple(x.shape)}, of {outputs} outputs"
-        )
-    y = sparse_conv2d(images, values, bias, weight.layer, geometry)
-    return y if x.ndim == 4 else y.squeeze(0)
+    space = read_space(channels * groups, groups, kernel, stride, padding, dilation)
+    check_images(x, channels * groups, n_dims)
+    values = weight.values()
+    return space.convolve(
+        check_input(x, values),
+        lambda images: sparse_conv2d(images, values, bias, weight.layer, space.geometry),
+    )
+
+
+def convolve_transposed(
+    n_dims: int, x: Tensor, weight: LiveWeight, bias: Tensor | None = None, stride: Size = 1,
+    padding: Size = 0, output_padding: Size = 0, groups: int = 1, dilation: Size = 1,
+) -> Tensor:  # fmt: skip
+    """The transposed convolution of x, as `torch.nn.functional.conv_transpose2d` and its likes.
+
+    Parameters
+    ----------
+    n_dims : int
+        1, 2 or 3.
+    x : (n, weight.shape[0], *size), or without n
+    weight : LiveWeight
+        Of two dimensions more than `n_dims`.
+    bias : (groups * weight.shape[1],), optional
+    stride, padding, output_padding, groups, dilation
+        Those of the layer, or any others.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        If an operand does not fit.
+    """
+    channels, kernel = _kernel(n_dims, weight)
+    space = read_space(channels * groups, groups, kernel, stride, as_sizes(padding, n_dims), dilation)
+    check_images(x, weight.shape[0], n_dims)
+    values = weight.values()
+    y = space.transpose(
+        check_input(x, values),
+        lambda images, size: conv2d_transposed(images, values, weight.layer, space.geometry, size),
+        as_sizes(output_padding, n_dims),
+    )
+    return with_bias(y, bias, n_dims)
+
+
+def _kernel(n_dims: int, weight: LiveWeight) -> tuple[int, tuple[int, ...]]:
+    """Channels of a group, and the kernel's size."""
+    if len(weight.shape) != n_dims + 2:
+        number = ("three", "four", "five")[n_dims - 1]
+        raise RuntimeError(f"weight must have {number} dimensions, got {tuple(weight.shape)}")
+    _, channels, *kernel = weight.shape
+    return channels, tuple(kernel)

@@ -184,8 +184,9 @@ class SparseWeight(Weight, Tensor):  # type: ignore[misc, override]
     """The weight of a sparse layer: its dtype, device and shape, and products with it; nothing dense.
 
     ``layer.weight`` makes one. `torch.nn.functional.linear`, ``@``, `torch.matmul`, ``mm``, ``mv`` and
-    ``addmm``, with the weight or its transpose, and `torch.nn.functional.conv2d` for convolutions, are
-    computed by the sparse kernels, and their gradients reach the layer's Parameter ``weight_values``.
+    ``addmm``, with the weight or its transpose, and for convolutions all ``conv`` and ``conv_transpose`` of
+    `torch.nn.functional`, are computed by the sparse kernels, and their gradients reach the layer's Parameter
+    ``weight_values``.
     `to_dense` and `to_sparse_csr` make tensors, with gradients. ``data`` and `detach` are the same without
     gradient; ``to`` another dtype copies the live weights.
 

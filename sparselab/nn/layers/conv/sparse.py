@@ -1,4 +1,4 @@
-"""Two-dimensional convolutions that store, compute and train only their live connections."""
+"""Convolutions that store, compute and train only their live connections."""
 
 from __future__ import annotations
 
@@ -10,135 +10,117 @@ from torch import Tensor, nn
 
 from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.rewiring.rows import select_rows
-from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.compressed import CompressedLayer
+from sparselab.nn.layers.conv.base import Convolution
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.ops.conv2d import conv2d
-from sparselab.nn.ops.geometry import read_geometry
-from sparselab.nn.storage.checks import (
-    check_bias,
-    check_images,
-    check_input,
-    read_fan_in,
-    read_sparsity,
-    under_autocast,
-)
+from sparselab.nn.ops.geometry import Size
+from sparselab.nn.storage.checks import check_bias, check_input, read_fan_in, read_sparsity
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import as_scores
-from sparselab.nn.storage.patterns import read_pattern
 
-Layer = TypeVar("Layer", bound="Convolution")
-Size = int | tuple[int, int]
-
-#: What `torch.nn.functional.pad` calls the modes.
-_MODES = {"zeros": "constant"}
+Layer = TypeVar("Layer", bound="SparseConvolution")
 
 
-class Convolution(SparseLayer):
-    """What convolutions have in common, however W is stored: settings, images in and images out."""
+class SparseConvolution(Convolution, CompressedLayer):
+    """A convolution, transposed or not, in compressed rows.
 
-    dense_class = nn.Conv2d
-    dense_type = nn.Conv2d
-    settings = (
-        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
-        "padding_mode",
-    )  # fmt: skip
+    Parameters
+    ----------
+    dense : torch.nn.Module
+        A dense layer with the same settings, which may be on the device "meta".
+    bias : bool
+    sparsity : float
+    fan_in : int or None
+        In place of the sparsity: connections of each row of W.
+    device, dtype
+        As of `sparselab.SparseLinear`.
+    """
 
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: str
-    #: For the representation of `torch.nn.Conv2d`.
-    output_padding = (0, 0)
-
-    def _configure(self, conv: Any) -> None:
-        """Take over the settings of a convolution."""
-        for name in self.settings:
-            setattr(self, name, getattr(conv, name))
-        self.geometry, self._pad = read_geometry(
-            conv.in_channels, conv.groups, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.padding_mode == "zeros",
-        )  # fmt: skip
+    def __init__(
+        self, dense: Any, bias: bool, sparsity: float, fan_in: int | None,
+        device: torch.device | str | int | None, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        rows = len(dense.weight)
+        shape = rows, dense.weight[0].numel() if rows else 0
+        nnz = n_connections(shape, sparsity) if fan_in is None else rows * read_fan_in(shape[1], fan_in)
+        super().__init__(Compressed(shape, fan_in=fan_in), nnz, bias, device, dtype, dense.out_channels)
+        self._configure(dense)
+        self._draw_if_there(sparsity if fan_in is None else 1.0, stacklevel=5)
 
     @classmethod
-    def from_pattern(
-        cls: type[Layer],
-        pattern: Any,
-        bias: bool = True,
-        *,
-        dtype: torch.dtype | None = None,
-        **settings: Any,
+    def from_dense(
+        cls: type[Layer], conv: Any, sparsity: float | None = None, *, density: float | None = None
     ) -> Layer:
-        """A layer with the connections of an array (out_channels, in_channels // groups, height, width).
+        """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order."""
+        cls._require_dense(conv)
+        return cls._from_largest(conv, read_sparsity(sparsity, density))
 
-        The topology stays as it is: only an algorithm of `sparselab.dst` that is attached changes it.
+    @classmethod
+    def _require_dense(cls, conv: object) -> None:
+        if not isinstance(conv, cls.dense_type):
+            raise TypeError(f"conv must be a torch.nn.{cls.dense_type.__name__}, got {type(conv).__name__}")
 
-        Parameters
-        ----------
-        pattern : bool array or tensor of four dimensions, or a matrix
-            A matrix, of any kind that `SparseLinear.from_pattern` takes, has the shape of W and needs
-            `kernel_size` among the settings.
-        bias : bool
-            Drawn as in a new layer.
-        dtype : torch.dtype, optional
-            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the pattern.
-        settings
-            The other arguments of the layer: stride, padding, dilation, groups, padding_mode.
+    def to_dense(self) -> Any:
+        """The layer of torch with the same outputs, mode and trainability."""
+        return self._dense_twin()
 
-        Raises
-        ------
-        TypeError, ValueError
-            As `SparseLinear.from_pattern`; and if the pattern does not fit the settings.
+    def _accept(self, x: Tensor) -> Tensor:
+        return check_input(super()._accept(x), self.weight_values)
 
-        Examples
-        --------
-        >>> from sparselab import SparseConv2d
-        >>> SparseConv2d.from_pattern(np.ones((8, 4, 3, 3), bool), padding=1)
-        SparseConv2d(4, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), sparsity=0, nnz=288)
+
+class SparseConvNd(SparseConvolution):
+    """What `SparseConv1d`, `SparseConv2d` and `SparseConv3d` are but for their dimensions."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", *, sparsity: float | None = None, density: float | None = None,
+        fan_in: int | None = None, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        bias = check_bias(bias, f"{type(self).__name__}({in_channels}, {out_channels}, {kernel_size}")
+        dense = cast("Any", self.dense_type)(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
+            device="meta",
+        )  # fmt: skip
+        super().__init__(dense, bias, read_sparsity(sparsity, density, fan_in), fan_in, device, dtype)
+
+    @classmethod
+    def from_dense(
+        cls: type[Layer], conv: Any, sparsity: float | None = None, *, density: float | None = None,
+        fan_in: int | None = None,
+    ) -> Layer:  # fmt: skip
+        """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order.
+
+        With `fan_in`, those of each output channel.
         """
-        if len(pattern.shape) == 4:
-            settings["kernel_size"] = tuple(pattern.shape[2:])
-            pattern = pattern.reshape(pattern.shape[0], -1)
-        if "kernel_size" not in settings:
-            raise TypeError("kernel_size must be given with a pattern of two dimensions")
-        (rows, columns), positions, weights = read_pattern(pattern)
-        kernel = nn.modules.utils._pair(settings["kernel_size"])
-        channels = columns // max(kernel[0] * kernel[1], 1) * settings.get("groups", 1)
-        make = cast("Any", cls)
-        new: Layer = make(channels, rows, **settings, bias=bias, sparsity=1.0, dtype=dtype)
-        if new.shape != (rows, columns):
-            raise ValueError(f"pattern must have whole kernels of size {kernel}, got {columns} columns")
-        new._begin_with(positions, weights)
+        cls._require_dense(conv)
+        fraction = read_sparsity(sparsity, density, fan_in)
+        if fan_in is None:
+            return cls._from_largest(conv, fraction)
+        rows, columns = len(conv.weight), conv.weight[0].numel()
+        each = np.full(rows, read_fan_in(columns, fan_in))
+        largest = select_rows(as_scores(conv.weight), np.arange(rows + 1) * columns, each)
+        new = cls.from_positions(conv, torch.from_numpy(largest).long())
+        new.storage.fan_in = int(fan_in)
         return new
 
-    def _convolved(self, x: Tensor) -> Tensor:
-        """The output for checked images, or for one."""
-        images = x if x.ndim == 4 else x.unsqueeze(0)
-        if self._pad is not None:
-            images = nn.functional.pad(images, self._pad, _MODES.get(self.padding_mode, self.padding_mode))
-        outputs = self.geometry.outputs((images.shape[2], images.shape[3]))
-        if min(outputs) < 1:
-            raise RuntimeError(
-                f"input must be as large as the kernel, {self.kernel_size} of dilation {self.dilation}, "
-                f"when it is padded; got {tuple(x.shape)}, which gives {outputs} outputs"
-            )
-        y = self._product(images)
-        return y if x.ndim == 4 else y.squeeze(0)
+    @property
+    def fan_in(self) -> int | None:
+        """Connections of each output channel; None if they do not have equally many."""
+        if self.indptr.is_meta:
+            return self.storage.fan_in
+        row_nnz = torch.diff(self.indptr)
+        if len(row_nnz) and bool((row_nnz == row_nnz[0]).all()):
+            return int(row_nnz[0])
+        return None
 
-    def _product(self, x: Tensor) -> Tensor:
-        """The output for checked and padded images."""
-        raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        text = nn.Conv2d.extra_repr(cast("Any", self))  # type: ignore[no-untyped-call]
-        return f"{text}, sparsity={self.sparsity:.4g}, nnz={self.nnz}"
+    def _product(self, images: Tensor) -> Tensor:
+        return conv2d(images, self.in_use, self.bias, self, self.geometry)
 
 
-class SparseConv2d(Convolution, CompressedLayer):
+class SparseConv2d(SparseConvNd):
     """Drop-in for `torch.nn.Conv2d` with a sparse W.
 
     Parameters
@@ -182,7 +164,8 @@ class SparseConv2d(Convolution, CompressedLayer):
     ``nnz * outputs of an image * images`` multiply-adds for each product. The batch is never unfolded: chunks
     of images are laid out once, as planes with the zeros of the padding, in scratch of at most 8 MiB (or one
     image of inputs and outputs), in which a window is a range of addresses. Any strides are read, so also
-    channels_last; the output is contiguous.
+    channels_last; the output is contiguous all the same, as the planes are, where `torch.nn.Conv2d` gives
+    channels_last back.
 
     Batches that are far from 8 MiB, or layers of few connections to an output, are quicker dense.
 
@@ -196,96 +179,103 @@ class SparseConv2d(Convolution, CompressedLayer):
     7373
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
-        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
-        padding_mode: str = "zeros", *, sparsity: float | None = None, density: float | None = None,
-        fan_in: int | None = None, device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        bias = check_bias(bias, f"SparseConv2d({in_channels}, {out_channels}, {kernel_size}")
-        dense = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False,
-            cast("Any", padding_mode), device="meta",
-        )  # fmt: skip
-        shape = out_channels, dense.weight[0].numel() if out_channels else 0
-        amount = read_sparsity(sparsity, density, fan_in)
-        nnz = n_connections(shape, amount)
-        if fan_in is not None:
-            nnz = out_channels * read_fan_in(shape[1], fan_in)
-        super().__init__(Compressed(shape, fan_in=fan_in), nnz, bias, device, dtype)
-        self._configure(dense)
-        self._draw_if_there(amount if fan_in is None else 1.0)
-
-    @classmethod
-    def from_dense(
-        cls, conv: nn.Conv2d, sparsity: float | None = None, *, density: float | None = None,
-        fan_in: int | None = None,
-    ) -> SparseConv2d:  # fmt: skip
-        """The largest weights of a dense layer, by magnitude; of equal ones the first in row-major order.
-
-        With `fan_in`, those of each output channel.
-        """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
-        fraction = read_sparsity(sparsity, density, fan_in)
-        if fan_in is None:
-            return cls._from_largest(conv, fraction)
-        rows, columns = len(conv.weight), conv.weight[0].numel()
-        each = np.full(rows, read_fan_in(columns, fan_in))
-        largest = select_rows(as_scores(conv.weight), np.arange(rows + 1) * columns, each)
-        new = cls.from_positions(conv, torch.from_numpy(largest).long())
-        new.storage.fan_in = int(fan_in)
-        return new
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the dense layer's weight."""
-        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
-
-    @property
-    def fan_in(self) -> int | None:
-        """Connections of each output channel; None if they do not have equally many."""
-        if self.indptr.is_meta:
-            return self.storage.fan_in
-        row_nnz = torch.diff(self.indptr)
-        if len(row_nnz) and bool((row_nnz == row_nnz[0]).all()):
-            return int(row_nnz[0])
-        return None
-
-    def to_dense(self) -> nn.Conv2d:
-        """A `torch.nn.Conv2d` with the same outputs, mode and trainability."""
-        new: nn.Conv2d = self._dense_twin()
-        return new
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The convolution of x.
-
-        Parameters
-        ----------
-        x : (n, in_channels, height, width) or (in_channels, height, width), the dtype of `weight_values`
-            Under CPU autocast any floating dtype; the product is then computed in the dtype of
-            `weight_values`, and returned in that of autocast, unless it is float64.
-
-        Returns
-        -------
-        (n, out_channels, rows, columns) or (out_channels, rows, columns)
-
-        Raises
-        ------
-        RuntimeError
-            If the shape, the dtype or the device does not fit.
-        NotImplementedError
-            If the layer or x is on a device without products.
-        """
-        if torch.is_autocast_enabled("cpu"):
-            return under_autocast(self.forward, x, self.in_use.dtype)
-        check_images(x, self.in_channels)
-        return self._convolved(check_input(x, self.weight_values))
-
-    def _product(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.in_use, self.bias, self, self.geometry)
+    dense_class = nn.Conv2d
+    dense_type = nn.Conv2d
+    n_dims = 2
 
 
-register_kind(LayerKind("sparse", SparseConv2d, (nn.Conv2d,)))
-register_kind(LayerKind("fan_in", SparseConv2d, (nn.Conv2d,), ("fan_in",)))
+class SparseConv1d(SparseConvNd):
+    """Drop-in for `torch.nn.Conv1d` with a sparse W.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        As of `torch.nn.Conv1d`.
+    sparsity, density, fan_in, device, dtype
+        As of `SparseConv2d`.
+
+    Attributes
+    ----------
+    weight_values : Parameter, (nnz, 1, 1)
+        As of `SparseConv2d`, with ``column = channel * length + i``.
+    weight : SparseWeight, (out_channels, in_channels // groups, length)
+        As of `SparseLinear`, for `torch.nn.functional.conv1d`.
+    indptr, indices, forward_mask, bias, in_features, out_features
+        As of `SparseConv2d`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `SparseConv2d`.
+
+    Notes
+    -----
+    Computed as `SparseConv2d` of images with one row, by views: nothing is copied. Any strides are read; the
+    output is contiguous. Short signals of few channels, or layers of few connections to an output, are
+    quicker dense.
+
+    Examples
+    --------
+    >>> import torch, sparselab
+    >>> layer = sparselab.SparseConv1d(64, 128, 5, padding="same", sparsity=0.9)
+    >>> layer(torch.randn(8, 64, 100)).shape
+    torch.Size([8, 128, 100])
+    >>> layer.nnz
+    4096
+    """
+
+    dense_class = nn.Conv1d
+    dense_type = nn.Conv1d
+    n_dims = 1
+
+
+class SparseConv3d(SparseConvNd):
+    """Drop-in for `torch.nn.Conv3d` with a sparse W.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        As of `torch.nn.Conv3d`.
+    sparsity, density, fan_in, device, dtype
+        As of `SparseConv2d`.
+
+    Attributes
+    ----------
+    weight_values : Parameter, (nnz, 1, 1)
+        As of `SparseConv2d`, with ``column = ((channel * depth + d) * height + i) * width + j``.
+    weight : SparseWeight, (out_channels, in_channels // groups, depth, height, width)
+        As of `SparseLinear`, for `torch.nn.functional.conv3d`.
+    indptr, indices, forward_mask, bias, in_features, out_features
+        As of `SparseConv2d`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `SparseConv2d`.
+
+    Notes
+    -----
+    Computed as `SparseConv2d` of the slices of the output, each made of the slices below its windows. These
+    are copied once: about ``kernel_size[0] / stride[0]`` times the input, held for the backward pass where W
+    is trained, and as much again for a moment in it; a padded depth takes one more copy of the input. The
+    output is copied once, to be contiguous. So a layer of a kernel as deep as the volume, or of few channels,
+    is quicker dense, and takes less memory; a kernel of depth 1 costs one copy.
+
+    Examples
+    --------
+    >>> import torch, sparselab
+    >>> layer = sparselab.SparseConv3d(16, 32, 3, padding=1, sparsity=0.9)
+    >>> layer(torch.randn(2, 16, 8, 10, 10)).shape
+    torch.Size([2, 32, 8, 10, 10])
+    >>> layer.nnz
+    1382
+    """
+
+    dense_class = nn.Conv3d
+    dense_type = nn.Conv3d
+    n_dims = 3
+
+
+for _cls, _dense in ((SparseConv2d, nn.Conv2d), (SparseConv1d, nn.Conv1d), (SparseConv3d, nn.Conv3d)):
+    register_kind(LayerKind("sparse", _cls, (_dense,)))
+    register_kind(LayerKind("fan_in", _cls, (_dense,), ("fan_in",)))
