@@ -96,8 +96,12 @@ class Space(NamedTuple):
         Of volumes.
     kernel, stride, padding, dilation : tuple of int
         One number for each dimension, as torch has them. The padding is what lies within the convolution.
+    extents : tuple of int
+        What the first window takes of an input, beside its padding.
     outside : list of int, or None
         What is to be padded before, as `torch.nn.functional.pad` takes it; None if there is nothing.
+    n_dims : int
+        1, 2 or 3.
     """
 
     geometry: Geometry
@@ -106,12 +110,9 @@ class Space(NamedTuple):
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    extents: tuple[int, ...]
     outside: list[int] | None
-
-    @property
-    def n_dims(self) -> int:
-        """1, 2 or 3."""
-        return len(self.kernel)
+    n_dims: int
 
     def convolve(self, x: Tensor, product: Callable[[Tensor], Tensor], mode: str = "constant") -> Tensor:
         """The convolution of x, by one of images.
@@ -137,12 +138,12 @@ class Space(NamedTuple):
         batch = x if is_batch else x.unsqueeze(0)
         if self.outside is not None:
             batch = F.pad(batch, self.outside, mode)
-        ends = zip(batch.shape[2:], self._extents(), self.stride, strict=True)
-        outputs = tuple((size - extent) // step + 1 for size, extent, step in ends)
+        ends = zip(batch.shape[2:], self.extents, self.stride, strict=True)
+        outputs = [(size - extent) // step + 1 for size, extent, step in ends]
         if min(outputs) < 1:
             raise RuntimeError(
                 f"input must be as large as the kernel, {self.kernel} of dilation {self.dilation}, when it "
-                f"is padded; got {tuple(x.shape)}, which gives {outputs} outputs"
+                f"is padded; got {tuple(x.shape)}, which gives {tuple(outputs)} outputs"
             )
         y = self._unstacked(product(self._unfolded(batch)), len(batch), outputs[0])
         return y if is_batch else y.squeeze(0)
@@ -195,13 +196,8 @@ class Space(NamedTuple):
 
     def least(self, inputs: Sequence[int]) -> list[int]:
         """The smallest size of which a convolution makes so many outputs."""
-        ends = zip(inputs, self.stride, self._extents(), strict=True)
+        ends = zip(inputs, self.stride, self.extents, strict=True)
         return [(n - 1) * step + extent for n, step, extent in ends]
-
-    def _extents(self) -> list[int]:
-        """What the first window takes of an input, beside its padding."""
-        each = zip(self.kernel, self.dilation, self.padding, strict=True)
-        return [d * (k - 1) + 1 - 2 * p for k, d, p in each]
 
     def _unfolded(self, x: Tensor) -> Tensor:
         """Images, of (n, in_channels, *size)."""
@@ -314,7 +310,8 @@ def read_space(
         (neutral, *each)[-2:] for neutral, each in zip((1, 1, 0, 1), numbers, strict=True)
     )
     geometry = Geometry.of([in_channels, groups, a, b, s, t, p, q, d, e])
-    return Space(geometry, depth, *numbers, outside)
+    extents = tuple(d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel, dilations, added, strict=True))
+    return Space(geometry, depth, *numbers, extents, outside, n_dims)
 
 
 def _checked(depth: Depth) -> Depth:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrizations
 
 from sparselab import (
@@ -88,11 +89,6 @@ class Experts(nn.Module):
 
 
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "Conv1d": (lambda: nn.Conv1d(4, 4, 3), 52),
-    "Conv3d": (lambda: nn.Conv3d(1, 2, 2), 18),
-    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 4, 3), 52),
-    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 2, 2), 18),
-    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(1, 2, 2), 18),
     "Bilinear": (lambda: nn.Bilinear(2, 3, 4), 28),
     "GRU": (lambda: nn.GRU(3, 4), 108),
     "LSTM": (lambda: nn.LSTM(3, 4), 144),
@@ -181,22 +177,25 @@ def test_what_is_looked_up_or_added_is_listed_and_only_named_if_it_was_meant() -
 
 
 def test_tensors_without_entries_and_without_shapes_are_no_layers() -> None:
-    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "lazy": nn.LazyConv1d(4, 3)})
+    lazy = nn.Module()
+    lazy.weight = UninitializedParameter()
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "lazy": lazy})
     model.register_parameter("none", nn.Parameter(torch.zeros(0, 4)))
     plan = plan_sparsify(model, 0.5)
     assert (plan.left, plan.parameters_swapped, plan.parameters_elsewhere) == ((), 20, 0)
     assert plan.bytes_before == 80
-    lazy = nn.ModuleDict({"fc": nn.Linear(4, 4), "lazy": nn.LazyLinear(4)})
-    assert [(each.name, each.parameters) for each in plan_sparsify(lazy, 0.5).left] == [("lazy", 0)]
+    for known in (nn.LazyLinear(4), nn.LazyConv1d(4, 3), nn.LazyConvTranspose2d(4, 3)):
+        model = nn.ModuleDict({"fc": nn.Linear(4, 4), "lazy": known})
+        assert [(each.name, each.parameters) for each in plan_sparsify(model, 0.5).left] == [("lazy", 0)]
 
 
 @pytest.mark.parametrize(
     "normed", [parametrizations.weight_norm, pytest.param(torch.nn.utils.spectral_norm, id="hook")]
 )
 def test_a_layer_without_a_kind_that_computes_its_weight_is_one_layer(normed: Any) -> None:
-    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "conv": normed(nn.Conv1d(4, 4, 3))})
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "both": normed(nn.Bilinear(4, 4, 3))})
     (left,) = plan_sparsify(model, 0.5).left
-    assert (left.name, left.parameters) == ("conv", sum(each.numel() for each in model["conv"].parameters()))
+    assert (left.name, left.parameters) == ("both", sum(each.numel() for each in model["both"].parameters()))
 
 
 def test_what_a_kind_does_not_replace_stays_dense_unless_it_is_named() -> None:
@@ -232,21 +231,33 @@ def test_a_plan_counts_all_of_a_model() -> None:
     ]
 
 
+class Pointwise(nn.Module):
+    """A linear layer of channels."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels))
+        self.bias = nn.Parameter(torch.randn(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.mT, self.weight, self.bias).mT
+
+
 class SparsePointwise(SparseLinear):
-    """A convolution of kernels of one, as a kind of one's own."""
+    """The same, as a kind of one's own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.mT).mT
 
 
 def see(module: Any) -> list[DenseLayer]:
-    view = LinearView(module.weight.flatten(1), module.bias, module.training, nn.Conv1d)
+    view = LinearView(module.weight, module.bias, module.training, Pointwise)
     return [DenseLayer(module, "", view, (module.weight, module.bias))]
 
 
 @pytest.fixture
 def _pointwise() -> Iterator[None]:
-    dense = register_dense(DenseType(nn.Conv1d, see))
+    dense = register_dense(DenseType(Pointwise, see))
     kind = register_kind(LayerKind("pointwise", SparsePointwise, (LinearView,)))
     yield
     forget_kind(kind)
@@ -255,7 +266,7 @@ def _pointwise() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_pointwise")
 def test_a_class_that_is_registered_is_no_longer_left() -> None:
-    model = nn.Sequential(nn.Conv1d(4, 6, 1), nn.ReLU())
+    model = nn.Sequential(Pointwise(4, 6), nn.ReLU())
     x = torch.randn(2, 4, 5)
     expected = model(x)
     assert plan_sparsify(model, 0.0, layer="pointwise").left == ()

@@ -15,7 +15,7 @@ from sparselab.nn.layers.conv.base import Convolution
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.ops.conv2d import conv2d
 from sparselab.nn.ops.geometry import Size
-from sparselab.nn.storage.checks import check_bias, check_input, read_fan_in, read_sparsity
+from sparselab.nn.storage.checks import check_bias, check_images, check_input, read_fan_in, read_sparsity
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import as_scores
 
@@ -66,7 +66,8 @@ class SparseConvolution(Convolution, CompressedLayer):
         return self._dense_twin()
 
     def _accept(self, x: Tensor) -> Tensor:
-        return check_input(super()._accept(x), self.weight_values)
+        check_images(x, self.in_channels, self.n_dims)
+        return check_input(x, self.weight_values)
 
 
 class SparseConvNd(SparseConvolution):
@@ -117,7 +118,7 @@ class SparseConvNd(SparseConvolution):
         return None
 
     def _product(self, images: Tensor) -> Tensor:
-        return conv2d(images, self.in_use, self.bias, self, self.geometry)
+        return conv2d(images, self.in_use, self.bias, self, self.space.geometry)
 
 
 class SparseConv2d(SparseConvNd):

@@ -175,8 +175,8 @@ class SparseConvTranspose3d(SparseConvTransposeNd):
     -----
     Computed as `SparseConvTranspose2d` slice by slice of the input; what each adds to the slices of the
     output is then summed (`torch.nn.functional.fold`). Before that it takes about
-    ``kernel_size[0] / stride[0]`` times the output, twice for a moment, and its gradient as much; the input is
-    copied once, and held for the backward pass where W is trained. So a deep kernel, or few channels, are
+    ``kernel_size[0] / stride[0]`` times the output, twice for a moment, and its gradient as much; the input
+    is copied once, and held for the backward pass where W is trained. So a deep kernel, or few channels, are
     quicker dense, and take less memory. How weights and biases are drawn: as of `SparseConvTranspose2d`.
 
     Examples
