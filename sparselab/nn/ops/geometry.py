@@ -299,7 +299,7 @@ def read_space(
         sides = [(n // 2, n - n // 2) for n in total]
     else:
         sides = [(n, n) for n in as_sizes(padding, n_dims)]
-    inside = zeros and all(before == after for before, after in sides)
+    inside = all(before == after and (zeros or before == 0) for before, after in sides)
     added = tuple(before if inside else 0 for before, _ in sides)
     outside = None if inside else [n for side in reversed(sides) for n in side]
     numbers = kernel, strides, added, dilations
