@@ -9,14 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparselab.nn import (
-    BlockSparseLinear,
-    FanInLinear,
-    MaskedConv2d,
-    MaskedLinear,
-    SparseConv2d,
-    SparseLinear,
-)
+import sparselab
+from sparselab.nn import BlockSparseLinear, FanInLinear, MaskedLinear, SparseLinear
 from sparselab.nn.layers.base import find_sparse
 from tests.dst.fake import FakeSparse
 
@@ -37,16 +31,34 @@ OPTIMIZERS = {
 }
 
 
+#: A class, the shape of an input of 20 numbers, kernel and settings of two layers, and how much comes out.
+CONVOLUTIONS = {
+    "conv": ("Conv2d", (5, 2, 2), (2, {"padding": 1}), (3, {}), 10),
+    "conv 1d": ("Conv1d", (5, 4), (2, {"padding": 1}), (3, {"stride": 2}), 20),
+    "conv 3d": ("Conv3d", (5, 1, 2, 2), (2, {"padding": 1}), ((2, 3, 2), {}), 20),
+    "transposed 1d": ("ConvTranspose1d", (5, 4), (2, {"stride": 2}), (3, {"padding": 3}), 40),
+    "transposed": ("ConvTranspose2d", (5, 2, 2), (2, {"stride": 2}), (3, {"padding": 2}), 40),
+    "transposed 3d": ("ConvTranspose3d", (5, 1, 2, 2), (2, {}), ((2, 3, 3), {"padding": 1}), 90),
+}
+
+
+def build_convolutions(kind, dtype, sparsity):
+    """Two of them, and a dense layer."""
+    name, shape, *layers, width = CONVOLUTIONS[kind.removeprefix("masked ")]
+    make = getattr(sparselab, ("Masked" if kind.startswith("masked") else "Sparse") + name)
+    (first, options), (second, others) = layers
+    return nn.Sequential(
+        nn.Unflatten(1, shape), make(5, 12, first, **options, sparsity=sparsity, dtype=dtype), nn.ReLU(),
+        make(12, 10, second, groups=2, **others, sparsity=sparsity, dtype=dtype), nn.Flatten(),
+        nn.Linear(width, 3, dtype=dtype),
+    )  # fmt: skip
+
+
 def build(kind, dtype=torch.float32, seed=0, sparsity=0.8):
     """A small model of two sparse layers, one dense layer and biases where the layer has them."""
     torch.manual_seed(seed)
-    if "conv" in kind:
-        make = SparseConv2d if kind == "conv" else MaskedConv2d
-        return nn.Sequential(
-            nn.Unflatten(1, (5, 2, 2)), make(5, 12, 2, padding=1, sparsity=sparsity, dtype=dtype), nn.ReLU(),
-            make(12, 10, 3, groups=2, sparsity=sparsity, dtype=dtype), nn.Flatten(),
-            nn.Linear(10, 3, dtype=dtype),
-        )  # fmt: skip
+    if kind.removeprefix("masked ") in CONVOLUTIONS:
+        return build_convolutions(kind, dtype, sparsity)
     if kind == "fake":
         first = FakeSparse(20, 31, sparsity, seed=seed, dtype=dtype)
         second = FakeSparse(31, 10, sparsity, seed=seed + 1, dtype=dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 
@@ -55,5 +56,7 @@ class DenseTwin(nn.Module):
         if not self.conv:
             return nn.functional.linear(x, weight, self.bias)
         (conv,) = self.conv
-        y: Tensor = conv._conv_forward(x, weight.reshape(conv.weight.shape), self.bias)
+        tensors = {"weight": weight.reshape(conv.weight.shape)}
+        tensors |= {} if self.bias is None else {"bias": self.bias}
+        y: Tensor = functional_call(conv, tensors, (x,))
         return y

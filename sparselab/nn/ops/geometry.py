@@ -205,9 +205,17 @@ class Space(NamedTuple):
             return x if self.n_dims == 2 else x.unsqueeze(2)
         kernel, stride, padding, dilation = self.depth
         padded = F.pad(x, [0, 0, 0, 0, padding, padding]) if padding else x
-        # (n, channels, outputs, height, width, kernel), a view
-        windows = padded.unfold(2, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-        return windows.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)
+        length = (padded.shape[2] - dilation * (kernel - 1) - 1) // stride * stride + 1
+        # (n, outputs, channels, kernel, height, width): the only copy. `Tensor.unfold`, which makes a view of
+        # this, has a gradient that `torch.func.vmap` does not know.
+        windows = torch.stack(
+            [
+                padded[:, :, first : first + length : stride].transpose(1, 2)
+                for first in range(0, dilation * kernel, dilation)
+            ],
+            3,
+        )
+        return windows.flatten(2, 3).flatten(0, 1)
 
     def _folded(self, images: Tensor, n_slices: int, size: tuple[int, ...]) -> Tensor:
         """The transpose of `_unfolded`: (n, in_channels, *size) of images, so many for each of n."""

@@ -31,6 +31,11 @@ BLOCKS = [("block", torch.float32, "adamw"), ("block", torch.float64, "sgd")]
 CONVOLUTIONS = {
     ("conv", torch.float32, "sgd"): [name for name in ROWS if name != "chts chained"],
     ("masked conv", torch.float64, "adamw"): ["snfs", "gse grabo", "topkast"],
+    ("conv 1d", torch.float32, "adamw"): ["rigl"],
+    ("conv 3d", torch.float32, "sgd"): ["set"],
+    ("transposed 1d", torch.float32, "sgd"): ["set"],
+    ("transposed", torch.float32, "adamw"): ["rigl", "snfs", "topkast", "gmp"],
+    ("transposed 3d", torch.float64, "sgd"): ["rigl"],
 }
 COMBINATIONS = [
     *((*each, name) for each in REAL + OTHERS for name in ROWS),

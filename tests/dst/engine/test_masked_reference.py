@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.dst.contract_rows import ROWS
-from tests.dst.harness import OPTIMIZERS, backward, build, sparse_layers
+from tests.dst.harness import CONVOLUTIONS, OPTIMIZERS, backward, build, sparse_layers
 
 STEPS = 120
 
@@ -40,6 +40,17 @@ def start(kind, algorithm_name, optimizer_name):
 @pytest.mark.parametrize("algorithm_name", ["set", "rigl", "srigl", "snfs", "gse grabo", "topkast", "chts"])
 def test_a_sparse_convolution_trains_as_its_masked_twin(algorithm_name):
     train_twins(("conv", "masked conv"), algorithm_name, "sgd", 60)
+
+
+@pytest.mark.parametrize("algorithm_name", ["set by row", "rigl", "srigl"])
+@pytest.mark.parametrize("kind", [kind for kind in CONVOLUTIONS if kind != "conv"])
+def test_other_convolutions_train_as_their_masked_twins(kind, algorithm_name):
+    train_twins((kind, f"masked {kind}"), algorithm_name, "adamw", 40)
+
+
+@pytest.mark.parametrize("algorithm_name", ["set", "snfs", "gse grabo", "topkast", "chts", "deepr", "granet"])
+def test_a_sparse_transposed_convolution_trains_as_its_masked_twin(algorithm_name):
+    train_twins(("transposed", "masked transposed"), algorithm_name, "sgd", 40)
 
 
 @pytest.mark.parametrize("algorithm_name", [name for name, row in ROWS.items() if row.keeps_fan_in])

@@ -18,8 +18,12 @@ from sparselab import (
     BlockSparseLinear,
     FanInLinear,
     MaskedConv2d,
+    MaskedConvTranspose1d,
     MaskedLinear,
     SparseConv2d,
+    SparseConv3d,
+    SparseConvTranspose2d,
+    SparseConvTranspose3d,
     SparseLinear,
     SparseMultiheadAttention,
 )
@@ -77,6 +81,25 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (1, 4, 3),
     ),
+    "conv 3d": (
+        lambda: SparseConv3d(2, 2, (2, 1, 2), stride=(1, 1, 2), padding=(1, 0, 0), sparsity=0.3, dtype=F64),
+        (2, 2, 2, 1, 2),
+    ),
+    # Without output_padding, with which torch differentiates its own no more than twice.
+    "transposed": (
+        lambda: SparseConvTranspose2d(
+            2, 4, 2, stride=(1, 2), padding=(1, 0), groups=2, sparsity=0.3, dtype=F64
+        ),
+        (2, 2, 3, 2),
+    ),
+    "transposed 3d": (
+        lambda: SparseConvTranspose3d(2, 2, (2, 1, 2), dilation=(2, 1, 1), sparsity=0.4, dtype=F64),
+        (1, 2, 2, 1, 1),
+    ),
+    "watched masked transposed": (
+        lambda: watched(MaskedConvTranspose1d(2, 4, 2, padding=1, groups=2, sparsity=0.3, dtype=F64)),
+        (2, 2, 3),
+    ),
     "watched masked": (lambda: watched(MaskedLinear(5, 4, sparsity=0.5, dtype=F64)), (3, 5)),
     "watched masked conv": (
         lambda: watched(MaskedConv2d(2, 4, 2, padding=1, groups=2, sparsity=0.3, dtype=F64)), (2, 2, 2, 2),
@@ -85,7 +108,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 kinds = pytest.mark.parametrize("kind", KINDS)
 #: These go every way; the others, which differ from one of them in little, those that tell them apart.
-EVERY_WAY = ("linear", "blocks", "conv", "attention")
+EVERY_WAY = ("linear", "blocks", "conv", "transposed", "attention")
 
 
 def ways(calls: Iterable[str], telling: set[str]) -> Any:

@@ -25,6 +25,10 @@ COMPILED: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
         "single",
         lambda layer, x: F.linear(x.to(layer.weight.dtype), layer.weight) * layer.weight.shape[0],
     ),
+    "conv_transpose2d": (
+        "groups",
+        lambda layer, x: F.conv_transpose2d(x.repeat(1, 2, 1, 1)[:, :6], layer.weight, groups=2),
+    ),
     "conv2d": ("groups", lambda layer, x: F.conv2d(x, layer.weight, layer.bias, padding=1, groups=2)),
 }
 
