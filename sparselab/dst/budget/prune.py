@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -124,9 +124,7 @@ def train_prune_finetune(
     return model
 
 
-def _find(
-    model: torch.nn.Module, sparsity: float, scope: str, include: Keys, exempt: Keys
-) -> dict[str, torch.nn.Linear | torch.nn.Conv2d]:
+def _find(model: torch.nn.Module, sparsity: float, scope: str, include: Keys, exempt: Keys) -> dict[str, Any]:
     """The layers to prune, once all arguments are known to be good."""
     if scope not in ("layer", "network"):
         raise ValueError(f'scope must be "layer" or "network", got {scope!r}')

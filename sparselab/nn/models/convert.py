@@ -55,11 +55,10 @@ def sparsify(
         weights of the dense layer stay.
     layer : {"sparse", "masked", "fan_in", "block"}, or another registered kind
         The kind of layer where a rule does not say one; see `sparselab.nn.LayerKind`. "sparse":
-        `SparseLinear` and `SparseConv2d`.
-        "masked": `MaskedLinear` and `MaskedConv2d`, which simulate the same model at the cost of the dense
-        one; with the same seed of torch's generator both get the same topology and weights. "fan_in":
-        `FanInLinear`, and `SparseConv2d` with a constant fan-in. "block": `BlockSparseLinear`, of linear
-        layers only.
+        `SparseLinear`, `SparseConv2d` and its likes. "masked": `MaskedLinear`, `MaskedConv2d` and its likes,
+        which simulate the same model at the cost of the dense one; with the same seed of torch's generator
+        both get the same topology and weights. "fan_in": `FanInLinear`, and convolutions with a constant
+        fan-in, but no transposed ones. "block": `BlockSparseLinear`, of linear layers only.
 
     Returns
     -------
@@ -96,7 +95,8 @@ def sparsify(
     compute or be read by its owner in ways of its own, and stays dense likewise.
 
     - `torch.nn.Linear`.
-    - `torch.nn.Conv2d`.
+    - `torch.nn.Conv1d`, ``Conv2d``, ``Conv3d``, and their transposed ``ConvTranspose1d``, ``ConvTranspose2d``
+      and ``ConvTranspose3d``.
     - ``transformers.pytorch_utils.Conv1D``, a linear layer with a transposed weight, as GPT-2 has it.
     - The projections of `torch.nn.MultiheadAttention`, which go by ``q_proj``, ``k_proj``, ``v_proj`` and
       ``out_proj`` below the name of the attention, and by its class; where any matches, the attention becomes
@@ -173,7 +173,7 @@ def plan_sparsify(model: nn.Module, rules: Rules, *, layer: str = "sparse") -> S
     return draw_plan(model, choose(model, rules, layer))
 
 
-def find_linear(model: nn.Module, include: Keys = "*", exempt: Keys = ()) -> dict[str, nn.Linear | nn.Conv2d]:
+def find_linear(model: nn.Module, include: Keys = "*", exempt: Keys = ()) -> dict[str, Any]:
     """The layers that can be swapped for ones with single connections, by qualified name, in the order of the
     model.
 

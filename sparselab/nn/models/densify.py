@@ -19,7 +19,7 @@ def densify(model: Model) -> Model:
     """Make the sparse layers of a model dense again, in place; its outputs stay the same to rounding.
 
     Sparse layers of every kind become `torch.nn.Linear`, or the ``Conv1D`` of transformers that `sparsify`
-    made them from, so that its checkpoints fit again; convolutions become `torch.nn.Conv2d`, and
+    made them from, so that its checkpoints fit again; convolutions become those of torch, and
     `SparseMultiheadAttention` becomes `torch.nn.MultiheadAttention`. What `sparsify` made from a subclass
     becomes the base: the ``__init__`` of the subclass may take anything. Modes and trainability are kept. The
     encoders of torch that `sparsify` has kept off their fused path stay off it.

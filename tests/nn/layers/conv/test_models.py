@@ -10,16 +10,21 @@ import torch
 from torch import nn
 
 from sparselab import (
+    AveragedModel,
     MaskedConv2d,
     SparseConv2d,
     SparseLinear,
     densify,
+    load_model,
+    materialize,
     measure_sparsity,
     plan_sparsify,
+    save_model,
     sparsify,
 )
 from sparselab.dst import allocate, prune
 from sparselab.nn.ops.conv_operands import ConvolutionOperands
+from tests.nn.layers.conv.rows import NAMES, dense_of, dims, is_transposed
 from tests.nn.layers.conv.test_sparse import KINDS, gradients, images, make
 
 
@@ -107,3 +112,83 @@ def test_hooks_see_the_dense_gradient(kind: Any, groups: int) -> None:
     bad = operands.with_input(operands.x.clone())
     bad.x[0, 0, 0, 0] = torch.inf
     assert not bad.is_finite()
+
+
+def every_convolution() -> nn.ModuleDict:
+    """One of each, that compute of two channels."""
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            name: dense_of(name)(2, 4, 3, padding=1, **({"output_padding": 0} if is_transposed(name) else {}))
+            for name in NAMES
+        }
+    )
+
+
+def computed(model: nn.ModuleDict) -> list[torch.Tensor]:
+    return [
+        layer(torch.linspace(-1, 1, 2 * 4 ** dims(name)).view(1, 2, *[4] * dims(name)))
+        for name, layer in model.items()
+    ]
+
+
+@pytest.mark.parametrize("layer", ["sparse", "masked", "fan_in"])
+def test_every_convolution_is_made_sparse_and_dense_again(layer: str) -> None:
+    model = every_convolution()
+    names = [name for name in NAMES if layer != "fan_in" or not is_transposed(name)]
+    dense = nn.ModuleDict({name: model[name] for name in names})
+    expected, shapes = computed(dense), {n: p.shape for n, p in dense.named_parameters()}
+    plan = plan_sparsify(dense, 0.5, layer=layer)
+    kind = "Masked" if layer == "masked" else "Sparse"
+    assert [(each.kind, each.becomes) for each in plan.layers] == [(n, f"{kind}{n}") for n in names]
+    assert plan.left == ()
+    sparsify(dense, 0.0, layer=layer, init="magnitude")
+    torch.testing.assert_close(computed(dense), expected)
+    densify(dense)
+    assert [type(dense[name]) for name in names] == [dense_of(name) for name in names]
+    assert {n: p.shape for n, p in dense.named_parameters()} == shapes
+    sparsify(dense, 0.5, layer=layer)
+    for each, planned in zip(dense.values(), plan.layers, strict=True):
+        assert (each.nnz, each.sparsity) == (planned.connections, 0.5)
+    y = computed(dense)
+    torch.testing.assert_close(computed(densify(dense)), y)
+
+
+def test_a_constant_fan_in_is_not_for_transposed_ones() -> None:
+    model = every_convolution()
+    with pytest.raises(ValueError, match=r"'fan_in' must replace one of .*Conv1d.*, got 'ConvTranspose1d'"):
+        sparsify(model, {"ConvTranspose1d": 0.5}, layer="fan_in")
+    with pytest.warns(UserWarning, match="which has no layer of kind 'fan_in'"):
+        sparsify(model, 0.5, layer="fan_in")
+    assert [name for name in NAMES if type(model[name]) is dense_of(name)] == [
+        name for name in NAMES if is_transposed(name)
+    ]
+
+
+def test_both_kinds_of_every_convolution_draw_the_same() -> None:
+    models = []
+    for layer in ("sparse", "masked"):
+        model = every_convolution()
+        torch.manual_seed(5)
+        models.append(computed(sparsify(model, 0.6, layer=layer)))
+    torch.testing.assert_close(*models)
+
+
+def test_every_convolution_is_pruned_budgeted_saved_and_built_without_memory(tmp_path: Any) -> None:
+    sizes = {name: each.weight.numel() for name, each in every_convolution().items()}
+    rules = allocate(every_convolution(), 0.8)
+    assert list(rules) == NAMES
+    counts = [round((1 - rules[name]) * sizes[name]) for name in NAMES]
+    assert sum(counts) == round(0.2 * sum(sizes.values()))
+    model = every_convolution()
+    prune(model, 0.75, "network")
+    assert sum(each.nnz for each in model.values()) == round(0.25 * sum(sizes.values()))
+    save_model(model, tmp_path / "model")
+    with torch.device("meta"):
+        other = sparsify(every_convolution(), 0.9)
+    assert all(each.weight_values.is_meta for each in other.values())
+    load_model(materialize(other, "cpu"), tmp_path / "model")
+    torch.testing.assert_close(computed(other), computed(model))
+    mean = AveragedModel(model)
+    mean.update_parameters(model)
+    torch.testing.assert_close(computed(mean.module), computed(model))
