@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from sparselab import BlockSparseLinear, MaskedLinear, RigL, SparseConv2d, SparseLinear
+from sparselab import (
+    BlockSparseLinear,
+    MaskedLinear,
+    RigL,
+    SparseConv2d,
+    SparseConvTranspose2d,
+    SparseLinear,
+)
 from tests.dst.algorithms.test_rigl import slow_update
 
 F64 = torch.float64
@@ -13,6 +20,7 @@ KINDS = {
     "masked": (lambda: MaskedLinear(12, 10, sparsity=0.6, dtype=F64), (5, 12)),
     "blocks": (lambda: BlockSparseLinear(12, 10, sparsity=0.6, block_shape=(1, 1), dtype=F64), (5, 12)),
     "conv": (lambda: SparseConv2d(4, 6, 3, padding=1, sparsity=0.6, dtype=F64), (2, 4, 4, 4)),
+    "transposed": (lambda: SparseConvTranspose2d(4, 6, 3, padding=1, sparsity=0.6, dtype=F64), (2, 4, 4, 4)),
 }
 
 

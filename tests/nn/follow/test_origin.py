@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sparselab import SET, BlockSparseLinear, MaskedLinear, RigL, SparseConv2d, SparseLinear, soft_update
+from sparselab import (
+    SET,
+    BlockSparseLinear,
+    MaskedLinear,
+    RigL,
+    SparseConv2d,
+    SparseConvTranspose2d,
+    SparseLinear,
+    soft_update,
+)
 
 REFUSED = "average by slots is wrong once connections differ"
 
@@ -22,9 +31,13 @@ def models(kind: str = "single") -> tuple[nn.Module, Tensor]:
         "single": lambda: SparseLinear(16, 12, sparsity=0.5),
         "blocks": lambda: BlockSparseLinear(16, 12, sparsity=0.5, block_shape=(4, 2)),
         "conv": lambda: SparseConv2d(4, 6, 3, sparsity=0.5),
+        "transposed": lambda: SparseConvTranspose2d(4, 6, 3, sparsity=0.5),
         "masked": lambda: MaskedLinear(16, 12, sparsity=0.5),
     }
-    return nn.Sequential(layers[kind]()), torch.randn(3, 4, 5, 5) if kind == "conv" else torch.randn(5, 16)
+    return nn.Sequential(layers[kind]()), torch.randn(3, 4, 5, 5) if kind in (
+        "conv",
+        "transposed",
+    ) else torch.randn(5, 16)
 
 
 def driven(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
@@ -38,7 +51,7 @@ def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["single", "blocks", "conv"])
+@pytest.mark.parametrize("kind", ["single", "blocks", "conv", "transposed"])
 def test_torchs_averager_is_refused_once_connections_move(kind: str) -> None:
     model, x = models(kind)
     averaged = AveragedModel(model)
