@@ -46,8 +46,9 @@ class Convolution(SparseLayer):
 
     def _configure(self, layer: Any) -> None:
         """Take over the settings of a convolution."""
-        for name in {*self.settings, "output_padding"}:
+        for name in self.settings:
             setattr(self, name, getattr(layer, name))
+        self.output_padding = layer.output_padding
         self.space = read_space(
             getattr(layer, self.column_channels), layer.groups, layer.kernel_size, layer.stride,
             layer.padding, layer.dilation, layer.padding_mode == "zeros",
