@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -88,10 +89,14 @@ def convolve(
     space = read_space(channels * groups, groups, kernel, stride, padding, dilation)
     check_images(x, channels * groups, n_dims)
     values = weight.values()
-    return space.convolve(
-        check_input(x, values),
-        lambda images: sparse_conv2d(images, values, bias, weight.layer, space.geometry),
-    )
+
+    def compute(x: Tensor) -> Tensor:
+        return space.convolve(
+            check_input(x, values),
+            lambda images: sparse_conv2d(images, values, bias, weight.layer, space.geometry),
+        )
+
+    return _in_precision(compute, x, values)
 
 
 def convolve_transposed(
@@ -120,12 +125,23 @@ def convolve_transposed(
     space = read_space(channels * groups, groups, kernel, stride, as_sizes(padding, n_dims), dilation)
     check_images(x, weight.shape[0], n_dims)
     values = weight.values()
-    y = space.transpose(
-        check_input(x, values),
-        lambda images, size: conv2d_transposed(images, values, weight.layer, space.geometry, size),
-        as_sizes(output_padding, n_dims),
-    )
-    return with_bias(y, bias, n_dims)
+
+    def compute(x: Tensor) -> Tensor:
+        y = space.transpose(
+            check_input(x, values),
+            lambda images, size: conv2d_transposed(images, values, weight.layer, space.geometry, size),
+            as_sizes(output_padding, n_dims),
+        )
+        return with_bias(y, bias, n_dims)
+
+    return _in_precision(compute, x, values)
+
+
+def _in_precision(compute: Callable[[Tensor], Tensor], x: Tensor, values: Tensor) -> Tensor:
+    """What is computed of x, as autocast has it."""
+    if torch.is_autocast_enabled("cpu"):
+        return under_autocast(compute, x, values.dtype)
+    return compute(x)
 
 
 def _kernel(n_dims: int, weight: LiveWeight) -> tuple[int, tuple[int, ...]]:

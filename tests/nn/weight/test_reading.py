@@ -164,7 +164,6 @@ REFUSED: dict[str, Callable[[Any, Tensor], Any]] = {
     "einsum": lambda w, x: torch.einsum("oi,bi->bo", w, x),
     "bmm": lambda w, x: torch.bmm(x[None], w),
     "embedding": lambda w, x: F.embedding(torch.zeros(2, dtype=torch.int64), w),
-    "conv1d": lambda w, x: F.conv1d(x, w),
     "bilinear": lambda w, x: F.bilinear(x, x, w),
     "as input": lambda w, x: F.linear(w, x),
     "as bias": lambda w, x: torch.addmm(w, x, x.T),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -126,7 +126,8 @@ class Convolution(SparseLayer):
         ----------
         x : (n, in_channels, *size) or (in_channels, *size), the dtype of the weights
             The size is (length,), (height, width) or (depth, height, width). Under CPU autocast any floating
-            dtype; a sparse product is then computed and returned in the dtype of the weights.
+            dtype; a sparse product is then computed in the dtype of the weights, and returned in that of
+            autocast, unless it is float64.
 
         Returns
         -------
@@ -140,7 +141,11 @@ class Convolution(SparseLayer):
             If the layer or x is on a device without products.
         """
         mode = _MODES.get(self.padding_mode, self.padding_mode)
-        return self.space.convolve(self._accept(x), self._product, mode)
+        return self._in_precision(x, lambda x: self.space.convolve(self._accept(x), self._product, mode))
+
+    def _in_precision(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is computed of x, as autocast has it."""
+        return compute(x)
 
     def _accept(self, x: Tensor) -> Tensor:
         """What is computed with, of a checked x."""
@@ -193,7 +198,9 @@ class TransposedConvolution(Convolution):
         NotImplementedError
             If the layer or x is on a device without products.
         """
-        x = self._accept(x)
+        return self._in_precision(x, lambda x: self._of_size(self._accept(x), output_size))
+
+    def _of_size(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
         more = self.output_padding if output_size is None else self._more(x, output_size)
         return with_bias(self.space.transpose(x, self._transposed, more), self.bias, self.n_dims)
 

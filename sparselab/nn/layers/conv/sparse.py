@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -15,7 +16,14 @@ from sparselab.nn.layers.conv.base import Convolution
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.ops.conv2d import conv2d
 from sparselab.nn.ops.geometry import Size
-from sparselab.nn.storage.checks import check_bias, check_images, check_input, read_fan_in, read_sparsity
+from sparselab.nn.storage.checks import (
+    check_bias,
+    check_images,
+    check_input,
+    read_fan_in,
+    read_sparsity,
+    under_autocast,
+)
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import as_scores
 
@@ -64,6 +72,11 @@ class SparseConvolution(Convolution, CompressedLayer):
     def to_dense(self) -> Any:
         """The layer of torch with the same outputs, mode and trainability."""
         return self._dense_twin()
+
+    def _in_precision(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            return under_autocast(compute, x, self.in_use.dtype)
+        return compute(x)
 
     def _accept(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels, self.n_dims)
