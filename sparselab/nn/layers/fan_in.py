@@ -10,10 +10,11 @@ from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.rewiring.rows import select_rows
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
-from sparselab.nn.layers.linear import LinearLayer, SparseLinear, connected, require_linear
+from sparselab.nn.layers.linear import LinearLayer, SparseLinear, connected, require_linear, with_connections
 from sparselab.nn.storage.checks import check_bias, check_size, read_fan_in, read_sparsity
 from sparselab.nn.storage.entries import as_scores
 from sparselab.nn.storage.fan_in import FanIn
+from sparselab.nn.storage.patterns import read_edges
 
 
 class FanInLinear(LinearLayer):
@@ -128,6 +129,22 @@ class FanInLinear(LinearLayer):
             Also if its rows, but for empty ones, do not have equally many connections.
         """
         return connected(cls, pattern, bias, dtype)
+
+    @classmethod
+    def from_edges(
+        cls, inputs: object, outputs: object = None, weights: object = None, *,
+        in_features: int | None = None, out_features: int | None = None, bias: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> FanInLinear:  # fmt: skip
+        """A layer with the connections of a list of edges; as `SparseLinear.from_edges`.
+
+        Raises
+        ------
+        ValueError
+            Also if the outputs, but for those without any, do not have equally many connections.
+        """
+        edges = read_edges(inputs, outputs, weights, in_features, out_features)
+        return with_connections(cls, edges, bias, dtype)
 
     @classmethod
     def from_sparse(cls, layer: SparseLayer) -> FanInLinear:

@@ -24,7 +24,7 @@ from sparselab.nn.storage.checks import (
     under_autocast,
 )
 from sparselab.nn.storage.compressed import Compressed
-from sparselab.nn.storage.patterns import read_pattern
+from sparselab.nn.storage.patterns import Pattern, read_edges, read_pattern
 
 
 class LinearLayer(CompressedLayer):
@@ -215,10 +215,69 @@ class SparseLinear(LinearLayer):
         """
         return connected(cls, pattern, bias, dtype)
 
+    @classmethod
+    def from_edges(
+        cls,
+        inputs: object,
+        outputs: object = None,
+        weights: object = None,
+        *,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> SparseLinear:
+        """A layer with the connections of a list of edges: from input ``inputs[k]`` to output ``outputs[k]``.
+
+        Nothing is made of the size of the dense weight. The topology stays, as that of `from_pattern`.
+
+        Parameters
+        ----------
+        inputs, outputs : int array, tensor or list, (n,)
+            In any order. Without outputs, inputs is an ``edge_index``, (2, n), as torch_geometric has it:
+            first where edges begin, then where they end.
+        weights : floating array, tensor or list, (n,), optional
+            Drawn as by `fan_in_uniform_` if they are not given.
+        in_features, out_features : int, optional
+            One more than the largest of inputs, or outputs, by default.
+        bias : bool
+            Drawn as in a new layer.
+        dtype : torch.dtype, optional
+            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the weights.
+
+        Raises
+        ------
+        TypeError
+            If inputs or outputs are no integers, weights are not floating, or a layer cannot have the dtype.
+        ValueError
+            If the lengths differ, a number is negative or not below its number of features, or there is no
+            edge and no number of features.
+
+        Notes
+        -----
+        An edge that is named twice is one connection, and its weights are summed: as SciPy makes a
+        ``coo_array`` a ``csr_array``, and ``torch_geometric.utils.coalesce`` adds up.
+
+        Examples
+        --------
+        >>> from sparselab import SparseLinear
+        >>> layer = SparseLinear.from_edges([0, 2, 2], [1, 0, 1], [0.5, 2.0, -1.0], bias=False)
+        >>> layer.weight.detach().to_dense()
+        tensor([[ 0.0000,  0.0000,  2.0000],
+                [ 0.5000,  0.0000, -1.0000]])
+        """
+        edges = read_edges(inputs, outputs, weights, in_features, out_features)
+        return with_connections(cls, edges, bias, dtype)
+
 
 def connected(kind: type[Layer], pattern: object, bias: bool, dtype: torch.dtype | None) -> Layer:
     """A layer of a kind with the connections of a matrix (out_features, in_features)."""
-    (rows, columns), positions, weights = read_pattern(pattern)
+    return with_connections(kind, read_pattern(pattern), bias, dtype)
+
+
+def with_connections(kind: type[Layer], pattern: Pattern, bias: bool, dtype: torch.dtype | None) -> Layer:
+    """As `connected`, of a pattern that has been read."""
+    (rows, columns), positions, weights = pattern
     new = kind(columns, rows, bias, sparsity=1.0, dtype=dtype)  # type: ignore[call-arg, arg-type]
     new._begin_with(positions, weights)
     return new

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparselab.kernels.layouts.block_csr import grid_of
 from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.storage.checks import check_size
 from sparselab.nn.storage.entries import repeated
 
 #: What `read_pattern` takes, in the words of its errors.
@@ -124,6 +125,78 @@ def _read_rows(shape: tuple[int, int], indptr: Tensor, indices: Tensor, entries:
         if weights is not None:
             weights = weights.new_zeros(len(positions)).index_add_(0, slot, weights)
     return Pattern(shape, positions, weights)
+
+
+def read_edges(
+    inputs: Any, outputs: Any, weights: Any, in_features: int | None, out_features: int | None
+) -> Pattern:
+    """Connections, and weights where there are some, of a list of edges.
+
+    Parameters
+    ----------
+    inputs, outputs : int array or tensor, (n,)
+        Where each edge begins and ends. If outputs is None, inputs is both: (2, n).
+    weights : floating array or tensor, (n,), or None
+        Of edges named twice the sum counts.
+    in_features, out_features : int, optional
+        One more than the largest number by default.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As documented at `sparselab.SparseLinear.from_edges`.
+    """
+    if outputs is None:
+        both = np.asarray(_as_array("inputs", inputs))
+        if both.ndim != 2 or len(both) != 2:
+            raise ValueError(
+                f"inputs must be an edge_index of shape (2, n) if outputs is not given, got {both.shape}"
+            )
+        inputs, outputs = both
+    ends = {}
+    for name, numbers in (("inputs", inputs), ("outputs", outputs)):
+        array = _as_array(name, numbers)
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be integers, got {array.dtype}")
+        if array.ndim != 1:
+            raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
+        ends[name] = array.astype(np.int64)
+    column, row = ends["inputs"], ends["outputs"]
+    if len(column) != len(row):
+        raise ValueError(f"inputs and outputs must be equally long, got {len(column)} and {len(row)}")
+    columns = _count("in_features", in_features, "inputs", column)
+    rows = _count("out_features", out_features, "outputs", row)
+    positions = torch.from_numpy(row * columns + column)
+    if weights is None:
+        return Pattern((rows, columns), torch.unique(positions), None)
+    numbers = weights.detach().cpu() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights))
+    if not numbers.is_floating_point():
+        raise TypeError(f"weights must be floating, got {numbers.dtype}")
+    if numbers.shape != positions.shape:
+        raise ValueError(
+            f"weights must be one for each of {len(positions)} edges, got shape {tuple(numbers.shape)}"
+        )
+    positions, slot = torch.unique(positions, return_inverse=True)
+    return Pattern((rows, columns), positions, numbers.new_zeros(len(positions)).index_add_(0, slot, numbers))
+
+
+def _as_array(name: str, numbers: Any) -> Any:
+    if isinstance(numbers, Tensor):
+        if numbers.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {numbers.layout}")
+        return numbers.detach().cpu().numpy()
+    return np.asarray(numbers)
+
+
+def _count(name: str, features: int | None, of: str, numbers: Any) -> int:
+    """The number of features, of which all numbers are some; by default as many as the numbers need."""
+    if features is None and not numbers.size:
+        raise ValueError(f"{name} must be given where there is no edge to tell it")
+    n = int(numbers.max()) + 1 if features is None else check_size(name, features)
+    if numbers.size and not (numbers.min() >= 0 and numbers.max() < n):
+        limit = "" if features is None else f" and below {name}, {n}"
+        raise ValueError(f"{of} must be at least 0{limit}, got {int(numbers.min())}..{int(numbers.max())}")
+    return n
 
 
 def read_blocks(
