@@ -1,11 +1,9 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
 from sparselab.nn.follow import replicas as _replicas  # noqa: F401 - what it registers with torch
-from sparselab.nn.layers.attention import SparseMultiheadAttention
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
-from sparselab.nn.layers.brf import brf_
-from sparselab.nn.layers.constant_fan_in import constant_fan_in_
+from sparselab.nn.layers.composed.attention import SparseMultiheadAttention
 from sparselab.nn.layers.conv.masked import (
     MaskedConv1d,
     MaskedConv2d,
@@ -25,6 +23,8 @@ from sparselab.nn.layers.fan_in import FanInLinear
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedLinear
+from sparselab.nn.layers.starts.brf import brf_
+from sparselab.nn.layers.starts.constant_fan_in import constant_fan_in_
 from sparselab.nn.models.average import AveragedModel, average, copy_topology, soft_update
 from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify

@@ -30,7 +30,7 @@ LADDERS = {
 CROWDED: set[str] = set()
 #: Drop-in replacements take what the layer of torch takes, in its order, and how sparse they are.
 MANY_PARAMETERS = {
-    "sparselab/nn/layers/attention.py::SparseMultiheadAttention.__init__",
+    "sparselab/nn/layers/composed/attention.py::SparseMultiheadAttention.__init__",
     "sparselab/dst/algorithms/chts.py::CHTss.__init__",
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparselab.nn import MaskedLinear, SparseLinear, brf_
-from sparselab.nn.layers import brf
+from sparselab.nn.layers.starts import brf
 
 
 def live(layer):

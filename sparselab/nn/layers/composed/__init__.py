@@ -1,0 +1,1 @@
+"""Modules that are made of several layers, each of which may be dense or sparse."""

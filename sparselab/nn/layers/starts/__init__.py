@@ -1,0 +1,1 @@
+"""Connections to start from, drawn by a rule of their own."""
