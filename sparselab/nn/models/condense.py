@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.nn.layers.base import SparseLayer, find_sparse
+from sparselab.nn.layers.composed.tied import find_tied
 from sparselab.nn.layers.extras import extras
 from sparselab.nn.layers.kinds import LayerKind, find_kind, kind_of
 from sparselab.nn.models.weights import parameter_users
@@ -212,6 +213,7 @@ def _reason_to_leave(model: nn.Module, place: _Place) -> str | None:
     users = parameter_users(model)
     shared = [name for name, parameter in module.named_parameters() if len(users[id(parameter)]) > 1]
     found += [f"the shared parameter {name}" for name in shared]
+    found += [f"its weight shared by {name!r}" for name, tied in find_tied(model) if tied.layer is module]
     return f"{place.name!r} has {' and '.join(found)}" if found else None
 
 

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from sparselab.nn.layers.base import find_sparse
+from sparselab.nn.layers.composed.tied import find_tied
 from sparselab.nn.layers.dense import dense_type
+from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.models.swap import replace
 from sparselab.nn.models.weights import parameter_users
 
@@ -19,7 +21,8 @@ def densify(model: Model) -> Model:
     """Make the sparse layers of a model dense again, in place; its outputs stay the same to rounding.
 
     Sparse layers of every kind become `torch.nn.Linear`, or the ``Conv1D`` of transformers that `sparsify`
-    made them from, so that its checkpoints fit again; convolutions become those of torch, and
+    made them from, so that its checkpoints fit again; a `TiedLinear` of one becomes a `torch.nn.Linear` with
+    its Parameter; convolutions become those of torch, and
     `SparseMultiheadAttention` becomes `torch.nn.MultiheadAttention`. What `sparsify` made from a subclass
     becomes the base: the ``__init__`` of the subclass may take anything. Modes and trainability are kept. The
     encoders of torch that `sparsify` has kept off their fused path stay off it.
@@ -60,7 +63,11 @@ def densify(model: Model) -> Model:
         if any(tensor.is_meta for tensor in layer.parameters()):
             raise ValueError(f"model must hold data, got {name!r} on the meta device; see materialize")
     _refuse_shared(model, found)
+    shared = [tied for _, tied in find_tied(model) if tied.layer in found.values()]
+    for tied in shared:
+        refuse_to_lose(tied, "untied", ("bias",))
     replace(model, {layer: _to_dense_class(name, layer) for name, layer in found.items()})
+    replace(model, {tied: tied.untied() for tied in shared if not tied.transposed})
     return model
 
 

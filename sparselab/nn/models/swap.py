@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from sparselab.nn.layers.composed.tied import retie
 from sparselab.nn.layers.dense import DenseLayer, dense_type
 
 
@@ -27,7 +28,14 @@ def swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, nn.Module]]) -> Non
 
 
 def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others, wherever these are in a model."""
+    """Put modules in the place of others, wherever these are in a model; what is tied to them follows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it cannot follow. Nothing has been changed then.
+    """
+    retie(model, new)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:
