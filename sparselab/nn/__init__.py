@@ -20,6 +20,7 @@ from sparselab.nn.layers.conv.transposed import (
     SparseConvTranspose3d,
 )
 from sparselab.nn.layers.dense import DenseLayer, DenseType, LinearView, register_dense, whole
+from sparselab.nn.layers.embedding import SparseEmbedding
 from sparselab.nn.layers.fan_in import FanInLinear
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.linear import SparseLinear
@@ -66,6 +67,7 @@ __all__ = [
     "SparseConvTranspose1d",
     "SparseConvTranspose2d",
     "SparseConvTranspose3d",
+    "SparseEmbedding",
     "SparseLayer",
     "SparseLinear",
     "SparseMultiheadAttention",

@@ -174,7 +174,7 @@ def _pairs(
         if (at := i + 1 + len(between)) == len(places):
             continue
         layer, reader = place.module, places[at].module
-        if not isinstance(layer, SparseLayer) or not _reads_rows(reader):
+        if not isinstance(layer, SparseLayer) or not (_reads_rows(layer) and _reads_rows(reader)):
             continue
         if uses[layer] > 1 or uses[reader] > 1 or _live(layer).all():
             continue
@@ -182,7 +182,7 @@ def _pairs(
 
 
 def _reads_rows(module: nn.Module) -> bool:
-    """Whether inputs of a module are columns of a matrix, so that those that are constant can go."""
+    """Whether inputs of a module are columns of a matrix, and outputs its rows; constant ones can go."""
     return getattr(module, "dense_class", type(module)) is nn.Linear or isinstance(module, nn.Linear)
 
 

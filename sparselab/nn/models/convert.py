@@ -44,7 +44,7 @@ def sparsify(
         - A regular expression must match the whole name.
         - A class matches the layers of modules that are instances of it, as ``isinstance`` has them.
         - A function returns a bool for each layer: ``function(module, name)``, of the module that holds its
-          weights and its qualified name. It is also asked of what must stay dense, such as embeddings.
+          weights and its qualified name. It is also asked of what must stay dense.
 
         They map to what the layers become. A number is a sparsity in [0, 1]. A mapping says ``"layer"``, the
         kind, which may be left out; exactly one of ``"sparsity"``, ``"density"`` (1 minus the sparsity) and,
@@ -89,6 +89,12 @@ def sparsify(
     more dimensions, for which there is no sparse kind: it goes by the name of its module if its own begins
     with ``weight``, and by its own name if not. `plan_sparsify` lists all of them without a change.
 
+    An embedding is only made sparse by a key that matches embeddings alone: ``"wte"``, ``"*.wte"`` or
+    ``torch.nn.Embedding``, but neither a number for the whole model nor ``"*"``. Likewise where an embedding
+    and linear layers have one weight, as in a language model with a tied head: a key for any of them and no
+    other layer makes all of them sparse, the embedding a `SparseEmbedding` and the head a `TiedLinear` with
+    its weight. Rules for several of them must say the same.
+
     The layers are those whose class is one of these, or was registered with `sparselab.nn.register_dense`; a
     subclass counts as its base if it redefines nothing but ``__init__``, ``reset_parameters`` and
     ``extra_repr``, and adds no member to its class (`sparselab.densify` then gives the base). Another one may
@@ -97,6 +103,7 @@ def sparsify(
     - `torch.nn.Linear`.
     - `torch.nn.Conv1d`, ``Conv2d``, ``Conv3d``, and their transposed ``ConvTranspose1d``, ``ConvTranspose2d``
       and ``ConvTranspose3d``.
+    - `torch.nn.Embedding`, unless its gradients are sparse tensors.
     - ``transformers.pytorch_utils.Conv1D``, a linear layer with a transposed weight, as GPT-2 has it.
     - The projections of `torch.nn.MultiheadAttention`, which go by ``q_proj``, ``k_proj``, ``v_proj`` and
       ``out_proj`` below the name of the attention, and by its class; where any matches, the attention becomes

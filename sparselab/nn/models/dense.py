@@ -124,28 +124,68 @@ def _choose(
                 f"{argument} must not name a layer that cannot be swapped, got {name!r} {each.reason}; "
                 "change that first, or leave the layer dense"
             )
-    first = first_keys(found)
+    apart = {key for key, names in found.items() if all(weights[name].apart for name in names)}
+    meant = first_keys(
+        {
+            key: [n for n in names if key in apart or rules[key] is None or not weights[n].apart]
+            for key, names in found.items()
+        }
+    )
+    first = {**first_keys(found), **meant}
+    pairs = _rules_of_pairs(argument, weights, {n: rules[key] for n, key in meant.items() if key in apart})
     layers: dict[str, tuple[DenseLayer, Rule]] = {}
     left: dict[str, LeftLayer] = {}
     for name, each in weights.items():
-        rule = rules[first[name]] if name in first else None
-        if rule is None:
+        pair = each.tied_to or name
+        rule = pairs[pair] if pair in pairs else rules[first[name]] if name in first else None
+        if rule is None or (pair in pairs and each.tied_to):  # goes with the embedding
             continue
-        reason = each.reason
-        if reason is None and each.layer is not None:
+        reason = each.reason or ("" if pair in pairs or name in meant else each.apart)
+        if not reason and each.layer is not None:
             # The check of a rule refuses what is named outright.
-            if first[name] == name or rule.fits(each.layer.linear):
+            if rule.fits(each.layer.linear) or first.get(name, name) == name:
                 layers[name] = each.layer, rule
                 continue
             reason = f"is of class {type(each.owner).__name__}, which has no layer of kind {rule.kind!r}"
-        left[name] = _left(each, str(reason))
-    working = {first[name] for name in layers}
+        left[name] = _left(each, reason)
+    working = {first[name] for name in layers if name in first}
     return Choice(
         layers,
         tuple(left.values()),
         tuple(each for name, each in left.items() if not (weights[name].aside and first[name] in working)),
-        tuple(each for name, each in weights.items() if name in first and name not in layers),
+        tuple(
+            each for name, each in weights.items() if name in first and (each.tied_to or name) not in layers
+        ),
     )
+
+
+def _rules_of_pairs(
+    argument: str, weights: Mapping[str, Weights], rules: Mapping[str, Rule | None]
+) -> dict[str, Rule | None]:
+    """The rule of each embedding and what is tied to it, by the name of the embedding, where one has a rule.
+
+    Parameters
+    ----------
+    argument : str
+        What errors call the keys.
+    weights : mapping
+    rules : mapping
+        Of layers that are meant by a key of their own, by name.
+    """
+    found: dict[str, Rule | None] = {}
+    said: dict[str, str] = {}
+    tied = {each.tied_to for each in weights.values() if each.tied_to}
+    for name, rule in rules.items():
+        pair = weights[name].tied_to or name
+        if pair not in tied:
+            continue
+        if pair in found and found[pair] != rule:
+            raise ValueError(
+                f"{argument} must say the same of tied layers, got different rules for {said[pair]!r} and "
+                f"{name!r}, which share one weight; a rule for either is one for both"
+            )
+        found[pair], said[pair] = rule, name
+    return found
 
 
 def _left(weights: Weights, reason: str) -> LeftLayer:

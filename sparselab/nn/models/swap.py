@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from sparselab.nn.layers.composed.tied import retie
+from sparselab.nn.layers.composed.tied import TiedLinear, retie
 from sparselab.nn.layers.dense import DenseLayer, dense_type
+from sparselab.nn.models.weights import find_heads
 
 
 def swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, nn.Module]]) -> None:
@@ -24,7 +25,18 @@ def swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, nn.Module]]) -> Non
         assert known is not None
         assert known.join is not None
         whole[owner] = known.join(owner, layers)
+    modules = dict(model.named_modules())
+    for head, embedding in find_heads(model).items():
+        if modules[embedding] in whole:
+            whole[modules[head]] = _tied(modules[head], whole[modules[embedding]])
     replace(model, whole)
+
+
+def _tied(head: nn.Module, embedding: nn.Module) -> TiedLinear:
+    """A layer in the place of a linear one, with its bias and the weight of the embedding."""
+    new = TiedLinear(embedding, bias=False)
+    new.register_parameter("bias", head._parameters["bias"])
+    return new.train(head.training)
 
 
 def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

@@ -31,6 +31,11 @@ class Weights:
         Why the layer cannot be swapped.
     aside : bool
         Whether nobody expects them to be sparse where all of a model is: they are looked up, or added.
+    tied_to : str
+        Name of the embedding whose weight a layer has, if the two can be made sparse together.
+    apart : str
+        Why the layer is only swapped where a key matches it and no layer without such a reason; empty if it
+        is like any other.
     """
 
     name: str
@@ -39,6 +44,8 @@ class Weights:
     layer: DenseLayer | None = None
     reason: str | None = None
     aside: bool = False
+    tied_to: str = ""
+    apart: str = ""
 
 
 def find_weights(model: nn.Module) -> dict[str, Weights]:
@@ -48,13 +55,39 @@ def find_weights(model: nn.Module) -> dict[str, Weights]:
     of two or more dimensions.
     """
     users = parameter_users(model)
+    heads = find_heads(model)
     inside: set[nn.Module] = set()
     found: dict[str, Weights] = {}
     for name, module in model.named_modules():
         inside |= _insides(module)
         if module not in inside and not isinstance(module, SparseLayer):
-            found.update((each.name, each) for each in _weights_of(name, module, users))
+            found.update((each.name, each) for each in _weights_of(name, module, users, heads))
     return found
+
+
+def find_heads(model: nn.Module) -> dict[str, str]:
+    """Linear layers that have the weight of one embedding, and nobody else has: its name, by theirs."""
+    users, modules = parameter_users(model), dict(model.named_modules())
+    heads: dict[str, str] = {}
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is None or not isinstance(module, nn.Embedding) or not _is_plain(module, nn.Embedding):
+            continue
+        others: list[str] = [each for each in users[id(weight)] if each != name]
+        if all(
+            _is_plain(modules[each], nn.Linear) and modules[each]._parameters.get("weight") is weight
+            for each in others
+        ):
+            heads.update((each, name) for each in others)
+    return heads
+
+
+def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module can be swapped and differs from a class in nothing but how its objects are made."""
+    known = dense_type(type(module))
+    if known is None or known.cls is not cls or not dense_parts(module):
+        return False
+    return not extras(module, known.known)
 
 
 def find_dense(model: nn.Module) -> dict[str, DenseLayer]:
@@ -84,17 +117,23 @@ def _insides(module: nn.Module) -> set[nn.Module]:
     return {each for part in parts for each in part.modules()}
 
 
-def _weights_of(name: str, module: nn.Module, users: Mapping[int, list[str]]) -> Iterator[Weights]:
+def _weights_of(
+    name: str, module: nn.Module, users: Mapping[int, list[str]], heads: Mapping[str, str]
+) -> Iterator[Weights]:
+    table = _is_table(module)
     if dense_base(type(module)) is None:
         yield from _unknown(name, module)
     elif layers := dense_parts(module):
         for layer in layers:
             at = f"{name}.{layer.part}".strip(".")
             tensors = _share(layer) if layer.part else _counted(dict(_own(module)).values())
-            yield Weights(at, module, tensors, layer, _reason_to_leave(layer, users))
+            tied = name in heads or name in heads.values()
+            reason = None if tied else _reason_to_leave(layer, users)
+            apart = _reason_to_stay_apart(layer, users, tied)
+            yield Weights(at, module, tensors, layer, reason, table, heads.get(name, ""), apart)
     else:
         whole = (each for part in (module, *_insides(module)) for each in part.parameters(recurse=False))
-        yield Weights(name, module, _counted(whole), None, _reason_of_class(module))
+        yield Weights(name, module, _counted(whole), None, _reason_of_class(module), table)
 
 
 def _unknown(name: str, module: nn.Module) -> Iterator[Weights]:
@@ -104,21 +143,19 @@ def _unknown(name: str, module: nn.Module) -> Iterator[Weights]:
     wide = {at for at, each in own.items() if each.ndim > 1 and each.numel()}
     if any(at.startswith("weight") for at in wide):
         layer = {at: each for at, each in own.items() if at.startswith("weight") or at not in wide}
-        table = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        yield Weights(
-            name,
-            module,
-            _counted(layer.values()),
-            None,
-            f"is of class {kind}, which has no sparse kind",
-            table,
-        )
+        reason = f"is of class {kind}, which has no sparse kind"
+        yield Weights(name, module, _counted(layer.values()), None, reason, _is_table(module))
     for at, each in own.items():
         if at in wide and not at.startswith("weight"):
             reason = f"is a Parameter of class {kind}, which has no sparse kind"
             # What has one row for a batch is added to all of its samples.
             added = len(each) == 1
             yield Weights(f"{name}.{at}".strip("."), module, _counted([each]), None, reason, added)
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Whether its weight is looked up."""
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -145,6 +182,17 @@ def _reason_of_class(module: nn.Module) -> str:
     if found := extras(module, [*module._parameters, *module._buffers, *module._modules]):
         return f"has {' and '.join(found)}"
     return f"is of class {type(module).__name__}, which may compute or be read in a way of its own"
+
+
+def _reason_to_stay_apart(layer: DenseLayer, users: Mapping[int, list[str]], tied: bool) -> str:
+    if tied:
+        names = " and ".join(map(repr, users[id(layer.linear.weight)]))
+        return (
+            f"shares its weight or bias: {names} hold the same one; a key for these alone makes them sparse"
+        )
+    if _is_table(layer.owner):
+        return "is looked up, not multiplied; a key for such layers alone makes it sparse"
+    return ""
 
 
 def _reason_to_leave(layer: DenseLayer, users: Mapping[int, list[str]]) -> str | None:

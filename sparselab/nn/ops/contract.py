@@ -68,3 +68,13 @@ class ConvolutionProducts(Protocol):
 
     def values_grad(self, topology: OnTensors, grad: Tensor, x: Tensor, geometry: Any) -> Tensor:
         """The gradient by the values, shaped as they are."""
+
+
+class LookupProducts(Protocol):
+    """Rows of W that are looked up by number; operands have been checked."""
+
+    def product(self, topology: OnTensors, values: Tensor, tokens: Tensor) -> Tensor:
+        """The rows with these int64 numbers, dense: (tokens, columns), contiguous."""
+
+    def values_grad(self, topology: OnTensors, grad: Tensor, tokens: Tensor) -> Tensor:
+        """``sum_t dy[t, j]`` over the tokens with the number i, at each connection (i, j)."""

@@ -26,7 +26,7 @@ Maybe = Tensor | None
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _uncompiled(function: F) -> F:
+def uncompiled(function: F) -> F:
     """The function, into which torch's compiler does not look.
 
     Not by `torch.compiler.disable`, which imports the compiler (300 MB resident) with this module.
@@ -129,12 +129,12 @@ class _Product(torch.autograd.Function):
         return dx, dvalues, dbias
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
         return *_Product.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form), None, None, None
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def jvp(ctx: Any, *tangents: Maybe) -> Tensor:
         (x, values, *topology), (dx, dvalues, dbias, *_) = ctx.saved_tensors, tangents
         terms = []
@@ -147,7 +147,7 @@ class _Product(torch.autograd.Function):
         return _sum(terms)
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         (x, values, bias, *rest), (of_x, of_values, of_bias, *others) = args, in_dims
         if of_values is not None or any(each is not None for each in others):
@@ -185,13 +185,13 @@ class _InputGrad(torch.autograd.Function):
         )
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
         found = _InputGrad.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form)
         return *found, None, None, None
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def jvp(ctx: Any, *tangents: Maybe) -> Tensor:
         (grad, values, *topology), (dgrad, dvalues, *_) = ctx.saved_tensors, tangents
         terms = []
@@ -202,7 +202,7 @@ class _InputGrad(torch.autograd.Function):
         return _sum(terms)
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         of_grad, *others = in_dims
         if any(each is not None for each in others):
@@ -240,13 +240,13 @@ class _ValuesGrad(torch.autograd.Function):
         )
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
         found = _ValuesGrad.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form)
         return *found, None, None, None, None
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def jvp(ctx: Any, *tangents: Maybe) -> tuple[Tensor, Tensor]:
         (grad, x, *topology), (dgrad, dx, *_) = ctx.saved_tensors, tangents
         terms, sums = [], grad.new_zeros(ctx.n_sums)
@@ -258,13 +258,13 @@ class _ValuesGrad(torch.autograd.Function):
         return _sum(terms), sums
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         # A sum over the tokens of each, which cannot be told apart when they are folded.
         return _each(_ValuesGrad, info.batch_size, in_dims, args)
 
 
-@_uncompiled
+@uncompiled
 def product(x: Tensor, values: Tensor, bias: Maybe, topology: Any, form: Bilinear) -> Tensor:
     """``x W^T + b``, differentiable without limits.
 

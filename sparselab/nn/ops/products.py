@@ -1,4 +1,4 @@
-"""Which code computes products on tensors: by family (linear, conv2d), layout and device."""
+"""Which code computes products on tensors: by family (linear, conv2d, lookup), layout and device."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _products: dict[tuple[str, str, str], Any] = {
     ("linear", "csr", "cpu"): "sparselab.nn.ops.cpu.csr",
     ("linear", "bsr", "cpu"): "sparselab.nn.ops.cpu.bsr",
     ("conv2d", "csr", "cpu"): "sparselab.nn.ops.cpu.convolution",
+    ("lookup", "csr", "cpu"): "sparselab.nn.ops.cpu.lookup",
 }
 
 
@@ -26,12 +27,12 @@ def register_products(family: str, layout: str, device: str, products: Any) -> N
 
     Parameters
     ----------
-    family : {"linear", "conv2d"}
+    family : {"linear", "conv2d", "lookup"}
     layout : str
         `sparselab.kernels.layouts.topology.Topology.layout`.
     device : str
         ``torch.device.type``: "cpu", "cuda", ...
-    products : LinearProducts, ConvolutionProducts or str
+    products : LinearProducts, ConvolutionProducts, LookupProducts or str
         The object, or the module to import when it is first needed.
 
     Raises

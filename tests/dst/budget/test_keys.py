@@ -62,8 +62,11 @@ def test_budgets_and_pruning_leave_tied_layers(act: Any) -> None:
     model = tied()
     with pytest.warns(UserWarning, match=r"'lm_head' shares its weight .* A key of exempt leaves"):
         assert list(act(model, 0.5)) == ["body"]
-    with pytest.raises(ValueError, match=r"include must not name a layer .* got 'lm_head' shares"):
-        act(tied(), 0.5, include=["body", "lm_head"])
+    assert list(act(tied(), 0.5, include=["body", "lm_head"])) == ["embed", "body"]
+    twins = nn.ModuleList([nn.Linear(4, 7), nn.Linear(4, 7)])
+    twins[0].weight = twins[1].weight
+    with pytest.raises(ValueError, match=r"include must not name a layer .* got '1' shares"):
+        act(twins, 0.5, include="1")
     with pytest.raises(TypeError, match=r"include must choose layers by a str, .* got 3"):
         act(tied(), 0.5, include=[3])
     with warnings.catch_warnings():

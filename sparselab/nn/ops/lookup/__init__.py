@@ -1,0 +1,1 @@
+"""Rows of a sparse table that are looked up by number, with their gradients."""
