@@ -4,6 +4,7 @@ from sparselab.nn.follow import replicas as _replicas  # noqa: F401 - what it re
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
 from sparselab.nn.layers.composed.attention import SparseMultiheadAttention
+from sparselab.nn.layers.composed.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from sparselab.nn.layers.composed.tied import TiedLinear, TransposedLinear
 from sparselab.nn.layers.conv.masked import (
     MaskedConv1d,
@@ -68,9 +69,12 @@ __all__ = [
     "SparseConvTranspose2d",
     "SparseConvTranspose3d",
     "SparseEmbedding",
+    "SparseGRU",
+    "SparseLSTM",
     "SparseLayer",
     "SparseLinear",
     "SparseMultiheadAttention",
+    "SparseRNN",
     "SparseWeight",
     "SparsifyPlan",
     "TiedLinear",

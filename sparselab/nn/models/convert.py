@@ -108,6 +108,9 @@ def sparsify(
     - The projections of `torch.nn.MultiheadAttention`, which go by ``q_proj``, ``k_proj``, ``v_proj`` and
       ``out_proj`` below the name of the attention, and by its class; where any matches, the attention becomes
       a `SparseMultiheadAttention`.
+    - The weights of `torch.nn.GRU`, `LSTM` and `RNN` without projections, which go by their names
+      (``"gru.weight_hh_l0"``) and by the class; the network becomes a `SparseGRU`, `SparseLSTM` or
+      `SparseRNN`.
 
     A class as a key takes its subclasses along, so that none is passed over in silence: those that must stay
     dense are named. A key for the subclass alone goes before it.

@@ -93,9 +93,6 @@ class Experts(nn.Module):
 
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "Bilinear": (lambda: nn.Bilinear(2, 3, 4), 28),
-    "GRU": (lambda: nn.GRU(3, 4), 108),
-    "LSTM": (lambda: nn.LSTM(3, 4), 144),
-    "RNN": (lambda: nn.RNN(3, 4), 36),
     "GRUCell": (lambda: nn.GRUCell(3, 4), 108),
     "LSTMCell": (lambda: nn.LSTMCell(3, 4), 144),
     "RNNCell": (lambda: nn.RNNCell(3, 4), 36),
@@ -216,21 +213,21 @@ def test_what_a_kind_does_not_replace_stays_dense_unless_it_is_named() -> None:
 
 def test_a_plan_counts_all_of_a_model() -> None:
     model = nn.ModuleDict(
-        {"attn": nn.MultiheadAttention(4, 2), "norm": nn.BatchNorm1d(3), "gru": nn.GRU(3, 4)}
+        {"attn": nn.MultiheadAttention(4, 2), "norm": nn.BatchNorm1d(3), "two": nn.Bilinear(3, 3, 11)}
     )
-    plan = plan_sparsify(model, {"attn.[qk]_proj": 0.5, "attn.v_proj": None, nn.GRU: 0.5})
+    plan = plan_sparsify(model, {"attn.[qk]_proj": 0.5, "attn.v_proj": None, nn.Bilinear: 0.5})
     assert (plan.parameters_swapped, plan.parameters_left, plan.parameters_elsewhere) == (
         40,
-        20 + 108,
+        20 + 110,
         20 + 6,
     )
     assert plan.bytes_before == sum(each.nbytes for each in model.state_dict().values())
     saved = sum(each.bytes_before - each.bytes_after for each in plan.layers)
     assert plan.bytes_after == plan.bytes_before - saved
     assert str(plan).splitlines()[-3:] == [
-        "parameters of the model: 40 in layers that become sparse, 128 in layers left dense, 26 elsewhere",
+        "parameters of the model: 40 in layers that become sparse, 130 in layers left dense, 26 elsewhere",
         f"bytes of the model: {plan.bytes_before:,} before, {plan.bytes_after:,} after",
-        "left dense: 'gru' is of class GRU, which has no sparse kind, 432 bytes",
+        "left dense: 'two' is of class Bilinear, which has no sparse kind, 440 bytes",
     ]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from sparselab.nn.layers.composed.parts import as_dense, copy_linear, copy_parameter
 from sparselab.nn.layers.dense import (
     PROJECTIONS,
     DenseType,
@@ -18,7 +18,7 @@ from sparselab.nn.layers.dense import (
     projections,
     register_dense,
 )
-from sparselab.nn.layers.extras import extras, refuse_to_lose
+from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.storage.checks import check_size
 
@@ -145,9 +145,9 @@ class SparseMultiheadAttention(nn.Module):
             attention.bias_k is not None, attention.add_zero_attn, attention.kdim, attention.vdim,
             attention.batch_first, "meta", sparsity=1.0,
         )  # fmt: skip
-        new.bias_k, new.bias_v = _copy(attention.bias_k), _copy(attention.bias_v)
+        new.bias_k, new.bias_v = copy_parameter(attention.bias_k), copy_parameter(attention.bias_v)
         for name in PROJECTIONS:
-            layer = layers[name] if name in layers else _copy_linear(own[name].linear)
+            layer = layers[name] if name in layers else copy_linear(own[name].linear)
             setattr(new, name, layer)
         return new.train(attention.training)
 
@@ -155,7 +155,7 @@ class SparseMultiheadAttention(nn.Module):
     def to_dense(self) -> nn.MultiheadAttention:
         """A `torch.nn.MultiheadAttention` with the same outputs."""
         refuse_to_lose(self, "to_dense", (*PROJECTIONS, "bias_k", "bias_v"))
-        q, k, v, out = (_as_dense(getattr(self, name)) for name in PROJECTIONS)
+        q, k, v, out = (as_dense(getattr(self, name)) for name in PROJECTIONS)
         new = nn.MultiheadAttention(
             self.embed_dim, self.num_heads, self.dropout, q.bias is not None, self.bias_k is not None,
             self.add_zero_attn, self.kdim, self.vdim, self.batch_first, "meta", q.weight.dtype,
@@ -168,7 +168,7 @@ class SparseMultiheadAttention(nn.Module):
         if q.bias is not None:
             new.in_proj_bias = _packed(q.bias, k.bias, v.bias)
         new.out_proj.weight, new.out_proj.bias = out.weight, out.bias
-        new.bias_k, new.bias_v = _copy(self.bias_k), _copy(self.bias_v)
+        new.bias_k, new.bias_v = copy_parameter(self.bias_k), copy_parameter(self.bias_v)
         return new.train(self.training)
 
     @property
@@ -316,33 +316,8 @@ def _require_attention(attention: object) -> None:
         raise TypeError(f"attention must be a torch.nn.MultiheadAttention, got {type(attention).__name__}")
 
 
-def _copy(parameter: Tensor | None) -> nn.Parameter | None:
-    if parameter is None:
-        return None
-    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-
-
 def _packed(*parts: Any) -> nn.Parameter:
     return nn.Parameter(torch.cat(parts), any(part.requires_grad for part in parts))
-
-
-def _copy_linear(linear: nn.Linear) -> nn.Linear:
-    new = nn.Linear(linear.in_features, linear.out_features, device="meta").train(linear.training)
-    new.register_parameter("weight", _copy(linear.weight))
-    new.register_parameter("bias", _copy(linear.bias))
-    return new
-
-
-def _as_dense(layer: nn.Module) -> nn.Linear:
-    if type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear):
-        if found := extras(layer, ("weight", "bias")):
-            raise TypeError(f"to_dense must not lose what a projection has, got {' and '.join(found)}")
-        return _copy_linear(cast(nn.Linear, layer))
-    make = getattr(layer, "to_dense", None)
-    dense = None if make is None else make()
-    if isinstance(dense, nn.Linear):
-        return dense
-    raise TypeError(f"projections must be linear layers to be packed, got {type(layer).__name__}")
 
 
 register_dense(
