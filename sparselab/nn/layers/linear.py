@@ -33,22 +33,25 @@ class LinearLayer(CompressedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b``.
 
-        Parameters
-        ----------
-        x : (..., in_features), the dtype of `weight_values`
+                Parameters
+                ----------
+                x : (..., in_features), the dtype of `weight_values`
             Under CPU autocast any floating dtype; the product is then computed in the dtype of
-            `weight_values`, and returned in that of autocast, unless it is float64.
+            `weight_values`, and returned in that of autocast, unless it is float64. Also a sparse matrix (COO,
+            CSR, ...), of which 8 MiB of rows are made dense at a time, again in the backward pass, and which
+            gets no gradient; or a jagged nested tensor.
 
-        Returns
-        -------
-        (..., out_features)
+                Returns
+                -------
+                (..., out_features)
+                    Dense, or jagged as x.
 
-        Raises
-        ------
-        RuntimeError
-            As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
-        NotImplementedError
-            If the layer or x is on a device without products.
+                Raises
+                ------
+                RuntimeError
+                    As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
+                NotImplementedError
+                    If the layer or x is on a device without products.
         """
         if torch.is_autocast_enabled("cpu"):
             return under_autocast(self.forward, x, self.in_use.dtype)
@@ -61,8 +64,23 @@ class LinearLayer(CompressedLayer):
         x = check_tokens(x, values, self.in_features)
         if x.ndim == 2:
             return linear(x, values, bias, self)
+        if x.is_nested:
+            return self._of_nested(x)
         tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         return linear(tokens, values, bias, self).reshape(*x.shape[:-1], self.out_features)
+
+    def _of_nested(self, x: Tensor) -> Tensor:
+        """The output for a jagged nested tensor (batch, ragged, ..., in_features), jagged likewise."""
+        jagged: Any = x
+        if x.layout is not torch.jagged or jagged._ragged_idx != 1:
+            raise RuntimeError(
+                "input must be jagged in its second dimension if it is nested, got one of layout "
+                f"{x.layout}; make it with torch.nested.nested_tensor(..., layout=torch.jagged)"
+            )
+        y: Tensor = torch.nested.nested_tensor_from_jagged(
+            self(jagged.values()), jagged.offsets(), lengths=jagged.lengths()
+        )
+        return y
 
     def ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         """Every way to compute the output for x (tokens, in_features), by the name of its variant."""

@@ -64,9 +64,10 @@ def add_up(tokens: Array, indptr: Array, indices: Array, grad: Array, n_columns:
 
     Parameters
     ----------
-    tokens, indptr, indices, n_columns
+    tokens, indptr, indices : arrays
         As of `look_up`.
     grad : float32 or float64 array, (n * n_columns,)
+    n_columns : int
     out : array, (nnz,), of that dtype
     """
     n_workers = worker_count(grad.size)

@@ -289,10 +289,12 @@ class SparseLSTM(Recurrent):
 
     Parameters
     ----------
-    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype
+    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         As of `torch.nn.LSTM`.
     proj_size : int
         Must be 0: the hidden state is not projected.
+    device, dtype
+        As of `torch.nn.LSTM`.
     sparsity, density : float in [0, 1], optional
         As of `SparseGRU`.
 

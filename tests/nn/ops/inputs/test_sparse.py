@@ -1,0 +1,109 @@
+"""Sparse and nested inputs of linear layers, against the same input made dense."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparselab import BlockSparseLinear, FanInLinear, SparseLinear
+from sparselab.nn.ops.inputs import sparse
+
+F64 = torch.float64
+KINDS: dict[str, Any] = {
+    "sparse": lambda: SparseLinear(12, 7, sparsity=0.6, dtype=F64),
+    "without bias": lambda: SparseLinear(12, 7, False, sparsity=0.6, dtype=F64),
+    "fan_in": lambda: FanInLinear(12, 7, fan_in=3, dtype=F64),
+    "block": lambda: BlockSparseLinear(12, 7, sparsity=0.5, block_shape=(2, 4), dtype=F64),
+}
+LAYOUTS: dict[str, Any] = {
+    "coo": lambda x: x.to_sparse(),
+    "doubled coo": lambda x: torch.sparse_coo_tensor(
+        torch.cat([x.to_sparse().indices()] * 2, 1),
+        torch.cat([x.to_sparse().values() / 2] * 2),
+        x.shape,
+        check_invariants=True,
+    ),
+    "csr": lambda x: x.to_sparse_csr(),
+    "csc": lambda x: x.to_sparse_csc(),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CS. tensor support:UserWarning")
+
+
+def bag(rows: int) -> Tensor:
+    return torch.randn(rows, 12, dtype=F64) * (torch.rand(rows, 12) < 0.2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_a_sparse_matrix_is_multiplied_as_the_dense_one(
+    kind: str, layout: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "_CHUNK_BYTES", 4 * 12 * 8)  # several chunks, the last one shorter
+    layer, dense = KINDS[kind](), bag(rows)
+    upstream = torch.randn(rows, 7, dtype=F64)
+    gradients = []
+    for x in (dense, LAYOUTS[layout](dense)):
+        layer.zero_grad()
+        y = layer(x)
+        torch.testing.assert_close(y, layer(dense))
+        y.backward(upstream)
+        gradients.append([each.grad for each in layer.parameters()])
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(LAYOUTS[layout](dense)), layer(dense))
+
+
+def test_growth_sees_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "_CHUNK_BYTES", 4 * 12 * 8)
+    layer, x, seen = KINDS["sparse"](), bag(9), []
+    layer.gradient_hook = seen.append
+    layer(x.to_sparse()).square().sum().backward()
+    dense = layer.to_dense()
+    dense(x).square().sum().backward()
+    total = torch.zeros(7, 12, dtype=F64)
+    for operands in seen:
+        operands.add_rows(0, total)
+    assert len(seen) == 3
+    torch.testing.assert_close(total, dense.weight.grad)
+
+
+def test_what_a_sparse_input_has_not_is_refused() -> None:
+    layer, x = KINDS["sparse"](), bag(4).to_sparse()
+    with pytest.raises(RuntimeError, match="input must not require a gradient if it is sparse"):
+        layer(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="in_features=12"):
+        layer(torch.eye(5, dtype=F64).to_sparse())
+    with pytest.raises(RuntimeError, match="dtype of the layer's values"):
+        layer(bag(4).float().to_sparse())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_jagged_tensor_stays_jagged(kind: str) -> None:
+    layer = KINDS[kind]()
+    parts = [torch.randn(n, 12, dtype=F64) for n in (3, 1, 4)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    y = layer(x)
+    assert y.is_nested
+    for found, part in zip(y.unbind(), parts, strict=True):
+        torch.testing.assert_close(found, layer(part))
+    layer.zero_grad()
+    y.values().square().sum().backward()
+    together = torch.cat(parts).requires_grad_()
+    gradients = [each.grad.clone() for each in layer.parameters()]
+    layer.zero_grad()
+    layer(together).square().sum().backward()
+    torch.testing.assert_close(gradients, [each.grad for each in layer.parameters()])
+    torch.testing.assert_close(x.grad.values(), together.grad)
+
+
+def test_another_nested_layout_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it a prototype
+        x = torch.nested.nested_tensor([torch.ones(2, 12, dtype=F64)], layout=torch.strided)
+        with pytest.raises(RuntimeError):
+            KINDS["sparse"]()(x)
