@@ -23,7 +23,7 @@ class TiedLinear(nn.Module):
     ----------
     layer : torch.nn.Module
         A sparse layer whose weight has two dimensions (`sparselab.SparseLinear`, `FanInLinear`,
-        `BlockSparseLinear`), a `torch.nn.Linear` or a `torch.nn.Embedding`. It must be
+        `BlockSparseLinear`, `SparseEmbedding`), a `torch.nn.Linear` or a `torch.nn.Embedding`. It must be
         part of the model itself: what is tied to it holds it, but is not where its weights are listed, moved
         and saved.
     bias : bool
