@@ -33,25 +33,25 @@ class LinearLayer(CompressedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b``.
 
-                Parameters
-                ----------
-                x : (..., in_features), the dtype of `weight_values`
+        Parameters
+        ----------
+        x : (..., in_features), the dtype of `weight_values`
             Under CPU autocast any floating dtype; the product is then computed in the dtype of
-            `weight_values`, and returned in that of autocast, unless it is float64. Also a sparse matrix (COO,
-            CSR, ...), of which 8 MiB of rows are made dense at a time, again in the backward pass, and which
-            gets no gradient; or a jagged nested tensor.
+            `weight_values`, and returned in that of autocast, unless it is float64. Also a sparse matrix
+            (COO, CSR, ...), of which 8 MiB of rows are made dense at a time, again in the backward pass, and
+            which gets no gradient; or a jagged nested tensor.
 
-                Returns
-                -------
-                (..., out_features)
-                    Dense, or jagged as x.
+        Returns
+        -------
+        (..., out_features)
+            Dense, or jagged as x.
 
-                Raises
-                ------
-                RuntimeError
-                    As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
-                NotImplementedError
-                    If the layer or x is on a device without products.
+        Raises
+        ------
+        RuntimeError
+            As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
+        NotImplementedError
+            If the layer or x is on a device without products.
         """
         if torch.is_autocast_enabled("cpu"):
             return under_autocast(self.forward, x, self.in_use.dtype)
