@@ -111,8 +111,8 @@ class SparsityAlgorithm(Driven):
             If the model has no sparse layer, one of them belongs to another algorithm or does not have the
             declared sparsity, or the optimizer does not hold their weights.
         RuntimeError
-            If the algorithm has layers outside the model, or has taken steps without these layers; see
-            `reset`.
+            If the algorithm has layers outside the model, or has taken steps without these layers (see
+            `reset`), or the optimizer keeps state that cannot follow the connections.
 
         Examples
         --------
@@ -136,6 +136,8 @@ class SparsityAlgorithm(Driven):
         self._check_whole(found, model)
         self._check_new(found)
         optimizer = self._check_optimizer(optimizer, found)
+        if optimizer is not None:
+            self._check_follows(optimizer, [layer for _, layer in found])
         self._attach(found)
         return self._drive(optimizer)
 
@@ -156,6 +158,9 @@ class SparsityAlgorithm(Driven):
         if is_sparse(module):
             self._check_new([("", module)])
             self._attach([("", module)])
+
+    def _check_follows(self, optimizer: Optimizer, layers: Iterable[SparseLayer]) -> None:
+        """Raise RuntimeError if state that an optimizer keeps could not follow the connections."""
 
     def _check_whole(self, found: Sequence[tuple[str, SparseLayer]], model: torch.nn.Module) -> None:
         """Raise RuntimeError if layers of another model are attached."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -88,7 +88,8 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     whose weights do not require a gradient are left alone.
 
     Optimizers are found by a hook that torch calls after every ``optimizer.step()``; see `track` for others.
-    Every state tensor with one entry per connection is moved; another shape is an error, before any change.
+    Every state tensor with one number per weight is moved; another one is an error as early as it can be
+    known: when the optimizer is attached, before its first step, or after it.
 
     Examples
     --------
@@ -140,7 +141,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self.grown_state = check_grown_state(grown_state)
         self.parts |= {"budget": self.budget, "drop": self.drop, "selection": self.selection}
         self.parts |= {"grow": self.grow} | ({} if redistribute is None else {"redistribute": redistribute})
-        self._tracker = OptimizerTracker(self._layers, self.grow.settle)
+        self._tracker = OptimizerTracker(self._layers, self.grow.settle, self._may_update)
         self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
         self.last_update: tuple[UpdateReport, ...] | None = None
 
@@ -207,8 +208,18 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         ------
         TypeError
             If it has no ``param_groups`` and ``state``.
+        RuntimeError
+            If it keeps state that cannot follow the connections.
         """
         self._tracker.add(optimizer)
+        self._tracker.check_follows(optimizer, self._layers)
+
+    def _check_follows(self, optimizer: Optimizer, layers: Iterable[SparseLayer]) -> None:
+        self._tracker.check_follows(optimizer, layers)
+
+    def _may_update(self) -> bool:
+        """Whether any step from now on may end with an update."""
+        return self.stop is None or self._step + 1 < self.stop
 
     def is_update_step(self, step: int) -> bool:
         """Whether optimizer step number `step` (the first is 1) ends with an update."""
@@ -284,12 +295,12 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def _update(self, step: int) -> None:
         self._check_apart(list(zip(self.names, self._layers, strict=True)), ())
-        moves = [self._tracker.plan_move(layer) for layer in self._layers]
         views = self.views(step)
         if self.redistribute is not None:
             self.redistribute.check([view for view in views if view.layer.stored.requires_grad])
         reasons = [self._reason_to_skip(view) for view in views]
         active = [view for view, reason in zip(views, reasons, strict=True) if not reason]
+        moves = {view.index: self._tracker.plan_move(view.layer) for view in active}
         reports = [UpdateReport(skipped=why, nnz=v.nnz) for v, why in zip(views, reasons, strict=True)]
         for update in self.selection.select(self.context(active)) if active else ():
             index = update.view.index

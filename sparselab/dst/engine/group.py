@@ -117,6 +117,9 @@ class Group(Driven):
             algorithm._check_new(chosen[key], layers.values())
         matched = [pair for pairs in chosen.values() for pair in pairs]
         optimizer = self._check_optimizer(optimizer, matched)
+        for key, algorithm in self._algorithms.items():
+            if optimizer is not None:
+                algorithm._check_follows(optimizer, [layer for _, layer in chosen[key]])
         for stream, (key, algorithm) in enumerate(self._algorithms.items()):
             algorithm.stream = stream
             algorithm._attach(chosen[key])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,16 +31,24 @@ class OptimizerTracker:
     stepped : callable, optional
         Called after each step of an optimizer that has a layer, unless it has been `finished` by then, with
         the `id` of every Parameter that the optimizer has.
+    moving : callable, optional
+        Whether connections will move at all: where not, any optimizer will do.
     """
 
     def __init__(
-        self, layers: Sequence[SparseLayer], stepped: Callable[[set[int]], None] | None = None
+        self,
+        layers: Sequence[SparseLayer],
+        stepped: Callable[[set[int]], None] | None = None,
+        moving: Callable[[], bool] = lambda: True,
     ) -> None:
         self._layers = layers
+        self._moving = moving
         self._when_stepped = stepped
         #: With the number of the note that was taken of each last.
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._n_notes = 0
+        #: Those whose state has been checked, after a step of all their layers.
+        self._looked_at: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._watching = False
         #: Whether an optimizer is within a step, and whether `finished` was called since that began.
         self._within = self._finished = False
@@ -80,6 +88,7 @@ class OptimizerTracker:
     def forget(self) -> None:
         """Forget all optimizers."""
         self._optimizers.clear()
+        self._looked_at.clear()
         self._stepped = _Stepped()
 
     def finished(self) -> None:
@@ -89,19 +98,42 @@ class OptimizerTracker:
         """
         self._finished = self._within
 
+    def check_follows(self, optimizer: Any, layers: Iterable[SparseLayer]) -> None:
+        """See to it, as early as it can be known, that state will be able to follow the connections.
+
+        Raises
+        ------
+        RuntimeError
+            If the optimizer keeps, or is known to keep, other state for one of these layers that is trained.
+        """
+        for layer in layers if self._moving() else ():
+            if layer.stored.requires_grad:
+                StateMove(layer, [optimizer])
+
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer not in self._optimizers:
+            self.check_follows(optimizer, self._layers)
         self._within, self._finished = True, False
 
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
         self._within, finished = False, self._finished
         held = held_ids(optimizer)
         if optimizer in self._optimizers or any(id(layer.stored) in held for layer in self._layers):
+            self._look_at(optimizer, held)
             self.add(optimizer)
             self._stepped.ours = True
             if self._when_stepped is not None and not finished:
                 self._when_stepped(held)
         else:
             self._stepped.other = type(optimizer).__name__
+
+    def _look_at(self, optimizer: torch.optim.Optimizer, held: set[int]) -> None:
+        """Check the state after a step, until all layers that the optimizer has took part in one."""
+        if optimizer not in self._looked_at:
+            self.check_follows(optimizer, self._layers)
+            ours = [layer.stored for layer in self._layers if id(layer.stored) in held]
+            if all(each.grad is not None for each in ours):
+                self._looked_at.add(optimizer)
 
     def check(self, name: str) -> None:
         """Look at who has stepped since the last call: somebody must train the layers of algorithm `name`.

@@ -25,6 +25,10 @@ class Connected(Protocol):
     def stored(self) -> nn.Parameter:
         """The Parameter that holds the weights."""
 
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Outputs and inputs that one connection joins."""
+
     def per_connection(self, entries: Tensor) -> Tensor:
         """Entries in slot order."""
 
@@ -33,6 +37,23 @@ class Connected(Protocol):
 
     def moved(self, entries: Tensor, source: Tensor) -> Tensor:
         """Entries after a rewrite."""
+
+
+def foreseen(optimizer: Any, layer: Connected) -> str:
+    """Why the state that an optimizer will keep for a layer cannot follow, as far as its class says so.
+
+    Empty where nothing is known against it. Of an optimizer that the class says nothing of, only the state
+    that it has after a step can be looked at.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        why = "its state is one vector over all parameters"
+    elif isinstance(optimizer, torch.optim.Adafactor) and layer.stored.ndim == 2:
+        why = "it keeps numbers for the rows and columns of a matrix, not for its entries"
+    else:
+        return ""
+    weights = layer.stored
+    held = any(p is weights for group in optimizer.param_groups for p in group["params"])
+    return _unmovable(optimizer, why) if held else ""
 
 
 class StateMove:
@@ -47,31 +68,54 @@ class StateMove:
     Raises
     ------
     RuntimeError
-        If the state of ``layer.stored`` has a tensor of another shape, or tensors inside a container. Nothing
-        has been changed then.
+        If some state for ``layer.stored`` has not one floating entry for each entry of it, or, where weights
+        lie block by block, of each block a part. Nothing has been changed then.
     """
 
     def __init__(self, layer: Connected, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self._layer = layer
-        self._places: list[tuple[dict[str, Any], str]] = []
+        #: With the number that a new connection starts with.
+        self._places: list[tuple[dict[str, Any], str, float]] = []
         weights = layer.stored
+        seen: set[int] = set()
         for optimizer in optimizers:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                if any(p is weights for group in optimizer.param_groups for p in group["params"]):
-                    raise RuntimeError(_unmovable(optimizer, "its state is one vector over all parameters"))
-            elif weights in optimizer.state:
-                self._collect(optimizer, optimizer.state[weights], weights.shape)
+            if why := foreseen(optimizer, layer):
+                raise RuntimeError(why)
+            state = optimizer.state.get(weights)
+            # A wrapper may share its state with the optimizer that it wraps.
+            if state is not None and id(state) not in seen:
+                seen.add(id(state))
+                self._collect(optimizer, state, weights)
 
-    def _collect(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], shape: torch.Size) -> None:
+    def _collect(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], weights: Tensor) -> None:
         for name, entry in state.items():
-            if isinstance(entry, torch.Tensor):
-                if entry.shape == shape:
-                    self._places.append((state, name))
-                elif entry.numel() > 1:
-                    shapes = f"{tuple(entry.shape)}, not {tuple(shape)}"
-                    raise RuntimeError(_unmovable(optimizer, f"state {name!r} has shape {shapes}"))
+            if isinstance(entry, Tensor):
+                if not self._fits(entry, weights.shape):
+                    if entry.numel() > 1:
+                        shapes = f"{tuple(entry.shape)}, not {tuple(weights.shape)}"
+                        raise RuntimeError(_unmovable(optimizer, f"state {name!r} has shape {shapes}"))
+                elif not _is_number(entry):
+                    what = (
+                        f"{type(entry).__name__} of {entry.dtype}, whose 0 may be a code for another number"
+                    )
+                    raise RuntimeError(_unmovable(optimizer, f"state {name!r} is a {what}"))
+                else:
+                    self._places.append((state, name, _start(optimizer, weights, name)))
             elif _holds_tensor(entry):
                 raise RuntimeError(_unmovable(optimizer, f"state {name!r} is a {type(entry).__name__}"))
+
+    def _fits(self, entry: Tensor, shape: torch.Size) -> bool:
+        """Whether there is an entry for each weight, or for each row or column of every block."""
+        if entry.shape == shape:
+            return True
+        of_blocks = len(shape) == 3 and shape[1:] == self._layer.block_shape
+        sizes = zip(entry.shape[1:], shape[1:], strict=False)
+        return (
+            of_blocks
+            and entry.ndim == 3
+            and entry.shape[0] == shape[0]
+            and all(own in (1, whole) for own, whole in sizes)
+        )
 
     @torch.no_grad()
     def apply(self, source: torch.Tensor, grown: GrownState = "zero") -> None:
@@ -82,14 +126,46 @@ class StateMove:
         source : int64 tensor, (new nnz,)
             Old slot of each new slot, or -1.
         grown : {"zero", "mean"}
-            What new connections start with: 0, or the mean over those that are not new.
+            What new connections start with: what the optimizer starts any weight with, which is 0 but for
+            ``step_size`` of Rprop and ``sum`` of Adagrad, or the mean over those that are not new.
         """
-        new = source < 0
-        for state, name in self._places:
-            state[name] = self._layer.moved(state[name], source)
-            if grown == "mean" and 0 < (n_new := int(new.sum())) < source.numel():
-                mean = self._layer.per_connection(state[name])[~new].mean(0)
-                self._layer.put(state[name], new.nonzero()[:, 0], mean.expand(n_new, *mean.shape))
+        new = (source < 0).nonzero()[:, 0]
+        for state, name, start in self._places:
+            state[name] = entries = self._layer.moved(state[name], source)
+            if grown == "mean" and 0 < new.numel() < source.numel():
+                mean = self._layer.per_connection(entries)[source >= 0].mean(0)
+                self._put(entries, new, mean.expand(new.numel(), *mean.shape))
+            elif start and new.numel():
+                self._put(entries, new, torch.full_like(self._layer.per_connection(entries)[new], start))
+
+    def _put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
+        if entries.shape == self._layer.stored.shape:
+            self._layer.put(entries, slots, numbers)
+        else:  # a part of each block
+            entries[slots] = numbers
+
+
+def _start(optimizer: torch.optim.Optimizer, weights: Tensor, name: str) -> float:
+    """What an optimizer of torch starts a weight's state of some name with."""
+    for kind, state, setting in _STARTS:
+        if state == name and isinstance(optimizer, kind):
+            for group in optimizer.param_groups:
+                if any(p is weights for p in group["params"]):
+                    return float(group[setting])
+    return 0.0
+
+
+#: State that does not start at 0: of which optimizer, its name, and the setting that it starts with.
+_STARTS = (
+    (torch.optim.Rprop, "step_size", "lr"),
+    (torch.optim.Adagrad, "sum", "initial_accumulator_value"),
+)
+
+
+def _is_number(entry: Tensor) -> bool:
+    """Whether entries are the numbers that they look like, and no codes."""
+    plain = type(entry) in (Tensor, nn.Parameter)
+    return plain and entry.itemsize > 1 and (entry.is_floating_point() or entry.is_complex())
 
 
 def _holds_tensor(entry: object) -> bool:
@@ -105,6 +181,6 @@ def _holds_tensor(entry: object) -> bool:
 def _unmovable(optimizer: torch.optim.Optimizer, what: str) -> str:
     return (
         f"the state that {type(optimizer).__name__} keeps for a sparse layer cannot follow its connections: "
-        f"{what}. Only state with one entry per connection can be moved; use an optimizer that keeps such "
+        f"{what}. Only state with one number per weight can be moved; use an optimizer that keeps such "
         f"state (SGD, Adam, AdamW, RMSprop, ...) for sparse layers, or the Static algorithm"
     )

@@ -1,6 +1,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
@@ -57,6 +58,10 @@ def test_state_moves_for_every_elementwise_optimizer(layer, name):
     scalars = _scalars(optimizer, layer)
     regrown, grown = rewire(layer, [optimizer])
     after = by_position(layer, optimizer)
+    if name == "Rprop":
+        steps = [numbers.pop("step_size") for numbers in (before, after)]
+        assert all(steps[1][at] == np.float32(optimizer.defaults["lr"]) for at in grown)
+        assert all(steps[0][at] == steps[1][at] for at in steps[0].keys() & steps[1].keys())
     assert_followed(before, after)
     assert after["value"][regrown] == before["value"][regrown] != 0
     assert grown <= after["value"].keys() - before["value"].keys()

@@ -150,13 +150,13 @@ def test_the_same_connections_leave_everything_as_it_is() -> None:
 
 def test_state_that_cannot_follow_begins_anew() -> None:
     """As of an optimizer of the last fold, which somebody still holds."""
-    layer = made("blocks", 0.5, 0)
-    optimizer = torch.optim.Adafactor([layer.weight_values])
+    layer = made("masked", 0.5, 0)
+    optimizer = torch.optim.Adafactor([layer.stored])
     layer(batch(layer)).sum().backward()
     optimizer.step()
-    assert layer.weight_values in optimizer.state
+    assert layer.stored in optimizer.state
     layer.reset_parameters()
-    assert layer.weight_values not in optimizer.state
+    assert layer.stored not in optimizer.state
     optimizer.step()
 
 
