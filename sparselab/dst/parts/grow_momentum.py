@@ -34,7 +34,8 @@ class GradientAverage(PassWatcher):
 
     Notes
     -----
-    Every backward pass that adds to ``.grad`` counts, also one whose gradient is cleared before the step.
+    G is the sum over the passes that are in ``.grad`` at the step: what was cleared before is forgotten. It
+    lies beside M, as large, from the first pass of a step to its end.
     """
 
     def __init__(self, layer: SparseLayer, momentum: float) -> None:
@@ -42,7 +43,8 @@ class GradientAverage(PassWatcher):
         self.dtype = torch.promote_types(layer.stored.dtype, torch.float32)
         self.entries: torch.Tensor | None = None
         self._momentum = momentum
-        self._remaining = momentum
+        #: G so far.
+        self._sum: torch.Tensor | None = None
         super().__init__(layer)
 
     @property
@@ -51,26 +53,46 @@ class GradientAverage(PassWatcher):
         return average_bytes(self.shape, self.dtype)
 
     def start_step(self) -> None:
-        """The next gradient is that of a new optimizer step; what follows it is added to it."""
-        self._remaining = self._momentum
+        """The next gradient is that of a new optimizer step."""
+        self.take_in()
         self._settled = False
 
+    @torch.no_grad()
+    def take_in(self) -> bool:
+        """``M <- momentum * M + G``, if there is a G; returns whether."""
+        self.arrive()
+        gradient, self._sum, self._grad = self._sum, None, None
+        if gradient is None:
+            return False
+        self.entries = gradient if self.entries is None else self.entries.mul_(self._momentum).add_(gradient)
+        return True
+
     def _begins(self, parameter: torch.Tensor) -> None:
-        pass
+        if self._is_emptied(parameter.grad):
+            self._sum = self._grad = None
 
     def _stepped(self, parameter: torch.Tensor) -> bool:
-        return self._remaining != self._momentum
+        if self._is_emptied(parameter.grad):
+            self._sum = None
+        return self.take_in()
 
     @torch.no_grad()
     def _ends(self, parameter: torch.Tensor, operands: list[GradientOperands]) -> None:
         """Add the gradient of one backward pass, unless it is not finite."""
+        grad, before = parameter.grad, self._grad
+        assert grad is not None
+        if not operands:
+            if before is not None and (grad is not before[0]() or grad._version > before[1] + 1):
+                self._sum = self._grad = None  # it was cleared before this pass
+            elif before is not None:
+                self._note(grad)
+            return
+        self._note(grad)
         for each in operands:
-            if not each.is_finite():
-                continue
-            if self.entries is None:
-                self.entries = torch.zeros(self.shape, dtype=self.dtype, device=each.device)
-            each.to(self.dtype).add_rows(0, self.entries, beta=self._remaining)
-            self._remaining = 1.0
+            if each.is_finite():
+                if self._sum is None:
+                    self._sum = torch.zeros(self.shape, dtype=self.dtype, device=each.device)
+                each.to(self.dtype).add_rows(0, self._sum)
 
 
 def average_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
@@ -100,9 +122,10 @@ class MomentumGrowth(Growth):
     Notes
     -----
     M is as large as the dense weight, and every step, not only those that update, forms G beside the sparse
-    gradient: ``n_tokens * out_features * in_features`` multiply-adds by the dense GEMM, added to M in place.
-    Backward passes with a NaN or an infinity are left out. M is part of the state that is saved. Ties go to
-    the lower position.
+    gradient: ``n_tokens * out_features * in_features`` multiply-adds by the dense GEMM.
+    While a step is made, G lies beside M. Backward passes with a NaN or an infinity are left out, and so is
+    what was cleared from ``.grad`` before the step; clipping is not seen. M is part of the state that is
+    saved. Ties go to the lower position.
     """
 
     def __init__(
@@ -144,6 +167,7 @@ class MomentumGrowth(Growth):
         """Why the layer cannot grow now; empty if it can."""
         if view.index not in self._averages:
             return self._gradient.reason_to_skip(view)
+        self._averages[view.index].take_in()  # where nobody told of the optimizer's step
         entries = self._averages[view.index].entries
         if entries is None:
             return "no gradient"

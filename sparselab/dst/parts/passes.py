@@ -62,6 +62,8 @@ class PassWatcher(abc.ABC):
         self._layer = weakref.ref(layer)
         self._settled = False
         self._waiting: dict[int, list[GradientOperands]] = {}
+        #: ``.grad`` after the last pass, and its version; None if there has been none in this step.
+        self._grad: tuple[weakref.ref[Tensor], int] | None = None
         self._parameter: weakref.ref[torch.nn.Parameter] | None = None
         self._handle: RemovableHandle | None = None
         self._follow(layer)
@@ -96,8 +98,15 @@ class PassWatcher(abc.ABC):
             The `id` of every Parameter that it has.
         """
         layer = self._layer()
-        if layer is not None and id(layer.stored) in parameters and self._stepped(layer.stored):
-            self._settled = True
+        if layer is not None and id(layer.stored) in parameters:
+            self.arrive()
+            self._settled = self._stepped(layer.stored)
+
+    def arrive(self) -> None:
+        """Take in the pass under way, if it has added to ``.grad``: a hook may step before ours is called."""
+        layer, task = self._layer(), torch._C._current_graph_task_id()
+        if layer is not None and task in self._waiting and layer.stored.grad is not None:
+            self._ends(layer.stored, self._waiting.pop(task))
 
     def see(self, operands: GradientOperands) -> None:
         """The layer's gradient hook."""
@@ -122,9 +131,27 @@ class PassWatcher(abc.ABC):
         self._waiting.pop(task, None)
 
     def _arrived(self, parameter: Tensor) -> None:
+        operands = self._waiting.pop(torch._C._current_graph_task_id(), [])
         if self._settled:
             return
-        self._ends(parameter, self._waiting.pop(torch._C._current_graph_task_id(), []))
+        if parameter.grad is None:
+            self._taken()
+        else:
+            self._ends(parameter, operands)
+
+    def _taken(self) -> None:  # noqa: B027
+        """A pass has added to ``.grad``, and another hook has emptied it since."""
+
+    def _note(self, grad: Tensor) -> None:
+        """Take note of ``.grad`` as a pass has left it."""
+        self._grad = weakref.ref(grad), grad._version
+
+    def _is_emptied(self, grad: Tensor | None) -> bool:
+        """Whether nothing is in ``.grad`` of the passes before: it is None, or was zeroed since the last."""
+        if grad is None or self._grad is None:
+            return grad is None
+        known, version = self._grad
+        return (grad is not known() or grad._version != version) and not bool(grad.any())
 
     @abc.abstractmethod
     def _begins(self, parameter: Tensor) -> None:
@@ -160,8 +187,9 @@ class GradientCollector(PassWatcher):
 
     Notes
     -----
-    The gradient is the sum over exactly the passes that are in ``.grad``: when that is cleared (None, another
-    tensor, or zeroed), what came before is forgotten. As soon as as many passes have come as are expected the
+    The gradient is the sum over exactly the passes that are in ``.grad``: when that is cleared (None, or
+    zeroed), what came before is forgotten. A pass that adds to another tensor than the one before leaves the
+    gradient unknown. As soon as as many passes have come as are expected the
     summary is formed, inside the last one, and the operands are let go. Until that is known, operands are
     held: references to tensors of the graph, and copies of inputs that somebody may overwrite.
 
@@ -172,8 +200,8 @@ class GradientCollector(PassWatcher):
     def __init__(self, layer: SparseLayer, most: Callable[[], int | Array], passes: PassCount) -> None:
         self._most = most
         self._passes = passes
-        self._reset()
         super().__init__(layer)
+        self._reset()
 
     def _reset(self) -> None:
         self.passes_seen = 0
@@ -183,8 +211,7 @@ class GradientCollector(PassWatcher):
         self._summary: GradientSummary | None = None
         #: Of the topology that the first pass met.
         self._stamp: Any = None
-        #: ``.grad`` after the last pass, and its version.
-        self._grad: tuple[weakref.ref[Tensor], int] | None = None
+        self._grad = None
 
     def _begins(self, parameter: Tensor) -> None:
         grad = parameter.grad
@@ -192,9 +219,11 @@ class GradientCollector(PassWatcher):
             older = grad is not None and bool(grad.any())
             self.reason = "part of the gradient is older than the step" if older else ""
             return
-        known, version = self._grad
-        if grad is None or grad is not known() or (grad._version != version and not bool(grad.any())):
+        if self._is_emptied(grad):
             self._reset()
+        elif grad is not self._grad[0]():
+            self._reset()
+            self.reason = "part of the gradient was put there by hand"
 
     def _ends(self, parameter: Tensor, operands: list[GradientOperands]) -> None:
         grad, before = parameter.grad, self._grad
@@ -203,9 +232,9 @@ class GradientCollector(PassWatcher):
             if before is not None and (grad is not before[0]() or grad._version > before[1] + 1):
                 self._reset()  # it was cleared before this pass
             elif before is not None:
-                self._grad = before[0], grad._version
+                self._note(grad)
             return
-        self._grad = weakref.ref(grad), grad._version
+        self._note(grad)
         self.passes_seen += 1
         self._note_topology()
         if self._summary is not None:
@@ -219,6 +248,10 @@ class GradientCollector(PassWatcher):
             self._finish([*self._operands(), *operands])
         elif not self.reason:
             self._hold(operands)
+
+    def _taken(self) -> None:
+        self._reset()
+        self.reason = "a hook has emptied .grad within the backward pass"
 
     def _hold(self, operands: list[GradientOperands]) -> None:
         for each in operands:
@@ -242,13 +275,14 @@ class GradientCollector(PassWatcher):
 
     def _stepped(self, parameter: Tensor) -> bool:
         """Form the summary of what is in ``.grad`` now, if nothing was seen to end it before."""
-        if parameter.grad is None:
+        if self._is_emptied(parameter.grad):
             self._reset()
         self.summary()
         return self.passes_seen > 0
 
     def summary(self) -> GradientSummary | None:
         """What is known of the gradient, or None if nothing is."""
+        self.arrive()
         if self.passes_seen:
             self._note_topology()
         if self._summary is None and self._held and not self.reason:

@@ -190,6 +190,7 @@ def test_low_precision_is_averaged_in_float32():
     growth.prepare([layer], None)
     x, dy = (t.bfloat16() for t in operands(layer, 0))
     layer(x).backward(dy)
+    growth.prepare([layer], None)
     assert growth.state_dict()["0"].dtype == torch.float32
     assert torch.allclose(growth.state_dict()["0"], dy.float().T @ x.float())
 
@@ -366,3 +367,28 @@ def test_misuse_is_named():
 def test_the_example_in_the_docstring_runs():
     assert doctest.testmod(snfs).attempted > 5
     assert doctest.testmod(snfs).failed == 0
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_what_was_cleared_before_the_step_is_no_part_of_the_average(set_to_none):
+    """As the generator's pass of a GAN, or a step that was skipped."""
+    torch.manual_seed(0)
+    layer = SparseLinear(30, 12, sparsity=0.8, dtype=torch.float64)
+    layer.apply(algorithm := SNFS(update_freq=9, momentum=0.5))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    expected = torch.zeros(12, 30, dtype=torch.float64)
+    for step in range(4):
+        layer(torch.randn(5, 30, dtype=torch.float64)).square().sum().backward()
+        optimizer.zero_grad(set_to_none)
+        total = 0
+        for _ in range(1 + step % 2):
+            x, dy = torch.randn(5, 30, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
+            layer(x).backward(dy)
+            total = total + dy.T @ x
+        expected = 0.5 * expected + total
+        optimizer.step()
+        layer(x).sum().backward()
+        algorithm.step()
+        optimizer.zero_grad(set_to_none)
+    (average,) = algorithm.grow.state_dict().values()
+    torch.testing.assert_close(average, expected)

@@ -223,7 +223,7 @@ def test_every_loop_moves_connections_as_the_dense_gradient_says(loop, kind):
     layer = kind(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
     ours, dense = Sparse(layer), DenseRigL(layer)
     born = layer.positions().clone()
-    for step in range(36):
+    for step in range(240):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             loop(ours, step)
@@ -287,3 +287,47 @@ def test_a_compiled_layer_is_updated_without_a_graph_break():
         assert torch.equal(*(layer.positions() for layer in layers))
         assert torch.equal(*(layer.weight_values for layer in layers))
     assert nets[0].algorithm.last_update[0].grown > 0
+
+
+def test_a_gradient_that_a_hook_takes_away_is_not_guessed():
+    """As where gradients are moved elsewhere while the pass goes on, and no optimizer is seen to step."""
+    layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
+    layer.weight_values.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    layer.apply(algorithm := RigL(update_freq=1))
+    loss_of(layer, 0).backward()
+    algorithm.step()
+    assert algorithm.last_update[0].skipped == "a hook has emptied .grad within the backward pass"
+
+
+def test_a_gradient_that_was_put_there_between_two_passes_is_not_guessed():
+    layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
+    layer.apply(algorithm := RigL(update_freq=1))
+    loss_of(layer, 0).backward()
+    layer.weight_values.grad = layer.weight_values.grad.clone()
+    loss_of(layer, 1).backward()
+    algorithm.step()
+    assert algorithm.last_update[0].skipped == "part of the gradient was put there by hand"
+
+
+def test_an_algorithm_that_is_driven_by_an_optimizer_within_the_backward_pass():
+    """The optimizer's hook comes first, then the algorithm's: the layer is rewired inside the pass."""
+    torch.manual_seed(0)
+    layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
+    ours, dense = Sparse(layer), DenseRigL(layer)
+    ours.algorithm.detach()
+    ours.algorithm = RigL(update_freq=EVERY, drop_fraction=FRACTION)
+    optimizers = {p: torch.optim.SGD([p], lr=0.05) for p in layer.parameters()}
+
+    def step_of(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in layer.parameters():
+        p.register_post_accumulate_grad_hook(step_of)
+    ours.algorithm.attach(layer, optimizers[layer.weight_values])
+    for step in range(60):
+        loss_of(layer, step).backward()
+        plain(dense, step)
+        assert ours.positions().tolist() == dense.positions().tolist(), f"at step {step}"
+        torch.testing.assert_close(layer.to_dense().weight.detach(), dense.weight.detach())
+    assert ours.algorithm.last_update[0].grown
