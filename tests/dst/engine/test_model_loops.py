@@ -270,9 +270,9 @@ def averaged_model(run: Run, step: int) -> None:
 
 LOOPS = [
     gan, gan_generator_last, wgan_gp, scaled, skipped_by_hand, adversarial, layer_drop,
-    layer_drop_of_whole_steps, two_losses, accumulation_that_changes, checkpointed, clipped, an_optimizer_for_each_layer,
-    two_optimizers_over_the_same, optimizer_in_backward, sam, maml, first_order_maml, evaluations,
-    cleared_between_step_and_algorithm, averaged_model,
+    layer_drop_of_whole_steps, two_losses, accumulation_that_changes, checkpointed, clipped,
+    an_optimizer_for_each_layer, two_optimizers_over_the_same, optimizer_in_backward, sam, maml,
+    first_order_maml, evaluations, cleared_between_step_and_algorithm, averaged_model,
 ]  # fmt: skip
 
 
