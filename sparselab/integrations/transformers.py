@@ -1,7 +1,8 @@
-"""A callback for the Trainer of Hugging Face. Needs transformers and accelerate."""
+"""A callback for the Trainer of Hugging Face, and sparse models read. Needs transformers and accelerate."""
 
 from __future__ import annotations
 
+import copy
 import os
 import zlib
 from pathlib import Path
@@ -12,14 +13,14 @@ import torch
 from sparselab.dst import Group, Monitor, SparsityAlgorithm
 from sparselab.dst.monitor.monitor import ScalarWriter
 from sparselab.integrations._driver import Driver
-from sparselab.nn import sparsify
 from sparselab.nn.layers.base import find_sparse
-from sparselab.nn.models.rules import rules_of_saved
 
 try:
-    from safetensors.torch import load_file
-    from transformers import TrainerCallback
+    import transformers
+    from transformers import AutoConfig, TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    from sparselab.integrations._pretrained import read
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "sparselab.integrations.transformers needs transformers, which is not installed; install it, or "
@@ -147,43 +148,76 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         )
 
 
-def from_pretrained(model_class: Any, folder: str | os.PathLike[str]) -> Any:
+def from_pretrained(folder: str | os.PathLike[str], model_class: Any = None, **settings: Any) -> Any:
     """A model as ``save_pretrained`` wrote it, its sparse layers included.
 
-    ``model_class.from_pretrained`` would make dense layers, find no weights for them, and leave them random.
+    ``from_pretrained`` of transformers' own classes refuses such a folder (a quantization config without
+    ``quant_method``): they would make dense layers and leave them random.
 
     Parameters
     ----------
-    model_class : type
-        A ``PreTrainedModel`` whose linear layers were made sparse with `sparselab.sparsify`.
-    folder : path
-        With ``config.json`` and the weights as safetensors, in one file or several.
+    folder : path or str
+        With ``config.json`` and the weights as safetensors, in one file or several; or whatever else
+        ``from_pretrained`` of transformers takes.
+    model_class : type, optional
+        Another class than the one that was saved, which the configuration names: a ``PreTrainedModel``, or
+        one of the ``AutoModel`` classes.
+    settings
+        As of ``from_pretrained`` of transformers: ``dtype``, ``device_map``, ``attn_implementation``,
+        ``config``, ``num_labels``, ...
 
     Returns
     -------
-    model_class
-        In evaluation mode, with the topology that was saved.
+    PreTrainedModel
+        In evaluation mode, with the topology that was saved; with ``output_loading_info=True`` a tuple of it
+        and of what transformers says of missing and unexpected names.
 
     Raises
     ------
+    TypeError
+        If the folder is none.
     ValueError
-        If weights are missing or left over.
+        If a sparse layer is not valid, or fits no layer of the model; if the configuration names no class of
+        transformers and `model_class` is not given; if weights are missing or left over. Of another class
+        than the saved one only those of sparse layers are: transformers reports the others.
+
+    Examples
+    --------
+    >>> from sparselab.integrations.transformers import from_pretrained  # doctest: +SKIP
+    >>> model.save_pretrained("sparse-gpt2")  # doctest: +SKIP
+    >>> model = from_pretrained("sparse-gpt2", dtype=torch.bfloat16)  # doctest: +SKIP
     """
-    weights: dict[str, torch.Tensor] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        weights.update(load_file(path))
-    model = model_class(model_class.config_class.from_pretrained(folder))
-    sparsify(model, rules_of_saved(weights))
-    found = model.load_state_dict(weights, strict=False)
-    # Tied weights are saved once.
-    loaded = {parameter.data_ptr() for name, parameter in model.state_dict().items() if name in weights}
-    missing = [name for name in found.missing_keys if model.state_dict()[name].data_ptr() not in loaded]
-    if missing or found.unexpected_keys:
-        raise ValueError(
-            f"folder must hold the weights of a {model_class.__name__}, but in {os.fspath(folder)} there "
-            f"are no {missing}, and {found.unexpected_keys} are left over"
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(
+            f"folder must be a path, and comes before model_class, got {getattr(folder, '__name__', folder)}"
         )
-    return model.eval()
+    told, config = settings.pop("output_loading_info", False), settings.pop("config", None)
+    if config is None:
+        # As AutoModel does: what the configuration takes of the settings are not those of the model.
+        own: dict[str, Any] = {
+            name: settings.pop(name) for name in ("dtype", "torch_dtype") if name in settings
+        }
+        config, settings = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **settings)
+        settings.update(own)
+    saved = _saved_class(config)
+    if (model_class := model_class or saved) is None:
+        raise ValueError(
+            f"model_class must be given where the configuration names no class of transformers, got "
+            f"{config.architectures} in {os.fspath(folder)}"
+        )
+    model, info = read(model_class, folder, copy.deepcopy(config), settings)
+    missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if type(model) is saved and (missing or left):
+        raise ValueError(
+            f"folder must hold the weights of a {saved.__name__}, but in {os.fspath(folder)} there are no "
+            f"{missing}, and {left} are left over"
+        )
+    return (model, info) if told else model
+
+
+def _saved_class(config: Any) -> Any:
+    """The class of transformers that was saved, if it is one of them."""
+    return getattr(transformers, (config.architectures or [""])[0], None)
 
 
 def _folder(args: Any, state: Any) -> Path:

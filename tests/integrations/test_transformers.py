@@ -180,7 +180,7 @@ def test_from_pretrained(tmp_path, tied, shard):
     algorithm.step()
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "4KB")
-    other = from_pretrained(type(model), tmp_path)
+    other = from_pretrained(tmp_path)
     tokens = torch.arange(12)[None]
     assert torch.equal(model(tokens).logits, other(tokens).logits)
     assert not other.training
@@ -191,7 +191,7 @@ def test_from_pretrained(tmp_path, tied, shard):
         (tmp_path / "config.json").read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2')
     )
     with pytest.raises(ValueError, match=r"no \['model\.layers\.1\."):
-        from_pretrained(type(model), tmp_path)
+        from_pretrained(tmp_path)
 
 
 def test_what_is_no_algorithm():

@@ -108,7 +108,7 @@ def test_a_sparse_gpt2_is_saved_and_read_sparse_and_dense(tmp_path, layer):
     model = sparsify(gpt2(), GPT2, layer=layer)
     expected = logits(model)
     model.save_pretrained(tmp_path / "sparse")
-    again = from_pretrained(transformers.GPT2LMHeadModel, tmp_path / "sparse")
+    again = from_pretrained(tmp_path / "sparse")
     kind = {"sparse": SparseLinear, "masked": MaskedLinear}[layer]
     assert [type(each) for _, each in find_sparse(again)] == [kind] * 8
     assert torch.equal(logits(again), expected)

@@ -76,7 +76,7 @@ MODELS = {
     "CLIP": (lambda: vision("CLIPVision"), {"*patch_embedding": 0.5}, IMAGES),
     "SigLIP": (lambda: vision("SiglipVision"), {"*patch_embedding": 0.5}, IMAGES),
     "BEiT": (lambda: vision("Beit"), {"embeddings.*": 0.5, "*.attention.*": 0.5}, IMAGES),
-    "Swin": (swin, {"embeddings.*": 0.5, "*.attention.*": 0.5}, IMAGES),
+    "Swin": (swin, {"*bias_table": None, "embeddings.*": 0.5, "*.attention.*": 0.5}, IMAGES),
     "Mamba": (mamba, {"*.dt_proj": 0.5, "*.x_proj": 0.5, "*.in_proj": 0.5}, TEXT),
     "RWKV": (rwkv, {"*.attention.output": 0.5, "*.feed_forward.value": 0.5}, TEXT),
     "GPT-NeoX": (neox, {"*.dense*": 0.5, "*.query_key_value": 0.5}, TEXT),

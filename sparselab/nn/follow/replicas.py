@@ -8,7 +8,7 @@ what torch sends.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,14 @@ def share_connections(layers: list[Any], group: Any = None) -> None:
         theirs = positions.clone() if len(positions) == count else positions.new_empty(int(count))
         dist.broadcast(theirs, source, group)
         take_connections(layer, theirs)
+
+
+def refuse_shards(layer: nn.Module) -> NoReturn:
+    """Raise TypeError: ``fully_shard`` and ``FullyShardedDataParallel`` would give processes parts of W."""
+    raise TypeError(
+        "fully_shard and FullyShardedDataParallel must be given modules without sparse layers, whose weights "
+        f"cannot be cut into shards, got a {type(layer).__name__}; wrap the model in DistributedDataParallel"
+    )
 
 
 register_module_module_registration_hook(_wrapped)

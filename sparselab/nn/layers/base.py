@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparselab.kernels import PaddedCSR
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.follow.replaced import connections_replaced
+from sparselab.nn.follow.replicas import refuse_shards
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import Measured
 from sparselab.nn.ops.topologies import GradientHook
@@ -83,6 +84,16 @@ class SparseLayer(nn.Module):
             If the weights are computed, as under a parametrization.
         """
         return self.storage.held(self)
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """What torch sets where it shards a module's parameters over processes, which is refused."""
+        return False
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, managed: bool) -> None:
+        if managed:
+            refuse_shards(self)
 
     @property
     def shape(self) -> tuple[int, int]:

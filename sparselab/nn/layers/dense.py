@@ -173,6 +173,20 @@ def _transpose_back(linear: nn.Linear, cls: type[Any]) -> nn.Module:
     return new.train(linear.training)
 
 
+def _named_otherwise(module: Any) -> Sequence[DenseLayer]:
+    cls = next(each for each in type(module).__mro__ if _registered(each))
+    view = LinearView(module.weight, module.bias, module.training, cls)
+    return (DenseLayer(module, "", view, _present(module.weight, module.bias)),)
+
+
+def _as_class(linear: nn.Linear, cls: type[Any]) -> nn.Module:
+    """A linear layer of a class that takes the arguments of `torch.nn.Linear`."""
+    sizes = linear.in_features, linear.out_features
+    new: nn.Module = cls(*sizes, bias=linear.bias is not None, device="meta")
+    new.weight, new.bias = linear.weight, linear.bias
+    return new.train(linear.training)
+
+
 def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in tensors if tensor is not None)
 
@@ -183,3 +197,6 @@ for _convolution in (
 ):  # fmt: skip
     register_dense(DenseType(_convolution, whole))
 register_dense(DenseType("transformers.pytorch_utils.Conv1D", _transposed, restore=_transpose_back))
+# As torch.nn.Linear, but that it adds the bias apart.
+_FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
+register_dense(DenseType(_FALCON, _named_otherwise, restore=_as_class))

@@ -104,7 +104,8 @@ def sparsify(
     - `torch.nn.Conv1d`, ``Conv2d``, ``Conv3d``, and their transposed ``ConvTranspose1d``, ``ConvTranspose2d``
       and ``ConvTranspose3d``.
     - `torch.nn.Embedding`, unless its gradients are sparse tensors.
-    - ``transformers.pytorch_utils.Conv1D``, a linear layer with a transposed weight, as GPT-2 has it.
+    - ``transformers.pytorch_utils.Conv1D``, a linear layer with a transposed weight, as GPT-2 has it, and the
+      ``FalconLinear`` of Falcon.
     - The projections of `torch.nn.MultiheadAttention`, which go by ``q_proj``, ``k_proj``, ``v_proj`` and
       ``out_proj`` below the name of the attention, and by its class; where any matches, the attention becomes
       a `SparseMultiheadAttention`.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from sparselab._names import Key, literal, told
+from sparselab._names import Key, told
 from sparselab.kernels.arrays import check_fraction, n_connections
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.layers.kinds import LayerKind, find_kind, kind_names, kinds_named, recognise
@@ -144,14 +144,14 @@ def rule_of_saved(state: Mapping[str, torch.Tensor]) -> Given:
     return {"layer": kind.name, "sparsity": 0.9, **settings}
 
 
-def rules_of_saved(state: Mapping[str, torch.Tensor]) -> dict[str, Given]:
-    """Rules for `sparsify` that make the sparse layers of a model whose ``state_dict`` was saved."""
+def layers_of_saved(state: Mapping[str, torch.Tensor]) -> dict[str, Given]:
+    """The sparse layers of a model whose ``state_dict`` was saved, by name: `rule_of_saved` of each."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".")
         layers.setdefault(layer, {})[part] = tensor
     rules = {layer: rule_of_saved(parts) for layer, parts in layers.items()}
-    return {literal(layer): rule for layer, rule in rules.items() if rule is not None}
+    return {layer: rule for layer, rule in rules.items() if rule is not None}
 
 
 def _read(key: Key, given: float | Mapping[str, Any], default: str) -> Rule:

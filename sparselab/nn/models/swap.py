@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from sparselab.nn.follow.hosts import note_sparse
+from sparselab.nn.layers.base import is_sparse
 from sparselab.nn.layers.composed.tied import TiedLinear, retie
 from sparselab.nn.layers.dense import DenseLayer, dense_type
 from sparselab.nn.models.weights import find_heads
@@ -53,6 +55,7 @@ def replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
             if child is not None and child in new:
                 setattr(parent, name, new[child])
                 _leave_fused_encoder(model, parent)
+    note_sparse(model, is_sparse)
 
 
 def _leave_fused_encoder(model: nn.Module, layer: nn.Module) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sparselab import (
@@ -74,6 +76,8 @@ def train(rank: int, port: int, results: Any) -> None:
                         dynamic.attach(made(kind, rank))
                     except RuntimeError as error:
                         found["refused"] = str(error)
+                with pytest.raises(TypeError, match=f"into shards, got a {type(model[0]).__name__}; wrap"):
+                    fully_shard(made(kind, rank), mesh=init_device_mesh("cpu", (WORLD,)))
                 optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
                 for step in range(STEPS):
                     optimizer.zero_grad()

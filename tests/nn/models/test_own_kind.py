@@ -26,7 +26,7 @@ from sparselab import (
 from sparselab.nn import DenseType, LayerKind, LinearView, register_dense, register_kind, whole
 from sparselab.nn.layers.dense import DenseLayer, forget_dense
 from sparselab.nn.layers.kinds import find_kind, forget_kind, kind_of, recognise
-from sparselab.nn.models.rules import rule_of_saved, rules_of_saved
+from sparselab.nn.models.rules import layers_of_saved, rule_of_saved
 
 
 class Doubled(SparseLinear):
@@ -119,7 +119,7 @@ def test_it_is_saved_recognised_and_loaded(tmp_path: Path) -> None:
     source, file = sparsify(model(), RULES), tmp_path / "model.safetensors"
     save_model(source, file)
     assert rule_of_saved(source[0].state_dict()) == {"layer": "doubled", "sparsity": 0.9}
-    target = sparsify(model(), rules_of_saved(source.state_dict()))
+    target = sparsify(model(), layers_of_saved(source.state_dict()))
     load_model(target, file)
     x = torch.randn(5, 12)
     assert torch.equal(target(x), source(x))
