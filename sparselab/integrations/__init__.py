@@ -1,4 +1,4 @@
-"""Callbacks for the training loops of others: `sparselab.integrations.lightning` and `.transformers`.
+"""For the tools of others: `sparselab.integrations.lightning`, `.transformers` and `.peft`.
 
 Each needs its package, which is imported with the module; nothing is imported here.
 """

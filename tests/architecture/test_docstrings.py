@@ -18,7 +18,9 @@ import sparselab
 
 #: Packages that only these modules need, and that may be absent.
 OPTIONAL = {
+    "sparselab.integrations._pretrained": "transformers",
     "sparselab.integrations.lightning": "lightning",
+    "sparselab.integrations.peft": "peft",
     "sparselab.integrations.transformers": "transformers",
 }
 MODULES = [

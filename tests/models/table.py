@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from tests.models.judge import Row
-from tests.models.libraries import LIBRARIES
+from tests.models.libraries import LIBRARIES, missing
 
 COLUMNS = ("trained", "saved and read", "generated", "densified")
 
@@ -27,7 +27,8 @@ def _named(names: tuple[str, ...]) -> str:
 
 def document(rows: list[Row]) -> str:
     """docs/models.md."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *LIBRARIES))
+    there = [name for name in ("torch", *LIBRARIES) if name not in missing()]
+    versions = ", ".join(f"{name} {version(name)}" for name in there)
     passed = sum(not row.failed for row in rows)
     head = ("architecture", "sparse layers", "left dense", "parameters", "after", *COLUMNS)
     return "\n".join(

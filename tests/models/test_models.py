@@ -112,7 +112,6 @@ def test_states_are_compared_to_the_bit() -> None:
         compare_states(one, {"a": one["a"]})
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"needs all of the libraries: {MISSING}")
 def test_the_page_counts() -> None:
     good, bad = Row("good", "torch"), Row("bad", "torch", parts={"trained": "ValueError: no"})
     page = document([good, bad])

@@ -69,7 +69,15 @@ of_timm("vit_small_patch14_dinov2", **TRANSFORMER)
 of_timm("cait_xxs24_224", **TRANSFORMER)
 of_class("mixer", "mlp_mixer", "MlpMixer", **MIXER)
 of_class("resmlp", "mlp_mixer", "MlpMixer", block_layer="ResBlock", norm_layer="Affine", mlp_ratio=4, **MIXER)
-of_class("gmlp", "mlp_mixer", "MlpMixer", block_layer="SpatialGatingBlock", mlp_ratio=4, **MIXER)
+of_class(
+    "gmlp",
+    "mlp_mixer",
+    "MlpMixer",
+    block_layer="SpatialGatingBlock",
+    mlp_layer="GatedMlp",
+    mlp_ratio=4,
+    **MIXER,
+)
 of_timm(
     "swin_tiny_patch4_window7_224",
     img_size=32,

@@ -1,1 +1,1 @@
-"""What must follow the connections of layers: optimizer state, and copies."""
+"""What must follow the connections of layers: optimizer state, copies, and what configurations say."""
