@@ -182,3 +182,18 @@ def test_fused_experts_are_listed():
     assert set(experts) <= {each.name for each in plan.left}
     with pytest.warns(UserWarning, match=f"'{experts[0]}'.* is a Parameter of class MixtralExperts"):
         sparsify(model, 0.9)
+
+
+def test_layers_of_falcon_become_theirs_again():
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, bias=True
+    )
+    model = transformers.FalconForCausalLM(config)
+    kinds = {name: type(each) for name, each in model.named_modules()}
+    expected = logits(model)
+    sparsify(model, {"*.mlp.*": 0.0}, init="magnitude")
+    assert len(list(find_sparse(model))) == 2
+    torch.testing.assert_close(logits(model), expected)
+    assert {name: type(each) for name, each in densify(model).named_modules()} == kinds
+    torch.testing.assert_close(logits(model), expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 #: Sizes of the smallest inputs: entries of a vocabulary, tokens of a text, pixels of a side.
 VOCABULARY, LENGTH, PIXELS = 40, 8, 32
+#: What nearly all architectures are made sparse by.
+RULES = 0.8
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,17 @@ class Case:
     rules : as of `sparselab.sparsify`
     generate : mapping, optional
         What ``model.generate`` is given besides its prompt; None for a model that does not generate.
+    prompt : callable, optional
+        Keyword arguments that ``model.generate`` begins with.
     """
 
     name: str
     library: str
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
-    rules: Any = 0.8
+    rules: Any = RULES
     generate: Mapping[str, Any] | None = None
-    prompt: Callable[[], dict[str, Any]] | None = field(default=None)
+    prompt: Callable[[], dict[str, Any]] | None = None
 
 
 #: By name, in the order of the table.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from tests.models.case import CASES, RULES
 from tests.models.judge import Row
 from tests.models.libraries import LIBRARIES, missing
 
@@ -25,6 +26,14 @@ def _named(names: tuple[str, ...]) -> str:
     return f"`{names[0]}`{more}"
 
 
+def _other_rules() -> list[str]:
+    """Which architectures need more than a number."""
+    found = [f"`{case.rules}` for {name}" for name, case in CASES.items() if case.rules != RULES]
+    return (
+        [f"The rules are others than the number where it would not do: {', '.join(found)}."] if found else []
+    )
+
+
 def document(rows: list[Row]) -> str:
     """docs/models.md."""
     there = [name for name in ("torch", *LIBRARIES) if name not in missing()]
@@ -43,8 +52,9 @@ def document(rows: list[Row]) -> str:
             "are.",
             "`--only NAME` takes some of them.",
             "",
-            f"{passed} of {len(rows)} pass, with {versions}. *Left dense* names the first of what the number",
-            "matches and what stays dense, with the reason.",
+            f"{passed} of {len(rows)} pass, with {versions}.",
+            "*Left dense* names the first of what the rules match and what stays dense, with the reason.",
+            *_other_rules(),
             "",
             f"| {' | '.join(head)} |",
             f"|{'---|' * len(head)}",
