@@ -100,7 +100,9 @@ def support_sparse(config: LoraConfig) -> LoraConfig:
     Peft does not save what kinds of layers a configuration supports. To read adapters, write
     ``PeftModel.from_pretrained(model, folder, config=support_sparse(LoraConfig.from_pretrained(folder)))``.
 
-    ``merge_and_unload()`` makes dense layers of the adapted sparse ones; ``unload()`` gives these back.
+    ``merge_and_unload()`` makes dense layers of the adapted sparse ones; ``unload()`` gives these back. Where
+    that leaves no sparse layer in a model of transformers, call `sparselab.densify` before
+    ``save_pretrained``, so that its configuration no longer says that it has some.
 
     Examples
     --------

@@ -129,3 +129,11 @@ def test_an_adapter_that_is_not_finite_is_not_merged_safely():
 def test_the_other_layers_stay_sparse():
     model = peft.get_peft_model(language_model(), config())
     assert len(list(find_sparse(model))) == 7
+
+
+def test_a_merged_model_without_sparse_layers_is_saved_as_dense(tmp_path):
+    settings = support_sparse(peft.LoraConfig(r=2, target_modules=r".*_proj"))
+    model = densify(peft.get_peft_model(language_model().float(), settings).merge_and_unload()).eval()
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
