@@ -178,8 +178,8 @@ def from_pretrained(folder: str | os.PathLike[str], model_class: Any = None, **s
         If the folder is none.
     ValueError
         If a sparse layer is not valid, or fits no layer of the model; if the configuration names no class of
-        transformers and `model_class` is not given; if weights are missing or left over. Of another class
-        than the saved one only those of sparse layers are: transformers reports the others.
+        transformers and `model_class` is not given; if weights are missing or left over, unless another
+        class than the saved one is asked for: transformers then reports them.
 
     Examples
     --------
