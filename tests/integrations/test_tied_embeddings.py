@@ -34,6 +34,6 @@ def test_both_are_sparse_and_come_back(tmp_path: Path) -> None:
     assert not torch.equal(model.model.embed_tokens.positions(), before)
     logits = model.eval()(tokens).logits
     model.save_pretrained(tmp_path)
-    other = from_pretrained(transformers.LlamaForCausalLM, tmp_path)
+    other = from_pretrained(tmp_path, transformers.LlamaForCausalLM)
     assert other.lm_head.layer is other.model.embed_tokens
     assert torch.equal(other(tokens).logits, logits)

@@ -18,6 +18,7 @@ from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import Measured
 from sparselab.nn.ops.topologies import GradientHook
 from sparselab.nn.storage.base import Storage
+from sparselab.nn.storage.in_use import without_unused
 from sparselab.nn.storage.init import fan_in_bound
 from sparselab.nn.storage.patterns import read_pattern, to_csr_tensor
 
@@ -201,10 +202,7 @@ class SparseLayer(nn.Module):
         mask = self._buffers["forward_mask"]
         if mask is None:
             return values
-        # The compiler takes no function with a forward mode.
-        function = _Used if torch.compiler.is_compiling() else _UsedInAnyMode
-        used: Tensor = function.apply(values, mask)  # type: ignore[no-untyped-call]
-        return used
+        return without_unused(values, mask)
 
     def _fit_forward_mask(self, saved: Tensor | None) -> None:
         """Make room for a saved mask, or forget the mask if none was saved."""
@@ -347,34 +345,6 @@ class SparseLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A hook belongs to the algorithm that set it, and plans to the tensors: a copy has neither.
         return {**self.__dict__, "storage": copy.copy(self.storage)}
-
-
-class _Used(torch.autograd.Function):
-    """Weights with 0 where a mask is False; the gradient of all of them is that of the result."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(values: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, values.detach(), 0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _UsedInAnyMode(_Used):
-    """The same with a forward mode."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        # The transpose of `backward`, so that both modes tell the same derivative.
-        tangent: Tensor = tangents[0]
-        return tangent.view_as(tangent)
 
 
 def weight_of(layer: Any) -> Tensor:

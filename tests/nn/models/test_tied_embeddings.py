@@ -19,7 +19,7 @@ from sparselab import (
     sparsify,
 )
 from sparselab.dst import allocate, prune
-from sparselab.nn.models.rules import rules_of_saved
+from sparselab.nn.models.rules import layers_of_saved
 
 N, DIM = 11, 6
 
@@ -64,7 +64,7 @@ def test_sparse_and_dense_again() -> None:
     assert model.embed(torch.tensor(1)).eq(0).all()
     y = model(NUMBERS)
     saved = model.state_dict()
-    fresh = sparsify(Model(), rules_of_saved(saved))
+    fresh = sparsify(Model(), layers_of_saved(saved))
     fresh.load_state_dict(saved)
     assert torch.equal(fresh(NUMBERS), y)
     densify(model)

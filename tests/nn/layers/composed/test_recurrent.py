@@ -24,7 +24,7 @@ from sparselab import (
     sparsify,
 )
 from sparselab.nn import find_sparse
-from sparselab.nn.models.rules import rules_of_saved
+from sparselab.nn.models.rules import layers_of_saved
 
 F64 = torch.float64
 KINDS: dict[str, Any] = {
@@ -172,7 +172,7 @@ def test_sparsify_by_part_name_and_class_and_densify(kind: str) -> None:
     assert sum(each.connections for each in plan.layers) == sum(each.nnz for _, each in find_sparse(model))
     assert type(model.rnn.weight_ih_l1) is nn.Linear
     y, saved = model(X), model.state_dict()
-    fresh = sparsify(Tagger(kind), rules_of_saved(saved))
+    fresh = sparsify(Tagger(kind), layers_of_saved(saved))
     fresh.load_state_dict(saved)
     assert torch.equal(fresh(X), y)
     densify(model)
