@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparselab.nn import sparsify
 from sparselab.nn.follow.hosts import note
 from sparselab.nn.models.rules import Given, layers_of_saved
-from sparselab.nn.models.swap import replace
+from sparselab.nn.models.swap import replace, tied_head
 from sparselab.nn.models.weights import find_dense
 
 #: What transformers calls the two classes below, which are made for one call of ``from_pretrained``.
@@ -104,6 +104,8 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
     """Makes the layers sparse that were saved so."""
 
     rules: dict[str, dict[str, Given]]
+    #: Heads by name, with the sparse embeddings that they are tied to.
+    heads: dict[str, str]
 
     def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
         """Put stand-ins into a model on the meta device, whose names and sizes are those in the files."""
@@ -128,6 +130,9 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
             for key, tensor in saved.items():
                 if key.startswith(f"{name}."):
                     stand_in.hold(key.removeprefix(f"{name}."), tensor)
+        ties = getattr(model, "all_tied_weights_keys", {}).items()
+        named = ((head.rpartition(".")[0], embedding.rpartition(".")[0]) for head, embedding in ties)
+        self.heads = {head: embedding for head, embedding in named if embedding in self.rules}
         replace(model, stand_ins)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
@@ -137,6 +142,9 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
             stand_in: Any = model.get_submodule(name)
             layers[stand_in] = _sparse(name, stand_in, rules)
         self.remove_quantization_config(model)
+        for name, embedding in self.heads.items():
+            head = model.get_submodule(name)
+            layers[head] = tied_head(head, layers[model.get_submodule(embedding)])
         replace(model, layers)
 
     def is_serializable(self) -> bool:

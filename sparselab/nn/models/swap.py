@@ -30,11 +30,11 @@ def swap(model: nn.Module, swaps: Iterable[tuple[DenseLayer, nn.Module]]) -> Non
     modules = dict(model.named_modules())
     for head, embedding in find_heads(model).items():
         if modules[embedding] in whole:
-            whole[modules[head]] = _tied(modules[head], whole[modules[embedding]])
+            whole[modules[head]] = tied_head(modules[head], whole[modules[embedding]])
     replace(model, whole)
 
 
-def _tied(head: nn.Module, embedding: nn.Module) -> TiedLinear:
+def tied_head(head: nn.Module, embedding: nn.Module) -> TiedLinear:
     """A layer in the place of a linear one, with its bias and the weight of the embedding."""
     new = TiedLinear(embedding, bias=False)
     new.register_parameter("bias", head._parameters["bias"])
