@@ -30,17 +30,27 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or getattr(forward_ad, "_current_level", 0) >= 0
     ):
         return False
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _ORDINARY
-            or tensor.is_meta
-            or tensor.layout is not torch.strided
-            or tensor.is_nested
-            or tensor.is_neg()
-            or tensor._is_zerotensor()
-            or not has_memory(tensor)
-        ):
-            return False
+    try:
+        for tensor in tensors:
+            if tensor is not None and (
+                type(tensor) not in _ORDINARY
+                or tensor.is_meta
+                or tensor.layout is not torch.strided
+                or tensor.is_nested
+                or tensor.is_neg()
+                or tensor._is_zerotensor()
+                or (
+                    (
+                        tensor.untyped_storage().nbytes() < tensor.nbytes
+                        or tensor.storage_offset()
+                        or not tensor.is_contiguous()
+                    )
+                    and not has_memory(tensor)
+                )
+            ):
+                return False
+    except NotImplementedError:  # of batched gradients, whose storage torch hides
+        return False
     return True
 
 
