@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from sparselab.dst.optimizers import call_while_alive, held_ids
 from sparselab.nn.follow.optimizers import is_reported, note_step
-from sparselab.nn.follow.state_move import StateMove
+from sparselab.nn.follow.state_move import StateMove, group_of
 from sparselab.nn.layers.base import SparseLayer
 
 
@@ -168,9 +168,8 @@ class OptimizerTracker:
         """Settings and state of the optimizer that stepped a layer last; both empty if none is known."""
         weights = layer.stored
         for optimizer in sorted(self._optimizers, key=self._optimizers.__getitem__, reverse=True):
-            for group in optimizer.param_groups:
-                if any(p is weights for p in group["params"]):
-                    return group, optimizer.state.get(weights, {})
+            if (group := group_of(optimizer, weights)) is not None:
+                return group, optimizer.state.get(weights, {})
         return {}, {}
 
     def plan_move(self, layer: SparseLayer) -> StateMove:

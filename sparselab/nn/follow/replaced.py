@@ -32,9 +32,11 @@ def connections_replaced(layer: Any) -> Iterator[None]:
     this layer. O(nnz), and nothing at all where nobody keeps anything for the connections.
     """
     held = layer._parameters.get(layer.storage.parameter)
-    follower = layer.storage.follower
-    optimizers = [] if held is None or held.is_meta else optimizers_of(held)
-    if held is None or held.is_meta or not (optimizers or follower or held.grad is not None):
+    if held is None or held.is_meta:
+        yield
+        return
+    follower, optimizers = layer.storage.follower, optimizers_of(held)
+    if not (optimizers or follower or held.grad is not None):
         yield
         return
     moves = [move for each in optimizers if (move := _move_of(layer, each)) is not None]
@@ -100,10 +102,11 @@ def difference(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def take_connections(layer: Any, positions: Tensor) -> None:
-    """Rewire a layer to int64 positions, ascending; weights and gradient that stay go with theirs."""
+    """Rewire a layer to int64 positions, ascending; weights, gradient and state that stay go with theirs."""
     drop, grow = difference(layer.positions(), positions)
     if len(drop) or len(grow):
-        layer.rewrite(drop, grow)
+        with connections_replaced(layer):
+            layer.rewrite(drop, grow)
 
 
 def _slots(known: Array, wanted: Array) -> Array:

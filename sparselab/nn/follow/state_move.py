@@ -51,9 +51,15 @@ def foreseen(optimizer: Any, layer: Connected) -> str:
         why = "it keeps numbers for the rows and columns of a matrix, not for its entries"
     else:
         return ""
-    weights = layer.stored
-    held = any(p is weights for group in optimizer.param_groups for p in group["params"])
-    return _unmovable(optimizer, why) if held else ""
+    return "" if group_of(optimizer, layer.stored) is None else _unmovable(optimizer, why)
+
+
+def group_of(optimizer: Any, weights: Tensor) -> dict[str, Any] | None:
+    """The settings by which an optimizer steps a Parameter; None if it has not got it."""
+    for group in optimizer.param_groups:
+        if any(each is weights for each in group["params"]):
+            return group  # type: ignore[no-any-return]
+    return None
 
 
 class StateMove:
@@ -149,9 +155,8 @@ def _start(optimizer: torch.optim.Optimizer, weights: Tensor, name: str) -> floa
     """What an optimizer of torch starts a weight's state of some name with."""
     for kind, state, setting in _STARTS:
         if state == name and isinstance(optimizer, kind):
-            for group in optimizer.param_groups:
-                if any(p is weights for p in group["params"]):
-                    return float(group[setting])
+            group = group_of(optimizer, weights)
+            return 0.0 if group is None else float(group[setting])
     return 0.0
 
 

@@ -20,6 +20,7 @@ from sparselab import (
     RigL,
     SparseConv2d,
     SparseLinear,
+    copy_topology,
 )
 from sparselab.nn.follow.replaced import difference, sources
 
@@ -84,6 +85,7 @@ REPLACE: dict[str, Callable[[Any, Any], object]] = {
     "load_state_dict": lambda layer, other: layer.load_state_dict(other.state_dict()),
     "set_topology": lambda layer, other: layer.set_topology(mask_of(other)),
     "reset_parameters": lambda layer, other: layer.reset_parameters(),
+    "copy_topology": lambda layer, other: copy_topology(layer, other),
 }
 
 
