@@ -178,7 +178,7 @@ class SparseEmbedding(CompressedLayer):
         if not isinstance(input, Tensor) or input.dtype not in (torch.int32, torch.int64):
             what = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise RuntimeError(f"input must be a tensor of int32 or int64, got {what}")
-        tokens = input.reshape(-1).long()
+        tokens = input.flatten().long()
         if self.max_norm is not None:
             self._renormalise(tokens)
         values = self.in_use

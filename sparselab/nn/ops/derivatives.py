@@ -151,7 +151,7 @@ class _Product(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         (x, values, bias, *rest), (of_x, of_values, of_bias, *others) = args, in_dims
         if of_values is not None or any(each is not None for each in others):
-            return _each(_Product, info.batch_size, in_dims, args)
+            return each_of_batch(_Product, info.batch_size, in_dims, args)
         y = _folded(_Product, x, of_x, values, bias if of_bias is None else None, *rest)
         if of_bias is not None:
             bias = bias.movedim(of_bias, 0)
@@ -206,7 +206,7 @@ class _InputGrad(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         of_grad, *others = in_dims
         if any(each is not None for each in others):
-            return _each(_InputGrad, info.batch_size, in_dims, args)
+            return each_of_batch(_InputGrad, info.batch_size, in_dims, args)
         return _folded(_InputGrad, args[0], of_grad, *args[1:]), 0
 
 
@@ -261,7 +261,7 @@ class _ValuesGrad(torch.autograd.Function):
     @uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         # A sum over the tokens of each, which cannot be told apart when they are folded.
-        return _each(_ValuesGrad, info.batch_size, in_dims, args)
+        return each_of_batch(_ValuesGrad, info.batch_size, in_dims, args)
 
 
 @uncompiled
@@ -380,7 +380,7 @@ def _folded(function: Any, tokens: Tensor, dim: int | None, *rest: Any) -> Tenso
     return together.reshape(*tokens.shape[:2], *together.shape[1:])
 
 
-def _each(function: Any, n: int, in_dims: Any, args: Any) -> tuple[Any, Any]:
+def each_of_batch(function: Any, n: int, in_dims: Any, args: Any) -> tuple[Any, Any]:
     """The function of each element of a batch alone."""
     batched = {i for i, dim in enumerate(in_dims) if dim is not None}
     moved = [arg.movedim(in_dims[i], 0) if i in batched else arg for i, arg in enumerate(args)]

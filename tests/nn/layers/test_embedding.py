@@ -151,6 +151,7 @@ def test_transforms_of_torch_func() -> None:
         return nn.functional.embedding(numbers, table)
 
     torch.testing.assert_close(vmap(rows, (None, 0))(values, numbers), dense(values, numbers))
+    assert vmap(rows, (None, 0))(values, numbers[:0]).shape == (0, *numbers.shape[1:], DIM)
     several = torch.stack([values, 2 * values])
     torch.testing.assert_close(
         vmap(rows)(several, numbers),

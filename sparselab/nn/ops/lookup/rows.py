@@ -6,14 +6,13 @@ gradient of the rows: each is the derivative of the other, for every order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparselab.nn.ops.checks import DTYPES, refuse_misfits, refuse_mixed_devices, require_strided
-from sparselab.nn.ops.derivatives import uncompiled
+from sparselab.nn.ops.derivatives import each_of_batch, uncompiled
 from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.lookup.operands import LookupOperands
 from sparselab.nn.ops.operands import is_of_graph
@@ -171,7 +170,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     @uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        return _each(_Lookup, info.batch_size, in_dims, args)
+        return each_of_batch(_Lookup, info.batch_size, in_dims, args)
 
 
 class _ValuesGrad(torch.autograd.Function):
@@ -201,7 +200,7 @@ class _ValuesGrad(torch.autograd.Function):
     @staticmethod
     @uncompiled
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        return _each(_ValuesGrad, info.batch_size, in_dims, args)
+        return each_of_batch(_ValuesGrad, info.batch_size, in_dims, args)
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -211,15 +210,6 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
 
 def _scaled(rows: Tensor, factors: Tensor | None) -> Tensor:
     return rows if factors is None else rows * factors[:, None]
-
-
-def _each(function: Any, n: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Tensor, int]:
-    """The function of each element of a batch alone."""
-    found = [
-        function.apply(*(x if at is None else x.select(at, k) for x, at in zip(args, in_dims, strict=True)))
-        for k in range(n)
-    ]
-    return torch.stack(found), 0
 
 
 def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
