@@ -30,6 +30,11 @@ def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
     return check_input(x, values)
 
 
+def in_precision(compute: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``compute(x)``, as `under_autocast` where that is on."""
+    return under_autocast(compute, x, dtype) if torch.is_autocast_enabled("cpu") else compute(x)
+
+
 def under_autocast(compute: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """What a product returns under CPU autocast: of the dtype that dense layers give, unless it is float64.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +13,7 @@ from sparselab.nn.ops.conv2d import conv2d_transposed
 from sparselab.nn.ops.geometry import Size, as_sizes, read_space, with_bias
 from sparselab.nn.ops.linear import linear as sparse_linear
 from sparselab.nn.ops.linear import linear_transposed
-from sparselab.nn.storage.checks import check_images, check_input, check_tokens, under_autocast
+from sparselab.nn.storage.checks import check_images, check_input, check_tokens, in_precision
 
 
 class LiveWeight(Protocol):
@@ -46,19 +45,21 @@ def linear(x: Tensor, weight: LiveWeight, bias: Tensor | None = None) -> Tensor:
     RuntimeError
         If an operand does not fit.
     """
-    if torch.is_autocast_enabled("cpu"):
-        return under_autocast(lambda x: linear(x, weight, bias), x, weight.values().dtype)
     if len(weight.shape) != 2:
         raise RuntimeError(f"weight must have two dimensions, got {tuple(weight.shape)}")
     values, (rows, columns) = weight.values(), weight.shape
-    x = check_tokens(x, values, columns)
-    tokens = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
-    if weight.transposed:
-        y = linear_transposed(tokens, values, weight.layer)
-        y = y if bias is None else y + bias
-    else:
-        y = sparse_linear(tokens, values, bias, weight.layer)
-    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], rows)
+
+    def compute(x: Tensor) -> Tensor:
+        x = check_tokens(x, values, columns)
+        tokens = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
+        if weight.transposed:
+            y = linear_transposed(tokens, values, weight.layer)
+            y = y if bias is None else y + bias
+        else:
+            y = sparse_linear(tokens, values, bias, weight.layer)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], rows)
+
+    return in_precision(compute, x, values.dtype)
 
 
 def convolve(
@@ -96,7 +97,7 @@ def convolve(
             lambda images: sparse_conv2d(images, values, bias, weight.layer, space.geometry),
         )
 
-    return _in_precision(compute, x, values)
+    return in_precision(compute, x, values.dtype)
 
 
 def convolve_transposed(
@@ -134,14 +135,7 @@ def convolve_transposed(
         )
         return with_bias(y, bias, n_dims)
 
-    return _in_precision(compute, x, values)
-
-
-def _in_precision(compute: Callable[[Tensor], Tensor], x: Tensor, values: Tensor) -> Tensor:
-    """What is computed of x, as autocast has it."""
-    if torch.is_autocast_enabled("cpu"):
-        return under_autocast(compute, x, values.dtype)
-    return compute(x)
+    return in_precision(compute, x, values.dtype)
 
 
 def _kernel(n_dims: int, weight: LiveWeight) -> tuple[int, tuple[int, ...]]:

@@ -20,9 +20,9 @@ from sparselab.nn.storage.checks import (
     check_bias,
     check_images,
     check_input,
+    in_precision,
     read_fan_in,
     read_sparsity,
-    under_autocast,
 )
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import as_scores
@@ -74,9 +74,7 @@ class SparseConvolution(Convolution, CompressedLayer):
         return self._dense_twin()
 
     def _in_precision(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            return under_autocast(compute, x, self.in_use.dtype)
-        return compute(x)
+        return in_precision(compute, x, self.weight_values.dtype)
 
     def _accept(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels, self.n_dims)
