@@ -16,25 +16,9 @@ from sparselab import (
     plan_sparsify,
     sparsify,
 )
+from tests.nn.models.samples import ALL, PARTS, Net, sparsities
 
 README = Path(__file__).parents[3] / "README.md"
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3)
-        self.attn = nn.MultiheadAttention(12, 2)
-        self.fc1, self.fc2 = nn.Linear(12, 20), nn.Linear(20, 12)
-        self.head = nn.Linear(12, 5)
-
-
-PARTS = [f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
-ALL = ["stem", *PARTS, "fc1", "fc2", "head"]
-
-
-def sparsities(model: nn.Module) -> dict[str, float]:
-    return {name: round(each.sparsity, 2) for name, each in model.named_modules() if hasattr(each, "nnz")}
 
 
 def planned(model: nn.Module, rules: Any, **options: Any) -> dict[str, float]:

@@ -20,17 +20,7 @@ from sparselab import (
 from sparselab.nn import DenseType, LayerKind, register_dense, register_kind
 from sparselab.nn.layers.dense import DenseLayer, LinearView, forget_dense
 from sparselab.nn.layers.kinds import forget_kind
-
-
-def sparsities(model: nn.Module) -> dict[str, float]:
-    return {name: round(each.sparsity, 2) for name, each in model.named_modules() if hasattr(each, "nnz")}
-
-
-def tied() -> nn.ModuleDict:
-    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "body": nn.Linear(4, 4), "lm_head": nn.Linear(4, 7)})
-    model["lm_head"].weight = model["embed"].weight
-    return model
-
+from tests.nn.models.samples import sparsities, tied
 
 CATCHING = {
     "a number": 0.5,
