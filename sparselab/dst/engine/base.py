@@ -201,7 +201,7 @@ class SparsityAlgorithm(Driven):
         ours = {id(layer) for _, layer in pairs}
         owned = [layer for layer, owner in _owners.items() if owner() is not None]
         layers = {id(layer): layer for layer in (*(layer for _, layer in pairs), *owned, *others)}
-        used = sorted((first, last, at) for at, each in layers.items() for first, last in _memory(each))
+        used = sorted((*ends, at) for at, each in layers.items() for ends in each.storage.memory(each))
         for (_, last, a), (first, _, b) in pairwise(used):
             if a != b and first <= last and not ours.isdisjoint((a, b)):
                 raise ValueError(
@@ -355,10 +355,6 @@ class SparsityAlgorithm(Driven):
             part.load_state_dict(state["parts"][name])
         self._step = int(state["step"])
         self._before_step(self._step + 1)
-
-
-def _memory(layer: SparseLayer) -> list[tuple[int, int]]:
-    return layer.storage.memory(layer)
 
 
 def _name(layer: SparseLayer) -> str:

@@ -39,6 +39,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
                 or tensor.is_nested
                 or tensor.is_neg()
                 or tensor._is_zerotensor()
+                # What `has_memory` asks first, without the call.
                 or (
                     (
                         tensor.untyped_storage().nbytes() < tensor.nbytes
