@@ -34,11 +34,10 @@ def is_plain(*tensors: Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and (
                 type(tensor) not in _ORDINARY
-                or tensor.is_meta
                 or tensor.layout is not torch.strided
-                or tensor.is_nested
                 or tensor.is_neg()
-                or tensor._is_zerotensor()
+                # On the device meta, of zeros without memory, or freed.
+                or (not tensor.data_ptr() and tensor.numel())
                 # What `has_memory` asks first, without the call.
                 or (
                     (
@@ -50,7 +49,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
                 )
             ):
                 return False
-    except NotImplementedError:  # of batched gradients, whose storage torch hides
+    except RuntimeError:  # of batched gradients, whose storage torch hides
         return False
     return True
 
