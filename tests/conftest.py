@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ from sparselab.kernels.cpu.runtime import launch as _launch
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.register_profile("thorough", settings.get_profile("repeatable"), max_examples=100)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector look at what tests make, not at the tests, so that it comes round often.
+
+    Models and their algorithms hold each other, and each algorithm that is alive looks at every step of an
+    optimizer.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

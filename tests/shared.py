@@ -1,4 +1,4 @@
-"""What the worker processes of one test run make once and share."""
+"""What the worker processes of one test run make once and share, and how long its runs are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+
+from hypothesis import settings
 
 
 @contextlib.contextmanager
@@ -19,3 +21,8 @@ def once(path: Path) -> Iterator[bool]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield not made.exists()
         made.touch()
+
+
+def n_steps(few: int, many: int) -> int:
+    """How long a run of training is: `many` steps in make test-all, where Hypothesis tries more as well."""
+    return few if settings().max_examples <= settings.get_profile("repeatable").max_examples else many

@@ -111,14 +111,14 @@ class OptimizerTracker:
                 StateMove(layer, [optimizer])
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer not in self._optimizers:
-            self.check_follows(optimizer, self._layers)
+        if optimizer not in self._optimizers and (ours := self._layers_in(held_ids(optimizer))):
+            self.check_follows(optimizer, ours)
         self._within, self._finished = True, False
 
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
         self._within, finished = False, self._finished
         held = held_ids(optimizer)
-        if optimizer in self._optimizers or any(id(layer.stored) in held for layer in self._layers):
+        if optimizer in self._optimizers or self._layers_in(held):
             self._look_at(optimizer, held)
             self.add(optimizer)
             self._stepped.ours = True
@@ -131,9 +131,11 @@ class OptimizerTracker:
         """Check the state after a step, until all layers that the optimizer has took part in one."""
         if optimizer not in self._looked_at:
             self.check_follows(optimizer, self._layers)
-            ours = [layer.stored for layer in self._layers if id(layer.stored) in held]
-            if all(each.grad is not None for each in ours):
+            if all(layer.stored.grad is not None for layer in self._layers_in(held)):
                 self._looked_at.add(optimizer)
+
+    def _layers_in(self, held: set[int]) -> list[SparseLayer]:
+        return [layer for layer in self._layers if id(layer.stored) in held]
 
     def check(self, name: str) -> None:
         """Look at who has stepped since the last call: somebody must train the layers of algorithm `name`.

@@ -77,8 +77,10 @@ class PassWatcher(abc.ABC):
         parameter: Any = layer.stored
         if parameter.requires_grad:
             self._parameter = weakref.ref(parameter)
+            # Weak, because the garbage collector does not see the hooks that a Parameter holds.
+            arrived = weakref.WeakMethod(self._arrived)
             register: Any = parameter.register_post_accumulate_grad_hook
-            self._handle = register(self._arrived)
+            self._handle = register(partial(_call, arrived))
 
     def release(self) -> None:
         """Stop watching."""
@@ -314,6 +316,11 @@ class GradientCollector(PassWatcher):
         return summarise(
             operands, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype, layer.block_shape
         )
+
+
+def _call(method: weakref.WeakMethod[Callable[[Tensor], None]], parameter: Tensor) -> None:
+    if (alive := method()) is not None:
+        alive(parameter)
 
 
 def _versions(operands: GradientOperands) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparselab import MaskedLinear, RigL, SparseLinear
 from tests.hazards.textbook import rigl_update
+from tests.shared import n_steps
 
 IN, OUT, SPARSITY, EVERY, FRACTION = 14, 10, 0.7, 3, 0.3
 
@@ -223,7 +224,7 @@ def test_every_loop_moves_connections_as_the_dense_gradient_says(loop, kind):
     layer = kind(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
     ours, dense = Sparse(layer), DenseRigL(layer)
     born = layer.positions().clone()
-    for step in range(240):
+    for step in range(n_steps(60, 240)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             loop(ours, step)

@@ -7,8 +7,7 @@ import torch
 
 from tests.dst.contract_rows import ROWS
 from tests.dst.harness import CONVOLUTIONS, OPTIMIZERS, backward, build, sparse_layers
-
-STEPS = 120
+from tests.shared import n_steps
 
 
 def assert_same_model(sparse, masked):
@@ -55,13 +54,13 @@ def test_a_sparse_transposed_convolution_trains_as_its_masked_twin(algorithm_nam
 
 @pytest.mark.parametrize("algorithm_name", [name for name, row in ROWS.items() if row.keeps_fan_in])
 def test_a_fan_in_model_trains_as_its_masked_twin(algorithm_name):
-    train_twins(("fan-in", "masked fan-in"), algorithm_name, "adamw", STEPS)
+    train_twins(("fan-in", "masked fan-in"), algorithm_name, "adamw", n_steps(60, 120))
 
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("algorithm_name", ROWS)
 def test_a_sparse_model_trains_as_its_masked_twin(algorithm_name, optimizer_name):
-    train_twins(("real", "masked"), algorithm_name, optimizer_name, STEPS)
+    train_twins(("real", "masked"), algorithm_name, optimizer_name, n_steps(60, 120))
 
 
 def train_twins(kinds, algorithm_name, optimizer_name, steps):

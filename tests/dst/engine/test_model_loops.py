@@ -15,9 +15,8 @@ from torch.func import functional_call
 
 from sparselab import GSE, SNFS, RigL
 from tests.dst.loop_run import EVERY, F64, FRACTION, IN, Cut, Run
+from tests.shared import n_steps
 
-#: Steps of RigL, and of the others.
-STEPS, FEWER = 200, 30
 ALGORITHMS: dict[str, Callable[..., Any]] = {
     "rigl": RigL,
     "snfs": partial(SNFS, redistribute=None),
@@ -297,7 +296,7 @@ def test_a_loop_trains_sparse_masked_and_dense_alike(loop: Any, name: str) -> No
     if name == "rigl":
         runs.append(Run("textbook", None))
     born = [layer.positions().tolist() for layer in runs[0].layers]
-    steps = STEPS if name == "rigl" else FEWER
+    steps = n_steps(100, 200) if name == "rigl" else 30
     for step in range(steps):
         updates = runs[0].algorithm.steps_done // EVERY
         for run in runs:
