@@ -30,12 +30,12 @@ from sparselab.nn.storage.patterns import Pattern, read_edges, read_pattern
 class LinearLayer(CompressedLayer):
     """What linear layers have in common, whatever their connections are."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``x W^T + b``.
 
         Parameters
         ----------
-        x : (..., in_features), the dtype of `weight_values`
+        input : (..., in_features), the dtype of `weight_values`
             Under CPU autocast any floating dtype; the product is then computed in the dtype of
             `weight_values`, and returned in that of autocast, unless it is float64. Also a sparse matrix
             (COO, CSR, ...), of which 8 MiB of rows are made dense at a time, again in the backward pass, and
@@ -44,24 +44,24 @@ class LinearLayer(CompressedLayer):
         Returns
         -------
         (..., out_features)
-            Dense, or jagged as x.
+            Dense, or jagged as the input.
 
         Raises
         ------
         RuntimeError
             As `torch.nn.Linear`: if the last dimension, the dtype or the device does not fit.
         NotImplementedError
-            If the layer or x is on a device without products.
+            If the layer or the input is on a device without products.
         """
         if torch.is_autocast_enabled("cpu"):
-            return under_autocast(self.forward, x, self.in_use.dtype)
+            return under_autocast(self.forward, input, self.in_use.dtype)
         # Where they are, unless something computes them: torch's own look-up takes a microsecond each.
         parameters: Any = self._parameters
         values = parameters.get("weight_values")
         if values is None or self._buffers["forward_mask"] is not None:
             values = self.in_use
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        x = check_tokens(x, values, self.in_features)
+        x = check_tokens(input, values, self.in_features)
         if x.ndim == 2:
             return linear(x, values, bias, self)
         if x.is_nested:

@@ -228,17 +228,18 @@ class MaskedLinear(MaskedLayer):
         new: nn.Linear = self._sparse().to_dense()
         return new
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x (W * mask)^T + b`` for x (..., in_features): (..., out_features).
+    def forward(self, input: Tensor) -> Tensor:
+        """``x (W * mask)^T + b`` for the input x (..., in_features): (..., out_features).
 
         Devices, dtypes, autocast and errors are those of `torch.nn.Linear`. As there, an infinite input
         reaches every output of its token.
         """
-        check_width(x, self.in_features)
-        if x.ndim == 2:
-            return self._compute(_LINEAR, x, self.bias)
-        y = self._compute(_LINEAR, x.reshape(math.prod(x.shape[:-1]), self.in_features), self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        check_width(input, self.in_features)
+        if input.ndim == 2:
+            return self._compute(_LINEAR, input, self.bias)
+        leading = input.shape[:-1]
+        y = self._compute(_LINEAR, input.reshape(math.prod(leading), self.in_features), self.bias)
+        return y.reshape(*leading, self.out_features)
 
     def operands(self, x: Tensor, dy: Tensor, of_graph: bool) -> GradientOperands:
         """Tokens and the gradients of their outputs."""

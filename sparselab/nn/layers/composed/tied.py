@@ -109,18 +109,18 @@ class TiedLinear(nn.Module):
             bound = 1 / math.sqrt(max(fan_in, 1.0))
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``x W^T + b``.
 
         Parameters
         ----------
-        x : (..., in_features)
+        input : (..., in_features)
 
         Returns
         -------
         (..., out_features)
         """
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
 
     def tie(self, layer: nn.Module) -> None:
         """Share the weight of another layer from now on.

@@ -119,12 +119,12 @@ class Convolution(SparseLayer):
         new._begin_with(positions, weights)
         return new
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The convolution of x.
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution of the input.
 
         Parameters
         ----------
-        x : (n, in_channels, *size) or (in_channels, *size), the dtype of the weights
+        input : (n, in_channels, *size) or (in_channels, *size), the dtype of the weights
             The size is (length,), (height, width) or (depth, height, width). Under CPU autocast any floating
             dtype; a sparse product is then computed in the dtype of the weights, and returned in that of
             autocast, unless it is float64.
@@ -138,10 +138,10 @@ class Convolution(SparseLayer):
         RuntimeError
             If the shape, the dtype or the device does not fit.
         NotImplementedError
-            If the layer or x is on a device without products.
+            If the layer or the input is on a device without products.
         """
         mode = _MODES.get(self.padding_mode, self.padding_mode)
-        return self._in_precision(x, lambda x: self.space.convolve(self._accept(x), self._product, mode))
+        return self._in_precision(input, lambda x: self.space.convolve(self._accept(x), self._product, mode))
 
     def _in_precision(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What is computed of x, as autocast has it."""
@@ -174,12 +174,12 @@ class TransposedConvolution(Convolution):
     row_channels = "in_channels"
     column_channels = "out_channels"
 
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """The transposed convolution of x.
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The transposed convolution of the input.
 
         Parameters
         ----------
-        x : (n, in_channels, *size) or (in_channels, *size), the dtype of the weights
+        input : (n, in_channels, *size) or (in_channels, *size), the dtype of the weights
             As of other convolutions.
         output_size : sequence of int, optional
             Of the outputs, or with n and channels before; what `output_padding` gives by default.
@@ -194,11 +194,11 @@ class TransposedConvolution(Convolution):
             If the shape, the dtype or the device does not fit, or the output padding is not below stride or
             dilation.
         ValueError
-            If an output of that size cannot be made of x.
+            If an output of that size cannot be made of the input.
         NotImplementedError
-            If the layer or x is on a device without products.
+            If the layer or the input is on a device without products.
         """
-        return self._in_precision(x, lambda x: self._of_size(self._accept(x), output_size))
+        return self._in_precision(input, lambda x: self._of_size(self._accept(x), output_size))
 
     def _of_size(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
         more = self.output_padding if output_size is None else self._more(x, output_size)
