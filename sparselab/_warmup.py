@@ -21,9 +21,9 @@ def warmup(dtype: torch.dtype = torch.float32, *, training: bool = True) -> floa
     Parameters
     ----------
     dtype : torch.dtype
-        float32, float64 or bfloat16: kernels are compiled for each dtype of the weights.
+        float32, float64, bfloat16 or float16: kernels are compiled for each dtype of the weights.
     training : bool
-        Also those of the backward passes and, unless the dtype is bfloat16, of topology updates as `SET` and
+        Also those of the backward passes and, for float32 and float64, of topology updates as `SET` and
         `RigL` make them; what else some algorithms use is compiled at their first update.
 
     Returns
@@ -50,7 +50,7 @@ def warmup(dtype: torch.dtype = torch.float32, *, training: bool = True) -> floa
             y = layer(x)
             if training:
                 y.sum().backward()
-        if training and dtype != torch.bfloat16:
+        if training and dtype.itemsize >= 4:
             for algorithm in (SET, RigL):
                 _update(algorithm(update_freq=1), dtype)
     return time.perf_counter() - start

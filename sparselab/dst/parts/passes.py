@@ -318,7 +318,7 @@ class GradientCollector(PassWatcher):
         )
 
 
-def _call(method: weakref.WeakMethod[Callable[[Tensor], None]], parameter: Tensor) -> None:
+def _call(method: weakref.WeakMethod[Any], parameter: Tensor) -> None:
     if (alive := method()) is not None:
         alive(parameter)
 

@@ -178,7 +178,7 @@ class SparseLayer(nn.Module):
         Raises
         ------
         TypeError
-            If the weights are bfloat16, which is for inference, or computed.
+            If the weights are bfloat16 or float16, which are for inference, or computed.
         ValueError
             As `sparselab.kernels.rewrite`.
         """
@@ -313,7 +313,7 @@ class SparseLayer(nn.Module):
     def to_scipy(self) -> scipy.sparse.csr_array | scipy.sparse.bsr_array:
         """W as a SciPy array (out_features, in_features) in canonical form, a copy.
 
-        Every connection is stored, also one whose weight is 0. bfloat16, which NumPy lacks, becomes float32.
+        Every connection is stored, also one whose weight is 0. bfloat16 and float16 become float32.
 
         Raises
         ------
@@ -331,9 +331,9 @@ class SparseLayer(nn.Module):
         return to_csr_tensor(W.topology, torch.from_numpy(W.values).to(self.in_use.dtype, copy=True))
 
     def _matrix(self) -> PaddedCSR:
-        """W as it is in use, not to be written to; bfloat16 as float32."""
+        """W as it is in use, not to be written to; bfloat16 and float16 as float32."""
         weights = self.per_connection(self.in_use.detach()).cpu()
-        values = weights.float() if weights.dtype == torch.bfloat16 else weights
+        values = weights.float() if weights.itemsize < 4 else weights
         return PaddedCSR.of(as_matrix(self), values.numpy())
 
     def extra_repr(self) -> str:

@@ -47,7 +47,7 @@ class BlockSparseLinear(LinearLayer):
     device : torch.device, optional
         Forward passes run on the CPU.
     dtype : torch.dtype, optional
-        float32, float64 or bfloat16. In bfloat16 the sums are still made in float32.
+        float32, float64, bfloat16 or float16. In the latter two sums are still made in float32.
 
     Attributes
     ----------
@@ -179,7 +179,7 @@ class BlockSparseLinear(LinearLayer):
     def to_scipy(self) -> scipy.sparse.bsr_array | scipy.sparse.csr_array:
         """W as a SciPy BSR array (out_features, in_features); CSR if blocks reach beyond it. A copy.
 
-        Every weight of a block is stored, also one that is 0. bfloat16, which NumPy lacks, becomes float32.
+        Every weight of a block is stored, also one that is 0. bfloat16 and float16 become float32.
 
         Raises
         ------
@@ -190,9 +190,9 @@ class BlockSparseLinear(LinearLayer):
         return self._blocks().to_scipy() if whole else super().to_scipy()
 
     def _blocks(self) -> BlockCSR:
-        """W as it is in use, not to be written to; bfloat16 as float32."""
+        """W as it is in use, not to be written to; bfloat16 and float16 as float32."""
         values = self.in_use.detach().cpu()
-        values = values.float() if values.dtype == torch.bfloat16 else values
+        values = values.float() if values.itemsize < 4 else values
         return BlockCSR.of(self.storage.blocks(self), values.numpy())
 
     def _matrix(self) -> PaddedCSR:

@@ -43,7 +43,7 @@ class SparseEmbedding(CompressedLayer):
         ``1 - sparsity``, in place of it.
     device : torch.device, optional
     dtype : torch.dtype, optional
-        float32, float64 or bfloat16.
+        float32, float64, bfloat16 or float16.
 
     Attributes
     ----------

@@ -37,7 +37,7 @@ class FanInLinear(LinearLayer):
     device : torch.device, optional
         Forward passes run on the CPU.
     dtype : torch.dtype, optional
-        float32, float64 or bfloat16. In bfloat16 the sums are still made in float32.
+        float32, float64, bfloat16 or float16. In the latter two sums are still made in float32.
 
     Attributes
     ----------

@@ -13,6 +13,7 @@ from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import Layer
 from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
+from sparselab.nn.ops.checks import in_float32
 from sparselab.nn.ops.cpu.variants import Variant
 from sparselab.nn.ops.linear import linear
 from sparselab.nn.ops.topologies import TensorTopology
@@ -86,7 +87,9 @@ class LinearLayer(CompressedLayer):
         """Every way to compute the output for x (tokens, in_features), by the name of its variant."""
         # One of its own: what only one of the ways needs is not kept.
         topology = TensorTopology(*self.topology_arguments())
-        return topology.products.ways(topology, self.in_use.detach(), x, self.bias)  # type: ignore[no-any-return]
+        operands = self.in_use.detach(), x, self.bias
+        values, x, bias = in_float32(*operands) or operands
+        return topology.products.ways(topology, values, x, bias)  # type: ignore[no-any-return]
 
     def variant(self, n_tokens: int, operation: str = "forward") -> Variant:
         """How a batch of so many tokens is computed, and why: by a rule, or as `sparselab.tune` measured.
@@ -127,7 +130,7 @@ class SparseLinear(LinearLayer):
     device : torch.device, optional
         Forward passes run on the CPU.
     dtype : torch.dtype, optional
-        float32, float64 or bfloat16. In bfloat16 the sums are still made in float32.
+        float32, float64, bfloat16 or float16. In the latter two sums are still made in float32.
 
     Attributes
     ----------
@@ -214,7 +217,7 @@ class SparseLinear(LinearLayer):
         bias : bool
             Drawn as in a new layer.
         dtype : torch.dtype, optional
-            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the pattern.
+            float32, float64, bfloat16 or float16; torch's default if None, whatever the dtype of the pattern.
 
         Raises
         ------
@@ -261,7 +264,7 @@ class SparseLinear(LinearLayer):
         bias : bool
             Drawn as in a new layer.
         dtype : torch.dtype, optional
-            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the weights.
+            float32, float64, bfloat16 or float16; torch's default if None, whatever the dtype of the weights.
 
         Raises
         ------

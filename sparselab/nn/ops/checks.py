@@ -9,7 +9,15 @@ from torch import Tensor
 
 from sparselab.nn.ops.tracing import has_memory
 
+#: What kernels take.
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+
+
+def in_float32(*tensors: Tensor | None) -> list[Any] | None:
+    """Operands of float16 in float32, in which they are computed with; None if one has another dtype."""
+    if any(tensor is not None and tensor.dtype is not torch.float16 for tensor in tensors):
+        return None
+    return [None if tensor is None else tensor.float() for tensor in tensors]
 
 
 def refuse_misfits(device: torch.device, dtype: torch.dtype, **operands: Any) -> None:
@@ -26,8 +34,8 @@ def refuse_misfits(device: torch.device, dtype: torch.dtype, **operands: Any) ->
         is none.
     """
     first = next(iter(operands))
-    if dtype not in DTYPES:
-        raise TypeError(f"{first} must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}")
+    if dtype not in DTYPES and dtype is not torch.float16:
+        raise TypeError(f"{first} must be of a floating dtype of 16, 32 or 64 bits, got {dtype}")
     for name, (tensor, shape) in operands.items():
         if tensor is None:
             continue

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparselab.nn.ops.checks import (
     DTYPES,
+    in_float32,
     refuse_misfits,
     refuse_mixed_devices,
     require_strided,
@@ -58,6 +59,8 @@ def product(
         or not (bias is None or (bias.dtype is dtype and bias.shape == topology.shape[:1]))
         or not (x.device == values.device == topology.device)
     ):
+        if wide := in_float32(x, values, bias):
+            return product(topology, *wide, geometry).to(dtype)
         refuse_misfits(
             topology.device, dtype, x=(x, (None, geometry.in_channels, *x.shape[2:])),
             values=(values, values_shape), bias=(bias, topology.shape[:1]),
@@ -95,6 +98,8 @@ def input_grad(
         or values.dtype is not dtype
         or not (grad.device == values.device == topology.device)
     ):
+        if wide := in_float32(grad, values):
+            return input_grad(topology, *wide, geometry, size).to(dtype)
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, *shape)), values=(values, topology.values_shape)
         )
@@ -130,6 +135,8 @@ def values_grad(
         or x.dtype is not dtype
         or not (grad.device == x.device == topology.device)
     ):
+        if wide := in_float32(grad, x):
+            return values_grad(topology, *wide, geometry, is_shown).to(dtype)
         refuse_misfits(
             topology.device, dtype, grad=(grad, shape), x=(x, (None, geometry.in_channels, *x.shape[2:]))
         )

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sparselab.nn.ops.checks import (
     DTYPES,
+    in_float32,
     refuse_misfits,
     refuse_mixed_devices,
     require_strided,
@@ -82,6 +83,8 @@ def product(topology: TensorTopology, x: Tensor, values: Tensor, bias: Tensor | 
             x.is_cpu and values.is_cpu if topology.is_cpu else x.device == values.device == topology.device
         )
     ):
+        if wide := in_float32(x, values, bias):
+            return product(topology, *wide).to(dtype)
         refuse_misfits(
             topology.device, dtype, x=(x, (None, columns)), values=(values, topology.values_shape),
             bias=(bias, (rows,)),
@@ -117,6 +120,8 @@ def input_grad(topology: TensorTopology, grad: Tensor, values: Tensor) -> Tensor
             else grad.device == values.device == topology.device
         )
     ):
+        if wide := in_float32(grad, values):
+            return input_grad(topology, *wide).to(dtype)
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, topology.shape[0])),
             values=(values, topology.values_shape),
@@ -157,6 +162,9 @@ def values_grad(
         or dtype not in DTYPES
         or not (grad.is_cpu and x.is_cpu if topology.is_cpu else grad.device == x.device == topology.device)
     ):
+        if wide := in_float32(grad, x):
+            narrow = values_grad(topology, *wide, with_bias, is_shown)
+            return narrow[0].to(dtype), narrow[1].to(dtype)
         rows, columns = topology.shape
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, rows)), x=(x, (shape[0] if shape else 0, columns))

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from sparselab.kernels.arrays import check_fraction
 from sparselab.kernels.layouts.padded_csr import RowTopology
+from sparselab.nn.ops.checks import DTYPES
 from sparselab.nn.ops.products import has_products
 from sparselab.nn.ops.tracing import has_memory
 
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+#: Of layers.
+_DTYPES = DTYPES | {torch.float16}
 
 
 def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
@@ -209,7 +211,8 @@ def _kind(tensor: Tensor) -> str:
 def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise TypeError if a layer cannot have this dtype."""
     if dtype not in _DTYPES:
-        raise TypeError(f"{name} must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}")
+        known = "torch.float32, torch.float64, torch.bfloat16 or torch.float16"
+        raise TypeError(f"{name} must be {known}, got {dtype}")
 
 
 def check_bias(bias: object, example: str) -> bool:

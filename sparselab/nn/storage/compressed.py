@@ -134,8 +134,9 @@ class Compressed(Storage):
     def rewrite(self, layer: Any, drop: Tensor, grow: Tensor) -> Tensor:
         """Drop slots and grow positions in place; the Parameter stays the same object."""
         held = self.held(layer)
-        if held.dtype == torch.bfloat16:
-            raise TypeError("values must be float32 or float64 for a change of topology, got bfloat16")
+        if held.itemsize < 4:
+            kind = str(held.dtype).removeprefix("torch.")
+            raise TypeError(f"values must be float32 or float64 for a change of topology, got {kind}")
         new, source = self.matrix(layer).rewrite(
             ascending(as_positions(drop)), ascending(as_positions(grow)), compact=True
         )

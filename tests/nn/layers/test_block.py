@@ -139,7 +139,7 @@ def test_density_and_sparsity_are_two_ways_to_say_it() -> None:
         ({"sparsity": float("nan")}, ValueError, "sparsity must be a finite number"),
         ({"block_shape": (0, 4)}, ValueError, "block_shape must be two integers of at least 1"),
         ({"block_shape": 4}, TypeError, "block_shape must be two integers, got 4"),
-        ({"dtype": torch.float16}, TypeError, "dtype must be torch.float32"),
+        ({"dtype": torch.complex64}, TypeError, "dtype must be torch.float32"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -87,7 +87,7 @@ class Convolution(SparseLayer):
         bias : bool
             Drawn as in a new layer.
         dtype : torch.dtype, optional
-            float32, float64 or bfloat16; torch's default if None, whatever the dtype of the pattern.
+            float32, float64, bfloat16 or float16; torch's default if None, whatever the dtype of the pattern.
         settings
             The other arguments of the layer: stride, padding, dilation, groups, padding_mode.
 
