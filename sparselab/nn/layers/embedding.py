@@ -14,6 +14,7 @@ from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.dense import DenseLayer, DenseType, register_dense
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, register_kind
+from sparselab.nn.ops.inputs.nodes import is_node, node_of
 from sparselab.nn.ops.lookup.rows import lookup
 from sparselab.nn.storage.checks import check_size, read_sparsity
 from sparselab.nn.storage.patterns import read_pattern
@@ -175,6 +176,8 @@ class SparseEmbedding(CompressedLayer):
         IndexError
             If a number is no row.
         """
+        if is_node(input):
+            return node_of(self, input)  # type: ignore[no-any-return]
         if not isinstance(input, Tensor) or input.dtype not in (torch.int32, torch.int64):
             what = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise RuntimeError(f"input must be a tensor of int32 or int64, got {what}")

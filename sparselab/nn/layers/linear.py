@@ -15,6 +15,7 @@ from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.ops.checks import in_float32
 from sparselab.nn.ops.cpu.variants import Variant
+from sparselab.nn.ops.inputs.nodes import is_node, node_of
 from sparselab.nn.ops.linear import linear
 from sparselab.nn.ops.topologies import TensorTopology
 from sparselab.nn.storage.checks import (
@@ -54,6 +55,8 @@ class LinearLayer(CompressedLayer):
         NotImplementedError
             If the layer or the input is on a device without products.
         """
+        if is_node(input):
+            return node_of(self, input)  # type: ignore[no-any-return]
         if torch.is_autocast_enabled("cpu"):
             return under_autocast(self.forward, input, self.in_use.dtype)
         # Where they are, unless something computes them: torch's own look-up takes a microsecond each.

@@ -60,7 +60,7 @@ def product(
         or not (x.device == values.device == topology.device)
     ):
         if wide := in_float32(x, values, bias):
-            return product(topology, *wide, geometry).to(dtype)
+            return product(topology, wide[0], wide[1], wide[2], geometry).to(dtype)
         refuse_misfits(
             topology.device, dtype, x=(x, (None, geometry.in_channels, *x.shape[2:])),
             values=(values, values_shape), bias=(bias, topology.shape[:1]),
@@ -99,7 +99,7 @@ def input_grad(
         or not (grad.device == values.device == topology.device)
     ):
         if wide := in_float32(grad, values):
-            return input_grad(topology, *wide, geometry, size).to(dtype)
+            return input_grad(topology, wide[0], wide[1], geometry, size).to(dtype)
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, *shape)), values=(values, topology.values_shape)
         )
@@ -136,7 +136,7 @@ def values_grad(
         or not (grad.device == x.device == topology.device)
     ):
         if wide := in_float32(grad, x):
-            return values_grad(topology, *wide, geometry, is_shown).to(dtype)
+            return values_grad(topology, wide[0], wide[1], geometry, is_shown).to(dtype)
         refuse_misfits(
             topology.device, dtype, grad=(grad, shape), x=(x, (None, geometry.in_channels, *x.shape[2:]))
         )
@@ -192,7 +192,7 @@ def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage, ge
         return conv2d_operator(x, values, bias, indptr, indices, sizes, layout, geometry.numbers)  # type: ignore[no-any-return]
     topology = layer.storage.topology(layer)
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, values, bias)):
-        y: Tensor = Conv2dFunction.apply(x, values, bias, topology, geometry)  # type: ignore[no-untyped-call]
+        y: Tensor = SparseConv2dFunction.apply(x, values, bias, topology, geometry)  # type: ignore[no-untyped-call]
         return y
     return product(topology, x, values, bias, geometry)
 
@@ -228,7 +228,7 @@ def conv2d_transposed(x: Tensor, values: Tensor, layer: HasStorage, geometry: Ge
     )
 
 
-class Conv2dFunction(torch.autograd.Function):
+class SparseConv2dFunction(torch.autograd.Function):
     """`product` with its gradients, where autograd alone would see the operator."""
 
     @staticmethod

@@ -163,8 +163,8 @@ def values_grad(
         or not (grad.is_cpu and x.is_cpu if topology.is_cpu else grad.device == x.device == topology.device)
     ):
         if wide := in_float32(grad, x):
-            narrow = values_grad(topology, *wide, with_bias, is_shown)
-            return narrow[0].to(dtype), narrow[1].to(dtype)
+            dvalues, dbias = values_grad(topology, wide[0], wide[1], with_bias, is_shown)
+            return dvalues.to(dtype), dbias.to(dtype)
         rows, columns = topology.shape
         refuse_misfits(
             topology.device, dtype, grad=(grad, (None, rows)), x=(x, (shape[0] if shape else 0, columns))
@@ -197,7 +197,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) ->
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y: Tensor = LinearFunction.apply(x, values, bias, topology)  # type: ignore[no-untyped-call]
+        y: Tensor = SparseLinearFunction.apply(x, values, bias, topology)  # type: ignore[no-untyped-call]
         return y
     return product(topology, x, values, bias)
 
@@ -222,7 +222,7 @@ def linear_transposed(x: Tensor, values: Tensor, layer: HasStorage) -> Tensor:
     return linear_input_grad(x, values, indptr, indices, sizes, layout)  # type: ignore[no-any-return]
 
 
-class LinearFunction(torch.autograd.Function):
+class SparseLinearFunction(torch.autograd.Function):
     """`product` with its gradients, where autograd alone would see the operator."""
 
     @staticmethod
@@ -262,7 +262,7 @@ def _sparse_input(x: Tensor, values: Tensor, bias: Tensor | None, topology: Tens
 
 
 class SparseInputFunction(torch.autograd.Function):
-    """As `LinearFunction`, for a sparse x, of which chunks of rows are made dense one after the other."""
+    """As `SparseLinearFunction`, for a sparse x; chunks of its rows are made dense, one after the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, topology: TensorTopology) -> Tensor:

@@ -20,6 +20,7 @@ from sparselab.nn.layers.dense import (
 )
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.linear import SparseLinear
+from sparselab.nn.ops.inputs.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_size
 
 
@@ -230,6 +231,18 @@ class SparseMultiheadAttention(nn.Module):
         RuntimeError
             If a mask has another shape, or is_causal is set without one.
         """
+        if is_node(query):
+            return node_of(  # type: ignore[no-any-return]
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
         if is_causal and attn_mask is None:
             raise RuntimeError("attn_mask must be given with is_causal=True, which only says what it is")
         batched = query.ndim == 3

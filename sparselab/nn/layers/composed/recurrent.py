@@ -17,6 +17,7 @@ from sparselab.nn.layers.composed.steps import State, Step
 from sparselab.nn.layers.dense import DenseLayer, DenseType, LinearView, register_dense
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.linear import SparseLinear
+from sparselab.nn.ops.inputs.nodes import is_node, node_of
 
 Network = TypeVar("Network", bound="Recurrent")
 
@@ -167,6 +168,8 @@ or PackedSequence
         RuntimeError
             If a shape or dtype does not fit.
         """
+        if is_node(input):
+            return node_of(self, input, hx)  # type: ignore[no-any-return]
         if isinstance(input, PackedSequence):
             sizes = input.batch_sizes.tolist()
             states = self._states(hx, input.data, sizes[0], input.sorted_indices)

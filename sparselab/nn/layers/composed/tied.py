@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sparselab.nn.layers.base import weight_of
 from sparselab.nn.layers.compressed import CompressedLayer
+from sparselab.nn.ops.inputs.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_bias
 from sparselab.nn.weight.view import is_weight_of
 
@@ -120,6 +121,8 @@ class TiedLinear(nn.Module):
         -------
         (..., out_features)
         """
+        if is_node(input):
+            return node_of(self, input)  # type: ignore[no-any-return]
         return F.linear(input, self.weight, self.bias)
 
     def tie(self, layer: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.ops.geometry import Geometry, Pair, Space, as_sizes, read_space, with_bias
+from sparselab.nn.ops.inputs.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_images
 from sparselab.nn.storage.patterns import read_pattern
 
@@ -140,6 +141,8 @@ class Convolution(SparseLayer):
         NotImplementedError
             If the layer or the input is on a device without products.
         """
+        if is_node(input):
+            return node_of(self, input)  # type: ignore[no-any-return]
         mode = _MODES.get(self.padding_mode, self.padding_mode)
         return self._in_precision(input, lambda x: self.space.convolve(self._accept(x), self._product, mode))
 
@@ -198,6 +201,8 @@ class TransposedConvolution(Convolution):
         NotImplementedError
             If the layer or the input is on a device without products.
         """
+        if is_node(input):
+            return node_of(self, input, output_size)  # type: ignore[no-any-return]
         return self._in_precision(input, lambda x: self._of_size(self._accept(x), output_size))
 
     def _of_size(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
