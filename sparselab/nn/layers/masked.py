@@ -232,9 +232,11 @@ class MaskedLinear(MaskedLayer):
         """``x (W * mask)^T + b`` for x (..., in_features): (..., out_features).
 
         Devices, dtypes, autocast and errors are those of `torch.nn.Linear`. As there, an infinite input
-        reaches every output of its token.
+        reaches every output of its token. A sparse tensor is made dense.
         """
         check_width(x, self.in_features)
+        if x.layout is not torch.strided and not x.is_nested:
+            x = x.to_dense()  # growth by gradient reads the memory of its operands
         if x.ndim == 2:
             return self._compute(_LINEAR, x, self.bias)
         y = self._compute(_LINEAR, x.reshape(math.prod(x.shape[:-1]), self.in_features), self.bias)
