@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arms import ARMS, Arm, attach, live_weights
 from cart_pole import CartPole
 from options import changed
 from rich.console import Console
@@ -75,21 +76,6 @@ class Memory:
         return self.states[at], self.actions[at], self.following[at], self.fell[at]
 
 
-class Agent(NamedTuple):
-    """What the middle layer is, and what rewires it."""
-
-    layer: str | None
-    algorithm: Callable[..., sparselab.dst.DynamicSparsityAlgorithm] | None
-
-
-AGENTS = {
-    "dense": Agent(None, None),
-    "masked, RigL": Agent("masked", sparselab.RigL),
-    "sparse, RigL": Agent("sparse", sparselab.RigL),
-    "sparse, SET": Agent("sparse", sparselab.SET),
-}
-
-
 class Result(NamedTuple):
     """How an agent did."""
 
@@ -100,7 +86,7 @@ class Result(NamedTuple):
     seconds: float
 
 
-def make_network(agent: Agent, cfg: Config) -> nn.Sequential:
+def make_network(agent: Arm, cfg: Config) -> nn.Sequential:
     torch.manual_seed(cfg.seed)
     network = nn.Sequential(
         nn.Linear(4, cfg.width),
@@ -126,15 +112,11 @@ def learn(
 
 
 def train(name: str, cfg: Config) -> Result:
-    agent, rng = AGENTS[name], np.random.default_rng(cfg.seed)
+    agent, rng = ARMS[name], np.random.default_rng(cfg.seed)
     network = make_network(agent, cfg)
     target = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.lr)
-    if agent.algorithm is not None:
-        algorithm = agent.algorithm(
-            cfg.sparsity, drop_fraction=cfg.drop_fraction, update_freq=cfg.update_freq, stop=cfg.steps
-        )
-        algorithm.attach(network, optimizer)
+    attach(agent, network, optimizer, cfg, stop=cfg.steps)
     world, memory = CartPole(np.random.default_rng(cfg.seed + 1)), Memory(cfg.memory, rng)
     returns: list[float] = []
     state, start = world.reset(), time.perf_counter()
@@ -157,10 +139,7 @@ def train(name: str, cfg: Config) -> Result:
             optimizer.step()
             sparselab.soft_update(target, network, cfg.tau)
     means = [float(np.mean(returns[max(0, end - 20) : end])) for end in range(1, len(returns) + 1)]
-    weights = sum(
-        layer.n_weights if hasattr(layer, "n_weights") else layer.weight.numel() for layer in network[::2]
-    )
-    return Result(name, weights, means[-1], max(means), time.perf_counter() - start)
+    return Result(name, live_weights(network), means[-1], max(means), time.perf_counter() - start)
 
 
 def make_table(results: Sequence[Result], cfg: Config) -> Table:
@@ -190,7 +169,7 @@ def main(options: Sequence[str] | None = None) -> list[Result]:
     cfg = changed(QUICK if args.quick else Config(), args.set)
     torch.set_num_threads(1)  # layers of this size gain nothing from more
     results = []
-    for name in AGENTS:
+    for name in ARMS:
         runs = [train(name, replace(cfg, seed=cfg.seed + i)) for i in range(args.seeds)]
         means = [float(np.mean(numbers)) for numbers in zip(*(run[2:] for run in runs), strict=True)]
         results.append(Result(name, runs[0].weights, *means))

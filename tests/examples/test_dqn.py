@@ -2,14 +2,15 @@
 
 import numpy as np
 import torch
-from dqn import AGENTS, QUICK, Memory, main, train
+from arms import ARMS
+from dqn import QUICK, Memory, main, train
 from options import changed
 
 
 def test_the_quick_run_compares_all_agents(capsys):
     results = main(["--quick", "--set", "steps=200", "--set", "width=64", "--set", "batch=16"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in AGENTS)
+    assert all(name in printed for name in ARMS)
     dense, masked, rigl, _ = results
     assert masked.weights == rigl.weights < 0.2 * dense.weights
     assert all(each.mean_return > 5 for each in results)
