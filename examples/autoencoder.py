@@ -20,11 +20,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from arms import ARMS, Arm, attach, live_weights
+from arms import ARMS, Arm, Result, attach, live_weights, print_results
 from mnist_data import SIDE, DataError, load_digits
 from options import configured
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
@@ -129,17 +127,6 @@ class Autoencoder(nn.Module):
         return first(second(code).relu())
 
 
-class Result(NamedTuple):
-    """How an autoencoder did."""
-
-    name: str
-    weights: int
-    error: float  # mean squared, of a pixel of the test images
-    seconds: float
-    losses: list[float]
-    model: Autoencoder
-
-
 def make_model(arm: Arm, cfg: Config) -> Autoencoder:
     torch.manual_seed(cfg.seed)
     return Autoencoder(arm, cfg)
@@ -162,7 +149,7 @@ def train(name: str, images: Images, cfg: Config) -> Result:
     seconds = time.perf_counter() - start
     with torch.no_grad():
         error = mse_loss(model(images.test), images.test).item()
-    return Result(name, live_weights(model), error, seconds, losses, model)
+    return Result(name, live_weights(model), (error,), seconds, losses, model)
 
 
 def main(options: Sequence[str] | None = None) -> list[Result]:
@@ -170,16 +157,10 @@ def main(options: Sequence[str] | None = None) -> list[Result]:
     torch.set_num_threads(1)  # layers of this size gain nothing from more
     images = make_images(cfg)
     results = [train(name, images, cfg) for name in ARMS]
-    table = Table(
-        title=f"{images.source}: {len(images.train):,} images, {cfg.epochs} epochs, {cfg.code} numbers"
-    )
-    for title in ("autoencoder", "live weights", "squared error", "seconds"):
-        table.add_column(title, justify="left" if title == "autoencoder" else "right")
-    for each in results:
-        table.add_row(each.name, f"{each.weights:,}", f"{each.error:.5f}", f"{each.seconds:.1f}")
+    title = f"{images.source}: {len(images.train):,} images, {cfg.epochs} epochs, {cfg.code} code units"
     mean = mse_loss(images.train.mean(0).expand_as(images.test), images.test).item()
-    table.caption = f"mean over the pixels of {len(images.test):,} test images; of the mean image: {mean:.5f}"
-    Console().print(table)
+    caption = f"mean over the pixels of {len(images.test):,} test images; of the mean image: {mean:.5f}"
+    print_results(title, results, {"squared error": ".5f"}, caption)
     return results
 
 

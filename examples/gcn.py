@@ -8,9 +8,9 @@ Everything large is sparse: the words of the documents, which `SparseLinear` tak
 tensor, the citations, and the weights of the first layer. Few documents have a label; the words of the others
 reach the loss through citations.
 
-Kipf, Welling, "Semi-supervised classification with graph convolutional networks", ICLR 2017. The graph is drawn
-from a stochastic block model (Holland, Laskey, Leinhardt, Social Networks 1983) in which each class has words
-of its own.
+Kipf, Welling, "Semi-supervised classification with graph convolutional networks", ICLR 2017. The graph is
+drawn from a stochastic block model (Holland, Laskey, Leinhardt, Social Networks 1983) in which each class has
+words of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from arms import ARMS, Arm, attach, live_weights
+from arms import ARMS, Arm, Result, attach, live_weights, print_results
 from options import configured
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 from tqdm import tqdm
@@ -135,17 +133,6 @@ class GCN(nn.Module):
         return graph.links @ self.second(hidden)
 
 
-class Result(NamedTuple):
-    """How a network did."""
-
-    name: str
-    weights: int
-    accuracy: float  # of the documents without a label, %
-    seconds: float
-    losses: list[float]
-    model: GCN
-
-
 def make_model(arm: Arm, cfg: Config) -> GCN:
     torch.manual_seed(cfg.seed)
     model = GCN(cfg)
@@ -169,7 +156,7 @@ def train(name: str, graph: Graph, cfg: Config) -> Result:
     with torch.no_grad():
         right = model.eval()(graph).argmax(1) == graph.labels
     accuracy = 100 * right[graph.test].float().mean().item()
-    return Result(name, live_weights(model), accuracy, seconds, losses, model)
+    return Result(name, live_weights(model), (accuracy,), seconds, losses, model)
 
 
 def main(options: Sequence[str] | None = None) -> list[Result]:
@@ -177,14 +164,8 @@ def main(options: Sequence[str] | None = None) -> list[Result]:
     torch.set_num_threads(1)  # layers of this size gain nothing from more
     graph = make_graph(cfg)
     results = [train(name, graph, cfg) for name in ARMS]
-    table = Table(
-        title=f"{cfg.nodes:,} documents, {cfg.words:,} words, {len(graph.train)} labels, {cfg.epochs} epochs"
-    )
-    for title in ("network", "live weights", "test accuracy, %", "seconds"):
-        table.add_column(title, justify="left" if title == "network" else "right")
-    for each in results:
-        table.add_row(each.name, f"{each.weights:,}", f"{each.accuracy:.2f}", f"{each.seconds:.1f}")
-    Console().print(table)
+    title = f"{cfg.nodes:,} documents, {cfg.words:,} words, {len(graph.train)} labels, {cfg.epochs} epochs"
+    print_results(title, results, {"test accuracy, %": ".2f"})
     return results
 
 

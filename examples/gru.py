@@ -21,10 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from arms import ARMS, Arm, attach, live_weights
+from arms import ARMS, Arm, Result, attach, live_weights, print_results
 from options import configured
-from rich.console import Console
-from rich.table import Table
 from text import TextError, load_text
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -112,17 +110,6 @@ def judge(model: Model, tokens: Tensor, cfg: Config) -> float:
     return total / count
 
 
-class Result(NamedTuple):
-    """How a model did."""
-
-    name: str
-    weights: int
-    validation: float  # loss, nats
-    seconds: float
-    losses: list[float]
-    model: Model
-
-
 def train(name: str, data: Data, cfg: Config) -> Result:
     arm, start = ARMS[name], time.perf_counter()
     model = make_model(arm, data.n_distinct, cfg)
@@ -144,7 +131,8 @@ def train(name: str, data: Data, cfg: Config) -> Result:
         optimizer.step()
         losses.append(loss.item())
     seconds = time.perf_counter() - start
-    return Result(name, live_weights(model), judge(model, data.validation, cfg), seconds, losses, model)
+    validation = judge(model, data.validation, cfg)
+    return Result(name, live_weights(model), (validation,), seconds, losses, model)
 
 
 def main(options: Sequence[str] | None = None) -> list[Result]:
@@ -156,12 +144,8 @@ def main(options: Sequence[str] | None = None) -> list[Result]:
         raise SystemExit(str(error)) from None
     data = make_data(text.characters, cfg)
     results = [train(name, data, cfg) for name in ARMS]
-    table = Table(title=f"{text.source}: {cfg.steps} steps of {cfg.batch} x {cfg.window} characters")
-    for title in ("model", "live weights", "validation loss, nats", "seconds"):
-        table.add_column(title, justify="left" if title == "model" else "right")
-    for each in results:
-        table.add_row(each.name, f"{each.weights:,}", f"{each.validation:.3f}", f"{each.seconds:.1f}")
-    Console().print(table)
+    title = f"{text.source}: {cfg.steps} steps of {cfg.batch} x {cfg.window} characters"
+    print_results(title, results, {"validation loss, nats": ".3f"})
     return results
 
 

@@ -20,11 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from arms import ARMS, Arm, attach, live_weights
+from arms import ARMS, Arm, Result, attach, live_weights, print_results
 from cart_pole import CartPole
 from options import configured
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -133,18 +131,6 @@ def objective(model: ActorCritic, batch: Sequence[Tensor], cfg: Config) -> Tenso
     return cfg.value_weight * error - gain - cfg.entropy_weight * entropy
 
 
-class Result(NamedTuple):
-    """How an agent did."""
-
-    name: str
-    weights: int
-    mean_return: float  # of the last 20 episodes
-    best: float  # of all means of 20 episodes
-    seconds: float
-    losses: list[float]
-    model: ActorCritic
-
-
 def make_model(arm: Arm, cfg: Config) -> ActorCritic:
     torch.manual_seed(cfg.seed)
     model = ActorCritic(cfg.width)
@@ -177,22 +163,15 @@ def train(name: str, cfg: Config) -> Result:
                 losses.append(loss.item())
     lengths, seconds = player.lengths, time.perf_counter() - start
     means = [float(np.mean(lengths[max(0, end - 20) : end])) for end in range(1, len(lengths) + 1)]
-    return Result(name, live_weights(model), means[-1], max(means), seconds, losses, model)
+    return Result(name, live_weights(model), (means[-1], max(means)), seconds, losses, model)
 
 
 def main(options: Sequence[str] | None = None) -> list[Result]:
     cfg = configured(__doc__, Config(), QUICK, options)
     torch.set_num_threads(1)  # layers of this size gain nothing from more
     results = [train(name, cfg) for name in ARMS]
-    table = Table(
-        title=f"A pole balanced for at most {CartPole.limit} steps, {cfg.steps} steps of experience"
-    )
-    for title in ("agent", "live weights", "last 20 episodes", "best 20 episodes", "seconds"):
-        table.add_column(title, justify="left" if title == "agent" else "right")
-    for each in results:
-        numbers = f"{each.weights:,}", f"{each.mean_return:.1f}", f"{each.best:.1f}", f"{each.seconds:.1f}"
-        table.add_row(each.name, *numbers)
-    Console().print(table)
+    title = f"A pole balanced for at most {CartPole.limit} steps, {cfg.steps} steps of experience"
+    print_results(title, results, {"last 20 episodes": ".1f", "best 20 episodes": ".1f"})
     return results
 
 
