@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arms import ARMS, Arm, attach, live_weights
+from cart_pole import CartPole
 from options import changed
 from rich.console import Console
 from rich.table import Table
@@ -54,37 +56,6 @@ class Config:
 QUICK = Config(steps=500, warmup=100, explore=300, update_freq=50)
 
 
-class CartPole:
-    """A pole on a cart that is pushed left or right; over after 200 steps, or when it falls.
-
-    Barto, Sutton, Anderson, "Neuronlike adaptive elements that can solve difficult learning control
-    problems", 1983, with the constants and the Euler steps that are usual since.
-    """
-
-    limit = 200
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
-
-    def reset(self) -> np.ndarray[Any, Any]:
-        self.state = self.rng.uniform(-0.05, 0.05, 4)
-        self.n_steps = 0
-        return self.state.astype(np.float32)
-
-    def step(self, action: int) -> tuple[np.ndarray[Any, Any], bool, bool]:
-        """The next state, whether the pole fell, and whether the episode is over."""
-        x, v, angle, spin = self.state
-        force = 10.0 if action else -10.0
-        sin, cos = np.sin(angle), np.cos(angle)
-        push = (force + 0.05 * spin**2 * sin) / 1.1
-        turn = (9.8 * sin - cos * push) / (0.5 * (4 / 3 - 0.1 * cos**2 / 1.1))
-        move = push - 0.05 * turn * cos / 1.1
-        self.state = np.array([x + 0.02 * v, v + 0.02 * move, angle + 0.02 * spin, spin + 0.02 * turn])
-        self.n_steps += 1
-        fell = abs(self.state[0]) > 2.4 or abs(self.state[2]) > 12 * np.pi / 180
-        return self.state.astype(np.float32), fell, fell or self.n_steps >= self.limit
-
-
 class Memory:
     """The last transitions, drawn from at random."""
 
@@ -105,21 +76,6 @@ class Memory:
         return self.states[at], self.actions[at], self.following[at], self.fell[at]
 
 
-class Agent(NamedTuple):
-    """What the middle layer is, and what rewires it."""
-
-    layer: str | None
-    algorithm: Callable[..., sparselab.dst.DynamicSparsityAlgorithm] | None
-
-
-AGENTS = {
-    "dense": Agent(None, None),
-    "masked, RigL": Agent("masked", sparselab.RigL),
-    "sparse, RigL": Agent("sparse", sparselab.RigL),
-    "sparse, SET": Agent("sparse", sparselab.SET),
-}
-
-
 class Result(NamedTuple):
     """How an agent did."""
 
@@ -130,7 +86,7 @@ class Result(NamedTuple):
     seconds: float
 
 
-def make_network(agent: Agent, cfg: Config) -> nn.Sequential:
+def make_network(agent: Arm, cfg: Config) -> nn.Sequential:
     torch.manual_seed(cfg.seed)
     network = nn.Sequential(
         nn.Linear(4, cfg.width),
@@ -156,15 +112,11 @@ def learn(
 
 
 def train(name: str, cfg: Config) -> Result:
-    agent, rng = AGENTS[name], np.random.default_rng(cfg.seed)
+    agent, rng = ARMS[name], np.random.default_rng(cfg.seed)
     network = make_network(agent, cfg)
     target = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.lr)
-    if agent.algorithm is not None:
-        algorithm = agent.algorithm(
-            cfg.sparsity, drop_fraction=cfg.drop_fraction, update_freq=cfg.update_freq, stop=cfg.steps
-        )
-        algorithm.attach(network, optimizer)
+    attach(agent, network, optimizer, cfg, stop=cfg.steps)
     world, memory = CartPole(np.random.default_rng(cfg.seed + 1)), Memory(cfg.memory, rng)
     returns: list[float] = []
     state, start = world.reset(), time.perf_counter()
@@ -187,10 +139,7 @@ def train(name: str, cfg: Config) -> Result:
             optimizer.step()
             sparselab.soft_update(target, network, cfg.tau)
     means = [float(np.mean(returns[max(0, end - 20) : end])) for end in range(1, len(returns) + 1)]
-    weights = sum(
-        layer.n_weights if hasattr(layer, "n_weights") else layer.weight.numel() for layer in network[::2]
-    )
-    return Result(name, weights, means[-1], max(means), time.perf_counter() - start)
+    return Result(name, live_weights(network), means[-1], max(means), time.perf_counter() - start)
 
 
 def make_table(results: Sequence[Result], cfg: Config) -> Table:
@@ -220,7 +169,7 @@ def main(options: Sequence[str] | None = None) -> list[Result]:
     cfg = changed(QUICK if args.quick else Config(), args.set)
     torch.set_num_threads(1)  # layers of this size gain nothing from more
     results = []
-    for name in AGENTS:
+    for name in ARMS:
         runs = [train(name, replace(cfg, seed=cfg.seed + i)) for i in range(args.seeds)]
         means = [float(np.mean(numbers)) for numbers in zip(*(run[2:] for run in runs), strict=True)]
         results.append(Result(name, runs[0].weights, *means))

@@ -30,3 +30,16 @@ def changed(cfg: Config, settings: Sequence[str]) -> Config:
         except ValueError:
             raise SystemExit(f"--set {setting}: expected {name}=<{kind.__name__}>, got {value!r}") from None
     return cfg
+
+
+def configured(description: str | None, cfg: Config, quick: Config, options: Sequence[str] | None) -> Config:
+    """What a command line of ``--quick`` and ``--set name=value`` asks for: `cfg` or `quick`, changed."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a small run: shows that it runs, not that it learns"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
+    args = parser.parse_args(options)
+    return changed(quick if args.quick else cfg, args.set)

@@ -1,6 +1,6 @@
 """Sparse layers for PyTorch, and tools for whole models."""
 
-import sparselab.nn.ops.flops  # noqa: F401 - what it registers with torch
+import sparselab.nn.ops.tools.flops  # noqa: F401 - what it registers with torch
 from sparselab.nn.follow import replicas as _replicas  # noqa: F401 - what it registers with torch
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear

@@ -1,16 +1,16 @@
-"""The agents run, the masked one as the sparse one, and the world falls as it should."""
+"""The agents run, the masked one as the sparse one, and the memory holds what it should."""
 
 import numpy as np
-import pytest
 import torch
-from dqn import AGENTS, QUICK, CartPole, Memory, main, train
+from arms import ARMS
+from dqn import QUICK, Memory, main, train
 from options import changed
 
 
 def test_the_quick_run_compares_all_agents(capsys):
     results = main(["--quick", "--set", "steps=200", "--set", "width=64", "--set", "batch=16"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in AGENTS)
+    assert all(name in printed for name in ARMS)
     dense, masked, rigl, _ = results
     assert masked.weights == rigl.weights < 0.2 * dense.weights
     assert all(each.mean_return > 5 for each in results)
@@ -24,27 +24,6 @@ def test_the_masked_agent_lives_as_the_sparse_one():
     finally:
         torch.set_default_dtype(torch.float32)
     assert masked[1:4] == sparse[1:4]
-
-
-@pytest.mark.parametrize("action", [0, 1])
-def test_a_cart_that_is_pushed_one_way_only_loses_its_pole(action):
-    world = CartPole(np.random.default_rng(0))
-    world.reset()
-    over = False
-    while not over:
-        state, fell, over = world.step(action)
-    assert fell
-    assert world.n_steps < 15
-    assert np.sign(state[2]) == (-1 if action else 1)  # it falls the other way
-
-
-def test_an_episode_ends_without_a_fall():
-    world = CartPole(np.random.default_rng(0))
-    state = world.reset()
-    for n in range(1, 201):  # a controller that is good enough
-        state, fell, over = world.step(int(state[2] + 0.5 * state[3] + 0.05 * state[0] + 0.1 * state[1] > 0))
-        assert not fell
-        assert over == (n == 200)
 
 
 def test_the_memory_forgets_the_oldest():

@@ -14,8 +14,8 @@ from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.dense import DenseLayer, DenseType, register_dense
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, register_kind
-from sparselab.nn.ops.inputs.nodes import is_node, node_of
 from sparselab.nn.ops.lookup.rows import lookup
+from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_size, read_sparsity
 from sparselab.nn.storage.patterns import read_pattern
 from sparselab.nn.storage.table import Table

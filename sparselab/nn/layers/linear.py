@@ -15,8 +15,8 @@ from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.ops.checks import in_float32
 from sparselab.nn.ops.cpu.variants import Variant
-from sparselab.nn.ops.inputs.nodes import is_node, node_of
 from sparselab.nn.ops.linear import linear
+from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.ops.topologies import TensorTopology
 from sparselab.nn.storage.checks import (
     check_bias,

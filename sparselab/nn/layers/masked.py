@@ -15,8 +15,8 @@ from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear, connected
 from sparselab.nn.ops.derivatives import DenseForm, DenseProducts, product
-from sparselab.nn.ops.inputs.nodes import is_node, node_of
 from sparselab.nn.ops.operands import GradientOperands, LinearOperands, is_of_graph
+from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_width
 from sparselab.nn.storage.masked import Masked
 
@@ -233,11 +233,13 @@ class MaskedLinear(MaskedLayer):
         """``x (W * mask)^T + b`` for the input x (..., in_features): (..., out_features).
 
         Devices, dtypes, autocast and errors are those of `torch.nn.Linear`. As there, an infinite input
-        reaches every output of its token.
+        reaches every output of its token. A sparse tensor is made dense.
         """
         if is_node(input):
             return node_of(self, input)  # type: ignore[no-any-return]
         check_width(input, self.in_features)
+        if input.layout is not torch.strided and not input.is_nested:
+            input = input.to_dense()  # growth by gradient reads the memory of its operands
         if input.ndim == 2:
             return self._compute(_LINEAR, input, self.bias)
         leading = input.shape[:-1]

@@ -20,7 +20,7 @@ from sparselab.nn.layers.dense import (
 )
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.linear import SparseLinear
-from sparselab.nn.ops.inputs.nodes import is_node, node_of
+from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_size
 
 

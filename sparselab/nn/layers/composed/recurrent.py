@@ -17,7 +17,7 @@ from sparselab.nn.layers.composed.steps import State, Step
 from sparselab.nn.layers.dense import DenseLayer, DenseType, LinearView, register_dense
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.linear import SparseLinear
-from sparselab.nn.ops.inputs.nodes import is_node, node_of
+from sparselab.nn.ops.tools.nodes import is_node, node_of
 
 Network = TypeVar("Network", bound="Recurrent")
 

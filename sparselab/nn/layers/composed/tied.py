@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparselab.nn.layers.base import weight_of
 from sparselab.nn.layers.compressed import CompressedLayer
-from sparselab.nn.ops.inputs.nodes import is_node, node_of
+from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_bias
 from sparselab.nn.weight.view import is_weight_of
 

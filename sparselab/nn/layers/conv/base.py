@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.ops.geometry import Geometry, Pair, Space, as_sizes, read_space, with_bias
-from sparselab.nn.ops.inputs.nodes import is_node, node_of
+from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_images
 from sparselab.nn.storage.patterns import read_pattern
 

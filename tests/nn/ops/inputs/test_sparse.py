@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparselab import BlockSparseLinear, FanInLinear, SparseLinear
+from sparselab import BlockSparseLinear, FanInLinear, MaskedLinear, RigL, SparseLinear
 from sparselab.nn.ops.inputs import sparse
 
 F64 = torch.float64
@@ -70,6 +70,22 @@ def test_growth_sees_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         operands.add_rows(0, total)
     assert len(seen) == 3
     torch.testing.assert_close(total, dense.weight.grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_masked_layer_grows_as_its_twin(layout: str) -> None:
+    sparse_layer = SparseLinear(12, 7, sparsity=0.6, dtype=F64)
+    x, before, found = bag(9), sparse_layer.positions(), []
+    for layer in (sparse_layer, MaskedLinear.from_sparse(sparse_layer)):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        algorithm = RigL(drop_fraction=0.5, update_freq=1)
+        algorithm.attach(layer, optimizer)
+        layer(LAYOUTS[layout](x)).sin().sum().backward()
+        optimizer.step()
+        assert not algorithm.last_update[0].skipped
+        found.append((layer.positions(), layer(x)))
+    assert not torch.equal(found[0][0], before)
+    torch.testing.assert_close(*found)
 
 
 def test_what_a_sparse_input_has_not_is_refused() -> None:

@@ -6,8 +6,8 @@ Without the bias, as of torch's own products. Lookups count as none, as torch's 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch.utils.flop_counter import register_flop_formula
 
@@ -15,10 +15,12 @@ from sparselab.nn.ops.conv2d import conv2d_input_grad, conv2d_operator, conv2d_v
 from sparselab.nn.ops.linear import linear_input_grad, linear_operator, linear_values_grad
 
 Shape = Sequence[int]
+Formula = TypeVar("Formula", bound=Callable[..., int])
 
 
-def _register(operator: Any) -> Any:
-    return register_flop_formula(operator._opoverload.overloadpacket)
+def _register(operator: Any) -> Callable[[Formula], Formula]:
+    register: Any = register_flop_formula(operator._opoverload.overloadpacket)
+    return register  # type: ignore[no-any-return]
 
 
 @_register(linear_operator)

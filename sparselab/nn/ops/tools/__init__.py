@@ -1,0 +1,1 @@
+"""What tools of torch see of sparse products: graphs of `torch.fx`, counts of operations."""
