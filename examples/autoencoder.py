@@ -88,35 +88,14 @@ def make_images(cfg: Config) -> Images:
     return Images(train, test, "strokes")
 
 
-class MaskedTransposed(nn.Module):
-    """What `sparselab.TransposedLinear` is to a sparse layer, to a masked one.
-
-    ``x W`` is computed as the gradient of ``z W^T`` by z, which minds the mask and is seen by growth; the
-    `weight` of a masked layer, read by itself, would be trained where there is no connection.
-    """
-
-    def __init__(self, layer: sparselab.MaskedLinear) -> None:
-        super().__init__()
-        self._shared = (layer,)  # not a member, which would be listed twice
-        self.bias = nn.Parameter(torch.zeros(layer.in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        (layer,) = self._shared
-        _, pull = torch.func.vjp(layer, x.new_zeros(len(x), layer.in_features))
-        return pull(x)[0] + self.bias
-
-
 class Autoencoder(nn.Module):
     """Two layers to the code, and the same two transposed back."""
 
-    def __init__(self, arm: Arm, cfg: Config) -> None:
+    def __init__(self, cfg: Config) -> None:
         super().__init__()
         sizes = SIDE * SIDE, cfg.width, cfg.code
         self.encoder = nn.ModuleList(nn.Linear(*size) for size in pairwise(sizes))
-        if arm.layer is not None:
-            sparselab.sparsify(self.encoder, {"*": {"layer": arm.layer, "sparsity": cfg.sparsity}})
-        transposed = MaskedTransposed if arm.layer == "masked" else sparselab.TransposedLinear
-        self.decoder = nn.ModuleList(transposed(layer) for layer in reversed(self.encoder))
+        self.decoder = nn.ModuleList(sparselab.TransposedLinear(layer) for layer in reversed(self.encoder))
         for layer in self.decoder:
             nn.init.zeros_(layer.bias)
 
@@ -129,7 +108,10 @@ class Autoencoder(nn.Module):
 
 def make_model(arm: Arm, cfg: Config) -> Autoencoder:
     torch.manual_seed(cfg.seed)
-    return Autoencoder(arm, cfg)
+    model = Autoencoder(cfg)
+    if arm.layer is not None:  # the decoder follows
+        sparselab.sparsify(model, {"encoder.*": {"layer": arm.layer, "sparsity": cfg.sparsity}})
+    return model
 
 
 def train(name: str, images: Images, cfg: Config) -> Result:

@@ -4,11 +4,10 @@ import autoencoder
 import pytest
 import torch
 from arms import ARMS
-from autoencoder import QUICK, SIDE, Images, MaskedTransposed, make_images, make_model, strokes, train
+from autoencoder import QUICK, SIDE, Images, make_images, make_model, strokes, train
 from mnist_data import DataError
 from options import changed
 
-import sparselab
 from tests.examples.twins import assert_compared, assert_twins, float64
 
 CFG = changed(QUICK, ["n_train=400", "n_test=100", "width=32", "code=16", "batch=50"])
@@ -27,17 +26,6 @@ def test_the_masked_autoencoder_learns_as_the_sparse_one():
         masked, sparse = (train(name, images, CFG) for name in ("masked, RigL", "sparse, RigL"))
         assert_twins(masked, sparse, make_model(ARMS["sparse, RigL"], CFG))
     assert masked.scores == pytest.approx(sparse.scores, rel=1e-9)
-
-
-def test_the_masked_decoder_trains_connections_only():
-    torch.manual_seed(0)
-    layer = sparselab.MaskedLinear(12, 7, sparsity=0.6)
-    decoder, x = MaskedTransposed(layer), torch.randn(5, 7)
-    y = decoder(x)
-    torch.testing.assert_close(y, x @ layer.weight)
-    y.square().sum().backward()
-    expected = (x.T @ (2 * y)) * layer.mask
-    torch.testing.assert_close(layer.weight.grad, expected.detach())
 
 
 def test_a_weight_is_listed_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +22,14 @@ from sparselab.nn.storage.checks import check_width
 from sparselab.nn.storage.masked import Masked
 
 Layer = TypeVar("Layer", bound="MaskedLayer")
+#: Called with x and dy, of which the gradient by W is made.
+Show = Callable[[Tensor, Tensor], None]
 
-#: ``x W^T + b`` for tokens.
+#: ``x W^T + b`` for tokens, and ``x W + b``.
 _LINEAR = DenseProducts(nn.functional.linear, lambda dy, W: dy @ W, lambda dy, x: dy.T @ x)
+_TRANSPOSED = DenseProducts(
+    lambda x, W, b: nn.functional.linear(x, W.T, b), lambda dy, W: dy @ W.T, lambda dy, x: x.T @ dy
+)
 
 
 class MaskedLayer(SparseLayer):
@@ -108,12 +114,14 @@ class MaskedLayer(SparseLayer):
         """What the dense gradient is made of."""
         raise NotImplementedError
 
-    def _compute(self, products: DenseProducts, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _compute(
+        self, products: DenseProducts, x: Tensor, bias: Tensor | None, show: Show | None = None
+    ) -> Tensor:
         """The output, whose gradient is shown to the hook if there is one and something to be seen."""
         weight = self.weight_in_use
         if self.gradient_hook is None or not self.stored.requires_grad or not torch.is_grad_enabled():
             return products.product(x, weight, bias)
-        form = DenseForm(products, self._show)
+        form = DenseForm(products, show or self._show)
         x, weight, bias = _under_autocast(x, weight, bias)
         return product(x, weight, bias, (None, None), form)
 
@@ -153,6 +161,8 @@ class MaskedLinear(MaskedLayer):
     ----------
     weight : Parameter, (out_features, in_features)
         Exactly 0 where there is no connection, and so is its gradient, whatever NaN or infinity comes along.
+        The gradient of what is computed with it otherwise than by the layer, `TiedLinear` and
+        `TransposedLinear` is dense, and no growth sees it.
     mask : bool buffer, (out_features, in_features)
         Where connections are. It is part of the state: what is loaded replaces the topology.
     forward_mask : bool buffer, (out_features, in_features), or None
@@ -237,14 +247,21 @@ class MaskedLinear(MaskedLayer):
         """
         if is_node(input):
             return node_of(self, input)  # type: ignore[no-any-return]
-        check_width(input, self.in_features)
+        return self.product(input, self.bias)
+
+    def product(self, input: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+        """``x (W * mask)^T + b`` or ``x (W * mask) + b``, with any b, as tied layers compute."""
+        n_outputs, n_inputs = self.shape[::-1] if transposed else self.shape
+        check_width(input, n_inputs)
         if input.layout is not torch.strided and not input.is_nested:
             input = input.to_dense()  # growth by gradient reads the memory of its operands
+        products = _TRANSPOSED if transposed else _LINEAR
+        show = (lambda x, dy: self._show(dy, x)) if transposed else None
         if input.ndim == 2:
-            return self._compute(_LINEAR, input, self.bias)
+            return self._compute(products, input, bias, show)
         leading = input.shape[:-1]
-        y = self._compute(_LINEAR, input.reshape(math.prod(leading), self.in_features), self.bias)
-        return y.reshape(*leading, self.out_features)
+        y = self._compute(products, input.reshape(math.prod(leading), n_inputs), bias, show)
+        return y.reshape(*leading, n_outputs)
 
     def operands(self, x: Tensor, dy: Tensor, of_graph: bool) -> GradientOperands:
         """Tokens and the gradients of their outputs."""

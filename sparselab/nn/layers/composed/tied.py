@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sparselab.nn.layers.base import weight_of
 from sparselab.nn.layers.compressed import CompressedLayer
+from sparselab.nn.layers.masked import MaskedLinear
 from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_bias
 from sparselab.nn.weight.view import is_weight_of
@@ -24,9 +25,9 @@ class TiedLinear(nn.Module):
     ----------
     layer : torch.nn.Module
         A sparse layer whose weight has two dimensions (`sparselab.SparseLinear`, `FanInLinear`,
-        `BlockSparseLinear`, `SparseEmbedding`), a `torch.nn.Linear` or a `torch.nn.Embedding`. It must be
-        part of the model itself: what is tied to it holds it, but is not where its weights are listed, moved
-        and saved.
+        `BlockSparseLinear`, `SparseEmbedding`, `MaskedLinear`), a `torch.nn.Linear` or a
+        `torch.nn.Embedding`. It must be part of the model itself: what is tied to it holds it, but is not
+        where its weights are listed, moved and saved.
     bias : bool
 
     Attributes
@@ -123,6 +124,8 @@ class TiedLinear(nn.Module):
         """
         if is_node(input):
             return node_of(self, input)  # type: ignore[no-any-return]
+        if isinstance(self.layer, MaskedLinear):
+            return self.layer.product(input, self.bias, self.transposed)
         return F.linear(input, self.weight, self.bias)
 
     def tie(self, layer: nn.Module) -> None:
@@ -182,12 +185,11 @@ class TransposedLinear(TiedLinear):
 
 def require_shareable(layer: object) -> None:
     """Raise TypeError unless this is a layer whose weight `TiedLinear` can share."""
-    known = isinstance(layer, (CompressedLayer, nn.Linear, nn.Embedding))
+    known = isinstance(layer, (CompressedLayer, MaskedLinear, nn.Linear, nn.Embedding))
     if not known or layer.weight.ndim != 2:  # type: ignore[attr-defined]
         raise TypeError(
-            "layer must be a SparseLinear or another sparse layer of a kind that keeps live connections "
-            "alone, with a weight of two dimensions, or a torch.nn.Linear or torch.nn.Embedding, got "
-            f"{type(layer).__name__}"
+            "layer must be a SparseLinear or another sparse layer whose weight has two dimensions, a "
+            f"torch.nn.Linear or a torch.nn.Embedding, got {type(layer).__name__}"
         )
 
 
