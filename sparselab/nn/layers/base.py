@@ -55,6 +55,8 @@ class SparseLayer(nn.Module):
     #: What `to_dense` makes, and the arguments that both kinds take and keep under the same names.
     dense_type: type[nn.Module] = nn.Linear
     settings: tuple[str, ...] = ("in_features", "out_features")
+    #: Whether other layers may multiply with its weight, if that has two dimensions; see `tied_product`.
+    is_shareable = False
 
     def __init__(self, storage: Storage) -> None:
         super().__init__()
@@ -194,6 +196,11 @@ class SparseLayer(nn.Module):
 
     def _configure(self, layer: Any) -> None:
         """Take over the settings of a layer that are more than the shape of W."""
+
+    def tied_product(self, input: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+        """``x W^T + b`` or ``x W + b``, with any b: what a `TiedLinear` computes with the layer's weight."""
+        weight: Any = self.weight
+        return nn.functional.linear(input, weight.T if transposed else weight, bias)
 
     @property
     def in_use(self) -> Tensor:

@@ -51,6 +51,7 @@ class CompressedLayer(SparseLayer):
     weight_values: nn.Parameter
     indptr: Tensor
     indices: Tensor
+    is_shareable = True
 
     def __init__(
         self,

@@ -194,6 +194,7 @@ class MaskedLinear(MaskedLayer):
     """
 
     twin = SparseLinear
+    is_shareable = True
 
     def __init__(
         self,
@@ -247,10 +248,9 @@ class MaskedLinear(MaskedLayer):
         """
         if is_node(input):
             return node_of(self, input)  # type: ignore[no-any-return]
-        return self.product(input, self.bias)
+        return self.tied_product(input, self.bias)
 
-    def product(self, input: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
-        """``x (W * mask)^T + b`` or ``x (W * mask) + b``, with any b, as tied layers compute."""
+    def tied_product(self, input: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
         n_outputs, n_inputs = self.shape[::-1] if transposed else self.shape
         check_width(input, n_inputs)
         if input.layout is not torch.strided and not input.is_nested:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparselab.nn.layers.base import weight_of
-from sparselab.nn.layers.compressed import CompressedLayer
-from sparselab.nn.layers.masked import MaskedLinear
+from sparselab.nn.layers.base import SparseLayer, weight_of
 from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_bias
 from sparselab.nn.weight.view import is_weight_of
+
+_DENSE = nn.Linear, nn.Embedding
 
 
 class TiedLinear(nn.Module):
@@ -124,8 +124,8 @@ class TiedLinear(nn.Module):
         """
         if is_node(input):
             return node_of(self, input)  # type: ignore[no-any-return]
-        if isinstance(self.layer, MaskedLinear):
-            return self.layer.product(input, self.bias, self.transposed)
+        if isinstance(self.layer, SparseLayer):
+            return self.layer.tied_product(input, self.bias, self.transposed)
         return F.linear(input, self.weight, self.bias)
 
     def tie(self, layer: nn.Module) -> None:
@@ -185,7 +185,7 @@ class TransposedLinear(TiedLinear):
 
 def require_shareable(layer: object) -> None:
     """Raise TypeError unless this is a layer whose weight `TiedLinear` can share."""
-    known = isinstance(layer, (CompressedLayer, MaskedLinear, nn.Linear, nn.Embedding))
+    known = layer.is_shareable if isinstance(layer, SparseLayer) else isinstance(layer, _DENSE)
     if not known or layer.weight.ndim != 2:  # type: ignore[attr-defined]
         raise TypeError(
             "layer must be a SparseLinear or another sparse layer whose weight has two dimensions, a "
