@@ -29,7 +29,7 @@ def as_keys(argument: str, keys: Keys) -> list[Key]:
 
 
 def match(
-    argument: str, keys: Iterable[Key], layers: Mapping[str, Any], what: str = "layers"
+    argument: str, keys: Iterable[Key], layers: Mapping[str, Any], what: str = "layers", also: str = ""
 ) -> dict[Key, list[str]]:
     """The names of the layers that each key matches; a function is called once with each layer.
 
@@ -42,6 +42,8 @@ def match(
         Qualified name to the module that owns the layer.
     what : str
         What errors call the layers.
+    also : str
+        What errors say at their end.
 
     Raises
     ------
@@ -60,7 +62,7 @@ def match(
         if not found[key]:
             raise ValueError(
                 f"{argument} must match at least one layer each, got {told(key)} without one; "
-                f"{_remedy(key, layers)}the {what} are: {listed(layers)}"
+                f"{_remedy(key, layers)}the {what} are: {listed(layers)}{also}"
             )
     return found
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparselab._names import Key, Keys, as_keys, first_keys, match
+from sparselab._names import Key, Keys, as_keys, first_keys, listed, match
+from sparselab.nn.layers.base import find_sparse
 from sparselab.nn.layers.dense import DenseLayer, dense_parts
 from sparselab.nn.models.rules import Rule, Rules, read_rules
 from sparselab.nn.models.weights import Weights, find_weights
@@ -75,7 +76,7 @@ def choose(model: nn.Module, rules: Rules, layer: str) -> Choice:
     _require_layers(model)
     weights = find_weights(model)
     read = read_rules(rules, layer, weights)
-    choice = _choose("rules", weights, read, match("rules", read, _owners(weights), "dense layers"))
+    choice = _choose("rules", weights, read, _match("rules", read, weights, model))
     for name, (each, rule) in choice.layers.items():
         rule.check(name, each.linear)
     if not choice.layers and any(rule is not None for rule in read.values()):
@@ -94,7 +95,7 @@ def select(model: nn.Module, include: Keys, exempt: Keys) -> Choice:
     found = {
         key: names
         for argument, keys in (("exempt", unwanted), ("include", wanted))
-        for key, names in match(argument, keys, _owners(weights), "dense layers").items()
+        for key, names in _match(argument, keys, weights, model).items()
     }
     rule = Rule("sparse", "sparsity", 0.0, {})
     return _choose("include", weights, {key: None if key in unwanted else rule for key in found}, found)
@@ -108,8 +109,13 @@ def _require_layers(model: nn.Module) -> None:
         )
 
 
-def _owners(weights: Mapping[str, Weights]) -> dict[str, nn.Module]:
-    return {name: each.owner for name, each in weights.items()}
+def _match(
+    argument: str, keys: Iterable[Key], weights: Mapping[str, Weights], model: nn.Module
+) -> dict[Key, list[str]]:
+    sparse = [name for name, _ in find_sparse(model)]
+    already = f"; sparse already, until sparselab.densify(model): {listed(sparse)}" if sparse else ""
+    owners = {name: each.owner for name, each in weights.items()}
+    return match(argument, keys, owners, "dense layers", already)
 
 
 def _choose(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from sparselab import SparseLinear, measure_sparsity, memory_report, sparsify
+from sparselab import SparseLinear, dst, measure_sparsity, memory_report, plan_sparsify, sparsify
 
 
 class Block(nn.Module):
@@ -95,6 +95,18 @@ def test_parametrized_layers_are_left_alone() -> None:
 def test_a_linear_layer_itself_cannot_be_swapped() -> None:
     with pytest.raises(ValueError, match=r"model must contain .*SparseLinear.from_dense"):
         sparsify(nn.Linear(4, 7), {"*": 0.5})
+
+
+def test_a_model_that_is_sparse_already_is_told_so() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3)), 0.5)
+    told = r"are: none; sparse already, until sparselab.densify\(model\): 0, 2$"
+    for call in (
+        lambda: sparsify(model, 0.9),
+        lambda: plan_sparsify(model, 0.9),
+        lambda: dst.prune(model, 0.9),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
 
 
 def test_an_unsupported_dtype_changes_nothing() -> None:
