@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import calls, memory, models, peers, revisions, startup, structure
+from benchmarks import calls, compiled, memory, models, peers, revisions, startup, structure
 from benchmarks.turns import TurnError
 from sparselab.bench.contenders.linear import SHAPES
 from sparselab.bench.measure import machine
@@ -44,10 +44,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     whole = commands.add_parser("models", help="time training steps of transformers, dense and sparse")
-    whole.add_argument("--models", nargs="+", choices=models.SIZES, default=list(models.SIZES))
-    whole.add_argument("--rounds", type=positive, default=21)
-    whole.add_argument("--batch", type=positive, help="texts per step (default: 16 for 10M, 8 for 40M)")
-    whole.add_argument("--context", type=positive, help="tokens per text (default: 128)")
+    under = commands.add_parser("compiled", help="time them eager and under torch.compile")
+    for command, names in ((whole, list(models.SIZES)), (under, ["10M"])):
+        command.add_argument("--models", nargs="+", choices=models.SIZES, default=names)
+        command.add_argument("--rounds", type=positive, default=21)
+        command.add_argument("--batch", type=positive, help="texts per step (default: 16 for 10M, 8 for 40M)")
+        command.add_argument("--context", type=positive, help="tokens per text (default: 128)")
     whole.add_argument("--fused", action="store_true", help="torch's fused AdamW in both arms")
 
 
@@ -134,8 +136,8 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "calls": calls.report, "memory": run_memory, "models": models.report, "peers": peers.report,
-        "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
+        "calls": calls.report, "compiled": compiled.report, "memory": run_memory, "models": models.report,
+        "peers": peers.report, "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)
