@@ -137,7 +137,8 @@ def main() -> None:
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
         "calls": calls.report, "compiled": compiled.report, "memory": run_memory, "models": models.report,
-        "peers": peers.report, "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
+        "peers": peers.report, "revisions": revisions.report, "startup": startup.report,
+        "structure": structure.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)
