@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselab import RigL, SparseEmbedding, TiedLinear, sparsify
+from sparselab import RigL, SparseEmbedding, TiedLinear, densify, sparsify
 from sparselab.integrations.transformers import from_pretrained
 
 transformers = pytest.importorskip("transformers")
@@ -37,3 +37,11 @@ def test_both_are_sparse_and_come_back(tmp_path: Path) -> None:
     other = from_pretrained(tmp_path, transformers.LlamaForCausalLM)
     assert other.lm_head.layer is other.model.embed_tokens
     assert torch.equal(other(tokens).logits, logits)
+    other.tie_weights()
+    assert other.lm_head.layer is other.model.embed_tokens
+    assert torch.equal(other(tokens).logits, logits)
+    dense = densify(other)
+    dense.tie_weights()
+    assert dense.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    torch.testing.assert_close(dense(tokens).logits, logits)

@@ -44,6 +44,8 @@ def note_sparse(model: nn.Module, is_sparse: Callable[[nn.Module], bool]) -> Non
         Whether a module is a sparse layer.
     """
     hosts: list[Any] = [module for module in model.modules() if _is(module, _MODEL)]
+    for host in hosts:
+        _note_ties(host, is_sparse)
     says = {host: any(map(is_sparse, host.modules())) for host in hosts}
     if all(holds == is_noted(host.config) for host, holds in says.items()):
         return
@@ -57,6 +59,25 @@ def note_sparse(model: nn.Module, is_sparse: Callable[[nn.Module], bool]) -> Non
     # A part of a model may have the configuration of the whole: what the whole says goes.
     for host in reversed(hosts):
         note(host.config, says[host])
+
+
+def _note_ties(host: Any, is_sparse: Callable[[nn.Module], bool]) -> None:
+    """Let ``tie_weights`` leave out the weights of sparse layers, which are tied by `TiedLinear`."""
+    vars(host).pop("_tied_weights_keys", None)  # what stays is that of the class
+
+    def dense(ties: dict[str, str]) -> dict[str, str]:
+        return {
+            name: source
+            for name, source in ties.items()
+            if not is_sparse(host.get_submodule(source.rpartition(".")[0]))
+        }
+
+    if isinstance(getattr(host, "_tied_weights_keys", None), dict):
+        ties = host.get_expanded_tied_weights_keys(all_submodels=False)
+        if (kept := dense(ties)) != ties:
+            host._tied_weights_keys = kept
+    if getattr(host, "all_tied_weights_keys", None) is not None:
+        host.all_tied_weights_keys = dense(host.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def note(config: Any, sparse: bool) -> None:
