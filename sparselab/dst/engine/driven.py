@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
@@ -20,8 +23,19 @@ class StepHandle:
     """
 
     def __init__(self, driven: Driven, optimizer: Optimizer) -> None:
-        self._driven = driven
+        self._driven, self._reference = driven, weakref.ref(optimizer)
         self._hook = optimizer.register_step_post_hook(lambda *_: driven.advance())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepHandle | None:
+        """The steps of the copy, along with the copy of the optimizer, which has no hooks of its own."""
+        if self.optimizer is None:
+            return None
+        return StepHandle(copy.deepcopy(self._driven, memo), copy.deepcopy(self.optimizer, memo))
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, while it lives."""
+        return self._reference()
 
     def remove(self) -> None:
         """End the automatic steps; again changes nothing.
@@ -44,6 +58,11 @@ class Driven:
     """
 
     handle: StepHandle | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.handle is not None and self.handle.optimizer is not None:  # of a copy, its own
+            self.track(self.handle.optimizer)
 
     def step(self) -> None:
         """Count one finished optimizer step, and rewire the layers if it is time.

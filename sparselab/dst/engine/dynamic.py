@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -275,7 +277,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self._tracker.watch()
         self.grow.begin(step, self._seed)
         due = self.is_update_step(step)
-        self.grow.prepare(self._layers, (lambda index: self._most_growth(step, index)) if due else None)
+        self.grow.prepare(self._layers, _MostGrowth(self, step) if due else None)
 
     def _most_growth(self, step: int, index: int) -> int | Array:
         """The most that layer number `index`, or each of its rows, can grow at the end of `step`."""
@@ -348,6 +350,25 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def _config(self) -> dict[str, Any]:
         return {**super()._config(), "selection": self.selection.describe()}
+
+
+class _MostGrowth:
+    """What asks an algorithm how much a layer can grow: held by the layer, which must not keep it alive."""
+
+    def __init__(self, algorithm: DynamicSparsityAlgorithm | None, step: int) -> None:
+        self._reference = None if algorithm is None else weakref.ref(algorithm)
+        self._step = step
+
+    @property
+    def _algorithm(self) -> DynamicSparsityAlgorithm | None:
+        return None if self._reference is None else self._reference()
+
+    def __call__(self, index: int) -> int | Array:
+        algorithm = self._algorithm
+        return 0 if algorithm is None else algorithm._most_growth(self._step, index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _MostGrowth:
+        return _MostGrowth(copy.deepcopy(self._algorithm, memo), self._step)
 
 
 def annealed(

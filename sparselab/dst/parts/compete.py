@@ -120,6 +120,12 @@ class Exploration(Part):
         self._layers: list[SparseLayer] = []
         self._called = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Hooks call what they were made for; a copy asks for its own.
+        self.__dict__.update(state)
+        if self._called:
+            call_while_alive(self, "_add", register_optimizer_step_pre_hook)
+
     def attach(self, layer: SparseLayer) -> None:
         """Look after one more layer."""
         self._layers.append(layer)

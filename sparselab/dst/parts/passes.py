@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -68,6 +69,25 @@ class PassWatcher(abc.ABC):
         self._handle: RemovableHandle | None = None
         self._follow(layer)
         layer.gradient_hook = self.see
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassWatcher:
+        """One that watches the copy of the layer, which is copied with it."""
+        new: PassWatcher = object.__new__(type(self))
+        memo[id(self)] = new
+        layer = self._layer()
+        bound = dict.fromkeys(("_handle", "_parameter", "_grad"))
+        state = {
+            name: value for name, value in vars(self).items() if name not in (*bound, "_layer", "_waiting")
+        }
+        new.__dict__.update(copy.deepcopy(state, memo), **bound, _layer=self._layer, _waiting={})
+        if layer is not None:
+            twin = copy.deepcopy(layer, memo)
+            new._layer = weakref.ref(twin)
+            new._follow(twin)
+            twin.gradient_hook = new.see
+            if self._grad is not None and twin.stored.grad is not None:
+                new._note(twin.stored.grad)
+        return new
 
     def _follow(self, layer: SparseLayer) -> None:
         """Watch the Parameter that the layer has now, if it is trained."""
