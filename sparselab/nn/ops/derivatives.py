@@ -119,6 +119,7 @@ class _Product(torch.autograd.Function):
         dx = dvalues = dbias = None
         if grad is None:
             return dx, dvalues, dbias
+        _refuse_batched(grad)
         if needs[0]:
             dx = input_grad(grad, values, topology, form)
         if needs[1]:
@@ -179,6 +180,7 @@ class _InputGrad(torch.autograd.Function):
         (along,), (grad, values, *topology) = grads, saved
         if along is None:
             return None, None
+        _refuse_batched(along)
         return (
             product(along, values, None, topology, form) if needs[0] else None,
             values_grad(grad, along, topology, form, False)[0] if needs[1] else None,
@@ -234,6 +236,7 @@ class _ValuesGrad(torch.autograd.Function):
         grad, x, *topology = saved
         if V is None:
             return None if sums is None or not needs[0] else _spread(sums, grad.shape), None
+        _refuse_batched(V)
         return (
             product(x, V, sums, topology, form.hidden()) if needs[0] else None,
             input_grad(grad, V, topology, form.hidden()) if needs[1] else None,
@@ -262,6 +265,15 @@ class _ValuesGrad(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         # A sum over the tokens of each, which cannot be told apart when they are folded.
         return each_of_batch(_ValuesGrad, info.batch_size, in_dims, args)
+
+
+def _refuse_batched(grad: Tensor) -> None:
+    """Raise RuntimeError for a batch of gradients that are to be differentiated again: no graph is kept."""
+    if torch.is_grad_enabled() and torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            "create_graph must be False where gradients of sparse layers are batched (is_grads_batched=True, "
+            "vectorize=True), got True; take vectorize=False, or torch.func.jacrev and its kin"
+        )
 
 
 @uncompiled

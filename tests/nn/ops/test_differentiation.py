@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
+import sparselab
 from tests.nn.ops.rows import F64, KINDS
 from tests.nn.twin import twin_of
 
@@ -337,3 +338,37 @@ def test_connections_replaced_before_the_second_backward_pass_are_refused(kind: 
     layer.rewrite(torch.tensor([0]), layer.positions()[:n_grow])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: sparselab.SparseLinear(6, 4, sparsity=0.3), (3, 6)),
+        (lambda: sparselab.BlockSparseLinear(6, 4, sparsity=0.3, block_shape=(2, 2)), (3, 6)),
+        (lambda: sparselab.SparseConv2d(2, 3, 2, sparsity=0.3), (1, 2, 3, 3)),
+        (lambda: sparselab.SparseConvTranspose1d(2, 3, 2, sparsity=0.3), (1, 2, 3)),
+        (lambda: sparselab.MaskedLinear(6, 4, sparsity=0.3), (3, 6)),
+    ],
+)
+def test_batched_gradients_keep_their_graph_or_are_refused(make: Any, shape: Any, watched: bool) -> None:
+    layer, x = make(), torch.randn(shape)
+    if watched:
+        layer.gradient_hook = lambda operands: None
+
+    def f(x: Tensor) -> Tensor:
+        return layer(x).tanh()  # type: ignore[no-any-return]
+
+    plain = torch.autograd.functional.jacobian(f, x, vectorize=True)
+    slow = torch.autograd.functional.jacobian(f, x, create_graph=True)
+    torch.testing.assert_close(plain, slow)
+    try:
+        found = torch.autograd.functional.jacobian(f, x, create_graph=True, vectorize=True)
+    except RuntimeError as error:
+        assert "create_graph must be False" in str(error)  # noqa: PT017
+    else:
+        wanted = torch.autograd.grad(slow.square().sum(), list(layer.parameters()))
+        for ours, theirs in zip(
+            torch.autograd.grad(found.square().sum(), list(layer.parameters())), wanted, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
