@@ -130,8 +130,9 @@ class OptimizerTracker:
     def _look_at(self, optimizer: torch.optim.Optimizer, held: set[int]) -> None:
         """Check the state after a step, until all layers that the optimizer has took part in one."""
         if optimizer not in self._looked_at:
-            self.check_follows(optimizer, self._layers)
-            if all(layer.stored.grad is not None for layer in self._layers_in(held)):
+            ours = self._layers_in(held)
+            self.check_follows(optimizer, ours)
+            if all(layer.stored.grad is not None for layer in ours):
                 self._looked_at.add(optimizer)
 
     def _layers_in(self, held: set[int]) -> list[SparseLayer]:

@@ -11,6 +11,8 @@ from sparselab.nn.ops.tracing import has_memory
 
 #: What kernels take.
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+#: What operators and layers take.
+ACCEPTED = DTYPES | {torch.float16}
 
 
 def in_float32(*tensors: Tensor | None) -> list[Any] | None:
@@ -34,7 +36,7 @@ def refuse_misfits(device: torch.device, dtype: torch.dtype, **operands: Any) ->
         is none.
     """
     first = next(iter(operands))
-    if dtype not in DTYPES and dtype is not torch.float16:
+    if dtype not in ACCEPTED:
         raise TypeError(f"{first} must be of a floating dtype of 16, 32 or 64 bits, got {dtype}")
     for name, (tensor, shape) in operands.items():
         if tensor is None:

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from sparselab.kernels.arrays import check_fraction
 from sparselab.kernels.layouts.padded_csr import RowTopology
-from sparselab.nn.ops.checks import DTYPES
+from sparselab.nn.ops.checks import ACCEPTED
 from sparselab.nn.ops.products import has_products
 from sparselab.nn.ops.tracing import has_memory
-
-#: Of layers.
-_DTYPES = DTYPES | {torch.float16}
 
 
 def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
@@ -25,7 +22,7 @@ def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(x).__name__}")
     shape, dtype = x.shape, x.dtype
-    fits = shape and shape[-1] == in_features and dtype is values.dtype and dtype in _DTYPES
+    fits = shape and shape[-1] == in_features and dtype is values.dtype and dtype in ACCEPTED
     if fits and x.is_cpu and values.is_cpu:
         return x
     check_width(x, in_features)
@@ -62,7 +59,7 @@ def under_autocast(compute: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.
 def check_input(x: Tensor, values: Tensor) -> Tensor:
     """x; errors as documented at `SparseLinear`."""
     device, dtype = x.device, x.dtype
-    if dtype is values.dtype and dtype in _DTYPES and device == values.device and device.type == "cpu":
+    if dtype is values.dtype and dtype in ACCEPTED and device == values.device and device.type == "cpu":
         return x
     for name, tensor in (("input", x), ("layer", values)):
         if not has_products(tensor.device.type):
@@ -210,7 +207,7 @@ def _kind(tensor: Tensor) -> str:
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise TypeError if a layer cannot have this dtype."""
-    if dtype not in _DTYPES:
+    if dtype not in ACCEPTED:
         known = "torch.float32, torch.float64, torch.bfloat16 or torch.float16"
         raise TypeError(f"{name} must be {known}, got {dtype}")
 

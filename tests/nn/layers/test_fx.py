@@ -17,7 +17,7 @@ INPUTS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Conv1d: (torch.randn(2, 8, 9),),
     nn.Conv2d: (torch.randn(2, 8, 9, 9),),
     nn.Conv3d: (torch.randn(2, 8, 5, 5, 5),),
-    nn.ConvTranspose1d: (torch.randn(2, 8, 9), [13]),
+    nn.ConvTranspose1d: (torch.randn(2, 8, 9),),
     nn.ConvTranspose2d: (torch.randn(2, 8, 9, 9),),
     nn.ConvTranspose3d: (torch.randn(2, 8, 5, 5, 5),),
     nn.MultiheadAttention: (torch.randn(3, 2, 8),) * 3,
@@ -42,18 +42,16 @@ class Model(nn.Module):
 
 
 def make(dense: type[nn.Module], sparse: Any) -> nn.Module:
-    sizes = {"kernel_size": 4 if dense is nn.ConvTranspose1d else 3} if "Conv" in dense.__name__ else {}
+    sizes = {"kernel_size": 3} if "Conv" in dense.__name__ else {}
     settings = {"fan_in": 2} if sparse is sparselab.FanInLinear else {"sparsity": 0.5}
     if sparse is sparselab.BlockSparseLinear:
         settings["block_shape"] = (2, 2)  # type: ignore[assignment]
-    if dense is nn.ConvTranspose1d:
-        sizes["stride"] = 1
     return sparse(8, 4, **sizes, **settings)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("dense", "sparse"), dict.fromkeys(REPLACED))
 def test_a_layer_is_one_node(dense: Any, sparse: Any) -> None:
-    inputs = INPUTS[dense][:1] if dense is nn.ConvTranspose1d else INPUTS[dense]
+    inputs = INPUTS[dense]
     model = Model(make(dense, sparse), len(inputs))
     graph = symbolic_trace(model)
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["inner.layer"]

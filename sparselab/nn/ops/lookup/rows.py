@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselab.nn.ops.checks import DTYPES, in_float32, refuse_misfits, refuse_mixed_devices, require_strided
+from sparselab.nn.ops.checks import (
+    ACCEPTED,
+    in_float32,
+    refuse_misfits,
+    refuse_mixed_devices,
+    require_strided,
+)
 from sparselab.nn.ops.derivatives import each_of_batch, uncompiled
 from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.lookup.operands import LookupOperands
@@ -79,7 +85,7 @@ def lookup_operator(
     require_strided(values=values, tokens=tokens, factors=factors, indptr=indptr, indices=indices)
     topology = find_topology(indptr, indices, sizes, layout)
     _check_tokens(topology, tokens)
-    if values.shape != topology.values_shape or not _is_floating(values) or not _on(topology, values):
+    if values.shape != topology.values_shape or values.dtype not in ACCEPTED or not _on(topology, values):
         refuse_misfits(topology.device, values.dtype, values=(values, topology.values_shape))
     products = find_products("lookup", layout, topology.device.type)
     (wide,) = in_float32(values) or (values,)
@@ -97,7 +103,7 @@ def lookup_values_grad(
     topology = find_topology(indptr, indices, sizes, layout)
     _check_tokens(topology, tokens)
     shape = len(tokens), topology.shape[1]
-    if grad.shape != shape or not _is_floating(grad) or not _on(topology, grad):
+    if grad.shape != shape or grad.dtype not in ACCEPTED or not _on(topology, grad):
         refuse_misfits(topology.device, grad.dtype, grad=(grad, shape))
     if is_shown and topology.is_watched:
         topology.show(LookupOperands(tokens.detach(), grad.detach(), topology.shape[0], is_of_graph(tokens)))
@@ -118,10 +124,6 @@ def _check_tokens(topology: TensorTopology, tokens: Tensor) -> None:
         raise IndexError(
             f"input must hold numbers of 0..{rows - 1}, got {int(tokens.min())}..{int(tokens.max())}"
         )
-
-
-def _is_floating(tensor: Tensor) -> bool:
-    return tensor.dtype in DTYPES or tensor.dtype is torch.float16
 
 
 def _on(topology: TensorTopology, tensor: Tensor) -> bool:
