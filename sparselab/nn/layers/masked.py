@@ -15,7 +15,8 @@ from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear, connected
-from sparselab.nn.ops.derivatives import DenseForm, DenseProducts, product
+from sparselab.nn.ops.dense_form import DenseForm, DenseProducts
+from sparselab.nn.ops.derivatives import product
 from sparselab.nn.ops.operands import GradientOperands, LinearOperands, is_of_graph
 from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_width

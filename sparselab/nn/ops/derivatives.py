@@ -12,13 +12,11 @@ cotangent or a tangent of it, which no algorithm grows by.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-
-from sparselab.nn.ops.tracing import has_memory
 
 #: A cotangent or a tangent; None is zero.
 Maybe = Tensor | None
@@ -52,49 +50,6 @@ class Bilinear(Protocol):
         """The same for something in place of the layer's values: no hook sees the operands."""
 
 
-class DenseProducts(NamedTuple):
-    """The three products of a dense W, by torch itself."""
-
-    product: Callable[[Tensor, Tensor, Maybe], Tensor]
-    input_grad: Callable[[Tensor, Tensor], Tensor]
-    weight_grad: Callable[[Tensor, Tensor], Tensor]
-
-
-class DenseForm:
-    """A `Bilinear` of a dense W, which has no topology.
-
-    Parameters
-    ----------
-    products : DenseProducts
-    show : callable, optional
-        Called with x and dy, whenever the gradient by W is made of them.
-    """
-
-    def __init__(self, products: DenseProducts, show: Callable[[Tensor, Tensor], None] | None) -> None:
-        self.products, self.show = products, show
-
-    def product(self, x: Tensor, values: Tensor, bias: Maybe, *_: Any) -> Tensor:
-        """``x W^T + b``."""
-        return self.products.product(x, values, bias)
-
-    def input_grad(self, grad: Tensor, values: Tensor, *_: Any) -> Tensor:
-        """``dy W``."""
-        return self.products.input_grad(grad, values)
-
-    def values_grad(
-        self, grad: Tensor, x: Tensor, indptr: Any, indices: Any, with_bias: bool
-    ) -> tuple[Tensor, Tensor]:
-        """``dy^T x``, and the sum of dy for each output, or an empty tensor."""
-        if self.show is not None and has_memory(grad) and has_memory(x):  # not of a batch of gradients
-            self.show(x, grad)
-        sums = _sum_of_outputs(grad) if with_bias else grad.new_empty(0)
-        return self.products.weight_grad(grad, x), sums
-
-    def hidden(self) -> Bilinear:
-        """The same for something in place of W."""
-        return DenseForm(self.products, None)
-
-
 class _Product(torch.autograd.Function):
     """``x W^T + b``."""
 
@@ -126,7 +81,7 @@ class _Product(torch.autograd.Function):
             dvalues, sums = values_grad(grad, x, topology, form, needs[2])
             dbias = sums if needs[2] else None
         elif needs[2]:
-            dbias = _sum_of_outputs(grad)
+            dbias = sum_of_outputs(grad)
         return dx, dvalues, dbias
 
     @staticmethod
@@ -372,7 +327,7 @@ def _sum(terms: list[Tensor]) -> Tensor:
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
-def _sum_of_outputs(grad: Tensor) -> Tensor:
+def sum_of_outputs(grad: Tensor) -> Tensor:
     """(outputs,)"""
     return grad.sum([0, *range(2, grad.ndim)])
 

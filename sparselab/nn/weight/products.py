@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparselab.nn.ops.conv2d import conv2d as sparse_conv2d
-from sparselab.nn.ops.conv2d import conv2d_transposed
-from sparselab.nn.ops.geometry import Size, as_sizes, read_space, with_bias
+from sparselab.nn.ops.conv.conv2d import conv2d as sparse_conv2d
+from sparselab.nn.ops.conv.conv2d import conv2d_transposed
+from sparselab.nn.ops.conv.geometry import Size, as_sizes, read_space, with_bias
 from sparselab.nn.ops.linear import linear as sparse_linear
 from sparselab.nn.ops.linear import linear_transposed
 from sparselab.nn.storage.checks import check_images, check_input, check_tokens, in_precision

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.nn.layers.base import SparseLayer
-from sparselab.nn.ops.geometry import Geometry, Pair, Space, as_sizes, read_space, with_bias
+from sparselab.nn.ops.conv.geometry import Geometry, Pair, Space, as_sizes, read_space, with_bias
 from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_images
 from sparselab.nn.storage.patterns import read_pattern

@@ -18,9 +18,9 @@ from sparselab.nn.layers.conv.transposed import (
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.masked import MaskedLayer, recognises_mask
-from sparselab.nn.ops.conv_operands import ConvolutionOperands
-from sparselab.nn.ops.derivatives import DenseProducts
-from sparselab.nn.ops.geometry import Geometry, Pair, Size
+from sparselab.nn.ops.conv.geometry import Geometry, Pair, Size
+from sparselab.nn.ops.conv.operands import ConvolutionOperands
+from sparselab.nn.ops.dense_form import DenseProducts
 from sparselab.nn.ops.operands import GradientOperands
 
 Layer = TypeVar("Layer", bound="MaskedConvolution")

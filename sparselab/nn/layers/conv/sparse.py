@@ -14,8 +14,8 @@ from sparselab.kernels.rewiring.rows import select_rows
 from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.conv.base import Convolution
 from sparselab.nn.layers.kinds import LayerKind, register_kind
-from sparselab.nn.ops.conv2d import conv2d
-from sparselab.nn.ops.geometry import Size
+from sparselab.nn.ops.conv.conv2d import conv2d
+from sparselab.nn.ops.conv.geometry import Size
 from sparselab.nn.storage.checks import (
     check_bias,
     check_images,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from sparselab.nn.layers.conv.base import TransposedConvolution
 from sparselab.nn.layers.conv.sparse import SparseConvolution
 from sparselab.nn.layers.kinds import LayerKind, register_kind
-from sparselab.nn.ops.conv2d import conv2d_transposed
-from sparselab.nn.ops.geometry import Pair, Size
+from sparselab.nn.ops.conv.conv2d import conv2d_transposed
+from sparselab.nn.ops.conv.geometry import Pair, Size
 from sparselab.nn.storage.checks import check_bias, read_sparsity
 
 

@@ -33,11 +33,11 @@ from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
+from sparselab.nn.ops.conv.geometry import Geometry, Pair
 from sparselab.nn.ops.cpu.csr import dense_blocks, row_blocks
 from sparselab.nn.ops.cpu.memory import as_array, as_vector, nbytes, zero_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import CONVOLUTIONS, choose_name
-from sparselab.nn.ops.geometry import Geometry, Pair
 
 #: Planes of one chunk, unless one image takes more.
 _CHUNK_BYTES = 8 << 20

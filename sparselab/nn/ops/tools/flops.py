@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch.utils.flop_counter import register_flop_formula
 
-from sparselab.nn.ops.conv2d import conv2d_input_grad, conv2d_operator, conv2d_values_grad
+from sparselab.nn.ops.conv.conv2d import conv2d_input_grad, conv2d_operator, conv2d_values_grad
 from sparselab.nn.ops.linear import linear_input_grad, linear_operator, linear_values_grad
 
 Shape = Sequence[int]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import sparselab
 from sparselab import load_model, save_model
-from sparselab.nn.ops.conv_operands import ConvolutionOperands
+from sparselab.nn.ops.conv.operands import ConvolutionOperands
 from tests.nn.layers.conv.rows import (
     KINDS,
     NAMES,

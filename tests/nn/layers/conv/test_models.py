@@ -23,7 +23,7 @@ from sparselab import (
     sparsify,
 )
 from sparselab.dst import allocate, prune
-from sparselab.nn.ops.conv_operands import ConvolutionOperands
+from sparselab.nn.ops.conv.operands import ConvolutionOperands
 from tests.nn.layers.conv.rows import NAMES, dense_of, dims, is_transposed
 from tests.nn.layers.conv.test_sparse import KINDS, gradients, images, make
 

@@ -14,11 +14,11 @@ from sparselab.nn.ops.checks import (
     refuse_mixed_devices,
     require_strided,
 )
-from sparselab.nn.ops.conv_operands import ConvolutionOperands
+from sparselab.nn.ops.conv.geometry import Geometry, Pair
+from sparselab.nn.ops.conv.operands import ConvolutionOperands
 from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_derivatives
 from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
-from sparselab.nn.ops.geometry import Geometry, Pair
 from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.operands import is_of_graph
 from sparselab.nn.ops.products import find_products

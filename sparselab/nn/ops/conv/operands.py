@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from sparselab.kernels.arrays import Array, index_dtype
-from sparselab.nn.ops.geometry import Geometry
+from sparselab.nn.ops.conv.geometry import Geometry
 from sparselab.nn.ops.operands import GradientOperands, Totals, token_totals
 from sparselab.nn.ops.products import find_products
 from sparselab.nn.ops.topologies import TensorTopology
