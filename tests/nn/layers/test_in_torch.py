@@ -22,8 +22,8 @@ from sparselab import (
     SparseLinear,
     SparseMultiheadAttention,
 )
-from sparselab.nn.ops import conv2d
 from sparselab.nn.ops import linear as functional
+from sparselab.nn.ops.conv import conv2d
 
 
 def test_opcheck() -> None:

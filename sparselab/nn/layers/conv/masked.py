@@ -18,6 +18,7 @@ from sparselab.nn.layers.conv.transposed import (
 from sparselab.nn.layers.extras import refuse_to_lose
 from sparselab.nn.layers.kinds import LayerKind, register_kind
 from sparselab.nn.layers.masked import MaskedLayer, recognises_mask
+from sparselab.nn.ops.conv.dense import dense_products, in_c_order
 from sparselab.nn.ops.conv.geometry import Geometry, Pair, Size
 from sparselab.nn.ops.conv.operands import ConvolutionOperands
 from sparselab.nn.ops.dense_form import DenseProducts
@@ -59,14 +60,13 @@ class MaskedConvolution(Convolution, MaskedLayer):
 
     def _products(self, size: Sequence[int]) -> DenseProducts:
         """The convolution of images of a height and width, and its gradients."""
-        geometry, shape, kernels = self.geometry, self.shape, self._kernels
-        how = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-        by_input: Any = nn.grad.conv2d_input
-        by_weight: Any = nn.grad.conv2d_weight
+        shape, kernels = self.shape, self._kernels
+        height, width = size
+        product, input_grad, weight_grad = dense_products(self.geometry, (height, width))
         return DenseProducts(
-            lambda x, W, bias: nn.functional.conv2d(x, W.reshape(kernels), bias, *how),
-            lambda dy, W: by_input((len(dy), geometry.in_channels, *size), W.reshape(kernels), dy, *how),
-            lambda dy, x: by_weight(x, kernels, dy, *how).reshape(shape),
+            lambda x, W, bias: product(x, W.reshape(kernels), bias),
+            lambda dy, W: input_grad(dy, W.reshape(kernels)),
+            lambda dy, x: weight_grad(dy, x).reshape(shape),
         )
 
 
@@ -128,7 +128,10 @@ def _transpose(x: Tensor, kernels: Tensor, geometry: Geometry, size: Pair) -> Te
         for n, k, s, p, d in zip(x.shape[2:], *geometry[2:], strict=True)
     )
     more = [n - m for n, m in zip(size, least, strict=True)]
-    return nn.functional.conv_transpose2d(x, kernels, None, stride, padding, more, geometry.groups, dilation)
+    images = in_c_order(x)
+    return nn.functional.conv_transpose2d(
+        images, kernels, None, stride, padding, more, geometry.groups, dilation
+    )
 
 
 class MaskedConv2d(MaskedConvNd):

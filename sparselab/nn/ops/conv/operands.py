@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from sparselab.kernels.arrays import Array, index_dtype
+from sparselab.nn.ops.conv.dense import dense_products
 from sparselab.nn.ops.conv.geometry import Geometry
 from sparselab.nn.ops.operands import GradientOperands, Totals, token_totals
 from sparselab.nn.ops.products import find_products
@@ -40,14 +40,12 @@ class ConvolutionOperands(GradientOperands):
         geometry, stop = self.geometry, start + len(out)
         channels = geometry.in_channels // geometry.groups
         rows = self.dy.shape[1] // geometry.groups
+        height, width = self.x.shape[2:]
+        of_group = dense_products(geometry._replace(in_channels=channels, groups=1), (height, width))
         for group in range(start // rows, -(-stop // rows)):
             first, last = max(start, group * rows), min(stop, (group + 1) * rows)
-            gradient = conv2d_weight(  # type: ignore[no-untyped-call]
-                self.x[:, group * channels : (group + 1) * channels],
-                (last - first, channels, *geometry.kernel),
-                self.dy[:, first:last],
-                geometry.stride, geometry.padding, geometry.dilation,
-            ).reshape(last - first, -1)  # fmt: skip
+            images = self.x[:, group * channels : (group + 1) * channels]
+            gradient = of_group.weight_grad(self.dy[:, first:last], images).reshape(last - first, -1)
             part = out[first - start : last - start]
             # Not what is there times 0, which may be NaN.
             part.copy_(gradient if beta == 0 else part * beta + gradient)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.conv.planes import (
@@ -33,8 +32,9 @@ from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
+from sparselab.nn.ops.conv.dense import dense_products, in_c_order
 from sparselab.nn.ops.conv.geometry import Geometry, Pair
-from sparselab.nn.ops.cpu.csr import dense_blocks, row_blocks
+from sparselab.nn.ops.cpu.csr import dense_blocks, row_ranges
 from sparselab.nn.ops.cpu.memory import as_array, as_vector, nbytes, zero_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import CONVOLUTIONS, choose_name
@@ -119,9 +119,10 @@ def product(
     plans, (grid, outputs) = _plans(topology, geometry), _grids(geometry, (x.shape[2], x.shape[3]))
     y = x.new_empty((len(x), plans.shape[0], *grid.outputs))
     if plans.is_dense("forward", y):
+        dense, images = dense_products(geometry, (x.shape[2], x.shape[3])), in_c_order(x.detach())
         for first, last, kernels in _kernels(values, plans, x):
             part = None if bias is None else bias.detach()[first:last]
-            y[:, first:last] = torch.conv2d(x.detach(), kernels, part, *geometry[3:])
+            y[:, first:last] = dense.product(images, kernels, part)
         return y
     weights = as_vector(values)
     offset = zero_vector(y.shape[1], x.dtype) if bias is None else as_vector(bias)
@@ -147,10 +148,9 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, geometry: Geom
         dx.zero_()
     if plans.is_dense("input_grad", grad):
         dx.zero_()
+        dense = dense_products(geometry, size)
         for first, last, kernels in _kernels(values, plans, grad):
-            dx += conv2d_input(  # type: ignore[no-untyped-call]
-                dx.shape, kernels, grad.detach()[:, first:last], *geometry[3:]
-            )
+            dx += dense.input_grad(grad.detach()[:, first:last], kernels)
         return dx
     plan = plans.input_grad(grid)
     weights = gather(as_vector(values), plan.slots, as_array(dx).dtype)
@@ -175,12 +175,11 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, geometry: Geometry
     result = grad.new_zeros(topology.values_shape)
     flat = as_vector(result)
     if plans.is_dense("values_grad", grad):
-        for first, last, kernels in _kernels(None, plans, grad):
-            dense = conv2d_weight(  # type: ignore[no-untyped-call]
-                x.detach(), kernels.shape, grad.detach()[:, first:last], *geometry[3:]
-            )
+        dense, images = dense_products(geometry, (x.shape[2], x.shape[3])), in_c_order(x.detach())
+        for first, last in row_ranges(plans, grad):
+            kernels = dense.weight_grad(grad.detach()[:, first:last], images)
             collect_rows(
-                as_array(dense.reshape(-1)), plans.indices, plans.begin, plans.end, first, last,
+                as_array(kernels.reshape(-1)), plans.indices, plans.begin, plans.end, first, last,
                 plans.shape[1], flat,
             )  # fmt: skip
         return result
@@ -197,13 +196,10 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, geometry: Geometry
     return result
 
 
-def _kernels(
-    values: Tensor | None, plans: ConvolutionPlans, like: Tensor
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows and their dense kernels (uninitialised without values), lent until the next ones are made."""
+def _kernels(values: Tensor, plans: ConvolutionPlans, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows and their dense kernels, lent until the next ones are made."""
     geometry = plans.geometry
-    blocks = row_blocks(plans, like) if values is None else dense_blocks(values, plans, like)
-    for first, last, block in blocks:
+    for first, last, block in dense_blocks(values, plans, like):
         yield first, last, block.view(last - first, geometry.in_channels, *geometry.kernel)
 
 

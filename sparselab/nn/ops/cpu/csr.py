@@ -207,12 +207,18 @@ def keep_forward(topology: OnTensors) -> None:
 
 def row_blocks(rows: Rows, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Rows and uninitialised dense blocks for them, all in the same memory."""
+    ranges = list(row_ranges(rows, like))
+    memory = like.new_empty((max((row1 - row0 for row0, row1 in ranges), default=0), rows.shape[1]))
+    for row0, row1 in ranges:
+        yield row0, row1, memory[: row1 - row0]
+
+
+def row_ranges(rows: Rows, like: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose dense blocks take so much memory at most, or of one row."""
     n_rows, n_columns = rows.shape
     height = max(1, min(n_rows, _BLOCK_BYTES // max(1, n_columns * like.element_size())))
-    memory = like.new_empty((height, n_columns))
     for row0 in range(0, n_rows, height):
-        row1 = min(n_rows, row0 + height)
-        yield row0, row1, memory[: row1 - row0]
+        yield row0, min(n_rows, row0 + height)
 
 
 def dense_blocks(values: Tensor, rows: Rows, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:

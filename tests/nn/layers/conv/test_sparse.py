@@ -169,7 +169,7 @@ def test_gradcheck() -> None:
 
 
 def test_operator_is_well_formed() -> None:
-    from sparselab.nn.ops import conv2d
+    from sparselab.nn.ops.conv import conv2d
 
     layer, x = make(), images(2, 4, 5, 5)
     topology, numbers = layer.topology_arguments(), layer.geometry.numbers
