@@ -122,7 +122,7 @@ class MaskedLayer(SparseLayer):
         weight = self.weight_in_use
         if self.gradient_hook is None or not self.stored.requires_grad or not torch.is_grad_enabled():
             return products.product(x, weight, bias)
-        form = DenseForm(products, show or self._show)
+        form = DenseForm(products, show or self._show, lambda: self.stored)
         x, weight, bias = _under_autocast(x, weight, bias)
         return product(x, weight, bias, (None, None), form)
 

@@ -27,10 +27,17 @@ class DenseForm:
     products : DenseProducts
     show : callable, optional
         Called with x and dy, whenever the gradient by W is made of them.
+    parameter : callable, optional
+        Returns the layer's Parameter.
     """
 
-    def __init__(self, products: DenseProducts, show: Callable[[Tensor, Tensor], None] | None) -> None:
-        self.products, self.show = products, show
+    def __init__(
+        self,
+        products: DenseProducts,
+        show: Callable[[Tensor, Tensor], None] | None = None,
+        parameter: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.products, self.show, self.parameter = products, show, parameter
 
     def product(self, x: Tensor, values: Tensor, bias: Maybe, *_: Any) -> Tensor:
         """``x W^T + b``."""
@@ -49,6 +56,10 @@ class DenseForm:
         sums = sum_of_outputs(grad) if with_bias else grad.new_empty(0)
         return self.products.weight_grad(grad, x), sums
 
+    def is_trained(self, leaf: Tensor, *_: Any) -> bool:
+        """Whether that is the layer's Parameter."""
+        return self.parameter is None or self.parameter() is leaf
+
     def hidden(self) -> Bilinear:
         """The same for something in place of W."""
-        return DenseForm(self.products, None)
+        return DenseForm(self.products)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from sparselab.nn.ops.leaves import shown_form
+
 #: A cotangent or a tangent; None is zero.
 Maybe = Tensor | None
 
@@ -45,6 +47,9 @@ class Bilinear(Protocol):
         self, grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, with_bias: bool
     ) -> tuple[Tensor, Tensor]:
         """``dy^T x`` at the connections, and the sum of dy for each output, or an empty tensor."""
+
+    def is_trained(self, leaf: Tensor, indptr: Tensor, indices: Tensor) -> bool:
+        """Whether gradients by a leaf of the graph are those of the layer's Parameter."""
 
     def hidden(self) -> Bilinear:
         """The same for something in place of the layer's values: no hook sees the operands."""
@@ -87,7 +92,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @uncompiled
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
-        return *_Product.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form), None, None, None
+        saved = ctx.saved_tensors
+        form = shown_form(ctx, 1, ctx.form, *saved[2:])
+        return *_Product.gradients(ctx.needs_input_grad, grads, saved, form), None, None, None
 
     @staticmethod
     @uncompiled
@@ -144,7 +151,9 @@ class _InputGrad(torch.autograd.Function):
     @staticmethod
     @uncompiled
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
-        found = _InputGrad.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form)
+        saved = ctx.saved_tensors
+        form = shown_form(ctx, 1, ctx.form, *saved[2:])
+        found = _InputGrad.gradients(ctx.needs_input_grad, grads, saved, form)
         return *found, None, None, None
 
     @staticmethod
@@ -310,7 +319,9 @@ def _register(operator: Any, function: Any, form_of: Callable[..., Bilinear], wh
         )  # fmt: skip
 
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
-        found = function.gradients(ctx.needs_input_grad, grads, ctx.saved_tensors, ctx.form)
+        saved = ctx.saved_tensors
+        form = ctx.form if which == 1 else shown_form(ctx, 1, ctx.form, *saved[2:])
+        found = function.gradients(ctx.needs_input_grad, grads, saved, form)
         return *found, *[None] * (ctx.n_inputs - len(found))
 
     operator.register_autograd(backward, setup_context=setup_context)

@@ -26,6 +26,7 @@ from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_d
 from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
 from sparselab.nn.ops.inputs.sparse import dense_chunks
+from sparselab.nn.ops.leaves import leaf_of, shown_form
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
 from sparselab.nn.ops.tracing import is_plain, is_transformed
@@ -239,13 +240,14 @@ class SparseLinearFunction(torch.autograd.Function):
         (grad,), (x, values), topology = grads, ctx.saved_tensors, ctx.topology
         topology.require_unchanged()
         if torch.is_grad_enabled() or not is_plain(grad, x, values):
-            form = LinearForm(list(topology.sizes), topology.layout)
+            form = shown_form(ctx, 1, LinearForm(list(topology.sizes), topology.layout), *topology.tensors)
             needs = ctx.needs_input_grad
             return *product_gradients(needs, grad, (x, values), topology.tensors, form), None
         needs_x, needs_values, needs_bias, _ = ctx.needs_input_grad
         dx = input_grad(topology, grad, values) if needs_x else None
         if needs_values:
-            dvalues, dbias = values_grad(topology, grad, x, needs_bias)
+            is_shown = topology.is_watched and topology.is_trained(leaf_of(ctx, 1))
+            dvalues, dbias = values_grad(topology, grad, x, needs_bias, is_shown)
             return dx, dvalues, dbias if needs_bias else None, None
         return dx, None, grad.sum(0) if needs_bias else None, None
 
@@ -279,11 +281,11 @@ class SparseInputFunction(torch.autograd.Function):
         """The gradients by values and bias that are asked for."""
         topology = ctx.topology
         topology.require_unchanged()
-        dvalues = None
+        dvalues, is_shown = None, topology.is_trained(leaf_of(ctx, 1))
         if ctx.needs_input_grad[1]:
             dvalues = grad.new_zeros(topology.values_shape)
             for rows, chunk in dense_chunks(ctx.x):
-                dvalues += values_grad(topology, grad[rows], chunk, False)[0]
+                dvalues += values_grad(topology, grad[rows], chunk, False, is_shown)[0]
         return None, dvalues, grad.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
@@ -373,6 +375,10 @@ class LinearForm:
             grad, x, indptr, indices, self.sizes, self.layout, with_bias, self.is_shown
         )
         return both
+
+    def is_trained(self, leaf: Tensor, indptr: Tensor, indices: Tensor) -> bool:
+        """Whether gradients by a leaf are those of a layer's Parameter."""
+        return find_topology(indptr, indices, self.sizes, self.layout).is_trained(leaf)
 
     def hidden(self) -> Bilinear:
         """The same for something in place of the layer's values."""

@@ -34,6 +34,7 @@ class HookPlace:
 
     def __init__(self) -> None:
         self._hook: GradientHook | None = None
+        self._parameter: Callable[[], Tensor | None] = _nothing
         self._topologies: weakref.WeakSet[TensorTopology] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[type[HookPlace], tuple[()]]:
@@ -51,11 +52,28 @@ class HookPlace:
         for topology in self._topologies:
             topology.note_hooks()
 
-    def serve(self, topology: TensorTopology) -> None:
-        """Let the hook see the operands of gradients by values of this topology."""
+    def serve(self, topology: TensorTopology, parameter: Callable[[], Tensor | None]) -> None:
+        """Let the hook see the operands of gradients by values of this topology.
+
+        Parameters
+        ----------
+        topology : TensorTopology
+        parameter : callable
+            Returns the layer's Parameter, or None if it has none.
+        """
+        self._parameter = parameter
         self._topologies.add(topology)
         topology.places.append(self)
         topology.note_hooks()
+
+    def is_of(self, leaf: Tensor) -> bool:
+        """Whether that is the layer's Parameter, or the layer has none."""
+        parameter = self._parameter()
+        return parameter is None or parameter is leaf
+
+
+def _nothing() -> None:
+    return None
 
 
 class TensorTopology:
@@ -147,6 +165,13 @@ class TensorTopology:
                 "the topology needed for gradient computation has been modified by an inplace operation: a "
                 "rewrite, load_state_dict or reset_parameters between the forward and the backward pass"
             )
+
+    def is_trained(self, leaf: Tensor | None) -> bool:
+        """Whether gradients by a leaf of the graph are some layer's, as far as that is known.
+
+        They are not if another tensor was put in the Parameter's place, as by `torch.func.functional_call`.
+        """
+        return leaf is None or any(place.is_of(leaf) for place in self.places)
 
     def note_hooks(self) -> None:
         """Look anew whether a hook wants to see operands."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -80,7 +82,7 @@ class Compressed(Storage):
         if found is None or not found.is_of(indptr, indices):
             found = hold_topology(indptr, indices, (*self.shape, *self.block_shape), self.layout)
             if self.hook_place not in found.places:
-                self.hook_place.serve(found)
+                self.hook_place.serve(found, partial(_parameter_of, weakref.ref(layer), self.parameter))
             self._topology = found
             if self.measured is not None and self.measured.density != layer.density:
                 self.measured = None
@@ -253,3 +255,9 @@ class Compressed(Storage):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_topology": None}
+
+
+def _parameter_of(layer: weakref.ref[Any], name: str) -> Tensor | None:
+    """The Parameter that a layer has under a name; None if the layer is gone or computes it."""
+    held = layer()
+    return None if held is None else held._parameters.get(name)

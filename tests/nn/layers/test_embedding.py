@@ -193,6 +193,24 @@ def test_an_algorithm_sees_the_dense_gradient(given_settings: Any) -> None:
     assert operands.is_finite()
 
 
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_table_in_the_place_of_its_own_is_not_shown(transformed: bool) -> None:
+    layer, tokens = SparseEmbedding(9, 6, sparsity=0.5), torch.tensor([1, 4, 1])
+    other = layer.weight_values.detach().clone().requires_grad_()
+    seen: list[Any] = []
+    layer.gradient_hook = seen.append
+
+    def loss(values: Tensor) -> Tensor:
+        call = lambda values: functional_call(layer, {"weight_values": values}, (tokens,)).square().sum()  # noqa: E731
+        return jvp(call, (values,), (torch.ones_like(values),))[1] if transformed else call(values)
+
+    (loss(other) + loss(2 * other)).backward()
+    assert not seen
+    assert other.grad is not None
+    (loss(other) + loss(layer.weight_values)).backward()
+    assert len(seen) == 1
+
+
 def test_totals_are_those_of_the_one_hot_product() -> None:
     x, dy = tokens(30), torch.randn(30, DIM, dtype=F64)
     one_hot = nn.functional.one_hot(x, N).double()

@@ -163,6 +163,56 @@ def test_a_cotangent_of_the_weights_is_no_weight(kind: str) -> None:
     assert not seen
 
 
+OTHERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "tensor": lambda own: (leaf := own.detach().clone().requires_grad_(), leaf),
+    "Parameter": lambda own: (leaf := nn.Parameter(own.detach().clone()), leaf),
+    "cast": lambda own: (leaf := own.detach().float().requires_grad_(), leaf.double()),
+    "steps away": lambda own: (leaf := own.detach().clone().requires_grad_(), (2 * leaf - 1).tanh()),
+}
+
+
+@kinds
+@pytest.mark.parametrize("how", ["plain", "gradient penalty", "checkpoint", "tangent"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_weights_in_the_place_of_the_layers_own_are_not_shown(kind: str, how: str, other: str) -> None:
+    """Their gradient is not in the Parameter's ``.grad``, though one backward pass forms both."""
+    model, _, x = build(kind)
+    name = next(name for name, each in model.named_parameters() if each is model[2].stored)
+    leaf, values = OTHERS[other](model[2].stored)
+
+    def replaced(x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {name: values}, (x,))  # type: ignore[no-any-return]
+
+    def loss(call: Any) -> Tensor:
+        return LOSSES[how](call, x, None)
+
+    seen: list[GradientOperands] = []
+    model[2].gradient_hook = seen.append
+    loss(model).backward()
+    n_own, own = len(seen), model[2].stored.grad.clone()
+    assert n_own
+    model.zero_grad()
+    seen.clear()
+    (loss(model) + loss(replaced)).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.any()
+    torch.testing.assert_close(model[2].stored.grad, own)
+    assert len(seen) == n_own
+
+
+@kinds
+def test_weights_computed_from_the_layers_own_are_shown(kind: str) -> None:
+    """As those of an inner step are, whose gradient arrives at the Parameter."""
+    model, _, x = build(kind)
+    own = model[2].stored
+    name = next(name for name, each in model.named_parameters() if each is own)
+    seen: list[GradientOperands] = []
+    model[2].gradient_hook = seen.append
+    torch.func.functional_call(model, {name: own - 0.1 * own.detach()}, (x,)).sum().backward()
+    assert len(seen) == 1
+    assert own.grad is not None
+
+
 @kinds
 @pytest.mark.parametrize("transform", ["grad", "per-sample", "jacfwd"])
 def test_transforms_leave_nothing_in_grad(kind: str, transform: str) -> None:

@@ -19,6 +19,7 @@ from sparselab.nn.ops.conv.operands import ConvolutionOperands
 from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_derivatives
 from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
+from sparselab.nn.ops.leaves import leaf_of, shown_form
 from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.operands import is_of_graph
 from sparselab.nn.ops.products import find_products
@@ -248,12 +249,16 @@ class SparseConv2dFunction(torch.autograd.Function):
         topology, geometry, size = ctx.topology, ctx.geometry, ctx.size
         topology.require_unchanged()
         if torch.is_grad_enabled() or not is_plain(grad, x, values):
-            form = ConvolutionForm(list(topology.sizes), topology.layout, geometry.numbers, size)
+            form: Any = ConvolutionForm(list(topology.sizes), topology.layout, geometry.numbers, size)
+            form = shown_form(ctx, 1, form, *topology.tensors)
             needs = ctx.needs_input_grad
             return *product_gradients(needs, grad, (x, values), topology.tensors, form), None, None
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = input_grad(topology, grad, values, geometry, size) if needs_x else None
-        dvalues = values_grad(topology, grad, x, geometry) if needs_values else None
+        dvalues = None
+        if needs_values:
+            is_shown = topology.is_watched and topology.is_trained(leaf_of(ctx, 1))
+            dvalues = values_grad(topology, grad, x, geometry, is_shown)
         return dx, dvalues, grad.sum((0, 2, 3)) if needs_bias else None, None, None
 
 
@@ -352,6 +357,10 @@ class ConvolutionForm:
         """See `values_grad`."""
         dvalues = conv2d_values_grad(grad, x, indptr, indices, *self.rest, self.is_shown)
         return dvalues, grad.sum((0, 2, 3)) if with_bias else grad.new_empty(0)
+
+    def is_trained(self, leaf: Tensor, indptr: Tensor, indices: Tensor) -> bool:
+        """Whether gradients by a leaf are those of a layer's Parameter."""
+        return find_topology(indptr, indices, *self.rest[:2]).is_trained(leaf)
 
     def hidden(self) -> Bilinear:
         """The same for something in place of the layer's values."""

@@ -19,6 +19,7 @@ from sparselab.nn.ops.checks import (
     require_strided,
 )
 from sparselab.nn.ops.derivatives import each_of_batch, uncompiled
+from sparselab.nn.ops.leaves import shown_form
 from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.lookup.operands import LookupOperands
 from sparselab.nn.ops.operands import is_of_graph
@@ -41,6 +42,10 @@ class Form:
 
     def __init__(self, sizes: list[int], layout: str, is_shown: bool = True) -> None:
         self.arguments = sizes, layout, is_shown
+
+    def is_trained(self, leaf: Tensor, indptr: Tensor, indices: Tensor) -> bool:
+        """Whether gradients by a leaf are those of a layer's Parameter."""
+        return find_topology(indptr, indices, *self.arguments[:2]).is_trained(leaf)
 
     def hidden(self) -> Form:
         """The same for something in place of the layer's values."""
@@ -166,7 +171,8 @@ class _Lookup(torch.autograd.Function):
     @uncompiled
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         tokens, factors, *topology = ctx.saved_tensors
-        found = _ValuesGrad.apply(_scaled(grads[0], factors), tokens, *topology, ctx.form)  # type: ignore[no-untyped-call]
+        form = shown_form(ctx, 0, ctx.form, *topology)
+        found = _ValuesGrad.apply(_scaled(grads[0], factors), tokens, *topology, form)  # type: ignore[no-untyped-call]
         return found, None, None, None, None, None
 
     @staticmethod
@@ -230,7 +236,8 @@ def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _lookup_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tokens, factors, *topology = ctx.saved_tensors
-    found = lookup_values_grad(_scaled(grad, factors), tokens, *topology, *ctx.form.arguments)
+    form = shown_form(ctx, 0, ctx.form, *topology)
+    found = lookup_values_grad(_scaled(grad, factors), tokens, *topology, *form.arguments)
     return found, *[None] * 7
 
 
