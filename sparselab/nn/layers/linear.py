@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.ops.checks import in_float32
 from sparselab.nn.ops.cpu.variants import Variant
+from sparselab.nn.ops.inputs.tokens import by_matrix
 from sparselab.nn.ops.linear import linear
 from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.ops.topologies import TensorTopology
@@ -39,9 +39,9 @@ class LinearLayer(CompressedLayer):
         ----------
         input : (..., in_features), the dtype of `weight_values`
             Under CPU autocast any floating dtype; the product is then computed in the dtype of
-            `weight_values`, and returned in that of autocast, unless it is float64. Also a sparse matrix
-            (COO, CSR, ...), of which 8 MiB of rows are made dense at a time, again in the backward pass, and
-            which gets no gradient; or a jagged nested tensor.
+            `weight_values`, and returned in that of autocast, unless it is float64. Also a sparse vector or
+            matrix (COO, CSR, ...), of which 8 MiB of rows are made dense at a time, again in the backward
+            pass, and which gets no gradient; or a jagged nested tensor.
 
         Returns
         -------
@@ -68,23 +68,7 @@ class LinearLayer(CompressedLayer):
         x = check_tokens(input, values, self.in_features)
         if x.ndim == 2:
             return linear(x, values, bias, self)
-        if x.is_nested:
-            return self._of_nested(x)
-        tokens = x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        return linear(tokens, values, bias, self).reshape(*x.shape[:-1], self.out_features)
-
-    def _of_nested(self, x: Tensor) -> Tensor:
-        """The output for a jagged nested tensor (batch, ragged, ..., in_features), jagged likewise."""
-        jagged: Any = x
-        if x.layout is not torch.jagged or jagged._ragged_idx != 1:
-            raise RuntimeError(
-                "input must be jagged in its second dimension if it is nested, got one of layout "
-                f"{x.layout}; make it with torch.nested.nested_tensor(..., layout=torch.jagged)"
-            )
-        y: Tensor = torch.nested.nested_tensor_from_jagged(
-            self(jagged.values()), jagged.offsets(), lengths=jagged.lengths()
-        )
-        return y
+        return by_matrix(x, lambda tokens: linear(tokens, values, bias, self))
 
     def ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         """Every way to compute the output for x (tokens, in_features), by the name of its variant."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear, connected
 from sparselab.nn.ops.dense_form import DenseForm, DenseProducts
 from sparselab.nn.ops.derivatives import product
+from sparselab.nn.ops.inputs.tokens import by_matrix
 from sparselab.nn.ops.operands import GradientOperands, LinearOperands, is_of_graph
 from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.storage.checks import check_width
@@ -252,17 +252,12 @@ class MaskedLinear(MaskedLayer):
         return self.tied_product(input, self.bias)
 
     def tied_product(self, input: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
-        n_outputs, n_inputs = self.shape[::-1] if transposed else self.shape
-        check_width(input, n_inputs)
+        check_width(input, self.shape[0] if transposed else self.shape[1])
         if input.layout is not torch.strided and not input.is_nested:
             input = input.to_dense()  # growth by gradient reads the memory of its operands
         products = _TRANSPOSED if transposed else _LINEAR
         show = (lambda x, dy: self._show(dy, x)) if transposed else None
-        if input.ndim == 2:
-            return self._compute(products, input, bias, show)
-        leading = input.shape[:-1]
-        y = self._compute(products, input.reshape(math.prod(leading), n_inputs), bias, show)
-        return y.reshape(*leading, n_outputs)
+        return by_matrix(input, lambda tokens: self._compute(products, tokens, bias, show))
 
     def operands(self, x: Tensor, dy: Tensor, of_graph: bool) -> GradientOperands:
         """Tokens and the gradients of their outputs."""

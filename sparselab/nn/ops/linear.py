@@ -26,6 +26,7 @@ from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_d
 from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
 from sparselab.nn.ops.inputs.sparse import dense_chunks
+from sparselab.nn.ops.inputs.tokens import check_sparse
 from sparselab.nn.ops.leaves import leaf_of, shown_form
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
@@ -189,6 +190,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) ->
     """
     if not is_plain(x, values, bias):
         if x.layout is not torch.strided and not x.is_nested:
+            check_sparse(x)
             return _sparse_input(x, values, bias, layer.storage.topology(layer))
         indptr, indices, sizes, layout = layer.storage.arguments(layer)
         if is_transformed():

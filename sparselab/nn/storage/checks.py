@@ -13,6 +13,7 @@ from torch import Tensor
 from sparselab.kernels.arrays import check_fraction
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.checks import ACCEPTED
+from sparselab.nn.ops.inputs.tokens import refuse_strided_nested
 from sparselab.nn.ops.products import has_products
 from sparselab.nn.ops.tracing import has_memory
 
@@ -21,7 +22,11 @@ def check_tokens(x: Tensor, values: Tensor, in_features: int) -> Tensor:
     """x (..., in_features); errors as of `SparseLinear`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(x).__name__}")
-    shape, dtype = x.shape, x.dtype
+    try:
+        shape, dtype = x.shape, x.dtype
+    except RuntimeError:
+        refuse_strided_nested(x)
+        raise
     fits = shape and shape[-1] == in_features and dtype is values.dtype and dtype in ACCEPTED
     if fits and x.is_cpu and values.is_cpu:
         return x
@@ -76,6 +81,7 @@ def check_input(x: Tensor, values: Tensor) -> Tensor:
 
 def check_width(x: Tensor, in_features: int) -> None:
     """Raise RuntimeError unless x is (..., in_features)."""
+    refuse_strided_nested(x)
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise RuntimeError(f"input must have shape (..., in_features={in_features}), got {tuple(x.shape)}")
 

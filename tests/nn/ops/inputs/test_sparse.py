@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparselab import BlockSparseLinear, FanInLinear, MaskedLinear, RigL, SparseLinear
+from sparselab import (
+    BlockSparseLinear,
+    FanInLinear,
+    MaskedLinear,
+    RigL,
+    SparseLinear,
+    TiedLinear,
+    TransposedLinear,
+)
 from sparselab.nn.ops.inputs import sparse
 
 F64 = torch.float64
@@ -19,6 +27,26 @@ KINDS: dict[str, Any] = {
     "fan_in": lambda: FanInLinear(12, 7, fan_in=3, dtype=F64),
     "block": lambda: BlockSparseLinear(12, 7, sparsity=0.5, block_shape=(2, 4), dtype=F64),
 }
+#: And layers that share a weight, or simulate sparsity.
+ALL_KINDS: dict[str, Any] = {
+    **KINDS,
+    "tied": lambda: TiedLinear(SparseLinear(12, 7, sparsity=0.6, dtype=F64)),
+    "transposed": lambda: TransposedLinear(SparseLinear(7, 12, sparsity=0.6, dtype=F64)),
+    "tied to blocks": lambda: TiedLinear(
+        BlockSparseLinear(12, 7, sparsity=0.5, block_shape=(2, 4), dtype=F64)
+    ),
+    "masked": lambda: MaskedLinear(12, 7, sparsity=0.6, dtype=F64),
+    "tied to masked": lambda: TiedLinear(MaskedLinear(12, 7, sparsity=0.6, dtype=F64)),
+    "transposed masked": lambda: TransposedLinear(MaskedLinear(7, 12, sparsity=0.6, dtype=F64)),
+}
+
+
+def trained(layer: Any) -> list[Any]:
+    """The Parameters that an output depends on; those of a shared layer are not among the module's own."""
+    shared = [layer.layer.stored] if isinstance(layer, TiedLinear) else []
+    return [*layer.parameters(), *shared]
+
+
 LAYOUTS: dict[str, Any] = {
     "coo": lambda x: x.to_sparse(),
     "doubled coo": lambda x: torch.sparse_coo_tensor(
@@ -98,28 +126,60 @@ def test_what_a_sparse_input_has_not_is_refused() -> None:
         layer(bag(4).float().to_sparse())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_jagged_tensor_stays_jagged(kind: str) -> None:
-    layer = KINDS[kind]()
+    layer = ALL_KINDS[kind]()
     parts = [torch.randn(n, 12, dtype=F64) for n in (3, 1, 4)]
     x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
     y = layer(x)
     assert y.is_nested
     for found, part in zip(y.unbind(), parts, strict=True):
         torch.testing.assert_close(found, layer(part))
-    layer.zero_grad()
     y.values().square().sum().backward()
     together = torch.cat(parts).requires_grad_()
-    gradients = [each.grad.clone() for each in layer.parameters()]
-    layer.zero_grad()
+    gradients = [each.grad.clone() for each in trained(layer)]
+    for each in trained(layer):
+        each.grad = None
     layer(together).square().sum().backward()
-    torch.testing.assert_close(gradients, [each.grad for each in layer.parameters()])
+    torch.testing.assert_close(gradients, [each.grad for each in trained(layer)])
     torch.testing.assert_close(x.grad.values(), together.grad)
 
 
-def test_another_nested_layout_is_refused() -> None:
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_kind_takes_sparse_matrices(kind: str, layout: str) -> None:
+    layer, x = ALL_KINDS[kind](), bag(5)
+    gradients = []
+    for each in (x, LAYOUTS[layout](x)):
+        y = layer(each)
+        torch.testing.assert_close(y, layer(x))
+        y.square().sum().backward()
+        gradients.append([parameter.grad for parameter in trained(layer)])
+        for parameter in trained(layer):
+            parameter.grad = None
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_sparse_vector_is_multiplied_as_the_dense_one(kind: str) -> None:
+    layer, x = ALL_KINDS[kind](), bag(1)[0]
+    torch.testing.assert_close(layer(x.to_sparse()), layer(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ALL_KINDS if "transposed" not in kind and "masked" not in kind]
+)
+def test_sparse_tensors_that_are_no_matrices_of_numbers_are_refused(kind: str) -> None:
+    layer = ALL_KINDS[kind]()
+    for x in (bag(6).reshape(2, 3, 12).to_sparse(), bag(6).to_sparse(1)):
+        with pytest.raises(RuntimeError, match="input must be a vector or a matrix of numbers"):
+            layer(x)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_another_nested_layout_is_refused(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls it a prototype
         x = torch.nested.nested_tensor([torch.ones(2, 12, dtype=F64)], layout=torch.strided)
-        with pytest.raises(RuntimeError):
-            KINDS["sparse"]()(x)
+        with pytest.raises(RuntimeError, match="input must be jagged if it is nested"):
+            ALL_KINDS[kind]()(x)
