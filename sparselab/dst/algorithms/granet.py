@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from sparselab.dst.budget.targets import Budget, Exchange, Prune
-from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
+from sparselab.dst.budget.targets import Budget, Exchange, Prune, annealed
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import DropScore, lowest, lowest_of_network
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.redistribute import Redistribution

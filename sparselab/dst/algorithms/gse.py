@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sparselab.dst.budget.targets import Exchange
+from sparselab.dst.budget.targets import Exchange, annealed
 from sparselab.dst.engine.describe import setting
-from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import DropScore
 from sparselab.dst.parts.grow_sampled import SampledGradientGrowth, Sampler
 from sparselab.dst.parts.grown import GrownValue

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from sparselab.dst.budget.targets import Exchange
-from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
+from sparselab.dst.budget.targets import Exchange, annealed
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.drop import DropScore
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.grown import GrownValue

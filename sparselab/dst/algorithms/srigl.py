@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparselab.dst.budget.targets import Exchange, by_rows
+from sparselab.dst.budget.targets import Exchange, annealed, by_rows
 from sparselab.dst.checks import require_finite
 from sparselab.dst.engine.describe import setting
-from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm, annealed
+from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 from sparselab.dst.parts.dense_gradient import GradientSummary, summarise
 from sparselab.dst.parts.drop import Scores, lowest
 from sparselab.dst.parts.grow import GradientGrowth

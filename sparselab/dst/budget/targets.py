@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sparselab.dst.checks import require_finite
 from sparselab.dst.part import Part
-from sparselab.dst.schedules.schedule import ConstantSchedule, Schedule, as_schedule
+from sparselab.dst.schedules.schedule import ConstantSchedule, CosineSchedule, Schedule, as_schedule
+from sparselab.dst.schedules.when import UpdateSchedule, when_to_update
 from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import SparseLayer
 
@@ -208,3 +210,31 @@ def check_count(layer: SparseLayer, sparsity: float | Schedule | None) -> None:
             f"but it has {layer.nnz} (sparsity {layer.sparsity:.6g}). An algorithm keeps the number of "
             f"connections: build the layer with that sparsity, or pass sparsity=None to keep each layer's own"
         )
+
+
+def annealed(
+    drop_fraction: float | Schedule | Callable[[int], float],
+    update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None,
+    stop: int | None,
+) -> float | Schedule | Callable[[int], float]:
+    """A number as the cosine that falls from it to 0 at the horizon, if there is one; else what was given.
+
+    Parameters
+    ----------
+    drop_fraction : float, Schedule or callable
+    update, stop
+        As an algorithm takes them: either may say where the horizon is.
+
+    Examples
+    --------
+    >>> annealed(0.3, None, 750)
+    CosineSchedule(init=0.3, stop=750, minimum=0.0)
+    >>> annealed(0.3, None, None)
+    0.3
+    """
+    _, stop = when_to_update(None, update, stop)
+    schedule = as_schedule(drop_fraction, "drop_fraction")
+    if stop and isinstance(schedule, ConstantSchedule):
+        Exchange(None, schedule)
+        return CosineSchedule(schedule.value, stop)
+    return drop_fraction

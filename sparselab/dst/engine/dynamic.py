@@ -24,7 +24,7 @@ from sparselab.dst.parts.grow import Growth, RandomGrowth
 from sparselab.dst.parts.grown import GrownValue, as_grown_value, check_grown_state
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import Selection, UpdateContext, as_selection
-from sparselab.dst.schedules.schedule import ConstantSchedule, CosineSchedule, Schedule, as_schedule
+from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule, when_to_update
 from sparselab.dst.view import LayerUpdate, LayerView, UpdateReport
 from sparselab.kernels.arrays import Array
@@ -32,6 +32,9 @@ from sparselab.nn.follow.state_move import GrownState, StateMove
 from sparselab.nn.layers.base import SparseLayer
 
 UpdateHook = Callable[["DynamicSparsityAlgorithm"], None]
+
+#: Why layers may be left alone for good.
+_EXPECTED = "", "frozen", "finished"
 
 
 class DynamicSparsityAlgorithm(SparsityAlgorithm):
@@ -307,6 +310,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         for update in self.selection.select(self.context(active)) if active else ():
             index = update.view.index
             reports[index] = self._rewire(update, moves[index])
+        _warn_if_stuck(type(self).__name__, self.last_update or (), reports)
         self.last_update = tuple(reports)
 
     def context(self, views: Sequence[LayerView]) -> UpdateContext:
@@ -371,29 +375,12 @@ class _MostGrowth:
         return _MostGrowth(copy.deepcopy(self._algorithm, memo), self._step)
 
 
-def annealed(
-    drop_fraction: float | Schedule | Callable[[int], float],
-    update: Mapping[str, Any] | Sequence[int] | UpdateSchedule | None,
-    stop: int | None,
-) -> float | Schedule | Callable[[int], float]:
-    """A number as the cosine that falls from it to 0 at the horizon, if there is one; else what was given.
-
-    Parameters
-    ----------
-    drop_fraction : float, Schedule or callable
-    update, stop
-        As an algorithm takes them: either may say where the horizon is.
-
-    Examples
-    --------
-    >>> annealed(0.3, None, 750)
-    CosineSchedule(init=0.3, stop=750, minimum=0.0)
-    >>> annealed(0.3, None, None)
-    0.3
-    """
-    _, stop = when_to_update(None, update, stop)
-    schedule = as_schedule(drop_fraction, "drop_fraction")
-    if stop and isinstance(schedule, ConstantSchedule):
-        Exchange(None, schedule)
-        return CosineSchedule(schedule.value, stop)
-    return drop_fraction
+def _warn_if_stuck(name: str, before: Sequence[UpdateReport], now: Sequence[UpdateReport]) -> None:
+    """Warn if two updates, one after the other, have left alone every layer that is trained."""
+    reasons = [report.skipped for report in now if report.skipped not in _EXPECTED]
+    if reasons and before and all(report.skipped for report in (*before, *now)):
+        warnings.warn(
+            f"{name} has rewired no layer at its last two updates: {reasons[0]}. `last_update` tells of each "
+            "layer; growth by gradient looks at what backward() adds to .grad between two optimizer steps",
+            stacklevel=2,
+        )

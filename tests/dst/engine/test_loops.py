@@ -311,6 +311,32 @@ def test_a_gradient_that_was_put_there_between_two_passes_is_not_guessed():
     assert algorithm.last_update[0].skipped == "part of the gradient was put there by hand"
 
 
+def test_an_algorithm_that_rewires_nothing_for_two_updates_says_so():
+    layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
+    layer.apply(algorithm := RigL(update_freq=1))
+
+    def by_hand(step):
+        (layer.weight_values.grad,) = torch.autograd.grad(loss_of(layer, step), layer.weight_values)
+        algorithm.step()
+
+    by_hand(0)
+    with pytest.warns(UserWarning, match="RigL has rewired no layer at its last two updates: part of"):
+        by_hand(1)
+    layer.zero_grad()
+    loss_of(layer, 2).backward()
+    algorithm.step()
+    assert not algorithm.last_update[0].skipped
+    by_hand(3)  # one alone is no reason
+
+
+def test_a_model_that_is_frozen_is_left_alone_in_silence():
+    layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64).requires_grad_(False)
+    layer.apply(algorithm := RigL(update_freq=1))
+    for _ in range(3):
+        algorithm.step()
+    assert algorithm.last_update[0].skipped == "frozen"
+
+
 def test_an_algorithm_that_is_driven_by_an_optimizer_within_the_backward_pass():
     """The optimizer's hook comes first, then the algorithm's: the layer is rewired inside the pass."""
     torch.manual_seed(0)
