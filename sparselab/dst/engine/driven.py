@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.optim.optimizer import Optimizer
 
 from sparselab.dst.optimizers import held_ids
 from sparselab.nn.layers.base import SparseLayer
+
+Self = TypeVar("Self", bound="Driven")
 
 
 class StepHandle:
@@ -58,6 +60,28 @@ class Driven:
     """
 
     handle: StepHandle | None = None
+
+    @property
+    def layers(self) -> tuple[SparseLayer, ...]:
+        """The attached layers."""
+        raise NotImplementedError
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """A copy that drives the copies of the layers."""
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.layers:
+            raise TypeError(
+                f"a {type(self).__name__} must not be attached when it is pickled or copied by itself: what "
+                "it drives would not come along. Save its state_dict(), beside those of the model and the "
+                "optimizer, and load it into a new one; copy all three by copy.deepcopy((model, optimizer, "
+                "algorithm))"
+            )
+        return super().__reduce_ex__(protocol)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -54,8 +54,13 @@ class OptimizerTracker:
         self._within = self._finished = False
         self._stepped = _Stepped()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # No pickle takes weak references, so they are left out where there are none.
+        return {name: value for name, value in self.__dict__.items() if name not in _WEAK or value}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Hooks call the tracker that they were made for; a copy asks for its own.
+        self.__dict__.update({name: make() for name, make in _WEAK.items()})
         self.__dict__.update(state, _watching=False, _within=False, _finished=False)
         if state["_watching"]:
             self.watch()
@@ -184,6 +189,10 @@ class OptimizerTracker:
             If some optimizer keeps state for ``layer.stored`` that is not one entry per entry.
         """
         return StateMove(layer, self._optimizers)
+
+
+#: Attributes of a tracker that refer weakly.
+_WEAK: dict[str, Any] = {"_optimizers": weakref.WeakKeyDictionary, "_looked_at": weakref.WeakSet}
 
 
 class _Stepped(threading.local):

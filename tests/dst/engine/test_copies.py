@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 
 import pytest
 import torch
@@ -82,3 +84,31 @@ def test_layers_are_free_once_their_algorithm_is_gone(name, done):
     gc.collect()
     model.apply(algorithm := SET(update_freq=1))
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), algorithm, 1, 2)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_algorithm_without_a_model_goes_through_a_pickle(name):
+    row = ROWS[name]
+    threes = []
+    for way in (lambda algorithm: algorithm, lambda algorithm: pickle.loads(pickle.dumps(algorithm))):
+        model = row.prepare(build("real", sparsity=row.start))
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        model.apply(algorithm := way(row.make()))
+        train(model, optimizer, algorithm, 1, 15)
+        threes.append((model, optimizer, algorithm))
+    (model, optimizer, algorithm), twins = threes
+    assert_same_state(model, optimizer, *twins[:2])
+    assert repr(algorithm) == repr(twins[2])
+
+
+@pytest.mark.parametrize("make", [lambda: RigL(update_freq=7), lambda: Group({"*": SET(update_freq=7)})])
+@pytest.mark.parametrize(
+    "way", [pickle.dumps, copy.copy, lambda algorithm: torch.save([algorithm], io.BytesIO())]
+)
+def test_an_attached_algorithm_is_not_pickled_or_copied_by_itself(make, way):
+    model, algorithm = build("real"), make()
+    algorithm.attach(model)
+    with pytest.raises(TypeError, match=r"must not be attached when it is pickled or copied.*state_dict"):
+        way(algorithm)
+    algorithm.detach()
+    way(algorithm)
