@@ -240,6 +240,11 @@ class CompressedLayer(SparseLayer):
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             return
+        if loaded is None and strict and prefix + "weight" in state_dict:
+            error_msgs.append(
+                f"{prefix}weight is that of a dense layer, which says nothing of connections: load "
+                "the state into the dense model and sparsify that"
+            )
         with connections_replaced(self):
             if loaded is not None:
                 state_dict = storage.load(self, {**state_dict}, prefix, loaded)

@@ -46,9 +46,16 @@ def refuse(func: Any) -> NoReturn:
 
 def refuse_named(name: str) -> NoReturn:
     """As `refuse`, by name."""
+    # What torch.nn.Module and torch.nn.utils.prune ask of what they assign or prune.
+    more = (
+        "; another layer shares the weight as TiedLinear(layer), and sparselab.prune removes connections"
+        if name == "torch.Tensor.type"
+        else ""
+    )
     raise TypeError(
         f"{name} must be given a dense tensor, got the weight of a sparse layer: write "
         "layer.weight.to_dense() for the dense matrix, or layer.weight_values for the live weights alone"
+        f"{more}"
     )
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
-from sparselab import SparseLinear
+from sparselab import BlockSparseLinear, FanInLinear, SparseLinear
 from sparselab.nn.ops import linear as functional
 
 
@@ -153,3 +155,24 @@ def test_a_layer_without_topology_yet_is_refused() -> None:
 def test_from_dense_names_a_wrong_layer() -> None:
     with pytest.raises(TypeError, match=r"linear must be a torch.nn.Linear, got Conv2d"):
         SparseLinear.from_dense(torch.nn.Conv2d(1, 1, 1), 0.5)
+
+
+@pytest.mark.parametrize("kind", [SparseLinear, FanInLinear, BlockSparseLinear])
+def test_the_state_of_a_dense_layer_is_told_from_a_damaged_one(kind: Any) -> None:
+    model = nn.Sequential(nn.ReLU(), kind(8, 8))
+    before = model[1].positions()
+    with pytest.raises(RuntimeError, match=r"1\.weight is that of a dense layer.*sparsify"):
+        model.load_state_dict(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)).state_dict())
+    assert torch.equal(model[1].positions(), before)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer: setattr(nn.Linear(8, 8), "weight", layer.weight),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    ],
+)
+def test_sharing_and_pruning_by_torch_name_what_to_use(use: Any) -> None:
+    with pytest.raises(TypeError, match=r"TiedLinear\(layer\).*sparselab\.prune"):
+        use(SparseLinear(8, 8))
