@@ -64,6 +64,43 @@ def test_products_by_torch_are_right_where_its_kernels_for_channels_last_are_not
     assert float(run_python("-c", PROGRAM, json.dumps([layer, calls]))) < 1e-5
 
 
+RANDOM = """
+import sys
+import numpy as np
+import torch
+from sparselab.nn.ops.conv.dense import dense_products
+from sparselab.nn.ops.conv.geometry import Geometry
+
+rng, worst = np.random.default_rng(0), 0.0
+torch.manual_seed(0)
+pair = lambda *choices: tuple(int(each) for each in rng.choice(choices, 2))
+for _ in range(int(sys.argv[1])):
+    groups, inputs, outputs, n = (
+        int(rng.choice(each)) for each in ((1, 1, 3), (1, 2, 3, 5, 8, 20), (1, 2, 4, 9, 16), (1, 2, 5, 8))
+    )
+    kernel, stride, padding, dilation = pair(1, 1, 2, 3, 5), pair(1, 2, 3), pair(0, 1, 2), pair(1, 1, 2)
+    size = tuple(d * (k - 1) + 1 + int(rng.integers(12)) for d, k in zip(dilation, kernel))
+    geometry = Geometry(groups * inputs, groups, kernel, stride, padding, dilation)
+    x = torch.randn(n, groups * inputs, *size).to(memory_format=torch.channels_last)
+    W, bias = torch.randn(groups * outputs, inputs, *kernel), torch.randn(groups * outputs)
+    dy = torch.randn(n, groups * outputs, *geometry.outputs(size)).to(memory_format=torch.channels_last)
+    products = dense_products(geometry, size)
+    wide = [each.double() for each in (x, W, bias, dy)]
+    for make in (
+        lambda x, W, bias, dy: products.product(x, W, bias),
+        lambda x, W, bias, dy: products.input_grad(dy, W),
+        lambda x, W, bias, dy: products.weight_grad(dy, x),
+    ):
+        got, right = make(x, W, bias, dy).double(), make(*wide)
+        worst = max(worst, float((got - right).abs().max() / (1 + right.abs().max())))
+print(worst)
+"""
+
+
+def test_products_by_torch_are_right_for_any_geometry_in_channels_last() -> None:
+    assert float(run_python("-c", RANDOM, "1500")) < 1e-5
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, 3, 1, 1), (2, 3, 4, 1), (1, 1, 1, 1), (0, 3, 2, 2)])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_images_come_to_the_strides_of_c_order(shape: Any, format: torch.memory_format) -> None:
