@@ -34,7 +34,7 @@ from sparselab.nn.layers.base import SparseLayer
 UpdateHook = Callable[["DynamicSparsityAlgorithm"], None]
 
 #: Why layers may be left alone for good.
-_EXPECTED = "", "frozen", "finished"
+_EXPECTED = "frozen", "finished"
 
 
 class DynamicSparsityAlgorithm(SparsityAlgorithm):

@@ -42,6 +42,18 @@ def leaf_of(node: Any, operand: int) -> Tensor | None:
     return None
 
 
+def may_be_shown(node: Any, operand: int, topology: Any) -> bool:
+    """Whether some hook wants to see the operands of the gradient by the values, and may.
+
+    Parameters
+    ----------
+    node, operand
+        As of `leaf_of`: where the values are.
+    topology : TensorTopology
+    """
+    return bool(topology.is_watched and topology.is_trained(leaf_of(node, operand)))
+
+
 def shown_form(node: Any, operand: int, form: Form, indptr: Tensor, indices: Tensor) -> Form:
     """The form for the backward pass of a node, of which that operand is the layer's values.
 

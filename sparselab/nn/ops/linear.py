@@ -27,7 +27,7 @@ from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
 from sparselab.nn.ops.inputs.sparse import dense_chunks
 from sparselab.nn.ops.inputs.tokens import check_sparse
-from sparselab.nn.ops.leaves import leaf_of, shown_form
+from sparselab.nn.ops.leaves import may_be_shown, shown_form
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
 from sparselab.nn.ops.tracing import is_plain, is_transformed
@@ -248,8 +248,7 @@ class SparseLinearFunction(torch.autograd.Function):
         needs_x, needs_values, needs_bias, _ = ctx.needs_input_grad
         dx = input_grad(topology, grad, values) if needs_x else None
         if needs_values:
-            is_shown = topology.is_watched and topology.is_trained(leaf_of(ctx, 1))
-            dvalues, dbias = values_grad(topology, grad, x, needs_bias, is_shown)
+            dvalues, dbias = values_grad(topology, grad, x, needs_bias, may_be_shown(ctx, 1, topology))
             return dx, dvalues, dbias if needs_bias else None, None
         return dx, None, grad.sum(0) if needs_bias else None, None
 
@@ -283,11 +282,12 @@ class SparseInputFunction(torch.autograd.Function):
         """The gradients by values and bias that are asked for."""
         topology = ctx.topology
         topology.require_unchanged()
-        dvalues, is_shown = None, topology.is_trained(leaf_of(ctx, 1))
+        dvalues = None
         if ctx.needs_input_grad[1]:
+            shown = may_be_shown(ctx, 1, topology)
             dvalues = grad.new_zeros(topology.values_shape)
             for rows, chunk in dense_chunks(ctx.x):
-                dvalues += values_grad(topology, grad[rows], chunk, False, is_shown)[0]
+                dvalues += values_grad(topology, grad[rows], chunk, False, shown)[0]
         return None, dvalues, grad.sum(0) if ctx.needs_input_grad[2] else None, None
 
 

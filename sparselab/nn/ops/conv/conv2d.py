@@ -19,7 +19,7 @@ from sparselab.nn.ops.conv.operands import ConvolutionOperands
 from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_derivatives
 from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
-from sparselab.nn.ops.leaves import leaf_of, shown_form
+from sparselab.nn.ops.leaves import may_be_shown, shown_form
 from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.operands import is_of_graph
 from sparselab.nn.ops.products import find_products
@@ -255,10 +255,9 @@ class SparseConv2dFunction(torch.autograd.Function):
             return *product_gradients(needs, grad, (x, values), topology.tensors, form), None, None
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dx = input_grad(topology, grad, values, geometry, size) if needs_x else None
-        dvalues = None
-        if needs_values:
-            is_shown = topology.is_watched and topology.is_trained(leaf_of(ctx, 1))
-            dvalues = values_grad(topology, grad, x, geometry, is_shown)
+        dvalues = (
+            values_grad(topology, grad, x, geometry, may_be_shown(ctx, 1, topology)) if needs_values else None
+        )
         return dx, dvalues, grad.sum((0, 2, 3)) if needs_bias else None, None, None
 
 
