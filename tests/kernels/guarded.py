@@ -22,6 +22,9 @@ from sparselab.kernels.cpu.bsr import spmm as block_spmm
 from sparselab.kernels.cpu.csr import sddmm_dw as row_sddmm_dw
 from sparselab.kernels.cpu.csr import skinny as row_skinny
 from sparselab.kernels.cpu.csr import spmm as row_spmm
+from sparselab.kernels.cpu.csr.lookup import add_up, look_up
+from sparselab.kernels.cpu.csr.plan import transpose_plan
+from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
 from tests.guards import guarded, room
 
@@ -81,6 +84,29 @@ def run(drawn: SparseMatrix, topologies: list[Topology], tokens: int, order: str
         np.testing.assert_array_equal(out, right)
 
 
+def run_by_number(shape: tuple[int, int], tokens: int, dtype: Any, sparsity: float, front: bool) -> None:
+    """Products that read rows or columns of W by a number from outside: look-ups and sparse tokens."""
+    rng = np.random.default_rng(0)
+    (rows, columns), W = shape, PaddedCSR.random(shape, sparsity, 0, dtype=dtype)
+    numbers, dy = rng.integers(0, rows, tokens), rng.standard_normal((tokens, rows)).astype(dtype)
+    starts = np.concatenate([[0], np.cumsum(rng.integers(0, 4, tokens))])
+    entries = rng.standard_normal(starts[-1]).astype(dtype)
+    x = SparseTokens(starts, rng.integers(0, columns, len(entries)), entries)
+    dx, bias = rng.standard_normal((tokens, columns)).astype(dtype), np.ones(rows, dtype)
+    plan = transpose_plan(W.topology)
+    calls: list[tuple[Callable[..., None], tuple[Any, ...], int]] = [
+        (look_up, (numbers, W.indptr, W.indices, W.values, columns), tokens * columns),
+        (add_up, (numbers, W.indptr, W.indices, dx.reshape(-1), columns), len(W.values)),
+        (multiply_sparse, (x, W.values, plan, bias), tokens * rows),
+        (sample_sparse, (x, plan, dy.reshape(-1), rows), len(W.values)),
+    ]
+    for product, operands, size in calls:
+        right, out = np.zeros(size, dtype), guarded(np.zeros(size, dtype), front=front)
+        product(*operands, right)
+        product(*(guard_plan(each, front) for each in operands), out)
+        np.testing.assert_array_equal(out, right)
+
+
 def main(side: str, overrun: bool) -> None:
     front = side == "front"
     if overrun:
@@ -92,6 +118,8 @@ def main(side: str, overrun: bool) -> None:
     ):
         rows = PaddedCSR.random(shape, sparsity, 0, dtype=dtype)
         run(rows, [rows.topology], tokens, order, front)
+        if order == "C":
+            run_by_number(shape, tokens, dtype, sparsity, front)
     for shape, tokens, dtype, order, block in itertools.product(
         SIZES, BLOCK_TOKENS, (np.float32, np.float64), "CF", BLOCKS
     ):

@@ -2,8 +2,9 @@
 
 Averages of weights, target networks and the like are written for dense layers: they go through the parameters
 of two models and mix entry with entry. That is right while both layers have the same connections, and a wrong
-number without any sign once one of them was rewired. So a copy remembers its origin, and looks, before it
-computes, whether that has happened to it.
+number without any sign once one of them was rewired. So a copy remembers its origin, which tells it before it
+is rewired. Before the copy computes, or is saved, copied or made dense, it looks whether its weights were
+written to since.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sparselab.nn.follow.optimizers import optimizers_of
 _ADVICE = (
     "an average by slots is wrong once connections differ. Average with sparselab.soft_update, "
     "sparselab.average or sparselab.AveragedModel, which go by position. If all of this was meant, tell the "
-    "layer so: layer.load_state_dict(layer.state_dict())"
+    "layer so: layer.forget_origin()"
 )
 
 
@@ -35,7 +36,9 @@ class Origin:
     """
 
     def __init__(self, copy: Any, layer: Any) -> None:
-        self._layer = weakref.ref(layer)
+        self._layer, self._copy = weakref.ref(layer), weakref.ref(copy)
+        alive = [each for each in layer.storage.copies if each() is not None]
+        layer.storage.copies = [*alive, weakref.ref(self)]
         self.settle(copy)
 
     def settle(self, copy: Any) -> None:
@@ -44,8 +47,14 @@ class Origin:
         self._seen = None if layer is None else layer.storage.stamp(layer)
         self._own = copy.storage.stamp(copy)
         self._checksum = _checksum(copy)
-        #: Of the weights, since the origin has other connections.
+        #: Of the weights, when the origin got other connections.
         self._weights: int | None = None
+
+    def foresee(self) -> None:
+        """Note the weights of the copy, because the layer is about to get other connections."""
+        copy = self._copy()
+        if copy is not None and self._weights is None and copy.storage.origin is self:
+            self._weights = _hash(copy.stored)
 
     def check(self, copy: Any) -> None:
         """Raise RuntimeError if the weights of the copy were mixed with those of other connections."""

@@ -145,6 +145,7 @@ class CompressedLayer(SparseLayer):
     def _dense_twin(self) -> Any:
         """A dense layer with the same outputs, mode and trainability."""
         refuse_to_lose(self, "to_dense", self.tensor_names)
+        self.storage.check_origin(self)
         settings = {name: getattr(self, name) for name in self.settings}
         values = self.in_use
         new: Any = self.dense_type(**settings, bias=self.bias is not None, device="meta", dtype=values.dtype)
@@ -185,6 +186,14 @@ class CompressedLayer(SparseLayer):
             self.topology().keep_forward()
         return self
 
+    def forget_origin(self) -> None:
+        """Let the layer be no copy of another one any more, from here on.
+
+        Else, once that one has other connections, changes of this one's weights in place are taken for a
+        wrong average of both and refused.
+        """
+        self.storage.origin = None
+
     def use_measured(self, measured: Measured | None) -> None:
         """Let forward passes go by what was measured, as long as the density stays; None: by the rule."""
         self.storage.measured = measured
@@ -204,6 +213,7 @@ class CompressedLayer(SparseLayer):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
+        self.storage.check_origin(self)
         state = super().__getstate__()
         if self.indices.dtype == torch.uint16:
             # pickle cannot load a uint16 tensor (torch.save can), so the columns travel as int16 bits.
@@ -217,6 +227,7 @@ class CompressedLayer(SparseLayer):
             self.indices = self.indices.view(torch.uint16)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.storage.check_origin(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self.storage.save(self, destination, prefix)
 

@@ -40,8 +40,8 @@ class LinearLayer(CompressedLayer):
         input : (..., in_features), the dtype of `weight_values`
             Under CPU autocast any floating dtype; the product is then computed in the dtype of
             `weight_values`, and returned in that of autocast, unless it is float64. Also a sparse vector or
-            matrix (COO, CSR, ...), of which 8 MiB of rows are made dense at a time, again in the backward
-            pass, and which gets no gradient; or a jagged nested tensor.
+            matrix (COO, CSR, ...), which gets no gradient: its stored entries alone are multiplied where that
+            is faster, else 8 MiB of its rows are made dense at a time. Or a jagged nested tensor.
 
         Returns
         -------

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparselab.kernels.layouts.topology import Topology
 from sparselab.nn.ops.cpu.variants import Measured, Variant
+from sparselab.nn.ops.inputs.sparse import TokenRows
 
 
 class OnTensors(Protocol):
@@ -78,3 +79,16 @@ class LookupProducts(Protocol):
 
     def values_grad(self, topology: OnTensors, grad: Tensor, tokens: Tensor) -> Tensor:
         """``sum_t dy[t, j]`` over the tokens with the number i, at each connection (i, j)."""
+
+
+class SparseInputProducts(Protocol):
+    """Products of linear layers with sparse tokens, by their stored entries; operands have been checked."""
+
+    def pays(self, rows: TokenRows) -> bool:
+        """Whether that is faster than dense chunks of the tokens."""
+
+    def product(self, topology: OnTensors, values: Tensor, rows: TokenRows, bias: Tensor | None) -> Tensor:
+        """``x W^T + b``, (tokens, rows)."""
+
+    def values_grad(self, topology: OnTensors, grad: Tensor, rows: TokenRows) -> Tensor:
+        """``sum_t dy[t, i] x[t, j]`` at the connections, shaped as the values."""

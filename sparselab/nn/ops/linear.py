@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparselab.nn.ops.checks import (
     DTYPES,
@@ -25,7 +24,7 @@ from sparselab.nn.ops.checks import (
 from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_derivatives
 from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
-from sparselab.nn.ops.inputs.sparse import dense_chunks
+from sparselab.nn.ops.inputs.product import product_of_sparse
 from sparselab.nn.ops.inputs.tokens import check_sparse
 from sparselab.nn.ops.leaves import may_be_shown, shown_form
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
@@ -191,7 +190,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) ->
     if not is_plain(x, values, bias):
         if x.layout is not torch.strided and not x.is_nested:
             check_sparse(x)
-            return _sparse_input(x, values, bias, layer.storage.topology(layer))
+            return product_of_sparse(x, values, bias, layer.storage.topology(layer))
         indptr, indices, sizes, layout = layer.storage.arguments(layer)
         if is_transformed():
             return transformed_product(x, values, bias, (indptr, indices), LinearForm(sizes, layout))
@@ -251,44 +250,6 @@ class SparseLinearFunction(torch.autograd.Function):
             dvalues, dbias = values_grad(topology, grad, x, needs_bias, may_be_shown(ctx, 1, topology))
             return dx, dvalues, dbias if needs_bias else None, None
         return dx, None, grad.sum(0) if needs_bias else None, None
-
-
-def _sparse_input(x: Tensor, values: Tensor, bias: Tensor | None, topology: TensorTopology) -> Tensor:
-    """`product` of a sparse matrix of tokens, with gradients by values and bias."""
-    if x.requires_grad:
-        raise RuntimeError(
-            f"input must not require a gradient if it is sparse, got one of layout {x.layout} that does; "
-            "give the layer input.to_dense()"
-        )
-    y: Tensor = SparseInputFunction.apply(x, values, bias, topology)  # type: ignore[no-untyped-call]
-    return y
-
-
-class SparseInputFunction(torch.autograd.Function):
-    """As `SparseLinearFunction`, for a sparse x; chunks of its rows are made dense, one after the other."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, topology: TensorTopology) -> Tensor:
-        """The product; x is kept as it is."""
-        ctx.x, ctx.topology = x, topology
-        y = values.new_empty(x.shape[0], topology.shape[0])
-        for rows, chunk in dense_chunks(x):
-            y[rows] = product(topology, chunk, values, bias)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """The gradients by values and bias that are asked for."""
-        topology = ctx.topology
-        topology.require_unchanged()
-        dvalues = None
-        if ctx.needs_input_grad[1]:
-            shown = may_be_shown(ctx, 1, topology)
-            dvalues = grad.new_zeros(topology.values_shape)
-            for rows, chunk in dense_chunks(ctx.x):
-                dvalues += values_grad(topology, grad[rows], chunk, False, shown)[0]
-        return None, dvalues, grad.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 @torch.library.custom_op("sparselab::linear", mutates_args=())

@@ -1,4 +1,4 @@
-"""Which code computes products on tensors: by family (linear, conv2d, lookup), layout and device."""
+"""Which code computes products on tensors: by family (linear, conv2d, ...), layout and device."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _products: dict[tuple[str, str, str], Any] = {
     ("linear", "bsr", "cpu"): "sparselab.nn.ops.cpu.bsr",
     ("conv2d", "csr", "cpu"): "sparselab.nn.ops.cpu.convolution",
     ("lookup", "csr", "cpu"): "sparselab.nn.ops.cpu.lookup",
+    ("sparse_input", "csr", "cpu"): "sparselab.nn.ops.cpu.sparse_input",
 }
 
 
@@ -27,12 +28,12 @@ def register_products(family: str, layout: str, device: str, products: Any) -> N
 
     Parameters
     ----------
-    family : {"linear", "conv2d", "lookup"}
+    family : {"linear", "conv2d", "lookup", "sparse_input"}
     layout : str
         `sparselab.kernels.layouts.topology.Topology.layout`.
     device : str
         ``torch.device.type``: "cpu", "cuda", ...
-    products : LinearProducts, ConvolutionProducts, LookupProducts or str
+    products : LinearProducts, ConvolutionProducts, LookupProducts, SparseInputProducts or str
         The object, or the module to import when it is first needed.
 
     Raises
@@ -54,6 +55,11 @@ def unregister_products(family: str, layout: str, device: str) -> None:
 def has_products(device: str) -> bool:
     """Whether anything is computed on that type of device; on "meta", shapes are."""
     return device in ("cpu", "meta") or any(key[2] == device for key in _products)
+
+
+def has_family(family: str, layout: str, device: str) -> bool:
+    """Whether something was registered for that family, layout and type of device."""
+    return (family, layout, device) in _products
 
 
 def find_products(family: str, layout: str, device: str) -> Any:

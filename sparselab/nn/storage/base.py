@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -39,6 +40,8 @@ class Storage(abc.ABC):
         Called with the old slot of each new slot when connections have been replaced other than by `rewrite`.
     origin : Origin or None
         What the layer was copied from, where an average by slots must be told from one by positions.
+    copies : list of weak references to Origin
+        Of the layers that were copied from this one.
     """
 
     #: Name of the Parameter that holds the weights, and of all tensors that a saved state has of W.
@@ -54,6 +57,16 @@ class Storage(abc.ABC):
         self.measured: Measured | None = None
         self.follower: Callable[[Tensor], None] | None = None
         self.origin: Any = None
+        self.copies: list[weakref.ref[Any]] = []
+
+    def foresee_change(self) -> None:
+        """Tell the layer's copies that it is about to get other connections."""
+        for each in list(self.copies):
+            origin = each()
+            if origin is None:
+                self.copies.remove(each)
+            else:
+                origin.foresee()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -134,7 +147,9 @@ class Storage(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to nobody: neither hook nor plans nor measurements go with it.
-        gone = {"hook_place": HookPlace(), "measured": None, "follower": None, "origin": None}
+        gone: dict[str, Any] = {
+            "hook_place": HookPlace(), "measured": None, "follower": None, "origin": None, "copies": [],
+        }  # fmt: skip
         return {**self.__dict__, **gone}
 
 

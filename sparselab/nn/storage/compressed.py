@@ -89,6 +89,11 @@ class Compressed(Storage):
             found.measured = self.measured
         return found
 
+    def check_origin(self, layer: Any) -> None:
+        """Raise RuntimeError if the layer was averaged slot by slot with one of other connections."""
+        if self.origin is not None:
+            self.origin.check(layer)
+
     def refresh(self, layer: Any) -> None:
         """See to it that operators which are given the tensors of the layer find its gradient hook."""
         if self.origin is not None:
@@ -185,6 +190,7 @@ class Compressed(Storage):
     @torch.no_grad()
     def store(self, layer: Any, indptr: Array, indices: Array) -> None:
         """Copy a topology into the buffers."""
+        self.foresee_change()
         self.resize(layer, len(indices))
         layer.indices.copy_(torch.from_numpy(for_kernels(indices)))
         layer.indptr.copy_(torch.from_numpy(for_kernels(indptr)))
@@ -246,6 +252,7 @@ class Compressed(Storage):
 
     def load(self, layer: Any, state: dict[str, Any], prefix: str, loaded: Loaded) -> dict[str, Any]:
         """Make room, and return the state as torch shall load it there."""
+        self.foresee_change()
         self.resize(layer, len(loaded.indices))
         state[prefix + "indices"] = loaded.indices
         return state

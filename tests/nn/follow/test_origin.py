@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from sparselab import (
     SparseConv2d,
     SparseConvTranspose2d,
     SparseLinear,
+    densify,
     soft_update,
 )
 
@@ -180,7 +182,7 @@ def test_copies_that_go_their_own_way_are_left_alone() -> None:
             read[0].weight_values.mul_(0.9)
             read(x)
             told[0].weight_values.mul_(0.9)
-        told.load_state_dict(told.state_dict())
+        told[0].forget_origin()
         told(x)
     snapshot[0].set_topology(told[0].to_sparse_csr())
     snapshot(x)
@@ -188,6 +190,44 @@ def test_copies_that_go_their_own_way_are_left_alone() -> None:
     with torch.no_grad():
         snapshot[0].weight_values.mul_(0.9)
     snapshot(x)
+
+
+USES = {
+    "forward": lambda target: target(torch.randn(5, 16)),
+    "state_dict": lambda target: target.state_dict(),
+    "to_dense": lambda target: target[0].to_dense(),
+    "densify": lambda target: densify(target),
+    "pickle": lambda target: pickle.dumps(target),
+    "deepcopy": lambda target: copy.deepcopy(target),
+    "torch.save": lambda target: torch.save(target, io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("made", COPIES)
+@pytest.mark.parametrize("update", [hard, soft, in_place])
+def test_a_target_network_that_was_never_used_is_refused_too(update: Any, made: str, use: str) -> None:
+    model, x = models()
+    target = COPIES[made](model)
+    optimizer, _ = driven(model)
+    for _ in range(6):
+        step(model, x, optimizer)
+        update(target, model)
+    with pytest.raises(RuntimeError, match=f"had got other connections: an {REFUSED}"):
+        USES[use](target)
+    target[0].forget_origin()
+    USES[use](target)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_snapshot_that_nobody_writes_to_may_be_used(use: str) -> None:
+    model, x = models()
+    snapshot = copy.deepcopy(model)
+    soft(snapshot, model)  # while connections are the same
+    optimizer, _ = driven(model)
+    for _ in range(6):
+        step(model, x, optimizer)
+    USES[use](snapshot)
 
 
 def test_writing_before_the_origin_is_rewired_is_right() -> None:

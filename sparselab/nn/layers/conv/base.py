@@ -20,6 +20,9 @@ Layer = TypeVar("Layer", bound="Convolution")
 #: What `torch.nn.functional.pad` calls the modes.
 _MODES = {"zeros": "constant"}
 
+#: What torch calls the order of memory in which channels come last, by the number of dimensions.
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 class Convolution(SparseLayer):
     """What convolutions have in common: settings, and how x becomes images and they become y."""
@@ -133,6 +136,7 @@ class Convolution(SparseLayer):
         Returns
         -------
         (n, out_channels, *outputs) or (out_channels, *outputs)
+            In channels_last if the input is.
 
         Raises
         ------
@@ -144,7 +148,8 @@ class Convolution(SparseLayer):
         if is_node(input):
             return node_of(self, input)  # type: ignore[no-any-return]
         mode = _MODES.get(self.padding_mode, self.padding_mode)
-        return self._in_precision(input, lambda x: self.space.convolve(self._accept(x), self._product, mode))
+        y = self._in_precision(input, lambda x: self.space.convolve(self._accept(x), self._product, mode))
+        return _in_format_of(input, y)
 
     def _in_precision(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What is computed of x, as autocast has it."""
@@ -203,7 +208,8 @@ class TransposedConvolution(Convolution):
         """
         if is_node(input):
             return node_of(self, input, output_size)  # type: ignore[no-any-return]
-        return self._in_precision(input, lambda x: self._of_size(self._accept(x), output_size))
+        y = self._in_precision(input, lambda x: self._of_size(self._accept(x), output_size))
+        return _in_format_of(input, y)
 
     def _of_size(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
         more = self.output_padding if output_size is None else self._more(x, output_size)
@@ -237,3 +243,11 @@ class TransposedConvolution(Convolution):
         # Biases are of the outputs, which are no rows: all of them within the bound of the mean row.
         mean = indptr[-1].to(dtype) / max(len(indptr) - 1, 1)
         return mean.clamp(min=1).rsqrt()
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """The outputs in channels_last if the inputs are so, as torch has them."""
+    memory_format = _FORMATS.get(x.ndim)
+    if memory_format is None or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
+        return y
+    return y.contiguous(memory_format=memory_format)

@@ -176,8 +176,7 @@ class SparseConv2d(SparseConvNd):
     ``nnz * outputs of an image * images`` multiply-adds for each product. The batch is never unfolded: chunks
     of images are laid out once, as planes with the zeros of the padding, in scratch of at most 8 MiB (or one
     image of inputs and outputs), in which a window is a range of addresses. Any strides are read, so also
-    channels_last; the output is contiguous all the same, as the planes are, where `torch.nn.Conv2d` gives
-    channels_last back.
+    channels_last, which the output then gets by a copy.
 
     Batches that are far from 8 MiB, or layers of few connections to an output, are quicker dense.
 

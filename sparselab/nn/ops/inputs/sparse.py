@@ -1,8 +1,9 @@
-"""Sparse matrices of tokens, as dense chunks of rows."""
+"""Sparse matrices of tokens: their stored entries row by row, or dense chunks of their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,19 +11,85 @@ from torch import Tensor
 #: Of one chunk, unless one row takes more.
 _CHUNK_BYTES = 8 << 20
 
+_INTEGERS = (torch.int64, torch.int32)
 
-def dense_chunks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Ranges of rows of a sparse matrix, of any of torch's layouts, and the dense matrix of each.
 
-    The whole never exists dense; what is stored twice is summed, as torch does.
+class TokenRows(NamedTuple):
+    """Tokens (len(starts) - 1, n_columns) in compressed rows.
+
+    Token t has ``entries[starts[t] : starts[t + 1]]`` in the columns of these numbers, in any order; what is
+    stored twice is summed. Three dense tensors, each of one dimension.
     """
-    entries = (x if x.layout is torch.sparse_coo else x.to_sparse()).detach().coalesce()
-    row, column = entries.indices()
-    numbers, (rows, columns) = entries.values(), entries.shape
-    height = max(1, _CHUNK_BYTES // max(1, columns * x.dtype.itemsize))
-    for start in range(0, rows, height):
-        stop = min(start + height, rows)
-        first, last = torch.searchsorted(row, torch.tensor([start, stop])).tolist()
-        chunk = numbers.new_zeros(stop - start, columns)
-        chunk[row[first:last] - start, column[first:last]] = numbers[first:last]
-        yield slice(start, stop), chunk
+
+    starts: Tensor
+    columns: Tensor
+    entries: Tensor
+    n_columns: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows."""
+        return len(self.starts) - 1
+
+    @property
+    def density(self) -> float:
+        """Stored entries, of all that there could be."""
+        return len(self.columns) / max(self.n_tokens * self.n_columns, 1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Starts, columns and entries."""
+        return self[:3]
+
+    def float(self) -> TokenRows:
+        """The same in float32."""
+        return self._replace(entries=self.entries.float())
+
+    def check(self) -> None:
+        """Raise RuntimeError unless starts and columns are numbers that a kernel may read by."""
+        starts, columns, entries, n_columns = self
+        if starts.dtype not in _INTEGERS or columns.dtype not in _INTEGERS:
+            raise RuntimeError(
+                f"input must have int32 or int64 indices, got {starts.dtype} and {columns.dtype}"
+            )
+        if starts.ndim != 1 or columns.ndim != 1 or entries.shape != columns.shape or not len(starts):
+            raise RuntimeError(
+                "input must have one column for each entry, got starts, columns and entries of shape "
+                f"{tuple(starts.shape)}, {tuple(columns.shape)} and {tuple(entries.shape)}"
+            )
+        first, last = int(starts[0]), int(starts[-1])
+        if (first, last) != (0, len(columns)) or bool((starts[1:] < starts[:-1]).any()):
+            raise RuntimeError(
+                f"input must have row offsets that ascend from 0 to {len(columns)}, got {first} to {last}"
+            )
+        if len(columns):
+            low, high = (int(bound) for bound in columns.aminmax())
+            if low < 0 or high >= n_columns:
+                raise RuntimeError(f"input must have columns of 0..{n_columns - 1}, got {low}..{high}")
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Ranges of tokens, and the dense matrix of each; the whole never exists dense."""
+        height = max(1, _CHUNK_BYTES // max(1, self.n_columns * self.entries.dtype.itemsize))
+        starts, columns = self.starts.long(), self.columns.long()
+        for first in range(0, self.n_tokens, height):
+            stop = min(first + height, self.n_tokens)
+            of_chunk = starts[first : stop + 1]
+            begin, end = int(of_chunk[0]), int(of_chunk[-1])
+            row = torch.repeat_interleave(of_chunk.diff())
+            chunk = self.entries.new_zeros(stop - first, self.n_columns)
+            at = row, columns[begin:end]
+            yield slice(first, stop), chunk.index_put_(at, self.entries[begin:end], accumulate=True)
+
+
+def token_rows(x: Tensor) -> TokenRows:
+    """The rows of a sparse matrix of any of torch's layouts, not checked; of CSR its own tensors."""
+    x = x.detach()
+    if x.layout is torch.sparse_coo:
+        x = x.coalesce()
+        row, columns = x.indices()
+        ranks = torch.arange(x.shape[0] + 1, dtype=row.dtype)
+        return TokenRows(torch.searchsorted(row.contiguous(), ranks), columns, x.values(), x.shape[1])
+    if x.layout is torch.sparse_csr:
+        return TokenRows(x.crow_indices(), x.col_indices(), x.values(), x.shape[1])
+    entries: Tensor = x.to_sparse()
+    return token_rows(entries)

@@ -1,6 +1,7 @@
 """What torch's `FlopCounterMode` counts of sparse products: two operations for each weight and token.
 
-Without the bias, as of torch's own products. Lookups count as none, as torch's do.
+Without the bias, as of torch's own products. Of a sparse input as many as if its entries were spread evenly
+over the inputs. Lookups count as none, as torch's do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from torch.utils.flop_counter import register_flop_formula
 
 from sparselab.nn.ops.conv.conv2d import conv2d_input_grad, conv2d_operator, conv2d_values_grad
+from sparselab.nn.ops.inputs.product import sparse_input, sparse_input_values_grad
 from sparselab.nn.ops.linear import linear_input_grad, linear_operator, linear_values_grad
 
 Shape = Sequence[int]
@@ -38,6 +40,22 @@ def _linear_values_grad(grad: Shape, x: Shape, *args: Any, out_shape: Sequence[S
     return 2 * grad[0] * math.prod(out_shape[0])
 
 
+@_register(sparse_input)
+def _sparse_input(
+    starts: Shape, columns: Shape, entries: Shape, values: Shape, *args: Any, **kwargs: Any
+) -> int:
+    *_, sizes, _ = args
+    return _by_entries(columns, values, sizes)
+
+
+@_register(sparse_input_values_grad)
+def _sparse_input_values_grad(
+    grad: Shape, starts: Shape, columns: Shape, *args: Any, out_shape: Shape, **kwargs: Any
+) -> int:
+    sizes = next(each for each in args if isinstance(each, list))
+    return _by_entries(columns, out_shape, sizes)
+
+
 @_register(conv2d_operator)
 def _conv2d(x: Shape, values: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * _pixels(out_shape) * math.prod(values)
@@ -56,3 +74,8 @@ def _conv2d_values_grad(grad: Shape, x: Shape, *args: Any, out_shape: Shape, **k
 def _pixels(images: Shape) -> int:
     """Positions where a kernel is applied, of all images."""
     return images[0] * images[2] * images[3]
+
+
+def _by_entries(columns: Shape, values: Shape, sizes: Sequence[int]) -> int:
+    """Each stored entry of the tokens meets the weights of one input."""
+    return 2 * columns[0] * math.prod(values) // max(sizes[1], 1)

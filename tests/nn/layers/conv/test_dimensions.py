@@ -313,17 +313,7 @@ def test_inputs_of_any_strides(name: str, view: str) -> None:
         x = x.transpose(1, -1).contiguous().transpose(1, -1)
     x = {"expanded": x[:1].expand_as(x), "cut": x.repeat_interleave(2, -1)[..., ::2]}.get(view, x)
     assert not x.is_contiguous()
-    assert layer(x).is_contiguous()
     assert_as_torch(layer, layer.to_dense(), x)
-
-
-def test_formats_of_torch_give_the_same_numbers() -> None:
-    formats = {"Conv2d": torch.channels_last, "Conv3d": torch.channels_last_3d}
-    for name, memory_format in formats.items():
-        for each in (name, name.replace("Conv", "ConvTranspose")):
-            layer, x = make(f"Sparse{each}"), input_of(each).contiguous(memory_format=memory_format)
-            assert torch.equal(layer(x), layer(x.contiguous()))
-            assert layer.to(memory_format=memory_format)(x).is_contiguous()
 
 
 @every_name

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparselab import (
     BlockSparseLinear,
@@ -18,7 +20,8 @@ from sparselab import (
     TiedLinear,
     TransposedLinear,
 )
-from sparselab.nn.ops.inputs import sparse
+from sparselab.nn.ops.cpu import sparse_input
+from sparselab.nn.ops.inputs import product, sparse
 
 F64 = torch.float64
 KINDS: dict[str, Any] = {
@@ -61,6 +64,13 @@ LAYOUTS: dict[str, Any] = {
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CS. tensor support:UserWarning")
 
 
+#: Of `torch.library.opcheck`: the operators have no gradients of their own.
+CHECKS = ("test_schema", "test_faketensor")
+
+#: By stored entries, and by dense chunks.
+WAYS = pytest.mark.parametrize("dense_from", [2.0, 0.0], ids=["entries", "chunks"])
+
+
 def bag(rows: int) -> Tensor:
     return torch.randn(rows, 12, dtype=F64) * (torch.rand(rows, 12) < 0.2)
 
@@ -68,9 +78,11 @@ def bag(rows: int) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [0, 1, 9])
+@WAYS
 def test_a_sparse_matrix_is_multiplied_as_the_dense_one(
-    kind: str, layout: str, rows: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, layout: str, rows: int, dense_from: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sparse_input, "DENSE_FROM", dense_from)
     monkeypatch.setattr(sparse, "_CHUNK_BYTES", 4 * 12 * 8)  # several chunks, the last one shorter
     layer, dense = KINDS[kind](), bag(rows)
     upstream = torch.randn(rows, 7, dtype=F64)
@@ -86,18 +98,34 @@ def test_a_sparse_matrix_is_multiplied_as_the_dense_one(
         torch.testing.assert_close(layer(LAYOUTS[layout](dense)), layer(dense))
 
 
-def test_growth_sees_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_growth_sees_what_a_dense_layer_has(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "_CHUNK_BYTES", 4 * 12 * 8)
     layer, x, seen = KINDS["sparse"](), bag(9), []
     layer.gradient_hook = seen.append
-    layer(x.to_sparse()).square().sum().backward()
+    layer(LAYOUTS[layout](x)).square().sum().backward()
     dense = layer.to_dense()
-    dense(x).square().sum().backward()
-    total = torch.zeros(7, 12, dtype=F64)
-    for operands in seen:
-        operands.add_rows(0, total)
-    assert len(seen) == 3
-    torch.testing.assert_close(total, dense.weight.grad)
+    y = dense(x)
+    y.retain_grad()
+    y.square().sum().backward()
+    (operands,), G = seen, dense.weight.grad
+    block = torch.full((4, 12), torch.nan, dtype=F64)
+    operands.add_rows(2, block, beta=0)
+    torch.testing.assert_close(block, G[2:6])
+    operands.add_rows(2, block, beta=0.5)
+    torch.testing.assert_close(block, 1.5 * G[2:6])
+    positions = np.array([0, 5, 17, 40, 83])
+    np.testing.assert_allclose(operands.sampled(positions), G.flatten()[positions])
+    signs = np.array([1.0, -1, 1, 1, -1, -1, 1, -1, 1])
+    for given, rule in ((None, torch.abs), (signs, lambda t: t * torch.from_numpy(signs)[:, None])):
+        found = operands.totals(given)
+        np.testing.assert_allclose(found[0], rule(y.grad).sum(0))
+        np.testing.assert_allclose(found[1], rule(x).sum(0))
+    assert operands.is_finite()
+    assert operands.n_tokens == 9
+    kept = operands.with_input(operands.tensors[0].clone())
+    operands.tensors[0].zero_()
+    np.testing.assert_allclose(kept.to(torch.float32).sampled(positions), G.flatten()[positions], rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -183,3 +211,92 @@ def test_another_nested_layout_is_refused(kind: str) -> None:
         x = torch.nested.nested_tensor([torch.ones(2, 12, dtype=F64)], layout=torch.strided)
         with pytest.raises(RuntimeError, match="input must be jagged if it is nested"):
             ALL_KINDS[kind]()(x)
+
+
+BROKEN: dict[str, Any] = {
+    "a column too far": lambda s, c, e: (s, c.clone().index_fill_(0, torch.tensor([1]), 12), e),
+    "a negative column": lambda s, c, e: (s, c.clone().index_fill_(0, torch.tensor([1]), -1), e),
+    "rows that end too late": lambda s, c, e: (s + (s == s[-1]), c, e),
+    "rows that start too late": lambda s, c, e: (s + (s == 0), c, e),
+    "rows that descend": lambda s, c, e: (torch.stack([s[0], s[-1], *s[2:]]), c, e),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_indices_that_make_no_matrix_are_refused(kind: str, how: str) -> None:
+    x = bag(9).to_sparse_csr()
+    broken = BROKEN[how](x.crow_indices(), x.col_indices(), x.values())
+    with pytest.raises(RuntimeError, match="input must have"):
+        KINDS[kind]()(torch.sparse_csr_tensor(*broken, x.shape, check_invariants=False))
+
+
+def test_indices_that_change_before_the_backward_pass_are_refused() -> None:
+    x, layer = bag(9).to_sparse_csr(), KINDS["sparse"]()
+    y = layer(x)
+    x.col_indices().fill_(1 << 40)
+    with pytest.raises(RuntimeError, match=r"input must have columns of 0\.\.11|modified by an inplace"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@WAYS
+def test_narrow_dtypes(dtype: Any, dense_from: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_input, "DENSE_FROM", dense_from)
+    layer, x = KINDS["sparse"]().to(dtype), bag(9).to(dtype)
+    y = layer(x.to_sparse_csr())
+    torch.testing.assert_close(y, layer(x))
+    y.sum().backward()
+    found = layer.weight_values.grad.clone()
+    layer.zero_grad()
+    layer(x).sum().backward()
+    torch.testing.assert_close(found, layer.weight_values.grad)
+    wide = layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(wide(x.float().to_sparse_csr()), wide(x.float()))
+
+
+@WAYS
+def test_operations_are_counted(dense_from: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_input, "DENSE_FROM", dense_from)
+    layer, x = SparseLinear(12, 7, sparsity=0.5), bag(9).float().to_sparse_csr()
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * x._nnz() * layer.nnz // 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_operators_are_whole(kind: str) -> None:
+    layer, rows = KINDS[kind](), sparse.token_rows(bag(9).to_sparse_csr())
+    words, values = layer.topology_arguments(), layer.weight_values.detach()
+    torch.library.opcheck(
+        product.sparse_input, (*rows.tensors, values, layer.bias, *words), test_utils=CHECKS
+    )
+    grad = torch.randn(9, 7, dtype=F64)
+    torch.library.opcheck(product.sparse_input_values_grad, (grad, *rows.tensors, *words), test_utils=CHECKS)
+
+
+SPOILT: dict[str, Any] = {
+    "short": lambda t: t[:-1],
+    "float32": lambda t: t.float(),
+    "complex": lambda t: t.to(torch.complex64),
+    "one more dimension": lambda t: t.unsqueeze(0),
+    "sparse": lambda t: t.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("name", ["starts", "columns", "entries", "values", "bias", "grad"])
+def test_an_operand_that_does_not_fit_is_refused(name: str, how: str) -> None:
+    layer, rows = KINDS["sparse"](), sparse.token_rows(bag(9).to_sparse_csr())
+    tokens = dict(zip(("starts", "columns", "entries"), rows.tensors, strict=True))
+    weights = {"values": layer.weight_values.detach(), "bias": layer.bias.detach()}
+    grad = {"grad": torch.randn(9, 7, dtype=F64)}
+    words = layer.topology_arguments()
+    for operator, given in (
+        (product.sparse_input, {**tokens, **weights}), (product.sparse_input_values_grad, {**grad, **tokens}),
+    ):  # fmt: skip
+        operator(*given.values(), *words)
+        if name in given:
+            with pytest.raises((RuntimeError, TypeError)):
+                operator(*{**given, name: SPOILT[how](given[name])}.values(), *words)
