@@ -1,4 +1,4 @@
-"""What the worker processes of one test run make once and share, and how long its runs are."""
+"""What the worker processes of one test run share, how long its runs are, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 
@@ -21,6 +23,11 @@ def once(path: Path) -> Iterator[bool]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield not made.exists()
         made.touch()
+
+
+def usual(is_usual: bool, *values: Any) -> Any:
+    """Values of a parametrized test, which is left to make test-all unless they are among the usual."""
+    return pytest.param(*values, marks=[] if is_usual else pytest.mark.slow)
 
 
 def n_steps(few: int, many: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from sparselab import SET, Group, RigL
 from tests.dst.contract_rows import ROWS
 from tests.dst.harness import OPTIMIZERS, assert_same_state, backward, build, sparse_layers, train
+from tests.shared import usual
 
 
 def train_alone(model, optimizer, first, last):
@@ -73,7 +74,7 @@ def test_a_group_and_any_order_of_the_three(by_hand, order):
         assert_same_state(model, optimizer, twins[0], twins[1])
 
 
-@pytest.mark.parametrize("done", [0, 5, 6, 7])
+@pytest.mark.parametrize("done", [usual(False, 0), 5, 6, usual(False, 7)])
 @pytest.mark.parametrize("name", ROWS)
 def test_layers_are_free_once_their_algorithm_is_gone(name, done):
     row = ROWS[name]

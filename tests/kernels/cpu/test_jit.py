@@ -13,6 +13,7 @@ from sparselab.kernels.cpu.runtime import jit as _jit
 from sparselab.kernels.cpu.runtime import target as _target
 from sparselab.kernels.cpu.runtime.jit import FASTMATH, cache_directory, jit
 from tests.kernels.process import ROOT, run_python
+from tests.shared import usual
 
 #: Runs one kernel that compiles fast, or a product too; prints how many came from the cache and how many not.
 COUNT = """
@@ -59,7 +60,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-@pytest.mark.parametrize("keep", [0, 5, 0.5])
+@pytest.mark.parametrize("keep", [usual(False, 0), usual(False, 5), 0.5])
 def test_truncated_files_are_survived_and_replaced(cache: Path, suffix: str, keep: float) -> None:
     files = list(cache.rglob(f"*.{suffix}"))
     assert files

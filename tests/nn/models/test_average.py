@@ -29,6 +29,7 @@ from sparselab import (
     copy_topology,
     soft_update,
 )
+from tests.shared import usual
 
 KINDS: dict[str, Any] = {
     "single": lambda: SparseLinear(16, 12, sparsity=0.5, dtype=torch.float64),
@@ -149,7 +150,7 @@ def update_masked(averaged: TorchAveragedModel, model: Any) -> None:
     ours.weight.masked_fill_(~ours.mask, 0)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [usual(name in ("RigL", "GMP"), name) for name in ALGORITHMS])
 @pytest.mark.parametrize("how", AVERAGES)
 def test_the_drop_in_averages_as_torchs_does_of_the_masked_twin(how: str, algorithm: str) -> None:
     """The twin's average is dense, and 0 is put where the newest model has no connection."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparselab.nn.layers.base import SparseLayer
 from sparselab.nn.ops.conv.geometry import Geometry, Pair, Space, as_sizes, read_space, with_bias
 from sparselab.nn.ops.tools.nodes import is_node, node_of
+from sparselab.nn.ops.tracing import is_transformed
 from sparselab.nn.storage.checks import check_images
 from sparselab.nn.storage.patterns import read_pattern
 
@@ -246,8 +247,13 @@ class TransposedConvolution(Convolution):
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """The outputs in channels_last if the inputs are so, as torch has them."""
+    """The outputs in channels_last if the inputs are so, as torch has them; `torch.vmap` cannot tell."""
     memory_format = _FORMATS.get(x.ndim)
-    if memory_format is None or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
+    if (
+        is_transformed()
+        or memory_format is None
+        or x.is_contiguous()
+        or not x.is_contiguous(memory_format=memory_format)
+    ):
         return y
     return y.contiguous(memory_format=memory_format)
