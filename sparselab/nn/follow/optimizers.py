@@ -41,4 +41,14 @@ def optimizers_of(parameter: Tensor) -> list[Any]:
     ]
 
 
+def is_stepped(parameter: Tensor) -> bool:
+    """Whether an optimizer that has stepped has the Parameter, be it with a state or without."""
+    return any(
+        parameter is each
+        for optimizer in list(_stepped)
+        for group in optimizer.param_groups
+        for each in group["params"]
+    )
+
+
 register_optimizer_step_post_hook(note_step)

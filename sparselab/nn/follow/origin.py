@@ -1,10 +1,10 @@
-"""Copies of a layer that somebody averages slot by slot with the layer they were copied from.
+"""Copies of a layer that somebody averages slot by slot with one another.
 
 Averages of weights, target networks and the like are written for dense layers: they go through the parameters
 of two models and mix entry with entry. That is right while both layers have the same connections, and a wrong
-number without any sign once one of them was rewired. So a copy remembers its origin, which tells it before it
-is rewired. Before the copy computes, or is saved, copied or made dense, it looks whether its weights were
-written to since.
+number without any sign once one of them was rewired. So a layer and its copies know each other. Before one of
+them is rewired the others take note of their weights; and before one that no optimizer trains computes, or is
+saved, copied or made dense, it looks whether its weights were written to since.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselab.nn.follow.optimizers import optimizers_of
+from sparselab.nn.follow.optimizers import is_stepped
 
 _ADVICE = (
     "an average by slots is wrong once connections differ. Average with sparselab.soft_update, "
@@ -24,76 +24,121 @@ _ADVICE = (
     "layer so: layer.forget_origin()"
 )
 
+#: Weights that are looked at: an average changes nearly all.
+_SAMPLE = 4096
 
-class Origin:
-    """What a copy remembers of the layer that it was made from, or loaded from.
+
+class Kin:
+    """What a layer remembers of itself, and who its copies and originals are.
 
     Parameters
     ----------
-    copy : SparseLayer
     layer : SparseLayer
-        Held weakly.
+    relatives : WeakSet
+        Shared by all of them, and the layer is among them.
     """
 
-    def __init__(self, copy: Any, layer: Any) -> None:
-        self._layer, self._copy = weakref.ref(layer), weakref.ref(copy)
-        alive = [each for each in layer.storage.copies if each() is not None]
-        layer.storage.copies = [*alive, weakref.ref(self)]
-        self.settle(copy)
+    def __init__(self, layer: Any, relatives: weakref.WeakSet[Any]) -> None:
+        self.relatives = relatives
+        relatives.add(layer)
+        self.settle(layer)
 
-    def settle(self, copy: Any) -> None:
-        """Take the connections of both layers, and the weights of the copy, for what they should be."""
-        layer = self._layer()
-        self._seen = None if layer is None else layer.storage.stamp(layer)
-        self._own = copy.storage.stamp(copy)
-        self._checksum = _checksum(copy)
-        #: Of the weights, when the origin got other connections.
-        self._weights: int | None = None
+    def settle(self, layer: Any) -> None:
+        """Take connections and weights of the layer for what they should be."""
+        self._stamp, self._checksum = layer.storage.stamp(layer), _checksum(layer)
+        #: Of the weights, when a relative got other connections.
+        self._noted: tuple[Any, int] | None = None
 
-    def foresee(self) -> None:
-        """Note the weights of the copy, because the layer is about to get other connections."""
-        copy = self._copy()
-        if copy is not None and self._weights is None and copy.storage.origin is self:
-            self._weights = _hash(copy.stored)
+    def leave(self, layer: Any) -> None:
+        """Let the layer be nobody's relative."""
+        self.relatives.discard(layer)
+        layer.storage.kin = None
 
-    def check(self, copy: Any) -> None:
-        """Raise RuntimeError if the weights of the copy were mixed with those of other connections."""
-        layer, own = self._layer(), copy.storage.stamp(copy)
-        if layer is None:
-            copy.storage.origin = None
+    def foresee(self, layer: Any) -> None:
+        """Let the relatives note their weights, because the layer is about to get other connections."""
+        for each in list(self.relatives):
+            kin = each.storage.kin
+            if each is not layer and kin is not None and kin.relatives is self.relatives:
+                kin.note(each)
+
+    def note(self, layer: Any) -> None:
+        """Note the weights, but for those that were noted before."""
+        if self._noted is None:
+            self._noted = _sample(layer)
+
+    def check(self, layer: Any) -> None:
+        """Raise RuntimeError if the weights were mixed with those of other connections."""
+        stamp = layer.storage.stamp(layer)
+        if self._noted is None and stamp == self._stamp:
             return
-        seen = layer.storage.stamp(layer)
-        if own == self._own and seen == self._seen:
+        if _is_trained(layer):
+            self._stamp, self._noted = stamp, None
             return
-        if optimizers_of(copy.stored):  # trained by itself
-            copy.storage.origin = None
-        elif own != self._own and _checksum(copy) != self._checksum:
-            if not _equal(copy, layer):
+        if stamp != self._stamp:
+            self._stamp, found = stamp, _checksum(layer)
+            if found is None:  # moved to the device meta, which says nothing
+                self._checksum = None
+            elif self._checksum not in (None, found):
+                if not any(_equal(layer, other) for other in self._others(layer)):
+                    raise RuntimeError(
+                        f"the topology ({', '.join(layer.storage.pattern)}) of {_name(layer)}, a copy "
+                        f"of another layer or its original, was written to in place: {_ADVICE}"
+                    )
+                self.settle(layer)
+                return
+        if self._noted is not None:
+            self._check_weights(layer)
+
+    def _check_weights(self, layer: Any) -> None:
+        now = _sample(layer)
+        assert self._noted is not None
+        if now is None or now[0] != self._noted[0]:  # in another dtype, or somewhere else
+            self._noted = now
+        elif now != self._noted:
+            if any(_checksum(other) != self._checksum for other in self._others(layer)):
                 raise RuntimeError(
-                    f"the topology ({', '.join(copy.storage.pattern)}) of {_name(copy)}, a copy of another "
-                    f"layer, was written to in place: {_ADVICE}"
-                )
-            self.settle(copy)
-        elif self._checksum == _checksum(layer):
-            self.settle(copy)
-        else:
-            self._own = own
-            weights = _hash(copy.stored)
-            if self._weights is None:
-                self._weights = weights
-            elif weights != self._weights:
-                raise RuntimeError(
-                    f"the weights of {_name(copy)} were written to after the layer that it is a copy of had "
+                    f"the weights of {_name(layer)} were written to after a copy or the original of it had "
                     f"got other connections: {_ADVICE}"
                 )
+            self._noted = None
+
+    def _others(self, layer: Any) -> list[Any]:
+        return [each for each in list(self.relatives) if each is not layer]
 
 
-def _checksum(layer: Any) -> int:
-    """Of the connections."""
+def relate(copy: Any, layer: Any) -> None:
+    """Let a layer be known as the copy of another one."""
+    if layer.indices.is_meta or copy.indices.is_meta:
+        return
+    if layer.storage.kin is None:
+        layer.storage.kin = Kin(layer, weakref.WeakSet())
+    copy.storage.kin = Kin(copy, layer.storage.kin.relatives)
+
+
+def _is_trained(layer: Any) -> bool:
+    """Whether the layer's weights have a gradient, or an optimizer that has stepped."""
+    held = layer._parameters.get(layer.storage.parameter)
+    return held is not None and (held.grad is not None or is_stepped(held))
+
+
+def _checksum(layer: Any) -> int | None:
+    """Of the connections; None on the device meta."""
     found = 0
     for name in layer.storage.pattern:
-        found = _hash(layer._buffers[name], found)
+        tensor = layer._buffers[name]
+        if tensor.is_meta:
+            return None
+        found = _hash(tensor, found)
     return found
+
+
+def _sample(layer: Any) -> tuple[Any, int] | None:
+    """Dtype and a checksum of some weights; None if they are computed, or on the device meta."""
+    held = layer._parameters.get(layer.storage.parameter)
+    if held is None or held.is_meta:
+        return None
+    flat = held.detach().reshape(-1)
+    return held.dtype, _hash(flat[:: max(1, len(flat) // _SAMPLE)])
 
 
 def _hash(tensor: Tensor, start: int = 0) -> int:
@@ -101,8 +146,8 @@ def _hash(tensor: Tensor, start: int = 0) -> int:
     return zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, start) if tensor.numel() else start
 
 
-def _equal(copy: Any, layer: Any) -> bool:
-    return _checksum(copy) == _checksum(layer) and _hash(copy.stored) == _hash(layer.stored)
+def _equal(layer: Any, other: Any) -> bool:
+    return _checksum(layer) == _checksum(other) and _sample(layer) == _sample(other)
 
 
 def _name(layer: Any) -> str:

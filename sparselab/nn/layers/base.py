@@ -344,6 +344,7 @@ class SparseLayer(nn.Module):
 
     def _matrix(self) -> PaddedCSR:
         """W as it is in use, not to be written to; bfloat16 and float16 as float32."""
+        self.storage.check_kin(self)
         weights = self.per_connection(self.in_use.detach()).cpu()
         values = weights.float() if weights.itemsize < 4 else weights
         return PaddedCSR.of(as_matrix(self), values.numpy())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.follow.origin import Origin
+from sparselab.nn.follow.origin import relate
 from sparselab.nn.follow.replaced import connections_replaced
 from sparselab.nn.layers.base import SparseLayer, is_sparse, weight_of
 from sparselab.nn.layers.extras import refuse_to_lose
@@ -145,7 +145,7 @@ class CompressedLayer(SparseLayer):
     def _dense_twin(self) -> Any:
         """A dense layer with the same outputs, mode and trainability."""
         refuse_to_lose(self, "to_dense", self.tensor_names)
-        self.storage.check_origin(self)
+        self.storage.check_kin(self)
         settings = {name: getattr(self, name) for name in self.settings}
         values = self.in_use
         new: Any = self.dense_type(**settings, bias=self.bias is not None, device="meta", dtype=values.dtype)
@@ -187,12 +187,13 @@ class CompressedLayer(SparseLayer):
         return self
 
     def forget_origin(self) -> None:
-        """Let the layer be no copy of another one any more, from here on.
+        """Let the layer be no copy of another one any more, nor another one a copy of it.
 
-        Else, once that one has other connections, changes of this one's weights in place are taken for a
+        Else, once one of them has other connections, changes of this one's weights in place are taken for a
         wrong average of both and refused.
         """
-        self.storage.origin = None
+        if self.storage.kin is not None:
+            self.storage.kin.leave(self)
 
     def use_measured(self, measured: Measured | None) -> None:
         """Let forward passes go by what was measured, as long as the density stays; None: by the rule."""
@@ -208,12 +209,11 @@ class CompressedLayer(SparseLayer):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if not self.indices.is_meta:
-            new.storage.origin = Origin(new, self)
+        relate(new, self)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        self.storage.check_origin(self)
+        self.storage.check_kin(self)
         state = super().__getstate__()
         if self.indices.dtype == torch.uint16:
             # pickle cannot load a uint16 tensor (torch.save can), so the columns travel as int16 bits.
@@ -227,7 +227,7 @@ class CompressedLayer(SparseLayer):
             self.indices = self.indices.view(torch.uint16)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.storage.check_origin(self)
+        self.storage.check_kin(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self.storage.save(self, destination, prefix)
 
@@ -263,10 +263,10 @@ class CompressedLayer(SparseLayer):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-        storage.origin = None
+        self.forget_origin()
         source = _whose(saved["indices"])
         if source is not None and source is not self:
-            storage.origin = Origin(self, source)
+            relate(self, source)
         storage.refresh(self)
 
 

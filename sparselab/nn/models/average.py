@@ -85,6 +85,8 @@ def soft_update(target: nn.Module, model: nn.Module, tau: float) -> None:
         raise ValueError(f"tau must be a number in [0, 1], got {tau!r}")
     layers, ours, theirs = _layer_pairs(target, model), _others(target), _others(model)
     _check_same({n: t.shape for n, t in ours.items()}, {n: t.shape for n, t in theirs.items()}, "tensors")
+    for layer, _ in layers:
+        layer.storage.check_kin(layer)
     copy_topology(target, model)
     pairs: list[tuple[Tensor, Tensor]] = [(own, theirs[name]) for name, own in ours.items()]
     pairs += [(layer.stored, each.stored) for layer, each in layers]
@@ -148,14 +150,14 @@ def average(
     *others, last = models
     for other in others:
         _layer_pairs(last, other)
-    mean = copy.deepcopy(last)
+    mean = _own_copy(last)
     _scale(mean, shares[-1])
     if topology == "union":
         for other in others:
             for own, each in _layer_pairs(mean, other):
                 take_connections(own, torch.unique(torch.cat((own.positions(), each.positions().cpu()))))
     for other, share in zip(others, shares, strict=False):
-        part = copy.deepcopy(other)
+        part = _own_copy(other)
         copy_topology(part, mean)
         for total, term in zip(_floating(mean), _floating(part), strict=True):
             total.add_(term.to(total.device, total.dtype), alpha=share)
@@ -192,6 +194,15 @@ class AveragedModel(swa_utils.AveragedModel):
         finally:
             for layer, name, buffer in hidden:
                 layer._buffers[name] = buffer
+
+
+def _own_copy(model: Model) -> Model:
+    """A copy that is rewired, and no concern of the model."""
+    new = copy.deepcopy(model)
+    for _, layer in find_sparse(new):
+        if layer.storage.kin is not None:
+            layer.storage.kin.leave(layer)
+    return new
 
 
 def _topology(model: nn.Module) -> list[tuple[SparseLayer, str, Tensor]]:

@@ -278,7 +278,11 @@ def linear_values_grad(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `values_grad`."""
     require_strided(grad=grad, x=x, indptr=indptr, indices=indices)
-    return values_grad(find_topology(indptr, indices, sizes, layout), grad, x, with_bias, is_shown)
+    topology = find_topology(indptr, indices, sizes, layout)
+    both = values_grad(topology, grad, x, with_bias, False)
+    if is_shown and topology.is_watched:
+        topology.show_lent(LinearOperands(x.detach(), grad.detach()))
+    return both
 
 
 @linear_operator.register_fake

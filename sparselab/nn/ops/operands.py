@@ -54,6 +54,10 @@ class GradientOperands(abc.ABC):
         """The same with another tensor of the same inputs."""
         return self._with(x, self.dy, True)
 
+    def copied(self: Self) -> Self:
+        """The same in memory of their own."""
+        return self._with(self.x.clone(), self.dy.clone(), True)
+
     def to(self: Self, dtype: torch.dtype) -> Self:
         """The operands in another dtype, in which G is then formed."""
         return self._with(self.x.to(dtype), self.dy.to(dtype), self.of_graph)

@@ -177,6 +177,13 @@ class TensorTopology:
         """Look anew whether a hook wants to see operands."""
         self.is_watched = any(place.hook is not None for place in self.places)
 
+    def show_lent(self, operands: GradientOperands) -> None:
+        """As `show`, of operands that an operator was given.
+
+        A compiled graph uses their memory for something else as soon as the operator returns.
+        """
+        self.show(operands.copied())
+
     def show(self, operands: GradientOperands) -> None:
         """Call the hooks with the operands of a gradient by the values."""
         for place in list(self.places):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -38,10 +37,8 @@ class Storage(abc.ABC):
         Which way forward passes go at the density for which it was measured.
     follower : callable or None
         Called with the old slot of each new slot when connections have been replaced other than by `rewrite`.
-    origin : Origin or None
-        What the layer was copied from, where an average by slots must be told from one by positions.
-    copies : list of weak references to Origin
-        Of the layers that were copied from this one.
+    kin : Kin or None
+        Copies and originals of the layer, by which an average by slots is told from one by positions.
     """
 
     #: Name of the Parameter that holds the weights, and of all tensors that a saved state has of W.
@@ -56,17 +53,17 @@ class Storage(abc.ABC):
         self.hook_place = HookPlace()
         self.measured: Measured | None = None
         self.follower: Callable[[Tensor], None] | None = None
-        self.origin: Any = None
-        self.copies: list[weakref.ref[Any]] = []
+        self.kin: Any = None
 
-    def foresee_change(self) -> None:
-        """Tell the layer's copies that it is about to get other connections."""
-        for each in list(self.copies):
-            origin = each()
-            if origin is None:
-                self.copies.remove(each)
-            else:
-                origin.foresee()
+    def foresee_change(self, layer: Any) -> None:
+        """Tell the layer's copies and originals that it is about to get other connections."""
+        if self.kin is not None:
+            self.kin.foresee(layer)
+
+    def check_kin(self, layer: Any) -> None:
+        """Raise RuntimeError if the layer was averaged slot by slot with one of other connections."""
+        if self.kin is not None:
+            self.kin.check(layer)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -147,9 +144,7 @@ class Storage(abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to nobody: neither hook nor plans nor measurements go with it.
-        gone: dict[str, Any] = {
-            "hook_place": HookPlace(), "measured": None, "follower": None, "origin": None, "copies": [],
-        }  # fmt: skip
+        gone = {"hook_place": HookPlace(), "measured": None, "follower": None, "kin": None}
         return {**self.__dict__, **gone}
 
 

@@ -17,7 +17,7 @@ from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.rewiring.rows import sample_rows
 from sparselab.nn.ops.topologies import TensorTopology, hold_topology
-from sparselab.nn.ops.tracing import let_sizes_change
+from sparselab.nn.ops.tracing import is_plain, let_sizes_change
 from sparselab.nn.storage.base import Storage, as_positions
 from sparselab.nn.storage.checks import check_rows
 from sparselab.nn.storage.entries import move_slots, repeated
@@ -74,8 +74,8 @@ class Compressed(Storage):
 
     def topology(self, layer: Any) -> TensorTopology:
         """The topology that the tensors are now; made once, and kept until they change."""
-        if self.origin is not None:
-            self.origin.check(layer)
+        if self.kin is not None:
+            self.kin.check(layer)
         buffers = layer._buffers
         indptr, indices = buffers["indptr"], buffers["indices"]
         found = self._topology
@@ -89,15 +89,10 @@ class Compressed(Storage):
             found.measured = self.measured
         return found
 
-    def check_origin(self, layer: Any) -> None:
-        """Raise RuntimeError if the layer was averaged slot by slot with one of other connections."""
-        if self.origin is not None:
-            self.origin.check(layer)
-
     def refresh(self, layer: Any) -> None:
         """See to it that operators which are given the tensors of the layer find its gradient hook."""
-        if self.origin is not None:
-            self.origin.settle(layer)
+        if self.kin is not None:
+            self.kin.settle(layer)
         if self.hook_place.hook is not None and not layer.indices.is_meta:
             self.topology(layer)
 
@@ -107,6 +102,8 @@ class Compressed(Storage):
 
     def arguments(self, layer: Any) -> tuple[Tensor, Tensor, list[int], str]:
         """The topology in the words of an operator."""
+        if self.kin is not None and is_plain(layer.indptr, layer.indices):
+            self.kin.check(layer)
         return layer.indptr, layer.indices, [*self.shape, *self.block_shape], self.layout
 
     def nnz(self, layer: Any) -> int:
@@ -148,6 +145,7 @@ class Compressed(Storage):
             ascending(as_positions(drop)), ascending(as_positions(grow)), compact=True
         )
         self.check_rows(new.row_nnz)
+        self.foresee_change(layer)
         moved = torch.from_numpy(source)
         # In place where the count stays, and nothing can fail from here on.
         weights = self.move(layer, held.detach(), moved)
@@ -190,7 +188,7 @@ class Compressed(Storage):
     @torch.no_grad()
     def store(self, layer: Any, indptr: Array, indices: Array) -> None:
         """Copy a topology into the buffers."""
-        self.foresee_change()
+        self.foresee_change(layer)
         self.resize(layer, len(indices))
         layer.indices.copy_(torch.from_numpy(for_kernels(indices)))
         layer.indptr.copy_(torch.from_numpy(for_kernels(indptr)))
@@ -252,7 +250,7 @@ class Compressed(Storage):
 
     def load(self, layer: Any, state: dict[str, Any], prefix: str, loaded: Loaded) -> dict[str, Any]:
         """Make room, and return the state as torch shall load it there."""
-        self.foresee_change()
+        self.foresee_change(layer)
         self.resize(layer, len(loaded.indices))
         state[prefix + "indices"] = loaded.indices
         return state

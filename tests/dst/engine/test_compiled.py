@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparselab import GMP, LinearSchedule, sparsify
+from sparselab import GMP, GSE, SNFS, LinearSchedule, RigL, sparsify
 from tests.dst.contract_rows import ROWS
 from tests.dst.harness import OPTIMIZERS, assert_same_state, build, train
+from tests.dst.memory_reuse import poisoning
 
 pytestmark = [
     pytest.mark.skipif(
@@ -62,6 +63,85 @@ def test_one_graph_lasts_through_all_updates(name):
         runs += [model, optimizer]
     assert counter.frame_count == 1
     assert_same_state(*runs)
+
+
+class Images(nn.Module):
+    """Convolutions with an activation whose memory the compiler uses again."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3)
+        )
+        self.head = nn.Linear(4 * 36, 5)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.convolutions(x)).flatten(1))
+
+
+class Tokens(nn.Module):
+    """An embedding, layers of blocks, and a weight that is shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.up, self.down = nn.Embedding(30, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.down(torch.relu(self.up(self.embedding(x))))))
+
+
+def dense_of(name):
+    if name == "images":
+        return Images(), torch.randn(4, 2, 8, 8), 0.6
+    if name == "tokens":
+        return Tokens(), torch.randint(0, 30, (40,)), {"embedding": 0.6, "head": 0.6, "*": 0.6}
+    return nn.Sequential(
+        nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10)
+    ), torch.randn(32, 20), 0.6  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", [RigL, SNFS, GSE])
+@pytest.mark.parametrize("kind", ["sparse", "block", "masked"])
+@pytest.mark.parametrize("name", ["layers", "images", "tokens"])
+def test_growth_sees_what_was_there_though_the_compiler_uses_its_memory_again(name, kind, algorithm):
+    if kind == "block" and (name == "images" or algorithm is not RigL):
+        pytest.skip("there are no such layers, or they are refused")
+    if kind == "masked" and name == "tokens":
+        pytest.skip("there are no masked embeddings")
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        dense, x, sparsity = dense_of(name)
+        if kind == "block":
+            blocks = {"sparsity": 0.6, "block_shape": (4, 4)}
+            sparsity = {"up": blocks, "down": blocks} if name == "tokens" else {"*": blocks}
+        model = sparsify(dense, sparsity, layer=kind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        algorithm(update_freq=2, drop_fraction=0.5).attach(model, optimizer)
+        if compiled:
+            model.compile(backend=poisoning)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        runs.append([layer.positions() for layer in model.modules() if hasattr(layer, "positions")])
+    for ours, theirs in zip(*runs, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_backend_uses_memory_again():
+    kept = []
+
+    @torch.library.custom_op("tests::keep", mutates_args=())
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x.clone()
+
+    keep.register_fake(torch.empty_like)
+    torch.compile(lambda x: keep(x.sin()).cos(), backend=poisoning)(torch.ones(3))
+    assert kept[0].isnan().all()
 
 
 def test_equal_blocks_are_compiled_once():

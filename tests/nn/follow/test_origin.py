@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from sparselab import (
@@ -19,7 +20,9 @@ from sparselab import (
     RigL,
     SparseConv2d,
     SparseConvTranspose2d,
+    SparseEmbedding,
     SparseLinear,
+    average,
     densify,
     soft_update,
 )
@@ -35,7 +38,10 @@ def models(kind: str = "single") -> tuple[nn.Module, Tensor]:
         "conv": lambda: SparseConv2d(4, 6, 3, sparsity=0.5),
         "transposed": lambda: SparseConvTranspose2d(4, 6, 3, sparsity=0.5),
         "masked": lambda: MaskedLinear(16, 12, sparsity=0.5),
+        "embedding": lambda: SparseEmbedding(16, 12, sparsity=0.5),
     }
+    if kind == "embedding":
+        return nn.Sequential(layers[kind]()), torch.arange(16)
     return nn.Sequential(layers[kind]()), torch.randn(3, 4, 5, 5) if kind in (
         "conv",
         "transposed",
@@ -228,6 +234,103 @@ def test_a_snapshot_that_nobody_writes_to_may_be_used(use: str) -> None:
     for _ in range(6):
         step(model, x, optimizer)
     USES[use](snapshot)
+
+
+ARRANGED = {
+    "the target is the original": lambda model: (copy.deepcopy(model), model),
+    "siblings": lambda model: (copy.deepcopy(model), copy.deepcopy(model)),
+    "a copy of a copy": lambda model: (model, copy.deepcopy(copy.deepcopy(model))),
+}
+
+
+@pytest.mark.parametrize("arranged", ARRANGED)
+@pytest.mark.parametrize("kind", ["single", "conv", "embedding"])
+def test_whoever_is_the_copy(arranged: str, kind: str) -> None:
+    first, x = models(kind)
+    model, target = ARRANGED[arranged](first)
+    optimizer, _ = driven(model)
+    for _ in range(4):
+        step(model, x, optimizer)
+        soft(target, model)
+    with pytest.raises(RuntimeError, match=f"had got other connections: an {REFUSED}"):
+        target(x)
+
+
+def test_a_copy_that_an_optimizer_without_state_trains_is_left_alone() -> None:
+    model, x = models()
+    trained = copy.deepcopy(model)
+    optimizer, _ = driven(model)
+    own = torch.optim.SGD(trained.parameters(), lr=0.1)
+    for _ in range(6):
+        step(model, x, optimizer)
+        step(trained, x, own)
+    own.zero_grad()
+    trained(x)
+    trained.state_dict()
+
+
+def test_a_copy_may_be_cast_or_moved() -> None:
+    model, x = models()
+    half, meta = copy.deepcopy(model), copy.deepcopy(model).to("meta")
+    optimizer, _ = driven(model)
+    for _ in range(4):
+        step(model, x, optimizer)
+    half.half()(x.half())
+    half(x.half())
+    assert meta.state_dict()["0.indices"].is_meta
+    twin = copy.deepcopy(model)
+    model.to("meta")
+    twin(x)
+
+
+def test_a_copy_whose_weights_are_computed_disturbs_nothing() -> None:
+    model, x = models()
+    pruned, computed = copy.deepcopy(model), copy.deepcopy(model)
+    prune.l1_unstructured(pruned[0], "weight_values", 0.2)
+    nn.utils.parametrize.register_parametrization(computed[0], "weight_values", nn.Identity())
+    optimizer, _ = driven(model)
+    for _ in range(4):
+        step(model, x, optimizer)
+        pruned(x), computed(x)
+
+
+def test_a_rewrite_that_fails_changes_nothing() -> None:
+    model, x = models()
+    layer: Any = model[0]
+    layer(x).sum().backward()
+    weights, gradient, positions = (
+        layer.weight_values.clone(),
+        layer.weight_values.grad.clone(),
+        layer.positions(),
+    )
+    free = next(each for each in range(16 * 12) if each not in positions.tolist())
+
+    class Broken:
+        def foresee(self, layer: Any) -> None:
+            raise RuntimeError("no")
+
+        check = settle = foresee
+
+    layer.storage.kin = Broken()
+    with pytest.raises(RuntimeError, match="no"):
+        layer.rewrite(torch.tensor([0]), torch.tensor([free]))
+    layer.storage.kin = None
+    assert torch.equal(layer.weight_values, weights)
+    assert torch.equal(layer.weight_values.grad, gradient)
+    assert torch.equal(layer.positions(), positions)
+
+
+def test_an_average_by_position_leaves_its_models_alone() -> None:
+    first, x = models()
+    second = copy.deepcopy(first)
+    optimizer, _ = driven(second)
+    for _ in range(2):
+        step(second, x, optimizer)
+    soup = average([first, second])
+    soup(x)
+    first.forward(x)
+    second(x)
+    assert average([soup, first])(x).shape == (5, 12)
 
 
 def test_writing_before_the_origin_is_rewired_is_right() -> None:

@@ -291,7 +291,11 @@ def conv2d_values_grad(
     """See `values_grad`."""
     require_strided(grad=grad, x=x, indptr=indptr, indices=indices)
     topology = find_topology(indptr, indices, sizes, layout)
-    return values_grad(topology, grad, x, Geometry.of(geometry), is_shown)
+    how = Geometry.of(geometry)
+    dvalues = values_grad(topology, grad, x, how, False)
+    if is_shown and topology.is_watched:
+        topology.show_lent(ConvolutionOperands(x.detach(), grad.detach(), how))
+    return dvalues
 
 
 @conv2d_operator.register_fake

@@ -117,7 +117,7 @@ def sparse_input_values_grad(
     rows = _checked(topology, starts, columns, entries)
     _check(topology, entries, [("grad", grad, (rows.n_tokens, topology.shape[0]))])
     if is_shown and topology.is_watched:
-        topology.show(SparseInputOperands(rows, grad.detach()))
+        topology.show_lent(SparseInputOperands(rows, grad.detach()))
     dtype = grad.dtype
     if dtype in _NARROW:
         rows, grad = rows.float(), grad.float()

@@ -22,7 +22,6 @@ from sparselab.nn.ops.derivatives import each_of_batch, uncompiled
 from sparselab.nn.ops.leaves import shown_form
 from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.lookup.operands import LookupOperands
-from sparselab.nn.ops.operands import is_of_graph
 from sparselab.nn.ops.products import find_products
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
 from sparselab.nn.ops.tracing import is_transformed
@@ -111,7 +110,7 @@ def lookup_values_grad(
     if grad.shape != shape or grad.dtype not in ACCEPTED or not _on(topology, grad):
         refuse_misfits(topology.device, grad.dtype, grad=(grad, shape))
     if is_shown and topology.is_watched:
-        topology.show(LookupOperands(tokens.detach(), grad.detach(), topology.shape[0], is_of_graph(tokens)))
+        topology.show_lent(LookupOperands(tokens.detach(), grad.detach(), topology.shape[0]))
     products = find_products("lookup", layout, topology.device.type)
     (wide,) = in_float32(grad) or (grad,)
     found: Tensor = products.values_grad(topology, wide, tokens)
