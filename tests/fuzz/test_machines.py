@@ -16,7 +16,7 @@ from tests.fuzz import concurrency, kernel_products, kernel_state, kernel_steps,
 from tests.fuzz.__main__ import KERNELS, TORCH
 from tests.fuzz.case import Case, Skipped
 from tests.fuzz.driver import Driver
-from tests.fuzz.layer_state import draw_layer
+from tests.fuzz.layer_draw import draw_layer
 from tests.fuzz.report import tables
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guard pages and fork are Linux's")
@@ -72,8 +72,7 @@ def test_matrices_are_their_dense_twins(begin: Callable[[Case], Any]) -> None:
 @pytest.mark.parametrize("kind", layer_sequence.KINDS)
 def test_layers_are_their_dense_twins(kind: str) -> None:
     def begin(case: Case) -> layer_sequence.State:
-        masked = kind == "masked"
-        layer, twin = draw_layer(case, "SparseLinear" if masked else kind, masked=masked)
+        layer, twin = draw_layer(case, kind)
         return layer_sequence.State(kind, layer, twin)
 
     run(machine(begin, LAYER_STEPS))
