@@ -53,8 +53,9 @@ def _images(case: Case, layer: Any, dtype: torch.dtype) -> Tensor:
     kernel = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     more = 12 if layer.n_dims < 3 else 5
     size = [n + int(case.rng.integers(more)) for n in kernel]
-    if layer.padding_mode != "zeros":  # what is reflected must be larger than its padding
-        size = [n + 2 for n in size]
+    # What is reflected must be larger than its padding, and a transposed convolution takes it off.
+    if layer.padding_mode != "zeros" or adapter.is_transposed_conv(layer):
+        size = [n + 4 for n in size]
     n = () if case.chance(0.1) else (case.pick((1, 2, 5)),)
     x = torch.from_numpy(case.rng.standard_normal((*n, layer.in_channels, *size))).to(dtype)
     if x.ndim == layer.n_dims + 2 and x.ndim in _FORMATS and case.chance(0.3):

@@ -169,10 +169,11 @@ def load_wrong(case: Case, state: State) -> None:
 
 def freeze(case: Case, state: State) -> None:
     """Frozen, the layer gives the same outputs; thawed, it trains."""
-    if not hasattr(state.layer, "freeze"):
+    owner = adapter.owner(state.layer)
+    if not hasattr(owner, "freeze"):
         raise Skipped
     case.note(f"{state.kind} freeze")
-    case.valid(state.layer.freeze)
+    case.valid(owner.freeze)
     infer(case, state)
     state.layer.requires_grad_(True)
 

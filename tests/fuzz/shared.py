@@ -63,7 +63,3 @@ class Shared(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight anew."""
         self.owner.reset_parameters()
-
-    def freeze(self) -> None:
-        """Freeze the owner."""
-        self.owner.freeze()

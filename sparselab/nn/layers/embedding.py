@@ -181,6 +181,8 @@ class SparseEmbedding(CompressedLayer):
         if not isinstance(input, Tensor) or input.dtype not in (torch.int32, torch.int64):
             what = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise RuntimeError(f"input must be a tensor of int32 or int64, got {what}")
+        if input.device != self.indices.device:
+            raise RuntimeError(f"input must be on {self.indices.device}, as the layer, got {input.device}")
         tokens = input.flatten().long()
         if self.max_norm is not None:
             self._renormalise(tokens)

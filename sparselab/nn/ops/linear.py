@@ -218,6 +218,8 @@ def linear_transposed(x: Tensor, values: Tensor, layer: HasStorage) -> Tensor:
     -------
     (tokens, in_features)
     """
+    if is_plain(x, values):
+        layer.storage.topology(layer)  # which refuses a layer whose weights are a wrong average
     indptr, indices, sizes, layout = layer.storage.arguments(layer)
     if is_transformed():
         return transformed_input_grad(x, values, (indptr, indices), LinearForm(sizes, layout))

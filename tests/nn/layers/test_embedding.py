@@ -112,6 +112,11 @@ def test_any_pattern(rows: int, columns: int, density: float, n: int, seed: int)
     torch.testing.assert_close(layer.weight_values.grad, live(layer, dense.weight.grad))
 
 
+def test_an_input_elsewhere_is_refused_by_its_name() -> None:
+    with pytest.raises(RuntimeError, match="input must be on cpu, as the layer, got meta"):
+        make()(tokens(3).to("meta"))
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     layer, numbers = SparseEmbedding(300, 4096, sparsity=0.9), torch.randint(0, 300, (700,))
     upstream, found = torch.randn(700, 4096), []

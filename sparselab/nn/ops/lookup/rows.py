@@ -25,7 +25,7 @@ from sparselab.nn.ops.lookup.operands import LookupOperands
 from sparselab.nn.ops.operands import is_of_graph
 from sparselab.nn.ops.products import find_products
 from sparselab.nn.ops.topologies import TensorTopology, find_topology
-from sparselab.nn.ops.tracing import is_transformed
+from sparselab.nn.ops.tracing import is_plain, is_transformed
 
 
 class Form:
@@ -74,6 +74,8 @@ def lookup(tokens: Tensor, values: Tensor, layer: HasStorage, factors: Tensor | 
     IndexError
         If a number is no row.
     """
+    if is_plain(tokens, values):
+        layer.storage.topology(layer)  # which refuses a layer whose weights are a wrong average
     indptr, indices, sizes, layout = layer.storage.arguments(layer)
     if is_transformed():
         y: Tensor = _Lookup.apply(values, tokens, factors, indptr, indices, Form(sizes, layout))  # type: ignore[no-untyped-call]
