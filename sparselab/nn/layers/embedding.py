@@ -196,8 +196,10 @@ class SparseEmbedding(CompressedLayer):
             return None
         factors = torch.ones_like(tokens, dtype=dtype)
         if self.scale_grad_by_freq:
-            often = factors.new_zeros(self.num_embeddings, dtype=torch.int64)
-            factors = factors / often.index_add(0, tokens, torch.ones_like(tokens))[tokens]
+            rows = max(self.num_embeddings, 1)
+            at = tokens.clamp(0, rows - 1)  # numbers of no row are refused where rows are looked up
+            often = factors.new_zeros(rows, dtype=torch.int64)
+            factors = factors / often.index_add(0, at, torch.ones_like(at))[at]
         if self.padding_idx is not None:
             factors = torch.where(tokens == self.padding_idx, 0, factors)
         return factors
