@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,9 @@ class LayerTwin:
         settings = {name: getattr(layer, name) for name in layer.settings}
         dense = layer.dense_type(**settings, bias=bias is not None, device="meta", dtype=W.dtype)
         given = {"weight": W.reshape(dense.weight.shape)} | ({} if bias is None else {"bias": bias})
-        return torch.func.functional_call(dense, given, (in_c_order(x),))  # type: ignore[no-any-return]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that it may copy what it pads on one side
+            return torch.func.functional_call(dense, given, (in_c_order(x),))  # type: ignore[no-any-return]
 
     def terms(self, layer: Any, x: Tensor, y: Tensor) -> Terms:
         """How many terms the sums have at most."""
