@@ -26,7 +26,7 @@ def _choose(case: Case, state: State) -> tuple[np.ndarray[Any, Any], np.ndarray[
     matrix = state.twin.matrix
     free, columns = matrix.free(), matrix.grid[1]
     drop = np.flatnonzero(case.rng.random(matrix.nnz) < 0.3)
-    if not hasattr(adapter.owner(state.layer), "fan_in") or "Conv" in state.kind:
+    if type(adapter.owner(state.layer)).__name__ != "FanInLinear":
         n = int(case.rng.integers(len(drop) + 3))
         return drop, np.sort(case.rng.permutation(free)[:n])
     grow, used = [], []
