@@ -94,6 +94,5 @@ def token_rows(x: Tensor) -> TokenRows:
         row, columns = x.indices()
         ranks = torch.arange(x.shape[0] + 1, dtype=row.dtype)
         return TokenRows(torch.searchsorted(row.contiguous(), ranks), columns, x.values(), x.shape[1])
-    # Torch takes for granted that nothing is stored twice.
-    entries: Tensor = x.to_sparse()._coalesced_(False)
+    entries: Tensor = x.to_sparse()
     return token_rows(entries)
