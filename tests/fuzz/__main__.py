@@ -8,7 +8,11 @@ import sys
 from tests.fuzz import planted
 
 KERNELS = "PaddedCSR", "BlockCSR"
-TORCH = "operators", "SparseLinear", "FanInLinear", "BlockSparseLinear", "SparseConv2d", "masked"
+TORCH = (
+    "operators", "SparseLinear", "FanInLinear", "BlockSparseLinear", "SparseConv1d", "SparseConv2d",
+    "SparseConv3d", "SparseConvTranspose1d", "SparseConvTranspose2d", "SparseConvTranspose3d",
+    "SparseEmbedding", "TiedLinear", "TransposedLinear", "masked",
+)  # fmt: skip
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

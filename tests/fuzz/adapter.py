@@ -177,26 +177,52 @@ def rewrite(W: Matrix, drop: Any, grow: Any, compact: bool) -> tuple[Matrix, Arr
 def make_layer(
     kind: str, sizes: tuple[int, int], *, bias: bool, density: float, dtype: Any, **others: Any
 ) -> Any:
-    """A layer of that class with random connections; `sizes` are inputs and outputs."""
+    """A layer of that class with random connections; `sizes` are inputs and outputs, or rows and columns."""
     import sparselab
 
     if kind == "FanInLinear":
         others = {"fan_in": round(density * sizes[0]), **others}
     else:
         others = {"sparsity": 1 - density, **others}
-    return getattr(sparselab, kind)(*sizes, bias=bias, dtype=dtype, **others)
+    if kind != "SparseEmbedding":
+        others["bias"] = bias
+    return getattr(sparselab, kind)(*sizes, dtype=dtype, **others)
 
 
 def masked(layer: Any) -> Any:
     """The masked twin of a layer."""
     import sparselab
 
-    kind = "MaskedConv2d" if "Conv2d" in type(layer).__name__ else "MaskedLinear"
+    name = type(layer).__name__
+    kind = name.replace("Sparse", "Masked") if "Conv" in name else "MaskedLinear"
     return getattr(sparselab, kind).from_sparse(layer)
+
+
+def tied(kind: str, owner: Any, bias: bool) -> Any:
+    """A layer of that class with the weight of the owner."""
+    import sparselab
+
+    return getattr(sparselab, kind)(owner, bias)
+
+
+def owner(layer: Any) -> Any:
+    """The layer that has the weights: of several that share them, the one that they are listed under."""
+    return getattr(layer, "owner", layer)
+
+
+def has_mask(layer: Any) -> bool:
+    """Whether the weights are dense, with a mask."""
+    return hasattr(owner(layer), "mask")
+
+
+def is_transposed_conv(layer: Any) -> bool:
+    """Whether it is a transposed convolution, of which the rows of W are inputs."""
+    return getattr(layer, "row_channels", "") == "in_channels"
 
 
 def stored(layer: Any) -> Any:
     """The Parameter of the weights."""
+    layer = owner(layer)
     for name in ("weight_values", "values", "stored"):
         found = layer._parameters.get(name)
         if found is not None:
@@ -206,13 +232,13 @@ def stored(layer: Any) -> Any:
 
 def block_of(layer: Any) -> tuple[int, int]:
     """Rows and columns of one connection."""
-    return tuple(getattr(layer, "block_shape", (1, 1)))  # type: ignore[return-value]
+    return tuple(getattr(owner(layer), "block_shape", (1, 1)))  # type: ignore[return-value]
 
 
 def per_connection(layer: Any, entries: Any) -> Array:
     """Entries laid out as `stored`, in the order of positions, (nnz, *block), float64."""
-    if hasattr(layer, "mask") and entries.shape == layer.mask.shape:
-        entries = entries[layer.mask]
+    if has_mask(layer) and entries.shape == owner(layer).mask.shape:
+        entries = entries[owner(layer).mask]
     return entries.detach().double().numpy().reshape(-1, *block_of(layer))  # type: ignore[no-any-return]
 
 
@@ -228,7 +254,8 @@ def layer_positions(layer: Any) -> Array:
 
 def topology_tensors(layer: Any) -> dict[str, Any]:
     """The integer buffers by name."""
-    return {name: tensor for name, tensor in layer.named_buffers() if not tensor.is_floating_point()}
+    buffers = owner(layer).named_buffers()
+    return {name: tensor for name, tensor in buffers if not tensor.is_floating_point()}
 
 
 # --- operators --------------------------------------------------------------------------------------------

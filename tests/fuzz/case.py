@@ -94,7 +94,7 @@ class Case:
         if self.status is not None:
             self.status.write(f"{self.family}\t{self.seed}\t{self.step}\t{operation}\t{mutation}")
 
-    def attempt(self, call: Callable[[], Any], *names: str) -> Any:
+    def attempt(self, call: Callable[[], Any], *names: str, also: tuple[type[Exception], ...] = ()) -> Any:
         """The result of a call that may be wrong, or REFUSED if it raised a clean error.
 
         Parameters
@@ -102,13 +102,15 @@ class Case:
         call : callable
         names : str
             What the error must name one of.
+        also : tuple of exception types
+            Clean here, beside those that always are.
         """
         try:
             return call()
         except Exception as error:
             if isinstance(error, MemoryError) and not names:
                 return REFUSED
-            if not isinstance(error, CLEAN):
+            if not isinstance(error, (*CLEAN, *also)):
                 raise Found("unclean", f"{describe(error)}") from error
             if names and not any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names):
                 raise Found("unclean", f"names none of {', '.join(names)}: {describe(error)}") from error
@@ -122,9 +124,12 @@ class Case:
         except Exception as error:
             raise Found("refused", describe(error)) from error
 
-    def refuse(self, call: Callable[[], Any], *names: str, what: str = "a result came") -> None:
+    def refuse(
+        self, call: Callable[[], Any], *names: str, what: str = "a result came",
+        also: tuple[type[Exception], ...] = (),
+    ) -> None:  # fmt: skip
         """A call that has no right result: it must raise a clean error."""
-        if self.attempt(call, *names) is not REFUSED:
+        if self.attempt(call, *names, also=also) is not REFUSED:
             raise Found("wrong", f"accepted: {what}")
 
     def chance(self, probability: float) -> bool:

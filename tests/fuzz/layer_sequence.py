@@ -15,86 +15,10 @@ from torch import Tensor
 from tests.fuzz import adapter
 from tests.fuzz.case import REFUSED, Case, Found, Skipped
 from tests.fuzz.judge import expect_equal
-from tests.fuzz.layer_state import LayerTwin, draw_input, draw_layer
-from tests.fuzz.operator_judge import EPS, expect_tensor
-
-
-class State:
-    """The layer and its twin; copies and originals that must stay as they were."""
-
-    def __init__(self, kind: str, layer: Any, twin: LayerTwin) -> None:
-        self.kind, self.layer, self.twin = kind, layer, twin
-        self.kept: list[tuple[Any, LayerTwin]] = []
-
-    def check(self, what: str) -> None:
-        """Raise `Found` unless every layer holds what its twin does."""
-        self.twin.expect_state(self.layer, what)
-        for layer, twin in self.kept:
-            twin.expect_state(layer, f"{what}: a layer of before")
-
-    def replace(self, layer: Any) -> None:
-        """Go on with a copy of the layer, and keep the original."""
-        self.kept = [*self.kept[-1:], (self.layer, self.twin)]
-        self.layer, self.twin = layer, self.twin.copy()
-
-
-def train(case: Case, state: State) -> None:
-    """A forward and a backward pass."""
-    layer, twin = state.layer, state.twin
-    x = draw_input(case, layer).detach()
-    x.requires_grad_(case.chance(0.8))
-    stored = adapter.stored(layer)
-    trained = stored.requires_grad
-    layer.zero_grad(set_to_none=True)
-    case.note(f"{state.kind} forward")
-    y = case.valid(lambda: layer(x))
-    dy = torch.from_numpy(case.rng.standard_normal(tuple(y.shape))).to(y.dtype)
-    if case.chance(0.3) and dy.ndim == 2:
-        dy = dy.T.contiguous().T
-    outcome = twin.outcome(layer, x, dy)
-    twin.expect_output(layer, x, y, outcome)
-    if not y.requires_grad:
-        return
-    case.note(f"{state.kind} backward")
-    case.valid(lambda: y.backward(dy))
-    if trained:
-        twin.expect_gradients(layer, x, outcome)
-
-
-def infer(case: Case, state: State) -> None:
-    """A forward pass without gradients."""
-    x = draw_input(case, state.layer)
-    mode = case.pick((torch.no_grad, torch.inference_mode))
-    case.note(f"{state.kind} infer", mode.__name__)
-    outcome = state.twin.outcome(state.layer, x)
-    with mode():
-        y = case.valid(lambda: state.layer(x))
-    state.twin.expect_output(state.layer, x, y, outcome)
-
-
-def wrong_input(case: Case, state: State) -> None:
-    """An input that does not fit must be refused."""
-    x = draw_input(case, state.layer)
-    how = case.pick(("narrow", "wide", "dtype", "int", "scalar", "numpy", "meta"))
-    dim = 1 if hasattr(state.layer, "kernel_size") else -1
-    if (how == "narrow" and x.shape[dim] == 1) or (how == "meta" and state.kind == "masked"):
-        raise Skipped
-    other = torch.float64 if x.dtype == torch.float32 else torch.float32
-    wrong: Any = {
-        "narrow": lambda: x.narrow(dim, 0, x.shape[dim] - 1), "wide": lambda: torch.cat([x, x], dim),
-        "dtype": lambda: x.to(other), "int": lambda: x.long(),
-        "scalar": lambda: torch.ones((), dtype=x.dtype),
-        "numpy": x.numpy, "meta": lambda: x.to("meta"),
-    }[how]()  # fmt: skip
-    case.note(f"{state.kind} forward", f"input {how}")
-    names = () if how == "numpy" or state.kind == "masked" else ("input", "x")
-    if how == "numpy":
-        try:
-            state.layer(wrong)
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            return
-        raise Found("wrong", "accepted a NumPy array")
-    case.refuse(lambda: state.layer(wrong), *names, what=f"an input that is {how}")
+from tests.fuzz.layer_draw import KINDS, draw_layer
+from tests.fuzz.layer_inputs import differentiable, draw_input
+from tests.fuzz.layer_passes import hostile, infer, sized, train, train_odd, wrong_input
+from tests.fuzz.layer_state import LayerTwin, State
 
 
 def _choose(case: Case, state: State) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -102,7 +26,7 @@ def _choose(case: Case, state: State) -> tuple[np.ndarray[Any, Any], np.ndarray[
     matrix = state.twin.matrix
     free, columns = matrix.free(), matrix.grid[1]
     drop = np.flatnonzero(case.rng.random(matrix.nnz) < 0.3)
-    if state.kind != "FanInLinear":
+    if type(adapter.owner(state.layer)).__name__ != "FanInLinear":
         n = int(case.rng.integers(len(drop) + 3))
         return drop, np.sort(case.rng.permutation(free)[:n])
     grow, used = [], []
@@ -158,9 +82,9 @@ def rewrite_wrong(case: Case, state: State) -> None:
 def backward_after_rewrite(case: Case, state: State) -> None:
     """A graph from before a change of topology must not give gradients of the new one."""
     layer = state.layer
-    if not adapter.stored(layer).requires_grad or state.kind == "masked":
+    if not adapter.stored(layer).requires_grad or adapter.has_mask(layer):
         raise Skipped
-    x = draw_input(case, layer).requires_grad_()
+    x = differentiable(case, layer)
     y = layer(x)
     before = state.twin.matrix.positions
     layer.zero_grad(set_to_none=True)
@@ -239,15 +163,17 @@ def load_wrong(case: Case, state: State) -> None:
     if how == "dtype" or (tensor.numel() == 0 and how == "short"):
         raise Skipped
     case.note(f"{state.kind} load_state_dict", f"{name} {how}")
-    case.refuse(lambda: state.layer.load_state_dict(saved), name, *saved, what=f"{name} {how}")
+    names = {part for each in (name, *saved) for part in (each, each.rsplit(".", 1)[-1])}
+    case.refuse(lambda: state.layer.load_state_dict(saved), *names, what=f"{name} {how}")
 
 
 def freeze(case: Case, state: State) -> None:
     """Frozen, the layer gives the same outputs; thawed, it trains."""
-    if not hasattr(state.layer, "freeze"):
+    owner = adapter.owner(state.layer)
+    if not hasattr(owner, "freeze"):
         raise Skipped
     case.note(f"{state.kind} freeze")
-    case.valid(state.layer.freeze)
+    case.valid(owner.freeze)
     infer(case, state)
     state.layer.requires_grad_(True)
 
@@ -255,7 +181,7 @@ def freeze(case: Case, state: State) -> None:
 def write_topology(case: Case, state: State) -> None:
     """A topology buffer written over by the user: an error, or a right product of what it says now."""
     buffers = {name: t for name, t in adapter.topology_tensors(state.layer).items() if t.numel()}
-    if not buffers or state.kind == "masked":
+    if not buffers or adapter.has_mask(state.layer):
         raise Skipped
     name = case.pick(sorted(buffers))
     tensor = buffers[name]
@@ -285,7 +211,7 @@ def write_topology(case: Case, state: State) -> None:
 def forward_mask(case: Case, state: State) -> None:
     """Connections that the forward pass leaves out contribute nothing, whatever their weight."""
     layer, matrix = state.layer, state.twin.matrix
-    if not hasattr(layer, "forward_mask") or matrix.nnz == 0 or state.kind == "masked":
+    if not hasattr(layer, "forward_mask") or matrix.nnz == 0 or adapter.has_mask(layer):
         raise Skipped
     stored = adapter.stored(layer)
     kept = case.rng.random(matrix.nnz) < 0.5
@@ -302,9 +228,7 @@ def forward_mask(case: Case, state: State) -> None:
     masked.matrix.weights = matrix.weights * kept[:, None, None]
     try:
         y = case.valid(lambda: layer(x))
-        expect_tensor(
-            y, *masked.outcome(layer, x).y, matrix.shape[1] + 1, EPS[x.dtype], "with a forward_mask"
-        )
+        masked.expect_output(layer, x, y, masked.outcome(layer, x))
     finally:
         layer.forward_mask = None
         with torch.no_grad():
@@ -314,9 +238,9 @@ def forward_mask(case: Case, state: State) -> None:
 def short_saved_tensor(case: Case, state: State) -> None:
     """A hook on saved tensors that returns another shape: an error, or the right gradients."""
     layer = state.layer
-    if not adapter.stored(layer).requires_grad or state.kind == "masked":
+    if not adapter.stored(layer).requires_grad or adapter.has_mask(layer):
         raise Skipped
-    x = draw_input(case, layer).requires_grad_()
+    x = differentiable(case, layer)
     layer.zero_grad(set_to_none=True)
     which, count = int(case.rng.integers(5)), [0]
 
@@ -335,7 +259,8 @@ def short_saved_tensor(case: Case, state: State) -> None:
 
 def to_masked(case: Case, state: State) -> None:
     """The masked twin computes the same."""
-    if state.kind == "masked" or adapter.block_of(state.layer) != (1, 1):
+    own = adapter.owner(state.layer) is state.layer and not hasattr(state.layer, "num_embeddings")
+    if not own or adapter.has_mask(state.layer) or adapter.block_of(state.layer) != (1, 1):
         raise Skipped
     x = draw_input(case, state.layer)
     case.note("masked from_sparse", state.kind)
@@ -345,7 +270,8 @@ def to_masked(case: Case, state: State) -> None:
 
 
 STEPS: list[tuple[Callable[[Case, State], None], float]] = [
-    (train, 8), (infer, 4), (wrong_input, 2), (rewrite, 5), (rewrite_wrong, 2), (backward_after_rewrite, 0.5),
+    (train, 8), (train_odd, 3), (hostile, 1.5), (sized, 1), (infer, 4), (wrong_input, 2), (rewrite, 5),
+    (rewrite_wrong, 2), (backward_after_rewrite, 0.5),
     (write_weights, 1), (copies, 2), (load_wrong, 2), (freeze, 0.5), (write_topology, 0.5), (forward_mask, 1),
     (short_saved_tensor, 1), (to_masked, 0.5),
 ]  # fmt: skip
@@ -355,10 +281,7 @@ _WEIGHTS /= _WEIGHTS.sum()
 
 def _sequence(kind: str) -> Callable[[Case], None]:
     def run(case: Case) -> None:
-        masked = kind == "masked"
-        layer, twin = draw_layer(
-            case, case.pick(("SparseLinear", "SparseConv2d")) if masked else kind, masked=masked
-        )
+        layer, twin = draw_layer(case, kind)
         state = State(kind, layer, twin)
         for _ in range(int(case.rng.integers(4, 16))):
             case.next_step()
@@ -372,5 +295,4 @@ def _sequence(kind: str) -> Callable[[Case], None]:
     return run
 
 
-KINDS = "SparseLinear", "FanInLinear", "BlockSparseLinear", "SparseConv2d", "masked"
 FAMILIES: dict[str, Callable[[Case], None]] = {kind: _sequence(kind) for kind in KINDS}

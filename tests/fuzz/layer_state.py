@@ -1,31 +1,38 @@
-"""A random sparse layer with its dense twin in float64."""
+"""The dense twin of a layer in float64: what it must hold, return and send back."""
 
 from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from sparselab.nn.ops.conv.dense import in_c_order
 from tests.fuzz import adapter
-from tests.fuzz.case import Case
 from tests.fuzz.judge import Twin, expect_equal
 from tests.fuzz.operator_judge import EPS, expect_tensor
-
-BLOCKS = ((4, 4), (1, 8), (4, 1), (3, 5), (8, 8))
-WIDTHS = (1, 2, 3, 7, 8, 16, 17, 33, 64, 80)
 
 
 class Outcome(NamedTuple):
     """Output and gradients by x, W and bias of a dense layer; each with the magnitude of its terms."""
 
     y: tuple[Tensor, Tensor]
-    dx: tuple[Tensor, Tensor]
+    dx: tuple[Tensor, Tensor] | None
     dW: tuple[Tensor, Tensor]
     dbias: tuple[Tensor, Tensor] | None
+
+
+class Terms(NamedTuple):
+    """How many terms the sums of an `Outcome` have at most."""
+
+    y: int
+    dx: int
+    dW: int
+    dbias: int
 
 
 class LayerTwin:
@@ -46,11 +53,41 @@ class LayerTwin:
         return copy.deepcopy(self)
 
     def apply(self, layer: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        """The dense layer; `layer` only tells the settings of a convolution."""
+        """The dense layer; `layer` only tells its settings."""
+        if hasattr(layer, "head"):
+            hidden = F.linear(x, W) if layer.chained else x
+            return F.linear(hidden, W.T if layer.head.transposed else W, bias)
+        if hasattr(layer, "num_embeddings"):
+            by_freq = layer.scale_grad_by_freq
+            return F.embedding(x, W, layer.padding_idx, scale_grad_by_freq=by_freq)
         if not hasattr(layer, "kernel_size"):
-            return torch.nn.functional.linear(x, W, bias)
-        weight = W.reshape(W.shape[0], layer.in_channels // layer.groups, *layer.kernel_size)
-        return torch.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+            return F.linear(x, W, bias)
+        settings = {name: getattr(layer, name) for name in layer.settings}
+        dense = layer.dense_type(**settings, bias=bias is not None, device="meta", dtype=W.dtype)
+        given = {"weight": W.reshape(dense.weight.shape)} | ({} if bias is None else {"bias": bias})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that it may copy what it pads on one side
+            return torch.func.functional_call(dense, given, (in_c_order(x),))  # type: ignore[no-any-return]
+
+    def terms(self, layer: Any, x: Tensor, y: Tensor) -> Terms:
+        """How many terms the sums have at most."""
+        rows, columns = self.matrix.shape
+        tokens = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
+        if hasattr(layer, "head") and layer.chained:
+            both = rows + columns
+            return Terms(both + 1, both, both + 2 * tokens, tokens)
+        if hasattr(layer, "head") and layer.head.transposed:
+            return Terms(rows + 1, columns, tokens, tokens)
+        if hasattr(layer, "num_embeddings"):
+            return Terms(1, 1, x.numel(), x.numel())
+        kernel = math.prod(getattr(layer, "kernel_size", (1,)))
+        if adapter.is_transposed_conv(layer):
+            outputs = y.numel() // max(layer.out_channels, 1)
+            return Terms(rows * kernel + 1, columns, x.numel() // max(rows, 1), outputs)
+        tokens = y.numel() // max(rows, 1)
+        # What is padded with itself reaches an input in up to three ways along each dimension.
+        more = 3**layer.n_dims if getattr(layer, "padding_mode", "zeros") != "zeros" else 0
+        return Terms(columns + 1, rows * kernel + more, tokens, tokens)
 
     def outcome(self, layer: Any, x: Tensor, dy: Tensor | None = None) -> Outcome:
         """What must come out for x, and for the upstream gradient dy (default: ones)."""
@@ -60,14 +97,19 @@ class LayerTwin:
         return Outcome(*pairs)  # type: ignore[arg-type]
 
     def _outcome(self, layer: Any, x: Tensor, dy: Tensor | None, magnitude: bool) -> list[Any]:
-        tensors = [x.detach().double(), torch.from_numpy(self.matrix.dense().copy())]
+        numbers = x.detach().double() if x.is_floating_point() else x
+        tensors = [numbers, torch.from_numpy(self.matrix.dense().copy())]
         tensors += [] if self.bias is None else [self.bias]
         with torch.enable_grad():
-            leaves = [(t.abs() if magnitude else t).clone().requires_grad_() for t in tensors]
-            y = self.apply(layer, leaves[0], leaves[1], leaves[2] if self.bias is not None else None)
+            inputs = [(t.abs() if magnitude else t).clone() for t in tensors]
+            leaves = [t.requires_grad_() for t in inputs if t.is_floating_point()]
+            y = self.apply(layer, inputs[0], inputs[1], inputs[2] if self.bias is not None else None)
             upstream = torch.ones_like(y) if dy is None else dy.detach().double()
+            upstream = upstream.contiguous()
             gradients = torch.autograd.grad(y, leaves, upstream.abs() if magnitude else upstream)
-        return [y.detach(), *gradients, *([None] * (3 - len(gradients)))]
+        of_input = [] if x.is_floating_point() else [None]
+        found = [y.detach(), *of_input, *gradients]
+        return [*found, *([None] * (4 - len(found)))]
 
     def expect_state(self, layer: Any, what: str) -> None:
         """Raise `Found` unless the layer holds this matrix."""
@@ -77,61 +119,36 @@ class LayerTwin:
 
     def expect_output(self, layer: Any, x: Tensor, y: Tensor, outcome: Outcome) -> None:
         """Raise `Found` unless an output is right."""
-        expect_tensor(y, *outcome.y, self.matrix.shape[1] + 1, EPS[x.dtype], "output")
+        eps = EPS[adapter.stored(layer).dtype]
+        expect_tensor(y, *outcome.y, self.terms(layer, x, outcome.y[0]).y, eps, "output")
 
     def expect_gradients(self, layer: Any, x: Tensor, outcome: Outcome) -> None:
         """Raise `Found` unless all gradients are right."""
-        eps, tokens = EPS[x.dtype], math.prod(outcome.y[0].shape) // max(self.matrix.shape[0], 1)
+        eps, terms = EPS[adapter.stored(layer).dtype], self.terms(layer, x, outcome.y[0])
         if x.grad is not None:
-            terms = self.matrix.shape[0] * math.prod(getattr(layer, "kernel_size", (1,)))
-            expect_tensor(x.grad, *outcome.dx, terms, eps, "gradient of x")
+            assert outcome.dx is not None
+            expect_tensor(x.grad, *outcome.dx, terms.dx, eps, "gradient of x")
         dW = [torch.from_numpy(self.matrix.gather(each.numpy())) for each in outcome.dW]
         got = torch.from_numpy(adapter.per_connection(layer, adapter.stored(layer).grad))
-        expect_tensor(got, dW[0], dW[1], tokens, eps, "gradient of the weights")
+        expect_tensor(got, dW[0], dW[1], terms.dW, eps, "gradient of the weights")
         if outcome.dbias is not None:
-            expect_tensor(layer.bias.grad, *outcome.dbias, tokens, eps, "gradient of the bias")
+            expect_tensor(layer.bias.grad, *outcome.dbias, terms.dbias, eps, "gradient of the bias")
 
 
-def draw_layer(case: Case, kind: str, *, masked: bool) -> tuple[Any, LayerTwin]:
-    """A random layer of that kind, or the masked twin of one."""
-    torch.manual_seed(int(case.rng.integers(2**31)))
-    dtype = case.pick((torch.float32,) * 3 + (torch.float64,))
-    density = case.pick((0.0, 0.05, 0.2, 0.5, 1.0))
-    sizes = case.pick(WIDTHS), case.pick(WIDTHS)
-    others: dict[str, Any] = {}
-    if kind == "BlockSparseLinear":
-        others["block_shape"] = case.pick(BLOCKS)
-    if kind == "SparseConv2d":
-        groups = case.pick((1, 1, 2, 3))
-        sizes = groups * case.pick((1, 2, 3, 5)), groups * case.pick((1, 2, 4, 9))
-        others = {
-            "kernel_size": case.pick((1, 3, 3, (2, 3), 5)), "stride": case.pick((1, 1, 2, (2, 1))),
-            "padding": case.pick((0, 1, 2, (1, 0))), "dilation": case.pick((1, 1, 2)), "groups": groups,
-        }  # fmt: skip
-    case.note("make", kind)
-    layer = case.valid(
-        lambda: adapter.make_layer(kind, sizes, bias=case.chance(0.7), density=density, dtype=dtype, **others)
-    )
-    if masked:
-        layer = case.valid(lambda: adapter.masked(layer))
-    return layer, LayerTwin(layer)
+class State:
+    """The layer and its twin; copies and originals that must stay as they were."""
 
+    def __init__(self, kind: str, layer: Any, twin: LayerTwin) -> None:
+        self.kind, self.layer, self.twin = kind, layer, twin
+        self.kept: list[tuple[Any, LayerTwin]] = []
 
-def draw_input(case: Case, layer: Any) -> Tensor:
-    """A random batch, in any strides."""
-    dtype = adapter.stored(layer).dtype
-    if hasattr(layer, "kernel_size"):
-        needed = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        size = [n + int(case.rng.integers(12)) for n in needed]
-        shape = (case.pick((1, 2, 5)), layer.in_channels, *size)
-        x = torch.from_numpy(case.rng.standard_normal(shape)).to(dtype)
-        return x.to(memory_format=torch.channels_last) if case.chance(0.3) else x
-    leading = case.pick(((1,), (2,), (3, 5), (16,), (17,), (33,), (64,), (65,), (130,), (0,), (2, 0), ()))
-    shape = (*leading, layer.in_features)
-    x = torch.from_numpy(case.rng.standard_normal(shape)).to(dtype)
-    if len(shape) == 2 and case.chance(0.3):
-        x = x.T.contiguous().T
-    elif case.chance(0.2):
-        wide = torch.from_numpy(np.repeat(x.numpy(), 2, -1))
-        x = wide[..., ::2]
-    return x
+    def check(self, what: str) -> None:
+        """Raise `Found` unless every layer holds what its twin does."""
+        self.twin.expect_state(self.layer, what)
+        for layer, twin in self.kept:
+            twin.expect_state(layer, f"{what}: a layer of before")
+
+    def replace(self, layer: Any) -> None:
+        """Go on with a copy of the layer, and keep the original."""
+        self.kept = [*self.kept[-1:], (self.layer, self.twin)]
+        self.layer, self.twin = layer, self.twin.copy()

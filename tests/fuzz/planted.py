@@ -52,7 +52,28 @@ def fine(case: Case) -> None:
     case.refuse(lambda: int("x"), "base")
 
 
+def off_gradient(kind: str) -> Callable[[Case], None]:
+    """Passes through a layer of that kind, the gradient of whose weights is off by a thousandth."""
+
+    def run(case: Case) -> None:
+        # Where torch is at hand: kernels are tested without.
+        from tests.fuzz import adapter, layer_passes
+        from tests.fuzz.layer_draw import draw_layer
+        from tests.fuzz.layer_state import State
+
+        layer, twin = draw_layer(case, kind)
+        adapter.stored(layer).register_hook(lambda gradient: gradient * 1.001)
+        for _ in range(6):
+            case.next_step()
+            layer_passes.train(case, State(kind, layer, twin))
+
+    return run
+
+
+#: Kinds of layers with a planted fault.
+OFF = "SparseEmbedding", "SparseConvTranspose3d", "TransposedLinear"
+
 FAMILIES: dict[str, Callable[[Case], None]] = {
     f"planted {function.__name__}": function
     for function in (crash, hang, wrong, unclean, unnamed, refused, fine)
-}
+} | {f"planted {kind}": off_gradient(kind) for kind in OFF}

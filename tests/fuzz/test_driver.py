@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from tests.fuzz import planted
 from tests.fuzz.__main__ import KERNELS, TORCH, parse
+from tests.fuzz.case import Case, run_case
 from tests.fuzz.driver import ENOUGH_CRASHES, Driver, Finding
 from tests.fuzz.report import tables
 from tests.kernels.process import ROOT
@@ -43,6 +45,13 @@ def test_a_planted_fault_is_found(driver: Driver, mutation: str, kind: str, deta
     assert {finding.kind for finding in findings} == {kind}
     assert all(detail in finding.detail for finding in findings)
     assert findings[0].seed == 7
+
+
+@pytest.mark.parametrize("kind", planted.OFF)
+def test_a_gradient_that_is_off_by_a_thousandth_is_found_in_every_case_that_has_one(kind: str) -> None:
+    faults = [run_case(Case(kind, seed), planted.FAMILIES[f"planted {kind}"]) for seed in range(12)]
+    assert sum(fault is not None for fault in faults) >= 6  # the others have no connections, or no tokens
+    assert all("gradient of the weights" in fault.detail for fault in faults if fault is not None)
 
 
 def test_a_crash_costs_its_case_only_and_is_left_out_after_a_while(driver: Driver) -> None:

@@ -16,6 +16,7 @@ from sparselab.nn.follow.replaced import connections_replaced
 from sparselab.nn.follow.replicas import refuse_shards
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import Measured
+from sparselab.nn.ops.inputs.places import dense_of
 from sparselab.nn.ops.inputs.tokens import by_matrix
 from sparselab.nn.ops.topologies import GradientHook
 from sparselab.nn.storage.base import Storage
@@ -201,8 +202,8 @@ class SparseLayer(nn.Module):
     def tied_product(self, input: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
         """``x W^T + b`` or ``x W + b``, with any b: what a `TiedLinear` computes with the layer's weight."""
         weight: Any = self.weight.T if transposed else self.weight
-        if transposed and not input.is_nested:
-            input = input.to_dense()
+        if transposed and input.layout is not torch.strided and not input.is_nested:
+            input = dense_of(input)
         if input.layout is torch.strided and not input.is_nested:
             return nn.functional.linear(input, weight, bias)
         return by_matrix(input, lambda tokens: nn.functional.linear(tokens, weight, bias))

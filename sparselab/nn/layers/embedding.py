@@ -181,6 +181,8 @@ class SparseEmbedding(CompressedLayer):
         if not isinstance(input, Tensor) or input.dtype not in (torch.int32, torch.int64):
             what = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise RuntimeError(f"input must be a tensor of int32 or int64, got {what}")
+        if input.device != self.indices.device:
+            raise RuntimeError(f"input must be on {self.indices.device}, as the layer, got {input.device}")
         tokens = input.flatten().long()
         if self.max_norm is not None:
             self._renormalise(tokens)
@@ -194,8 +196,10 @@ class SparseEmbedding(CompressedLayer):
             return None
         factors = torch.ones_like(tokens, dtype=dtype)
         if self.scale_grad_by_freq:
-            often = factors.new_zeros(self.num_embeddings, dtype=torch.int64)
-            factors = factors / often.index_add(0, tokens, torch.ones_like(tokens))[tokens]
+            rows = max(self.num_embeddings, 1)
+            at = tokens.clamp(0, rows - 1)  # numbers of no row are refused where rows are looked up
+            often = factors.new_zeros(rows, dtype=torch.int64)
+            factors = factors / often.index_add(0, at, torch.ones_like(at))[at]
         if self.padding_idx is not None:
             factors = torch.where(tokens == self.padding_idx, 0, factors)
         return factors

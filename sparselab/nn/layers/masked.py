@@ -16,6 +16,7 @@ from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import SparseLinear, connected
 from sparselab.nn.ops.dense_form import DenseForm, DenseProducts
 from sparselab.nn.ops.derivatives import product
+from sparselab.nn.ops.inputs.places import dense_of
 from sparselab.nn.ops.inputs.tokens import by_matrix
 from sparselab.nn.ops.operands import GradientOperands, LinearOperands, is_of_graph
 from sparselab.nn.ops.tools.nodes import is_node, node_of
@@ -254,7 +255,7 @@ class MaskedLinear(MaskedLayer):
     def tied_product(self, input: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
         check_width(input, self.shape[0] if transposed else self.shape[1])
         if input.layout is not torch.strided and not input.is_nested:
-            input = input.to_dense()  # growth by gradient reads the memory of its operands
+            input = dense_of(input)  # growth by gradient reads the memory of its operands
         products = _TRANSPOSED if transposed else _LINEAR
         show = (lambda x, dy: self._show(dy, x)) if transposed else None
         return by_matrix(input, lambda tokens: self._compute(products, tokens, bias, show))

@@ -22,6 +22,8 @@ from sparselab import (
     SparseConvTranspose2d,
     SparseEmbedding,
     SparseLinear,
+    TiedLinear,
+    TransposedLinear,
     average,
     densify,
     soft_update,
@@ -37,15 +39,14 @@ def models(kind: str = "single") -> tuple[nn.Module, Tensor]:
         "blocks": lambda: BlockSparseLinear(16, 12, sparsity=0.5, block_shape=(4, 2)),
         "conv": lambda: SparseConv2d(4, 6, 3, sparsity=0.5),
         "transposed": lambda: SparseConvTranspose2d(4, 6, 3, sparsity=0.5),
-        "masked": lambda: MaskedLinear(16, 12, sparsity=0.5),
         "embedding": lambda: SparseEmbedding(16, 12, sparsity=0.5),
+        "masked": lambda: MaskedLinear(16, 12, sparsity=0.5),
     }
-    if kind == "embedding":
-        return nn.Sequential(layers[kind]()), torch.arange(16)
-    return nn.Sequential(layers[kind]()), torch.randn(3, 4, 5, 5) if kind in (
-        "conv",
-        "transposed",
-    ) else torch.randn(5, 16)
+    inputs = {
+        "conv": torch.randn(3, 4, 5, 5), "transposed": torch.randn(3, 4, 5, 5),
+        "embedding": torch.randint(16, (5,)),
+    }  # fmt: skip
+    return nn.Sequential(layers[kind]()), inputs.get(kind, torch.randn(5, 16))
 
 
 def driven(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
@@ -59,7 +60,7 @@ def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["single", "blocks", "conv", "transposed"])
+@pytest.mark.parametrize("kind", ["single", "blocks", "conv", "transposed", "embedding"])
 def test_torchs_averager_is_refused_once_connections_move(kind: str) -> None:
     model, x = models(kind)
     averaged = AveragedModel(model)
@@ -71,6 +72,22 @@ def test_torchs_averager_is_refused_once_connections_move(kind: str) -> None:
     averaged.update_parameters(model)
     with pytest.raises(RuntimeError, match=f"indices.* written to in place: an {REFUSED}.*AveragedModel"):
         averaged(x)
+
+
+@pytest.mark.parametrize("kind", ["single", "blocks", "embedding"])
+@pytest.mark.parametrize("tied", [TiedLinear, TransposedLinear])
+def test_what_is_tied_to_a_wrong_average_is_refused(tied: Any, kind: str) -> None:
+    model, x = models(kind)
+    twin = copy.deepcopy(model)
+    optimizer, _ = driven(model)
+    for _ in range(2):  # the second rewires
+        step(model, x, optimizer)
+    with torch.no_grad():
+        for own, other in zip(twin.parameters(), model.parameters(), strict=True):
+            own.lerp_(other, 0.5)
+    head: Any = tied(twin[0])
+    with pytest.raises(RuntimeError, match=REFUSED):
+        head(torch.randn(5, head.in_features))
 
 
 def test_torchs_averager_is_right_while_connections_stay() -> None:

@@ -112,6 +112,18 @@ def test_any_pattern(rows: int, columns: int, density: float, n: int, seed: int)
     torch.testing.assert_close(layer.weight_values.grad, live(layer, dense.weight.grad))
 
 
+@of_all_settings
+@pytest.mark.parametrize("number", [-1, N, 1 << 40, -(1 << 40)])
+def test_a_number_of_no_row_is_told(given_settings: Any, number: int) -> None:
+    with pytest.raises(IndexError, match=rf"input must hold numbers of 0\.\.{N - 1}, got"):
+        make(**given_settings)(torch.tensor([1, number, 1]))
+
+
+def test_an_input_elsewhere_is_refused_by_its_name() -> None:
+    with pytest.raises(RuntimeError, match="input must be on cpu, as the layer, got meta"):
+        make()(tokens(3).to("meta"))
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     layer, numbers = SparseEmbedding(300, 4096, sparsity=0.9), torch.randint(0, 300, (700,))
     upstream, found = torch.randn(700, 4096), []

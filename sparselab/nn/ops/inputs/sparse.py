@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparselab.nn.ops.inputs.places import check_places
+
 #: Of one chunk, unless one row takes more.
 _CHUNK_BYTES = 8 << 20
 
@@ -82,14 +84,15 @@ class TokenRows(NamedTuple):
 
 
 def token_rows(x: Tensor) -> TokenRows:
-    """The rows of a sparse matrix of any of torch's layouts, not checked; of CSR its own tensors."""
+    """The rows of a sparse matrix of any of torch's layouts; of CSR its own tensors, not all checked."""
     x = x.detach()
+    if x.layout is torch.sparse_csr and len(x.crow_indices()) == len(x) + 1:
+        return TokenRows(x.crow_indices(), x.col_indices(), x.values(), x.shape[1])
+    check_places(x)
     if x.layout is torch.sparse_coo:
         x = x.coalesce()
         row, columns = x.indices()
         ranks = torch.arange(x.shape[0] + 1, dtype=row.dtype)
         return TokenRows(torch.searchsorted(row.contiguous(), ranks), columns, x.values(), x.shape[1])
-    if x.layout is torch.sparse_csr:
-        return TokenRows(x.crow_indices(), x.col_indices(), x.values(), x.shape[1])
     entries: Tensor = x.to_sparse()
     return token_rows(entries)

@@ -231,6 +231,85 @@ def test_indices_that_make_no_matrix_are_refused(kind: str, how: str) -> None:
         KINDS[kind]()(torch.sparse_csr_tensor(*broken, x.shape, check_invariants=False))
 
 
+#: Which of the two index tensors of a compressed matrix, where, and what is written there.
+HOSTILE: dict[str, tuple[int, int, int]] = {
+    "offsets that lead out of memory": (0, -1, 1 << 40),
+    "offsets that descend": (0, 1, 1 << 20),
+    "a negative offset": (0, 1, -5),
+    "offsets that begin late": (0, 0, 1),
+    "an index too far": (1, -1, 12),
+    "a negative index": (1, 0, -1),
+}
+COMPRESSED: dict[str, Any] = {
+    "csr": (torch.sparse_csr_tensor, lambda x: x.to_sparse_csr()),
+    "csc": (torch.sparse_csc_tensor, lambda x: x.to_sparse_csc()),
+    "bsr": (torch.sparse_bsr_tensor, lambda x: x.to_sparse_bsr((1, 1))),
+    "bsc": (torch.sparse_bsc_tensor, lambda x: x.to_sparse_bsc((1, 1))),
+}
+
+
+def numbers_of(x: Any) -> list[Tensor]:
+    by_rows = x.layout in (torch.sparse_csr, torch.sparse_bsr)
+    found = (x.crow_indices(), x.col_indices()) if by_rows else (x.ccol_indices(), x.row_indices())
+    return [each.clone() for each in found]
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+@pytest.mark.parametrize("layout", COMPRESSED)
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_numbers_are_looked_at_before_torch_writes_by_them(kind: str, layout: str, how: str) -> None:
+    make, convert = COMPRESSED[layout]
+    x = convert(torch.ones(12, 12, dtype=F64))
+    numbers, (part, at, number) = numbers_of(x), HOSTILE[how]
+    numbers[part][at] = number
+    broken = make(*numbers, x.values(), x.shape, check_invariants=False)
+    with pytest.raises(RuntimeError, match="input must have"):
+        ALL_KINDS[kind]()(broken)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_offsets_of_another_number_of_rows_are_refused(kind: str) -> None:
+    parts = torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1, dtype=F64)
+    with pytest.raises(RuntimeError, match="input must have 6 offsets"):
+        ALL_KINDS[kind]()(torch.sparse_csr_tensor(*parts, (5, 12), check_invariants=False))
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+@pytest.mark.parametrize("at", [(0, -1), (0, 9), (1, -1), (1, 12)])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_places_outside_of_a_coo_matrix_are_refused(kind: str, at: tuple[int, int], coalesced: bool) -> None:
+    dimension, number = at
+    indices = torch.tensor([[0, 1, 8], [2, 3, 4]])
+    indices[dimension, 1] = number
+    x = torch.sparse_coo_tensor(
+        indices, torch.ones(3, dtype=F64), (9, 12), is_coalesced=coalesced, check_invariants=False
+    )
+    with pytest.raises(RuntimeError, match=r"input must have indices of 0\.\."):
+        ALL_KINDS[kind]()(x)
+
+
+@pytest.mark.parametrize("indices", [[[4, 2, 0], [1, 2, 3]], [[2, 2, 4], [5, 5, 1]]], ids=["order", "twice"])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_what_is_said_to_be_coalesced_and_is_not_is_refused(kind: str, indices: Any) -> None:
+    x = torch.sparse_coo_tensor(
+        torch.tensor(indices), torch.ones(3, dtype=F64), (5, 12), is_coalesced=True, check_invariants=False
+    )
+    with pytest.raises(RuntimeError, match="if it is said to be coalesced"):
+        ALL_KINDS[kind]()(x)
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc"])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_what_compressed_matrices_store_twice_is_summed(kind: str, layout: str) -> None:
+    layer = ALL_KINDS[kind]()
+    offsets = torch.tensor([0, 3, 4] + [4] * 10)
+    parts = offsets, torch.tensor([5, 2, 5, 7]), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64)
+    x = COMPRESSED[layout][0](*parts, (12, 12), check_invariants=False)
+    dense = torch.zeros(12, 12, dtype=F64)
+    dense[0, 5], dense[0, 2], dense[1, 7] = 4.0, 2.0, 4.0
+    torch.testing.assert_close(layer(x), layer(dense if layout == "csr" else dense.T))
+
+
 def test_indices_that_change_before_the_backward_pass_are_refused() -> None:
     x, layer = bag(9).to_sparse_csr(), KINDS["sparse"]()
     y = layer(x)
