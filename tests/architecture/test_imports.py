@@ -65,8 +65,8 @@ FORBIDDEN = {
     "sparselab/bench": {"sparselab.dst", "sparselab.integrations"},
     "sparselab/integrations": {"sparselab.bench"},
 }
-#: The doors through which algorithms reach layers and their gradients, the one by which pruning makes them,
-#: and the list of dense layers that budgets are shared out to.
+#: The doors through which algorithms reach layers and their gradients, and keep torch's compiler out of
+#: hooks; the one by which pruning makes layers, and the list of dense layers that budgets are shared out to.
 DOORS = {
     "sparselab/dst": {
         "sparselab.nn.follow.optimizers",
@@ -74,6 +74,7 @@ DOORS = {
         "sparselab.nn.storage.entries",
         "sparselab.nn.layers.base",
         "sparselab.nn.ops.operands",
+        "sparselab.nn.ops.tracing",
     },
     "sparselab/dst/budget/prune.py": {"sparselab.nn.models.convert"},
     "sparselab/dst/budget/allocate.py": {"sparselab.nn.models.dense", "sparselab.nn.layers.dense"},

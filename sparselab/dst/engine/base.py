@@ -16,6 +16,7 @@ from sparselab.dst.engine.describe import arguments, as_text, differences, plain
 from sparselab.dst.engine.driven import Driven, StepHandle
 from sparselab.dst.part import Part
 from sparselab.dst.schedules.schedule import Schedule
+from sparselab.dst.view import UpdateReport
 from sparselab.nn.layers.base import SparseLayer, find_sparse, is_sparse
 
 # Which algorithm a layer belongs to. Neither is kept alive by it, and copies of a layer belong to nobody.
@@ -49,6 +50,8 @@ class SparsityAlgorithm(Driven):
     ----------
     parts : dict of str to Part
         What the algorithm is made of: told of every layer, and saved with it.
+    last_update : tuple of UpdateReport, or None
+        What the last update did to each layer; None before the first.
 
     Raises
     ------
@@ -67,6 +70,7 @@ class SparsityAlgorithm(Driven):
         self._layers: list[SparseLayer] = []
         self._names: list[str] = []
         self._step = 0
+        self.last_update: tuple[UpdateReport, ...] | None = None
 
     @property
     def layers(self) -> tuple[SparseLayer, ...]:
@@ -248,6 +252,7 @@ class SparsityAlgorithm(Driven):
         """`detach`, and begin anew at step 0: the same settings for another model, such as the next fold."""
         self.detach()
         self._step = 0
+        self.last_update = None
 
     def _check_layer(self, layer: SparseLayer) -> None:
         """Raise TypeError or ValueError if the layer cannot be attached; change nothing."""

@@ -97,7 +97,7 @@ class Driven:
             If no layer is attached, it was attached with an optimizer and so steps by itself, or what has
             stepped since the last time is an optimizer of other weights.
         """
-        if self.handle is not None:
+        if self._is_driven():
             raise RuntimeError(
                 f"step() must not be called on a {type(self).__name__} that was attached with an optimizer: "
                 f"it steps by itself after every optimizer.step(), and each would count twice. Leave the "
@@ -105,6 +105,10 @@ class Driven:
             )
         self._check_stepped()
         self.advance()
+
+    def _is_driven(self) -> bool:
+        """Whether an optimizer that is alive takes the steps."""
+        return self.handle is not None and self.handle.optimizer is not None
 
     def advance(self) -> None:
         """Do what `step` does, whoever asks."""
@@ -128,7 +132,7 @@ class Driven:
             optimizer = inner
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if self.handle is not None:
+        if self._is_driven():
             raise RuntimeError(
                 f"a {type(self).__name__} must step along with one optimizer, got another; call remove() on "
                 f"what the first attach(model, optimizer) returned"

@@ -75,11 +75,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     grown_state : {"zero", "mean"}
         Optimizer state of a new connection: 0, or the mean over the layer's surviving connections.
 
-    Attributes
-    ----------
-    last_update : tuple of UpdateReport, or None
-        What the last update did to each layer.
-
     Raises
     ------
     TypeError, ValueError
@@ -148,7 +143,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self.parts |= {"grow": self.grow} | ({} if redistribute is None else {"redistribute": redistribute})
         self._tracker = OptimizerTracker(self._layers, self.grow.settle, self._may_update)
         self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
-        self.last_update: tuple[UpdateReport, ...] | None = None
 
     drop_fraction = setting("budget", "drop_fraction")
 
@@ -262,7 +256,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         """`detach`, and begin anew at step 0: the same settings for another model, such as the next fold."""
         super().reset()
         self._tracker.forget()
-        self.last_update = None
 
     @property
     def _seed(self) -> int:

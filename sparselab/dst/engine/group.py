@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 from sparselab._names import Key, first_keys, listed, match, matcher, told
 from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.driven import Driven, StepHandle
+from sparselab.dst.view import UpdateReport
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 
 
@@ -71,6 +72,15 @@ class Group(Driven):
     def __call__(self, module: torch.nn.Module) -> None:
         """Refused: ``model.apply(group)`` would show it layers without their names; use `attach`."""
         raise TypeError("a Group chooses by name; call group.attach(model) instead of model.apply(group)")
+
+    @property
+    def last_update(self) -> tuple[UpdateReport, ...] | None:
+        """What the last update of each algorithm did to its layers, in the order of `layers`.
+
+        None unless each has one.
+        """
+        found = [each.last_update for each in self]
+        return None if None in found else tuple(report for each in found for report in each or ())
 
     @property
     def layers(self) -> tuple[SparseLayer, ...]:

@@ -53,6 +53,8 @@ class OptimizerTracker:
         #: Whether an optimizer is within a step, and whether `finished` was called since that began.
         self._within = self._finished = False
         self._stepped = _Stepped()
+        #: How many notes there were, and what the gradients were, at the last `check`.
+        self._checked: tuple[int, list[tuple[int, int]]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # No pickle takes weak references, so they are left out where there are none.
@@ -146,7 +148,7 @@ class OptimizerTracker:
     def check(self, name: str) -> None:
         """Look at who has stepped since the last call: somebody must train the layers of algorithm `name`.
 
-        Nothing is said where nobody has stepped, or an optimizer was named that torch does not report.
+        Nothing is said where an optimizer was named that torch does not report, or none is known.
 
         Raises
         ------
@@ -156,11 +158,21 @@ class OptimizerTracker:
         Warns
         -----
         UserWarning
-            If it was only those, but one of these weights is known.
+            If it was only those, but one of these weights is known; or if nobody has stepped, and no backward
+            pass has come.
         """
         stepped, self._stepped = self._stepped, _Stepped()
         unseen = not all(isinstance(each, torch.optim.Optimizer) for each in self._optimizers)
-        if stepped.ours or not stepped.other or unseen:
+        before, self._checked = self._checked, (self._n_notes, self._gradients())
+        if unseen or stepped.ours:
+            return
+        if not stepped.other:
+            if self._optimizers and before == self._checked:
+                warnings.warn(
+                    f"{name}.step() was called again without a step of the optimizer or a backward pass "
+                    f"since: it counts one step for each call",
+                    stacklevel=4,
+                )
             return
         what = (
             f"{name}.step() must follow a step of the optimizer that trains the layers it is attached to, "
@@ -171,6 +183,11 @@ class OptimizerTracker:
         if not self._optimizers:
             raise RuntimeError(what)
         warnings.warn(what, stacklevel=4)
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        """What changes whenever a backward pass adds to the gradient of a layer."""
+        gradients = [layer.stored.grad for layer in self._layers]
+        return [(id(each), each._version) for each in gradients if each is not None]
 
     def find(self, layer: SparseLayer) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Settings and state of the optimizer that stepped a layer last; both empty if none is known."""

@@ -18,6 +18,7 @@ from sparselab.dst.parts.dense_gradient import GradientSummary, summarise
 from sparselab.kernels.arrays import Array
 from sparselab.nn.layers.base import SparseLayer, as_matrix
 from sparselab.nn.ops.operands import GradientOperands
+from sparselab.nn.ops.tracing import uncompiled
 
 
 class PassCount:
@@ -338,6 +339,7 @@ class GradientCollector(PassWatcher):
         )
 
 
+@uncompiled
 def _call(method: weakref.WeakMethod[Any], parameter: Tensor) -> None:
     if (alive := method()) is not None:
         alive(parameter)

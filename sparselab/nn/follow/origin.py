@@ -45,6 +45,7 @@ class Kin:
 
     def settle(self, layer: Any) -> None:
         """Take connections and weights of the layer for what they should be."""
+        self._tensors = [weakref.ref(each) for each in _tensors(layer)]
         self._stamp, self._checksum = layer.storage.stamp(layer), _checksum(layer)
         #: Of the weights, when a relative got other connections.
         self._noted: tuple[Any, int] | None = None
@@ -71,6 +72,8 @@ class Kin:
         stamp = layer.storage.stamp(layer)
         if self._noted is None and stamp == self._stamp:
             return
+        if any(mine() is not each for mine, each in zip(self._tensors, _tensors(layer), strict=False)):
+            return  # others are in the place of the layer's own, as under `torch.func.functional_call`
         if _is_trained(layer):
             self._stamp, self._noted = stamp, None
             return
@@ -113,6 +116,14 @@ def relate(copy: Any, layer: Any) -> None:
     if layer.storage.kin is None:
         layer.storage.kin = Kin(layer, weakref.WeakSet())
     copy.storage.kin = Kin(copy, layer.storage.kin.relatives)
+
+
+def _tensors(layer: Any) -> list[Any]:
+    """The tensors that hold the connections and the weights; not the weights if they are computed."""
+    storage = layer.storage
+    held = [layer._buffers[name] for name in storage.pattern]
+    weights = layer._parameters.get(storage.parameter)
+    return held if weights is None else [*held, weights]
 
 
 def _is_trained(layer: Any) -> bool:

@@ -17,9 +17,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from sparselab.nn.follow.replaced import take_connections
+from sparselab.nn.ops.tracing import uncompiled
 from sparselab.nn.storage.base import Storage
 
 
+@uncompiled
 def _wrapped(owner: nn.Module, name: str, module: nn.Module | None) -> None:
     """Torch's hook for a module that becomes part of another one."""
     if name != "module" or module is None or not isinstance(owner, DistributedDataParallel):

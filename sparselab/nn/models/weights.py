@@ -178,7 +178,18 @@ def _share(part: DenseLayer) -> dict[tuple[int, str], tuple[int, int]]:
     }
 
 
+#: Settings of dense modules that no sparse layer has.
+_UNSUPPORTED = {
+    "sparse": "sparse=True, whose gradients are sparse tensors",
+    "proj_size": "projections (proj_size)",
+}
+
+
 def _reason_of_class(module: nn.Module) -> str:
+    if dense_type(type(module)) is not None:
+        for name, what in _UNSUPPORTED.items():
+            if getattr(module, name, False):
+                return f"has {what}, which no sparse layer has"
     if found := extras(module, [*module._parameters, *module._buffers, *module._modules]):
         return f"has {' and '.join(found)}"
     return f"is of class {type(module).__name__}, which may compute or be read in a way of its own"

@@ -12,26 +12,16 @@ cotangent or a tangent of it, which no algorithm grows by.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from sparselab.nn.ops.leaves import shown_form
+from sparselab.nn.ops.tracing import uncompiled
 
 #: A cotangent or a tangent; None is zero.
 Maybe = Tensor | None
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def uncompiled(function: F) -> F:
-    """The function, into which torch's compiler does not look.
-
-    Not by `torch.compiler.disable`, which imports the compiler (300 MB resident) with this module.
-    """
-    return cast("F", _disable_dynamo(function))
 
 
 class Bilinear(Protocol):

@@ -9,7 +9,7 @@ its layout, and check every operand before a kernel sees it.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,29 +28,8 @@ from sparselab.nn.ops.inputs.product import product_of_sparse
 from sparselab.nn.ops.inputs.tokens import check_sparse
 from sparselab.nn.ops.leaves import may_be_shown, shown_form
 from sparselab.nn.ops.operands import LinearOperands, is_of_graph
-from sparselab.nn.ops.topologies import TensorTopology, find_topology
+from sparselab.nn.ops.topologies import HasStorage, TensorTopology, find_topology
 from sparselab.nn.ops.tracing import is_plain, is_transformed
-
-#: indptr, indices, sizes and layout, as operators take them.
-TopologyArguments = tuple[Tensor, Tensor, list[int], str]
-
-
-class HoldsTopology(Protocol):
-    """What a layer asks for its topology: its storage."""
-
-    def topology(self, layer: Any) -> TensorTopology:
-        """The topology that the layer has now."""
-
-    def arguments(self, layer: Any) -> TopologyArguments:
-        """The same in the words of an operator."""
-
-
-class HasStorage(Protocol):
-    """A layer."""
-
-    @property
-    def storage(self) -> HoldsTopology:
-        """What holds its topology."""
 
 
 def product(topology: TensorTopology, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,7 +169,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) ->
     if not is_plain(x, values, bias):
         if x.layout is not torch.strided and not x.is_nested:
             check_sparse(x)
-            return product_of_sparse(x, values, bias, layer.storage.topology(layer))
+            return product_of_sparse(x, values, bias, layer)
         indptr, indices, sizes, layout = layer.storage.arguments(layer)
         if is_transformed():
             return transformed_product(x, values, bias, (indptr, indices), LinearForm(sizes, layout))

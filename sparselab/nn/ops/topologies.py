@@ -203,6 +203,28 @@ class TensorTopology:
         return sum(nbytes(plan) for key, plan in self.own.plans().items() if isinstance(key, tuple))
 
 
+#: indptr, indices, sizes and layout, as operators take them.
+TopologyArguments = tuple[Tensor, Tensor, list[int], str]
+
+
+class HoldsTopology(Protocol):
+    """What a layer asks for its topology: its storage."""
+
+    def topology(self, layer: Any) -> TensorTopology:
+        """The topology that the layer has now."""
+
+    def arguments(self, layer: Any) -> TopologyArguments:
+        """The same in the words of an operator."""
+
+
+class HasStorage(Protocol):
+    """A layer."""
+
+    @property
+    def storage(self) -> HoldsTopology:
+        """What holds its topology."""
+
+
 @runtime_checkable
 class KeepsForward(Protocol):
     """A plan of several parts, of which backward passes alone need some."""
@@ -267,7 +289,10 @@ def _rows(shape: tuple[int, int], indptr: Any, indices: Any) -> RowTopology:
     if indices.ndim != 1:
         raise ValueError(f"indices must have one dimension, got shape {indices.shape}")
     if indptr[0] != 0:
-        raise ValueError(f"indptr must start at 0, got {indptr[0]}")
+        raise ValueError(
+            f"indptr must start at 0, got {indptr[0]}; a layer whose memory nothing was written to (after "
+            "to_empty or skip_init) has no connections: load a state, or call sparselab.materialize"
+        )
     topology = RowTopology.adopt(shape, indptr, np.diff(indptr), indices)
     topology.check()
     return topology

@@ -6,12 +6,25 @@ nobody would see it, an operator's function is called by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.compiler.config
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """The function, into which torch's compiler does not look.
+
+    Not by `torch.compiler.disable`, which imports the compiler (300 MB resident) with this module.
+    """
+    return cast("F", _disable_dynamo(function))
+
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparselab import GMP, GSE, SNFS, LinearSchedule, RigL, sparsify
+from sparselab import GMP, GSE, SNFS, LinearSchedule, RigL, SparseLinear, sparsify
 from tests.dst.contract_rows import ROWS
 from tests.dst.harness import OPTIMIZERS, assert_same_state, build, train
 from tests.dst.memory_reuse import poisoning
@@ -170,3 +170,44 @@ def test_equal_blocks_are_compiled_once():
         counts.add(model[0].fc1.nnz)
     assert len(counts) > 2
     assert counter.frame_count == 2
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 40), nn.Linear(40, 5)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_compiled_autograd_rewires_alike():
+    """Torch's compiler looks into hooks then, into those of a process and those of a Parameter."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = sparsify(Net(), 0.8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        RigL(update_freq=2).attach(model, optimizer)
+
+        def train(x, model=model):
+            model(x).square().sum().backward()
+
+        with torch._dynamo.config.patch(compiled_autograd=compiled):
+            run = torch.compile(train, backend="aot_eager") if compiled else train
+            for _ in range(6):
+                optimizer.zero_grad()
+                run(torch.randn(8, 20))
+                optimizer.step()
+        found.append([model.first.positions(), model.second.positions()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_a_compiled_layer_takes_sparse_inputs():
+    layer, x = SparseLinear(24, 32, sparsity=0.7), torch.relu(torch.randn(12, 24))
+    for given in (x.to_sparse_csr(), x.to_sparse()):
+        y = torch.compile(layer, backend="aot_eager")(given)
+        torch.testing.assert_close(y, layer(x))
+        y.sum().backward()

@@ -311,6 +311,20 @@ def test_a_copy_whose_weights_are_computed_disturbs_nothing() -> None:
         pruned(x), computed(x)
 
 
+def test_what_functional_call_puts_in_place_is_no_write() -> None:
+    model, x = models()
+    other, twin = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer, _ = driven(other)
+    for _ in range(4):
+        step(other, x, optimizer)
+    theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    for _ in range(2):
+        assert torch.equal(torch.func.functional_call(twin, theirs, (x,)), other(x))
+    ours = {name: each.detach() * 2 for name, each in model.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(twin, ours, (x,)), 2 * model(x))
+    assert torch.equal(twin(x), model(x))
+
+
 def test_a_rewrite_that_fails_changes_nothing() -> None:
     model, x = models()
     layer: Any = model[0]

@@ -22,7 +22,7 @@ from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_empty, scratch
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.dots import add_sums
+from sparselab.kernels.cpu.simd.dots import add_all_sums
 from sparselab.kernels.cpu.simd.vectors import fma, get, load, view_at, zeros_register
 from sparselab.kernels.cpu.tiles import add_tokens, pack
 
@@ -34,9 +34,12 @@ _STRIDE_BYTES = 832
 #: Most columns of a panel, 312 KiB of the second-level cache.
 _PANEL_COLUMNS = 384
 
+#: Items of scratch, on cache lines of their own, for the dots of an incomplete group of columns.
+_REST = 16
+
 
 @jit
-def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, out, place):  # type: ignore[no-untyped-def]
+def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, rest, out, place):  # type: ignore[no-untyped-def]
     """Add the dots of a micro-panel's rows with the columns k : last to `out`, from `place` on.
 
     The step from token to token is an argument, because LLVM would unroll a loop whose length it can tell,
@@ -44,7 +47,6 @@ def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, out, p
     """
     stride = _STRIDE_BYTES // panel.itemsize
     zero = zeros_register(panel)
-    end = place + (last - k) * MR
     while k < last:
         a = (np.int64(get(columns, k)) - column0) * stride
         b = (np.int64(get(columns, min(k + 1, last - 1))) - column0) * stride
@@ -59,7 +61,13 @@ def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, out, p
             s3 = fma(load(rows, at + 3 * stride + t, zero), x, s3)
             t += step
         by_column = s0[0], s1[0], s2[0], s3[0], s0[1], s1[1], s2[1], s3[1], s0[2], s1[2], s2[2], s3[2]
-        add_sums(out, place, end, by_column)
+        if k + DOT_COLUMNS <= last:
+            add_all_sums(out, place, by_column)
+        else:
+            rest[:] = 0
+            add_all_sums(rest, 0, by_column)
+            for i in range((last - k) * MR):
+                out[place + i] += get(rest, i)
         k += DOT_COLUMNS
         place += DOT_COLUMNS * MR
 
@@ -80,27 +88,26 @@ def _pack_rows(x, x_strides, token0, tokens, row0, row1, height, n_rows, target)
 
 
 @jit
-def _cut_columns(columns, indptr, block_width, panel_columns, rectangle):  # type: ignore[no-untyped-def]
-    """Where in `columns` the panels of the rectangle begin and end, (block rows, panels + 1)."""
+def _cut_columns(columns, indptr, block_width, panel_columns, rectangle, cuts):  # type: ignore[no-untyped-def]
+    """Write where in `columns` the panels of the rectangle begin and end, (block rows, panels + 1)."""
     row0, row1, panel0, panel1 = rectangle
-    cuts = np.empty((row1 - row0, panel1 - panel0 + 1), np.int64)
     for r in range(row0, row1):
         first, end = indptr[r] * block_width, indptr[r + 1] * block_width
         for p in range(panel0, panel1 + 1):
             cuts[r - row0, p - panel0] = first + first_not_below(columns[first:end], p * panel_columns)
-    return cuts
 
 
 @jit
 def _sample_blocks(  # type: ignore[no-untyped-def]
     worker, n_workers, rectangles, panel_columns, columns, indptr, height, block_width, n_rows, n_columns,
-    r_at, r_strides, c_at, c_strides, n_tokens, step, most_rows, work, out, sums,
+    r_at, r_strides, c_at, c_strides, n_tokens, step, most_rows, work, cut_places, out, sums,
 ):  # fmt: skip
     """Compute the worker's rectangles, one after the other; those that begin a row also write its sum."""
     if spread(worker, n_workers):
         return
-    memory = work[worker]
+    memory, cuts = work[worker], cut_places[worker]
     stride, kc = _STRIDE_BYTES // memory.itemsize, _KC_BYTES // memory.itemsize
+    rest, memory = memory[: DOT_COLUMNS * MR], memory[_REST:]
     panel, rows = memory[: panel_columns * stride], memory[panel_columns * stride :]
     partial = memory[(panel_columns + most_rows) * stride :]
     y, x = view_at(r_at, memory), view_at(c_at, memory)
@@ -111,7 +118,7 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
         wants_sums = len(sums) > 0 and panel0 == 0
         panel_rows = (row1 - row0) * panels * MR
         partial[: panel_rows * 8] = 0
-        cuts = _cut_columns(columns, indptr, block_width, panel_columns, rectangles[i])
+        _cut_columns(columns, indptr, block_width, panel_columns, rectangles[i], cuts)
         for token0 in range(0, n_tokens, kc):
             tokens = min(kc, n_tokens - token0)
             length = (tokens + step - 1) // step * step
@@ -130,7 +137,7 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
                     for s in range(panels):
                         place = (first * panels + s * (end - first) + k0 - first) * MR
                         at = ((r - row0) * panels + s) * MR * stride
-                        _panel_dots(rows, at, panel, columns, k0, k1, column0, length, step, out, place)
+                        _panel_dots(rows, at, panel, columns, k0, k1, column0, length, step, rest, out, place)
         if wants_sums:
             for row in range(row0 * height, min(row1 * height, n_rows)):
                 at = (row // height - row0) * panels * MR + row % height
@@ -179,14 +186,16 @@ def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None =
     rectangles, panel_blocks = _cut(plan, worker_count(plan.work(n_tokens)))
     most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.panels_per_row * MR
     panel_columns = panel_blocks * plan.width
-    items = (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8
+    items = _REST + (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8
     work = scratch(len(rectangles), items, out.dtype)
+    n_rows_and_panels = (rectangles[:, 1::2] - rectangles[:, ::2]).max(0)
+    cuts = np.empty((len(rectangles), n_rows_and_panels[0], n_rows_and_panels[1] + 1), np.int64)
     packed = out if plan.is_packed else aligned_empty(plan.packed_items, out.dtype)
     packed.fill(0)
     launch(
         _sample_blocks, len(rectangles), rectangles, panel_columns, plan.columns, plan.indptr, plan.height,
         plan.width, n_rows, n_columns, address(R), strides(R),
-        address(C), strides(C), n_tokens, VECTOR_BYTES // out.itemsize, most_rows, work,
+        address(C), strides(C), n_tokens, VECTOR_BYTES // out.itemsize, most_rows, work, cuts,
         packed, sums,
     )  # fmt: skip
     if not plan.is_packed:

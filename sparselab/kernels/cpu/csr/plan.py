@@ -166,9 +166,10 @@ def _segments(
     row = mapped_empty(n_segments, slot_dtype(n_rows))
     start = mapped_empty(n_segments, slot_dtype(int(begin[-1]) + int(row_nnz[-1]) if n_rows else 0))
     length = mapped_empty(n_segments, slot_dtype(block_columns))
+    places = np.empty((n_workers, n_blocks, int(longest.max()) + 2), np.int64)
     launch(
         _fill_segments, n_workers, begin, row_nnz, indices, block_columns, chunk_rows, ptr,
-        longest.max(), row, start, length,
+        places, row, start, length,
     )  # fmt: skip
     return Segments(int(row_nnz.sum()), block_columns, chunk_rows, ptr, row, start, length)
 
@@ -238,7 +239,7 @@ def _count_segments(  # type: ignore[no-untyped-def]
 
 @jit
 def _fill_segments(  # type: ignore[no-untyped-def]
-    worker, n_workers, begin, row_nnz, indices, block, chunk_rows, ptr, longest, row, start, length
+    worker, n_workers, begin, row_nnz, indices, block, chunk_rows, ptr, places, row, start, length
 ):
     """Write the segments of a worker's chunks, those of each chunk and block sorted by length (stable)."""
     if spread(worker, n_workers):
@@ -246,7 +247,7 @@ def _fill_segments(  # type: ignore[no-untyped-def]
     n_chunks, n_blocks = ptr.shape[0], ptr.shape[1] - 1
     first_chunk, last_chunk = worker * n_chunks // n_workers, (worker + 1) * n_chunks // n_workers
     # For each block, first how many segments of each length there are, then where the next one goes.
-    place = np.empty((n_blocks, longest + 2), np.int64)
+    place = places[worker]
     for c in range(first_chunk, last_chunk):
         place[:] = 0
         for write in range(2):
@@ -272,7 +273,7 @@ def _fill_segments(  # type: ignore[no-untyped-def]
             if not write:
                 for b in range(n_blocks):
                     place[b, 0] = ptr[c, b]
-                    for n in range(1, longest + 2):
+                    for n in range(1, place.shape[1]):
                         place[b, n] += place[b, n - 1]
 
 

@@ -41,7 +41,8 @@ def _multiply(worker, n_workers, edges, starts, columns, entries, begin, indices
     n_rows = len(offset)
     for t in range(edges[worker], edges[worker + 1]):
         at = t * n_rows
-        out[at : at + n_rows] = offset
+        for i in range(n_rows):
+            put(out, at + i, get(offset, i))
         for e in range(get(starts, t), get(starts, t + 1)):
             j, factor = np.int64(get(columns, e)), get(entries, e)
             for k in range(get(begin, j), get(begin, j + 1)):

@@ -104,8 +104,12 @@ def _numba_cache_directory(path: Path) -> Iterator[None]:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile a kernel, or a part of one."""
-    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, fastmath=set(FASTMATH))(function)
+    """Compile a kernel, or a part of one; it allocates nothing.
+
+    Without Numba's runtime, which counts references to arrays by atomic operations wherever LLVM leaves a
+    call a call: threads wait for each other there, for a tenth to a fifth of a product.
+    """
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, fastmath=set(FASTMATH), _nrt=False)(function)
     # RuntimeError: no writable place; the kernel then compiles anew in each process.
     with _numba_cache_directory(_CACHE_DIRECTORY), contextlib.suppress(RuntimeError, OSError):
         dispatcher._cache = _KernelCache(function)

@@ -20,10 +20,9 @@ from sparselab.nn.ops.derivatives import Bilinear, product_gradients, register_d
 from sparselab.nn.ops.derivatives import input_grad as transformed_input_grad
 from sparselab.nn.ops.derivatives import product as transformed_product
 from sparselab.nn.ops.leaves import may_be_shown, shown_form
-from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.operands import is_of_graph
 from sparselab.nn.ops.products import find_products
-from sparselab.nn.ops.topologies import TensorTopology, find_topology
+from sparselab.nn.ops.topologies import HasStorage, TensorTopology, find_topology
 from sparselab.nn.ops.tracing import is_plain, is_transformed
 
 

@@ -18,13 +18,15 @@ from sparselab.nn.ops.inputs.operands import SparseInputOperands
 from sparselab.nn.ops.inputs.sparse import TokenRows, token_rows
 from sparselab.nn.ops.leaves import may_be_shown
 from sparselab.nn.ops.products import find_products, has_family
-from sparselab.nn.ops.topologies import TensorTopology, find_topology
+from sparselab.nn.ops.topologies import HasStorage, TensorTopology, find_topology
+from sparselab.nn.ops.tracing import uncompiled
 
 #: Computed with in float32, in which sums are formed.
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-def product_of_sparse(x: Tensor, values: Tensor, bias: Tensor | None, topology: TensorTopology) -> Tensor:
+@uncompiled
+def product_of_sparse(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) -> Tensor:
     """``y = x W^T + b`` of a sparse x, with gradients by values and bias.
 
     Parameters
@@ -32,7 +34,8 @@ def product_of_sparse(x: Tensor, values: Tensor, bias: Tensor | None, topology: 
     x : (tokens, in_features), of any of torch's sparse layouts
     values : (connections, block_out, block_in), the dtype of x
     bias : (out_features,) or None
-    topology : TensorTopology
+    layer : HasStorage
+        Asked for its topology.
 
     Returns
     -------
@@ -48,6 +51,7 @@ def product_of_sparse(x: Tensor, values: Tensor, bias: Tensor | None, topology: 
             f"input must not require a gradient if it is sparse, got one of layout {x.layout} that does; "
             "give the layer input.to_dense()"
         )
+    topology = layer.storage.topology(layer)
     y: Tensor = SparseInputFunction.apply(*token_rows(x).tensors, values, bias, topology)  # type: ignore[no-untyped-call]
     return y
 

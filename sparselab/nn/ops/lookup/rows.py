@@ -18,13 +18,12 @@ from sparselab.nn.ops.checks import (
     refuse_mixed_devices,
     require_strided,
 )
-from sparselab.nn.ops.derivatives import each_of_batch, uncompiled
+from sparselab.nn.ops.derivatives import each_of_batch
 from sparselab.nn.ops.leaves import shown_form
-from sparselab.nn.ops.linear import HasStorage
 from sparselab.nn.ops.lookup.operands import LookupOperands
 from sparselab.nn.ops.products import find_products
-from sparselab.nn.ops.topologies import TensorTopology, find_topology
-from sparselab.nn.ops.tracing import is_transformed
+from sparselab.nn.ops.topologies import HasStorage, TensorTopology, find_topology
+from sparselab.nn.ops.tracing import is_transformed, uncompiled
 
 
 class Form:
