@@ -12,9 +12,19 @@ from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.layouts.block_csr import check_block_shape
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import LinearLayer, require_linear
+from sparselab.nn.ops.cpu.narrow_blocks import is_native
 from sparselab.nn.ops.cutting import cut
+from sparselab.nn.ops.inputs.tokens import by_matrix
+from sparselab.nn.ops.linear import linear
 from sparselab.nn.storage.blocks import Blocks
-from sparselab.nn.storage.checks import check_bias, check_size, read_sparsity, warn_if_none
+from sparselab.nn.storage.checks import (
+    check_bias,
+    check_size,
+    check_tokens,
+    read_sparsity,
+    under_autocast,
+    warn_if_none,
+)
 from sparselab.nn.storage.entries import largest_positions
 from sparselab.nn.storage.patterns import read_blocks, read_pattern
 
@@ -47,7 +57,9 @@ class BlockSparseLinear(LinearLayer):
     device : torch.device, optional
         Forward passes run on the CPU.
     dtype : torch.dtype, optional
-        float32, float64, bfloat16 or float16. In the latter two sums are still made in float32.
+        float32, float64, bfloat16 or float16. In the latter two sums are still made in float32. Blocks whose
+        sizes are multiples of 16 are multiplied in bfloat16 itself, also under autocast in bfloat16, by a CPU
+        that has a matrix unit for it (Intel AMX).
 
     Attributes
     ----------
@@ -168,6 +180,20 @@ class BlockSparseLinear(LinearLayer):
 
     def _read(self, pattern: Any) -> tuple[Tensor, Tensor | None]:
         return read_blocks(pattern, self.shape, self.block_shape)
+
+    def _under_autocast(self, input: Tensor) -> Tensor:
+        autocast, weights = torch.get_autocast_dtype("cpu"), self.in_use
+        if not (
+            autocast is torch.bfloat16 and weights.dtype is torch.float32 and is_native(self.block_shape)
+        ):
+            return super()._under_autocast(input)
+        values, bias = weights.to(autocast), None if self.bias is None else self.bias.to(autocast)
+
+        def compute(x: Tensor) -> Tensor:
+            x = check_tokens(x, values, self.in_features)
+            return by_matrix(x, lambda tokens: linear(tokens, values, bias, self))
+
+        return under_autocast(compute, input, autocast)
 
     def cut(self, dense: Tensor) -> Tensor:
         """All blocks of the grid, in the order of positions, of a matrix (out_features, in_features).

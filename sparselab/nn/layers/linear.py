@@ -58,7 +58,7 @@ class LinearLayer(CompressedLayer):
         if is_node(input):
             return node_of(self, input)  # type: ignore[no-any-return]
         if torch.is_autocast_enabled("cpu"):
-            return under_autocast(self.forward, input, self.in_use.dtype)
+            return self._under_autocast(input)
         # Where they are, unless something computes them: torch's own look-up takes a microsecond each.
         parameters: Any = self._parameters
         values = parameters.get("weight_values")
@@ -69,6 +69,9 @@ class LinearLayer(CompressedLayer):
         if x.ndim == 2:
             return linear(x, values, bias, self)
         return by_matrix(x, lambda tokens: linear(tokens, values, bias, self))
+
+    def _under_autocast(self, input: Tensor) -> Tensor:
+        return under_autocast(self.forward, input, self.in_use.dtype)
 
     def ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         """Every way to compute the output for x (tokens, in_features), by the name of its variant."""

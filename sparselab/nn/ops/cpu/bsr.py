@@ -19,7 +19,9 @@ from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
 from sparselab.kernels.cpu.bsr.spmm import multiply
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.contract import OnTensors
+from sparselab.nn.ops.cpu import narrow_blocks
 from sparselab.nn.ops.cpu.memory import LIKE, as_array, as_matrix, as_vector, zeros
+from sparselab.nn.ops.cpu.narrow_blocks import is_native
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
 from sparselab.nn.ops.cutting import cut, join
@@ -33,9 +35,13 @@ def product(
     """``x W^T + b``, by a variant or the one that suits it."""
     dtype, n_tokens = x.dtype, x.shape[0]
     if dtype is torch.bfloat16:
+        own: BlockTopology = topology.own  # type: ignore[assignment]
+        if variant is None and is_native(own.block_shape):
+            use_torch_threads()
+            return narrow_blocks.product(own, values, x, bias)
         wide = None if bias is None else bias.detach().float()
         return product(topology, values.float(), x.float(), wide, variant).to(dtype)
-    own: BlockTopology = topology.own  # type: ignore[assignment]
+    own = topology.own  # type: ignore[assignment]
     n_threads = use_torch_threads()
     y = torch.empty((n_tokens, own.shape[0]), dtype=dtype)
     measured = topology.measured
@@ -72,10 +78,12 @@ def _product_of_chunks(
 def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     """``dy W``."""
     dtype = grad.dtype
-    if dtype is torch.bfloat16:
-        return input_grad(topology, values.float(), grad.float()).to(dtype)
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()
+    if dtype is torch.bfloat16:
+        if is_native(own.block_shape):
+            return narrow_blocks.input_grad(own, values, grad)
+        return input_grad(topology, values.float(), grad.float()).to(dtype)
     dx = torch.empty((grad.shape[0], own.shape[1]), dtype=dtype)
     if choose_name("input_grad", len(grad), density(own), BLOCKS) == "dense blocks":
         for part in _chunks(own):
@@ -89,11 +97,14 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
 def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     """The gradient of every block, 0 outside the matrix, and ``sum_t dy[t]`` or an empty tensor."""
     dtype = grad.dtype
-    if dtype is torch.bfloat16:
-        values, bias = values_grad(topology, grad.float(), x.float(), with_bias)
-        return values.to(dtype), bias.to(dtype)
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()
+    if dtype is torch.bfloat16:
+        if is_native(own.block_shape):
+            found = _without_outside(own, narrow_blocks.values_grad(own, grad, x)).to(dtype)
+            return found, grad.sum(0) if with_bias else grad.new_empty(0)
+        values, bias = values_grad(topology, grad.float(), x.float(), with_bias)
+        return values.to(dtype), bias.to(dtype)
     result = torch.empty(topology.values_shape, dtype=dtype)
     plan = panel_plan(own, False)
     dense = choose_name("values_grad", len(grad), density(own), BLOCKS) == "dense blocks"
@@ -107,10 +118,16 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -
     else:
         of_bias = as_vector(sums) if fused else None
         sample(plan, as_array(grad).T, as_array(x).T, as_vector(result), of_bias)
+    _without_outside(own, result)
+    return result, grad.sum(0) if with_bias and not fused else sums
+
+
+def _without_outside(own: BlockTopology, entries: Tensor) -> Tensor:
+    """Entries of blocks, set to 0 in place where blocks reach beyond the matrix."""
     slots, outside = own.plan("outside on tensors", _outside)
     if len(slots):
-        result[slots] = result[slots].masked_fill(outside, 0)
-    return result, grad.sum(0) if with_bias and not fused else sums
+        entries[slots] = entries[slots].masked_fill(outside, 0)
+    return entries
 
 
 def density(own: BlockTopology) -> float:

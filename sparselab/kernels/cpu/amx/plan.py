@@ -1,0 +1,118 @@
+"""How the matrix unit walks a matrix of dense blocks, and its weights in the order of that walk.
+
+The matrix walked, M, is W or its transpose. A *strip* is 16 rows of a block row, as many as a tile of sums
+has; two strips make a *panel*, which is computed together, and a last strip may be alone. Along a panel the
+columns of a block are cut into steps of `depth`, the entries of one instruction.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from sparselab.kernels.arrays import Array, index_dtype
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import launch, worker_count
+from sparselab.kernels.cpu.runtime.memory import aligned_empty
+from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.vectors import get, put
+from sparselab.kernels.layouts.block_csr import BlockTopology
+
+#: Rows of a strip and columns of a tile of sums, and rows of a panel.
+STRIP, PANEL = 16, 32
+
+_MIN_PART = 1 << 14
+
+
+class TilePlan(NamedTuple):
+    """Block rows of M: row r is the blocks ``indptr[r] : indptr[r + 1]``.
+
+    Block k is slot ``slots[k]`` of W, and its first column ``columns[k]``.
+    """
+
+    transposed: bool
+    shape: tuple[int, int]
+    height: int
+    width: int
+    depth: int
+    indptr: Array
+    slots: Array
+    columns: Array
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of M with those that its last blocks have beyond it."""
+        return -(-self.shape[1] // self.width) * self.width
+
+
+def fits(block_shape: tuple[int, int]) -> bool:
+    """Whether blocks of this shape, and of its transpose, are whole tiles."""
+    return all(size % STRIP == 0 for size in block_shape)
+
+
+def tile_plan(topology: BlockTopology, transposed: bool) -> TilePlan:
+    """The plan of products with W, or with W^T."""
+    return topology.plan(("cpu", "tiles", transposed), partial(_make, transposed=transposed))
+
+
+def _make(W: BlockTopology, transposed: bool) -> TilePlan:
+    shape, (height, width) = W.shape, W.block_shape
+    blocks, slots = W.blocks, np.arange(W.nnz)
+    if transposed:
+        shape, (height, width) = (shape[1], shape[0]), (width, height)
+        blocks, slots = blocks.transposed()
+    columns = blocks.indices.astype(np.int64) * width
+    return TilePlan(
+        transposed, shape, height, width, step_depth(width), blocks.rows.indptr,
+        slots.astype(index_dtype(W.nnz)), columns.astype(index_dtype(shape[1] + width)),
+    )  # fmt: skip
+
+
+def step_depth(width: int) -> int:
+    """Entries of one instruction: two for each of 16 or 8 rows of pairs."""
+    return 32 if width % 32 == 0 else 16
+
+
+def configuration(rows: int, depth: int) -> Array:
+    """What the unit is told of its tiles: 0 to 3 are sums, 4 and 5 rows of bfloat16, 6 and 7 pairs."""
+    told = np.zeros(64, np.uint8)
+    told[0] = 1
+    row_bytes, n_rows = told[16:32].view(np.uint16), told[48:56]
+    row_bytes[:8] = 64
+    row_bytes[4:6] = 2 * depth
+    n_rows[:6] = rows
+    n_rows[6:8] = depth // 2
+    return told
+
+
+@jit
+def _pack_blocks(  # type: ignore[no-untyped-def]
+    worker, n_workers, values, slots, height, width, depth, row_step, column_step, packed
+):
+    if spread(worker, n_workers):
+        return
+    n = len(slots)
+    for k in range(worker * n // n_workers, (worker + 1) * n // n_workers):
+        block = np.int64(get(slots, k)) * height * width
+        at = k * height * width
+        for row in range(0, height, PANEL):
+            for column in range(0, width, depth):
+                for strip in range(row, min(row + PANEL, height), STRIP):
+                    first = block + strip * row_step + column * column_step
+                    for pair in range(depth // 2):
+                        for o in range(STRIP):
+                            inside = first + o * row_step + 2 * pair * column_step
+                            put(packed, at, get(values, inside))
+                            put(packed, at + 1, get(values, inside + column_step))
+                            at += 2
+
+
+def pack_blocks(values: Array, plan: TilePlan) -> Array:
+    """The blocks (flat, the bits of bfloat16) as tiles of pairs, in the order in which a panel needs them."""
+    packed = aligned_empty(len(plan.slots) * plan.height * plan.width, values.dtype)
+    steps = (1, plan.height) if plan.transposed else (plan.width, 1)
+    n_workers = max(1, min(worker_count(), len(packed) // _MIN_PART))
+    launch(_pack_blocks, n_workers, values, plan.slots, plan.height, plan.width, plan.depth, *steps, packed)
+    return packed

@@ -1,0 +1,80 @@
+"""Layers of dense blocks in bfloat16, by the CPU's matrix unit, against the same layers in float32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparselab import BlockSparseLinear, RigL
+from sparselab.nn.ops.cpu.narrow_blocks import is_native
+
+pytestmark = pytest.mark.skipif(
+    not is_native((16, 16)), reason="this CPU has no AMX for bfloat16, or may not use it"
+)
+BLOCKS = [(32, 32), (16, 16), (16, 48)]
+
+
+def pair(block: Any, how: str) -> tuple[Any, Any]:
+    """A layer as it is computed with here, and one in float32 with the same, rounded weights."""
+    torch.manual_seed(0)
+    wide = BlockSparseLinear(100, 70, sparsity=0.5, block_shape=block)
+    with torch.no_grad():
+        for each in wide.parameters():
+            each.copy_(each.bfloat16())
+    layer = copy.deepcopy(wide)
+    return (layer.bfloat16() if how == "parameters" else layer), wide
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("how", ["parameters", "autocast"])
+@pytest.mark.parametrize("shape", [(100,), (3, 50, 100), (0, 100), (40, 100)])
+def test_outputs_and_gradients(block: Any, how: str, shape: Any) -> None:
+    layer, wide = pair(block, how)
+    x = torch.randn(shape).bfloat16()
+    ours = x.detach().to(layer.weight_values.dtype).requires_grad_()
+    theirs = x.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y = layer(ours)
+    expected = wide(theirs)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=1e-3)
+    dy = torch.randn(y.shape).bfloat16()
+    y.backward(dy)
+    expected.backward(dy.float())
+    torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=2**-7, atol=4e-2)
+    for mine, other in zip(layer.parameters(), wide.parameters(), strict=True):
+        assert mine.grad.dtype is mine.dtype
+        torch.testing.assert_close(mine.grad.float(), other.grad, rtol=2**-6, atol=4e-2)
+
+
+def test_strides_of_any_kind() -> None:
+    layer, _ = pair((16, 16), "parameters")
+    x = torch.randn(40, 100).bfloat16()
+    for view in (x.T.contiguous().T, torch.stack([x, x], -1)[..., 0], x[:1].expand(40, 100), x[::2]):
+        assert torch.equal(layer(view), layer(view.contiguous()))
+
+
+def test_growth_under_autocast_is_that_of_the_rounded_operands() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(BlockSparseLinear(96, 64, sparsity=0.5, block_shape=(16, 16)))
+    before = model[0].positions()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    RigL(update_freq=1, drop_fraction=0.5).attach(model, optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(50, 96)).square().mean().backward()
+    optimizer.step()
+    assert model[0].weight_values.dtype is torch.float32
+    assert not torch.equal(model[0].positions(), before)
+
+
+def test_a_compiled_model_computes_the_same() -> None:
+    layer, _ = pair((16, 16), "autocast")
+    x = torch.randn(40, 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(compiled, expected)
