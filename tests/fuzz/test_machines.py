@@ -87,8 +87,9 @@ def test_layers_are_their_dense_twins(kind: str) -> None:
 
 @pytest.mark.parametrize("families", RUNS.values(), ids=RUNS)
 def test_a_short_run_finds_no_fault(families: list[str]) -> None:
-    n_cases = len(families) * (settings().max_examples // 2)
-    driver = Driver(families, seconds=3600, last_seed=settings().max_examples // 2)
+    n_seeds = settings().max_examples // 4
+    n_cases = len(families) * n_seeds
+    driver = Driver(families, seconds=3600, last_seed=n_seeds)
     driver.run()
     assert driver.cases >= n_cases
     assert not driver.findings, tables(driver, triage=True)

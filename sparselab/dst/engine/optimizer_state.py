@@ -47,13 +47,15 @@ class OptimizerTracker:
         #: With the number of the note that was taken of each last.
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._n_notes = 0
+        #: Steps that were seen of these optimizers.
+        self._n_steps = 0
         #: Those whose state has been checked, after a step of all their layers.
         self._looked_at: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._watching = False
         #: Whether an optimizer is within a step, and whether `finished` was called since that began.
         self._within = self._finished = False
         self._stepped = _Stepped()
-        #: How many notes there were, and what the gradients were, at the last `check`.
+        #: How many steps there were, and what the gradients were, at the last `check`.
         self._checked: tuple[int, list[tuple[int, int]]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,6 +131,7 @@ class OptimizerTracker:
             self._look_at(optimizer, held)
             self.add(optimizer)
             self._stepped.ours = True
+            self._n_steps += 1
             if self._when_stepped is not None and not finished:
                 self._when_stepped(held)
         else:
@@ -163,11 +166,11 @@ class OptimizerTracker:
         """
         stepped, self._stepped = self._stepped, _Stepped()
         unseen = not all(isinstance(each, torch.optim.Optimizer) for each in self._optimizers)
-        before, self._checked = self._checked, (self._n_notes, self._gradients())
+        before, self._checked = self._checked, (self._n_steps, self._gradients())
         if unseen or stepped.ours:
             return
         if not stepped.other:
-            if self._optimizers and before == self._checked:
+            if self._n_steps and before == self._checked:
                 warnings.warn(
                     f"{name}.step() was called again without a step of the optimizer or a backward pass "
                     f"since: it counts one step for each call",

@@ -207,11 +207,10 @@ class Compressed(Storage):
             # parameter's gradient, and the node remembers the shape. Torch replaces it for another dtype.
             held.data = values.new_empty(0, dtype=other)
             held.data = values
-            # Both, so that a state which was taken before stays what it was.
-            layer.indices, layer.indptr = (
-                layer.indices.new_empty(nnz),
-                layer.indptr.new_empty(len(layer.indptr)),
-            )
+            # Both anew, so that a state which was taken before stays what it was; their graphs are told.
+            layer.indptr.add_(0)
+            layer.indices = layer.indices.new_empty(nnz)
+            layer.indptr = layer.indptr.new_empty(len(layer.indptr))
 
     def draw(self, layer: Any, rng: np.random.Generator) -> Array:
         """As many random positions as there are connections, ascending."""

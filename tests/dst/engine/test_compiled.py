@@ -11,6 +11,7 @@ from sparselab import GMP, GSE, SNFS, LinearSchedule, RigL, SparseLinear, sparsi
 from tests.dst.contract_rows import ROWS
 from tests.dst.harness import OPTIMIZERS, assert_same_state, build, train
 from tests.dst.memory_reuse import poisoning
+from tests.shared import usual
 
 pytestmark = [
     pytest.mark.skipif(
@@ -102,7 +103,7 @@ def dense_of(name):
     ), torch.randn(32, 20), 0.6  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", [RigL, SNFS, GSE])
+@pytest.mark.parametrize("algorithm", [RigL, usual(False, SNFS), usual(False, GSE)])
 @pytest.mark.parametrize("kind", ["sparse", "block", "masked"])
 @pytest.mark.parametrize("name", ["layers", "images", "tokens"])
 def test_growth_sees_what_was_there_though_the_compiler_uses_its_memory_again(name, kind, algorithm):

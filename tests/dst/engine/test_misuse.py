@@ -1,6 +1,7 @@
 """What would go wrong silently: each an error or a warning at once, which names the way out."""
 
 import copy
+import gc
 import re
 
 import numpy as np
@@ -318,3 +319,47 @@ def test_a_part_of_ones_own_is_told_of_every_layer():
     assert drop.n_layers == 2
     algorithm.detach()
     assert drop.n_layers == 0
+
+
+@pytest.mark.parametrize("algorithm", [SET, RigL])
+def test_a_step_that_is_counted_twice_is_told(algorithm):
+    model = nn.Sequential(SparseLinear(20, 20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.apply(driver := algorithm(update_freq=100))
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 20)).sum().backward()
+        if step != 1:  # as a GradScaler skips one
+            optimizer.step()
+        driver.step()
+    with pytest.warns(UserWarning, match="called again without a step of the optimizer or a backward pass"):
+        driver.step()
+
+
+def test_another_optimizer_may_take_the_place_of_one_that_is_gone():
+    model = nn.Sequential(SparseLinear(20, 20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    algorithm = SET(update_freq=2)
+    algorithm.attach(model, optimizer)
+    del optimizer
+    gc.collect()
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    algorithm.attach(model, other)
+    for _ in range(2):
+        other.step()
+    assert algorithm.last_update is not None
+    with pytest.raises(RuntimeError, match="must step along with one optimizer"):
+        algorithm.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_every_algorithm_and_group_tells_of_its_last_update():
+    model = nn.Sequential(SparseLinear(20, 20), SparseLinear(20, 20))
+    group = Group({"0": Static(), "1": SET(update_freq=1)})
+    group.attach(model)
+    assert group.last_update is None
+    assert Static().last_update is None
+    both = Group({"0": SET(update_freq=1), "1": SET(update_freq=1)})
+    group.detach()
+    both.attach(model)
+    both.step()
+    assert [report.grown > 0 for report in both.last_update] == [True, True]

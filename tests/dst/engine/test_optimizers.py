@@ -322,6 +322,7 @@ def test_codes_are_refused_with_the_first_step(settings: Any, message: str, atta
     assert algorithm.layers == ()
 
 
+@pytest.mark.filterwarnings("ignore:.*was called again without a step:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_moments_of_another_precision_follow(dtype: torch.dtype) -> None:
     layer = made("single")

@@ -104,3 +104,19 @@ def test_an_optimizer_goes_on_after_its_state_is_loaded_too() -> None:
         layer(x).square().sum().backward()
         optimizer.step()
     assert torch.equal(source.weight_values, target.weight_values)
+
+
+def test_a_state_that_was_taken_before_the_count_changed_stays_whole() -> None:
+    layer = SparseLinear(20, 12, sparsity=0.5)
+    x, state, dense = torch.randn(3, 20), layer.state_dict(), layer.to_dense()
+    layer.rewrite(torch.arange(30), torch.empty(0, dtype=torch.int64))
+    other = SparseLinear(20, 12, sparsity=0.9)
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(x), dense(x))
+
+
+def test_memory_that_nothing_was_written_to_is_refused_with_advice() -> None:
+    layer = SparseLinear(20, 12, device="meta").to_empty(device="cpu")
+    layer.indptr.fill_(7)
+    with pytest.raises(ValueError, match=r"load a state, or call sparselab\.materialize"):
+        layer(torch.randn(3, 20))
