@@ -49,7 +49,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             parser.error(f"argument --{name}: there is no directory '{path.parent}'")
-    options.contenders = [*options.contenders, *(linear.blocks(shape) for shape in options.blocks)]
+    of_blocks = [
+        linear.blocks(shape, narrow)
+        for shape in options.blocks
+        for narrow in ((False, True) if options.bfloat16 else (False,))
+    ]
+    options.contenders = [*options.contenders, *of_blocks]
     shapes = options.shapes or list(linear.SHAPES)
     options.layers = [
         (shape, tokens)
@@ -91,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUTxIN",
         help="also layers of dense blocks, such as 4x4, of the same sizes and sparsities",
     )
+    add("--bfloat16", action="store_true", help="time those also under autocast in bfloat16")
     add("--rounds", type=_integer, default=21, metavar="N", help="timed calls of each (default 21)")
     add(
         "--break-even",

@@ -105,6 +105,15 @@ def test_layers_of_blocks_are_timed_where_they_are_asked_for(tmp_path: Path) -> 
     assert list(json.loads(file.read_text())["results"][0]["timings_ms"]) == ["dense"]
 
 
+def test_layers_of_blocks_are_timed_in_bfloat16_where_that_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    arguments = ["--contenders", "sparselab", "--blocks", "16x16", "--bfloat16", "--json", str(file)]
+    assert main([*TINY, *arguments]) == 0
+    for row in json.loads(file.read_text())["results"]:
+        assert list(row["timings_ms"]) == ["sparselab", "blocks 16x16", "blocks 16x16 bfloat16"]
+        assert row["timings_ms"]["blocks 16x16 bfloat16"]["median"] > 0
+
+
 def test_a_layer_of_blocks_that_computes_something_else_is_refused() -> None:
     layer = BlockSparseLinear(8, 6, block_shape=(3, 5), sparsity=0.5)
     x, dy = torch.randn(4, 8), torch.randn(4, 6)

@@ -13,7 +13,7 @@ from sparselab import BlockSparseLinear, FanInLinear, SparseLinear
 from sparselab.bench.contenders.gate import Gate, WrongResultError
 from sparselab.bench.measure.timing import Timing, interleave
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn import SparseLayer, constant_fan_in_
+from sparselab.nn import SparseLayer, constant_fan_in_, find_sparse
 
 Call = Callable[[], object]
 
@@ -22,6 +22,9 @@ SHAPES = {(768, 3072): 2048, (3072, 768): 2048, (384, 1536): 2048, (640, 2560): 
 
 #: The contender that all others are compared with.
 OURS = "sparselab"
+
+#: Share of the largest entry by which results in bfloat16 may differ.
+_BFLOAT16 = 2e-2
 
 #: `FanInLinear`. Where it takes part, the layer gets a constant fan-in, so that it can be the same matrix.
 FAN_IN = "fan-in"
@@ -167,9 +170,9 @@ def _dense(layer: SparseLinear) -> nn.Module:
 
 
 class _InBfloat16(nn.Module):
-    """A dense layer under bfloat16 autocast, for CPUs with bfloat16 matrix units."""
+    """A layer under bfloat16 autocast, for CPUs with bfloat16 instructions or matrix units."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
 
@@ -179,7 +182,7 @@ class _InBfloat16(nn.Module):
         return y.float()
 
 
-@contender("dense bfloat16", tolerance=2e-2)
+@contender("dense bfloat16", _BFLOAT16)
 def _dense_bfloat16(layer: SparseLinear) -> nn.Module:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise RuntimeError("this CPU has no bfloat16 instructions; emulated, a product takes seconds")
@@ -206,27 +209,32 @@ def _torch_csr(layer: SparseLinear) -> nn.Module:
     return _TorchCSR(layer)
 
 
-def blocks(block_shape: tuple[int, int]) -> str:
-    """Name of the contender that is a layer of blocks of this shape, as large and as sparse as the layer."""
-    return "blocks {}x{}".format(*block_shape)
+def blocks(block_shape: tuple[int, int], narrow: bool = False) -> str:
+    """Name of the contender that is a layer of blocks of this shape, as large and as sparse as the layer.
+
+    Or, if `narrow`, such a layer under bfloat16 autocast.
+    """
+    return "blocks {}x{}".format(*block_shape) + (" bfloat16" if narrow else "")
 
 
 def find_contender(name: str) -> Contender:
     """The contender of a name that is registered, or of `blocks`."""
     if name in CONTENDERS:
         return CONTENDERS[name]
-    height, width = map(int, name.removeprefix("blocks ").split("x"))
+    _, shape, *narrow = name.split()
+    height, width = map(int, shape.split("x"))
 
-    def make(layer: SparseLinear) -> BlockSparseLinear:
-        return BlockSparseLinear(
+    def make(layer: SparseLinear) -> nn.Module:
+        made = BlockSparseLinear(
             layer.in_features, layer.out_features, sparsity=layer.sparsity, block_shape=(height, width)
         )
+        return _InBfloat16(made) if narrow else made
 
     def reference(module: nn.Module) -> SparseLayer:
-        assert isinstance(module, BlockSparseLinear)
-        return module
+        ((_, layer),) = find_sparse(module)
+        return layer
 
-    return Contender(make, 1e-5, reference)
+    return Contender(make, _BFLOAT16 if narrow else 1e-5, reference)
 
 
 def run_case(

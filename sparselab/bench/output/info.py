@@ -15,6 +15,7 @@ import torch
 
 from sparselab.bench.measure import machine
 from sparselab.kernels.cpu.runtime.jit import cache_directory
+from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.cpu.runtime.target import TARGET
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 
@@ -29,6 +30,7 @@ def collect() -> dict[str, dict[str, Any]]:
             "cores": os.cpu_count() or 1,
             **{name.replace("_", " "): size for name, size in asdict(TARGET).items()},
             "bfloat16 instructions": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+            "matrix unit for blocks in bfloat16": has_matrix_unit(),
         },
         "threads": {
             "torch": torch.get_num_threads(),

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from sparselab import BlockSparseLinear, RigL
 from sparselab.nn.ops.cpu.narrow_blocks import is_native
@@ -58,17 +57,26 @@ def test_strides_of_any_kind() -> None:
         assert torch.equal(layer(view), layer(view.contiguous()))
 
 
-def test_growth_under_autocast_is_that_of_the_rounded_operands() -> None:
+def test_growth_under_autocast_sees_the_gradient() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(BlockSparseLinear(96, 64, sparsity=0.5, block_shape=(16, 16)))
-    before = model[0].positions()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    RigL(update_freq=1, drop_fraction=0.5).attach(model, optimizer)
+    layer, seen = BlockSparseLinear(96, 64, sparsity=0.5, block_shape=(16, 16)), []
+    layer.gradient_hook = seen.append
+    x, dy = torch.randn(50, 96).bfloat16(), torch.randn(50, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(50, 96)).square().mean().backward()
+        layer(x.float()).backward(dy)
+    (operands,), G = seen, torch.empty(64, 96)
+    operands.to(torch.float32).add_rows(0, G, 0.0)
+    torch.testing.assert_close(G, dy.float().T @ x.float())
+    layer.gradient_hook = None
+    layer.zero_grad()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    algorithm = RigL(update_freq=1, drop_fraction=0.5)
+    algorithm.attach(layer, optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x.float()).backward(dy)
     optimizer.step()
-    assert model[0].weight_values.dtype is torch.float32
-    assert not torch.equal(model[0].positions(), before)
+    assert not algorithm.last_update[0].skipped
+    assert layer.weight_values.dtype is torch.float32
 
 
 def test_a_compiled_model_computes_the_same() -> None:

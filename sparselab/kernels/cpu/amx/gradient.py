@@ -16,7 +16,7 @@ from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.matrix_unit import require_matrix_unit
-from sparselab.kernels.cpu.runtime.memory import mapped_empty
+from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.matrix_tiles import configure, dot, interleave, load_tile, release, store_tile
 from sparselab.kernels.cpu.simd.transpose import transpose8
@@ -181,8 +181,9 @@ def sample_blocks(plan: TilePlan, DY: Array, X: Array, out: Array) -> None:
     rows, columns = (len(plan.indptr) - 1) * plan.height, plan.n_columns
     row_words = n_steps * _STEP // 2 + _GAP
     like = np.empty(0, np.uint16)
-    pairs = mapped_empty(n_steps * _STEP * columns, like.dtype)
-    turned = mapped_empty(rows * row_words * 2, like.dtype)
+    n_pairs = n_steps * _STEP * columns
+    ordered = scratch(1, n_pairs + rows * row_words * 2, like.dtype)[0]
+    pairs, turned = ordered[:n_pairs], ordered[n_pairs : n_pairs + rows * row_words * 2]
     workers = worker_count(len(out) * n_tokens // 8 + pairs.size + turned.size)
     n_workers = min(workers, n_steps)
     buffers = np.empty((n_workers, _STEP * _TURNED), np.uint16)
