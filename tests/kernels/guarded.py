@@ -16,6 +16,11 @@ from typing import Any
 import numpy as np
 
 from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
+from sparselab.kernels.cpu.amx import gradient as unit_gradient
+from sparselab.kernels.cpu.amx import product as unit_product
+from sparselab.kernels.cpu.amx.gradient import sample_blocks
+from sparselab.kernels.cpu.amx.plan import tile_plan
+from sparselab.kernels.cpu.amx.product import multiply_blocks
 from sparselab.kernels.cpu.bsr import sddmm_dw as block_sddmm_dw
 from sparselab.kernels.cpu.bsr import skinny as block_skinny
 from sparselab.kernels.cpu.bsr import spmm as block_spmm
@@ -25,6 +30,7 @@ from sparselab.kernels.cpu.csr import spmm as row_spmm
 from sparselab.kernels.cpu.csr.lookup import add_up, look_up
 from sparselab.kernels.cpu.csr.plan import transpose_plan
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
+from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
 from tests.guards import guarded, room
 
@@ -56,7 +62,8 @@ def guard_scratch(front: bool) -> None:
         block[:] = 255  # NaN in float32 and float64
         return block.view(dtype).reshape(n_rows, stride // dtype.itemsize)
 
-    for module in (row_spmm, row_sddmm_dw, row_skinny, block_spmm, block_sddmm_dw, block_skinny):
+    rows, blocks = (row_spmm, row_sddmm_dw, row_skinny), (block_spmm, block_sddmm_dw, block_skinny)
+    for module in (*rows, *blocks, unit_product, unit_gradient):
         module.scratch = scratch  # type: ignore[attr-defined]
 
 
@@ -107,6 +114,30 @@ def run_by_number(shape: tuple[int, int], tokens: int, dtype: Any, sparsity: flo
         np.testing.assert_array_equal(out, right)
 
 
+def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, int], front: bool) -> None:
+    """Products of dense blocks in bfloat16."""
+    rng = np.random.default_rng(0)
+    blocks = BlockCSR.random(shape, 0.5, block, 0).topology
+    values = rng.integers(0, 1 << 14, blocks.nnz * block[0] * block[1]).astype(np.uint16)
+    X, DY = (rng.integers(0, 1 << 14, (tokens, n)).astype(np.uint16) for n in shape[::-1])
+    plan, turned = tile_plan(blocks, False), tile_plan(blocks, True)
+
+    def by_token(out: Array) -> Array:
+        return out.reshape(tokens, -1)
+
+    calls: list[tuple[Callable[..., None], Any, int, Any]] = [
+        (lambda v, p, dy, x, out: multiply_blocks(v, p, x, by_token(out)), plan, tokens * shape[0], "u2"),
+        (lambda v, p, dy, x, out: multiply_blocks(v, p, dy, by_token(out)), turned, tokens * shape[1], "u2"),
+        (lambda v, p, dy, x, out: sample_blocks(p, dy, x, out), plan, values.size, "f4"),
+    ]
+    for product, operands, size, dtype in calls:
+        right = np.zeros(size, dtype)
+        out = guarded(right, front=front)
+        product(values, operands, DY, X, right)
+        product(*(guard_plan(each, front) for each in (values, operands, DY, X)), out)
+        np.testing.assert_array_equal(out, right)
+
+
 def main(side: str, overrun: bool) -> None:
     front = side == "front"
     if overrun:
@@ -125,6 +156,9 @@ def main(side: str, overrun: bool) -> None:
     ):
         blocks = BlockCSR.random(shape, 0.5, block, 0, dtype=dtype)
         run(blocks, [blocks.topology, blocks.topology.blocks], tokens, order, front)
+    for shape, tokens, block in itertools.product(SIZES, TOKENS, ((16, 16), (32, 32), (16, 48))):
+        if has_matrix_unit():
+            run_by_matrix_unit(shape, tokens, block, front)
     print("no step over an edge")
 
 
