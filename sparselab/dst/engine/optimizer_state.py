@@ -56,11 +56,12 @@ class OptimizerTracker:
         self._within = self._finished = False
         self._stepped = _Stepped()
         #: How many steps there were, and what the gradients were, at the last `check`.
-        self._checked: tuple[int, list[tuple[int, int]]] | None = None
+        self._checked: tuple[int, list[tuple[weakref.ref[torch.Tensor], int]]] = (-1, [])
 
     def __getstate__(self) -> dict[str, Any]:
         # No pickle takes weak references, so they are left out where there are none.
-        return {name: value for name, value in self.__dict__.items() if name not in _WEAK or value}
+        kept = {name: value for name, value in self.__dict__.items() if name not in _WEAK or value}
+        return {**kept, "_checked": (-1, [])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Hooks call the tracker that they were made for; a copy asks for its own.
@@ -166,11 +167,11 @@ class OptimizerTracker:
         """
         stepped, self._stepped = self._stepped, _Stepped()
         unseen = not all(isinstance(each, torch.optim.Optimizer) for each in self._optimizers)
-        before, self._checked = self._checked, (self._n_steps, self._gradients())
+        nothing = self._nothing_since()
         if unseen or stepped.ours:
             return
         if not stepped.other:
-            if self._n_steps and before == self._checked:
+            if self._n_steps and nothing:
                 warnings.warn(
                     f"{name}.step() was called again without a step of the optimizer or a backward pass "
                     f"since: it counts one step for each call",
@@ -187,10 +188,22 @@ class OptimizerTracker:
             raise RuntimeError(what)
         warnings.warn(what, stacklevel=4)
 
-    def _gradients(self) -> list[tuple[int, int]]:
-        """What changes whenever a backward pass adds to the gradient of a layer."""
-        gradients = [layer.stored.grad for layer in self._layers]
-        return [(id(each), each._version) for each in gradients if each is not None]
+    def _nothing_since(self) -> bool:
+        """Whether no optimizer has stepped and no gradient has changed since this was asked last.
+
+        Without a gradient that cannot be told.
+        """
+        held = [each for layer in self._layers if (each := layer.stored.grad) is not None]
+        steps, gradients = self._checked
+        self._checked = self._n_steps, [(weakref.ref(each), each._version) for each in held]
+        return (
+            steps == self._n_steps
+            and len(gradients) == len(held) > 0
+            and all(
+                known() is each and version == each._version
+                for (known, version), each in zip(gradients, held, strict=True)
+            )
+        )
 
     def find(self, layer: SparseLayer) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Settings and state of the optimizer that stepped a layer last; both empty if none is known."""
