@@ -170,6 +170,9 @@ or PackedSequence
         """
         if is_node(input):
             return node_of(self, input, hx)  # type: ignore[no-any-return]
+        if hx is not None and isinstance(hx, Tensor) == (self.n_states > 1):
+            expected = "a tuple of two tensors" if self.n_states > 1 else "one tensor"
+            raise RuntimeError(f"hx must be {expected}, got a {type(hx).__name__}")
         if isinstance(input, PackedSequence):
             sizes = input.batch_sizes.tolist()
             states = self._states(hx, input.data, sizes[0], input.sorted_indices)

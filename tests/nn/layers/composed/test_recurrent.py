@@ -268,3 +268,11 @@ def test_wrong_input_is_refused() -> None:
         SparseLSTM.of_layers(nn.LSTM(3, 3), {"weight_ih_l1": SparseLinear(3, 12)})
     with pytest.raises(TypeError, match=r"network must be a torch.nn.GRU, got LSTM"):
         SparseGRU.from_dense(nn.LSTM(3, 3))
+
+
+def test_states_of_the_wrong_kind_are_refused() -> None:
+    x, state = torch.randn(3, 2, 4), torch.zeros(1, 2, 5)
+    with pytest.raises(RuntimeError, match="hx must be a tuple of two tensors, got a Tensor"):
+        SparseLSTM(4, 5)(x, torch.stack([state, state]))
+    with pytest.raises(RuntimeError, match="hx must be one tensor, got a tuple"):
+        SparseGRU(4, 5)(x, (state, state))
