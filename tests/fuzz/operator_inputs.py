@@ -83,6 +83,8 @@ def _lookup(args: dict[str, Any]) -> Results:
 def _lookup_values_grad(args: dict[str, Any]) -> Results:
     rows, columns = _sizes(args)
     numbers, grad = _numbers(args, rows), dense(args["grad"], "grad")
+    if rows * columns > _MOST:
+        raise Skipped
     need(grad.shape == (len(numbers), columns), f"grad of shape {tuple(grad.shape)}")
     none = torch.zeros(rows, columns, dtype=torch.float64)
     full, magnitude = (none.index_add(0, numbers, each) for each in (grad, grad.abs()))

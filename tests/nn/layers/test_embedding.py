@@ -385,3 +385,16 @@ def test_condense_takes_rows_without_connections_for_no_outputs() -> None:
     pattern = torch.ones(4, 6, dtype=torch.bool)
     pattern[1] = False
     assert condense(nn.Sequential(SparseEmbedding.from_pattern(pattern), nn.Linear(6, 2))) == ()
+
+
+def test_factors_that_a_hook_shortens_are_refused() -> None:
+    layer = SparseEmbedding(8, 6, sparsity=0.5, padding_idx=0)
+    tokens = torch.tensor([1, 2, 3])
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor[:1].clone() if tensor.shape == (3,) and tensor.is_floating_point() else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        y = layer(tokens)
+    with pytest.raises(RuntimeError, match=r"factors must be of shape \(3,\), got \(1,\)"):
+        y.sum().backward()

@@ -223,7 +223,11 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def _scaled(rows: Tensor, factors: Tensor | None) -> Tensor:
-    return rows if factors is None else rows * factors[:, None]
+    if factors is None:
+        return rows
+    if factors.shape != rows.shape[:1]:  # which torch would repeat
+        raise RuntimeError(f"factors must be of shape {tuple(rows.shape[:1])}, got {tuple(factors.shape)}")
+    return rows * factors[:, None]
 
 
 def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
