@@ -22,7 +22,7 @@ from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_empty, scratch
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.dots import add_all_sums
+from sparselab.kernels.cpu.simd.dots import add_sums
 from sparselab.kernels.cpu.simd.vectors import fma, get, load, view_at, zeros_register
 from sparselab.kernels.cpu.tiles import add_tokens, pack
 
@@ -34,12 +34,9 @@ _STRIDE_BYTES = 832
 #: Most columns of a panel, 312 KiB of the second-level cache.
 _PANEL_COLUMNS = 384
 
-#: Items of scratch, on cache lines of their own, for the dots of an incomplete group of columns.
-_REST = 16
-
 
 @jit
-def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, rest, out, place):  # type: ignore[no-untyped-def]
+def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, out, place):  # type: ignore[no-untyped-def]
     """Add the dots of a micro-panel's rows with the columns k : last to `out`, from `place` on.
 
     The step from token to token is an argument, because LLVM would unroll a loop whose length it can tell,
@@ -47,6 +44,7 @@ def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, rest, 
     """
     stride = _STRIDE_BYTES // panel.itemsize
     zero = zeros_register(panel)
+    end = place + (last - k) * MR
     while k < last:
         a = (np.int64(get(columns, k)) - column0) * stride
         b = (np.int64(get(columns, min(k + 1, last - 1))) - column0) * stride
@@ -61,13 +59,7 @@ def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, rest, 
             s3 = fma(load(rows, at + 3 * stride + t, zero), x, s3)
             t += step
         by_column = s0[0], s1[0], s2[0], s3[0], s0[1], s1[1], s2[1], s3[1], s0[2], s1[2], s2[2], s3[2]
-        if k + DOT_COLUMNS <= last:
-            add_all_sums(out, place, by_column)
-        else:
-            rest[:] = 0
-            add_all_sums(rest, 0, by_column)
-            for i in range((last - k) * MR):
-                out[place + i] += get(rest, i)
+        add_sums(out, place, end, by_column)
         k += DOT_COLUMNS
         place += DOT_COLUMNS * MR
 
@@ -107,7 +99,6 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
         return
     memory, cuts = work[worker], cut_places[worker]
     stride, kc = _STRIDE_BYTES // memory.itemsize, _KC_BYTES // memory.itemsize
-    rest, memory = memory[: DOT_COLUMNS * MR], memory[_REST:]
     panel, rows = memory[: panel_columns * stride], memory[panel_columns * stride :]
     partial = memory[(panel_columns + most_rows) * stride :]
     y, x = view_at(r_at, memory), view_at(c_at, memory)
@@ -137,7 +128,7 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
                     for s in range(panels):
                         place = (first * panels + s * (end - first) + k0 - first) * MR
                         at = ((r - row0) * panels + s) * MR * stride
-                        _panel_dots(rows, at, panel, columns, k0, k1, column0, length, step, rest, out, place)
+                        _panel_dots(rows, at, panel, columns, k0, k1, column0, length, step, out, place)
         if wants_sums:
             for row in range(row0 * height, min(row1 * height, n_rows)):
                 at = (row // height - row0) * panels * MR + row % height
@@ -186,7 +177,7 @@ def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None =
     rectangles, panel_blocks = _cut(plan, worker_count(plan.work(n_tokens)))
     most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.panels_per_row * MR
     panel_columns = panel_blocks * plan.width
-    items = _REST + (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8
+    items = (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8
     work = scratch(len(rectangles), items, out.dtype)
     n_rows_and_panels = (rectangles[:, 1::2] - rectangles[:, ::2]).max(0)
     cuts = np.empty((len(rectangles), n_rows_and_panels[0], n_rows_and_panels[1] + 1), np.int64)

@@ -135,36 +135,12 @@ some_dots = _dots(SOME_DOTS, clamped=True)
 
 
 @intrinsic
-def add_all_sums(_: Any, out: Any, first: Any, rows: Any) -> Any:
-    """Add the sums of the lanes of some registers to ``out[first : first + count]``.
+def add_sums(_: Any, out: Any, first: Any, end: Any, rows: Any) -> Any:
+    """Add the sums of the lanes of some registers to ``out[first : min(first + count, end)]``.
 
     Their number is a multiple of 4, or of 8 to make the best of registers of 8 lanes and more.
     """
-    if not _is_group(rows):
-        return None
-    group = min(rows.dtype.lanes, 4 if rows.count % 8 else 8)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emit(context, builder, signature, args)
-        vectors = cgutils.unpack_tuple(builder, args[2], rows.count)
-        for k in range(0, rows.count, group):
-            total = sum_lanes(emit, vectors[k : k + group])
-            place = emit.at(emit.data(0), builder.add(emit.index(1), I64(k)))
-            before = emit.load(place, total.type, item_bytes(out.dtype))
-            emit.store(builder.fadd(before, total, flags=FLAGS), place, item_bytes(out.dtype))
-        return emit.nothing()
-
-    return types.void(out, first, rows), codegen
-
-
-def _is_group(rows: Any) -> bool:
-    return isinstance(rows, types.UniTuple) and isinstance(rows.dtype, Vector) and rows.count % 4 == 0
-
-
-@intrinsic
-def add_sums(_: Any, out: Any, first: Any, end: Any, rows: Any) -> Any:
-    """As `add_all_sums`, without those from ``out[end]`` on."""
-    if not _is_group(rows):
+    if not (isinstance(rows, types.UniTuple) and isinstance(rows.dtype, Vector) and rows.count % 4 == 0):
         return None
     group = min(rows.dtype.lanes, 4 if rows.count % 8 else 8)
 
@@ -174,31 +150,20 @@ def add_sums(_: Any, out: Any, first: Any, end: Any, rows: Any) -> Any:
         sums = [sum_lanes(emit, vectors[k : k + group]) for k in range(0, rows.count, group)]
         start, limit = emit.index(1), emit.index(2)
         size = item_bytes(out.dtype)
-
-        def add_group(k: int) -> None:
-            place = emit.at(emit.data(0), builder.add(start, I64(k * group)))
-            before = emit.load(place, sums[k].type, size)
-            emit.store(builder.fadd(before, sums[k], flags=FLAGS), place, size)
-
-        def ends_within(k: int) -> Any:
-            return builder.icmp_signed("<=", builder.add(start, I64(k)), limit)
-
-        with builder.if_else(ends_within(rows.count)) as (then, otherwise):
+        whole = builder.icmp_signed("<=", builder.add(start, I64(rows.count)), limit)
+        with builder.if_else(whole) as (then, otherwise):
             with then:
-                for k in range(len(sums)):
-                    add_group(k)
-            with otherwise:
                 for k, total in enumerate(sums):
-                    with builder.if_else(ends_within((k + 1) * group)) as (whole, in_part):
-                        with whole:
-                            add_group(k)
-                        with in_part:
-                            for lane in range(group - 1):
-                                at = builder.add(start, I64(k * group + lane))
-                                with builder.if_then(builder.icmp_signed("<", at, limit)):
-                                    place = emit.at(emit.data(0), at)
-                                    one = builder.extract_element(total, I32(lane))
-                                    builder.store(builder.fadd(builder.load(place), one, flags=FLAGS), place)
+                    place = emit.at(emit.data(0), builder.add(start, I64(k * group)))
+                    before = emit.load(place, total.type, size)
+                    emit.store(builder.fadd(before, total, flags=FLAGS), place, size)
+            with otherwise:
+                for k in range(rows.count - 1):
+                    at = builder.add(start, I64(k))
+                    with builder.if_then(builder.icmp_signed("<", at, limit)):
+                        place = emit.at(emit.data(0), at)
+                        one = builder.extract_element(sums[k // group], I32(k % group))
+                        builder.store(builder.fadd(builder.load(place), one, flags=FLAGS), place)
         return emit.nothing()
 
     return types.void(out, first, end, rows), codegen
