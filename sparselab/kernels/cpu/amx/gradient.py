@@ -11,14 +11,35 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array, address
-from sparselab.kernels.cpu.amx.plan import PANEL, STRIP, TilePlan, configuration
+from sparselab.kernels.cpu.amx.plan import TilePlan
+from sparselab.kernels.cpu.amx.tiles import (
+    PANEL,
+    STRIP,
+    configuration,
+    dot00,
+    dot01,
+    dot10,
+    dot11,
+    load00,
+    load01,
+    load10,
+    load11,
+    pairs0,
+    pairs1,
+    rows0,
+    rows1,
+    store00,
+    store01,
+    store10,
+    store11,
+)
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.matrix_unit import require_matrix_unit
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.matrix_tiles import configure, dot, interleave, load_tile, release, store_tile
+from sparselab.kernels.cpu.simd.matrix_tiles import configure, interleave, release
 from sparselab.kernels.cpu.simd.transpose import transpose8
 from sparselab.kernels.cpu.simd.vectors import get, put, view_at
 
@@ -30,12 +51,6 @@ _GAP = 16
 
 #: Outputs that are turned together, by way of a buffer.
 _TURNED = 64
-
-#: (rows, columns) of tiles of sums, tiles of outputs, of inputs.
-_load00, _load10, _load01, _load11 = load_tile(0), load_tile(1), load_tile(2), load_tile(3)
-_store00, _store10, _store01, _store11 = store_tile(0), store_tile(1), store_tile(2), store_tile(3)
-_outputs0, _outputs1, _inputs0, _inputs1 = load_tile(4), load_tile(5), load_tile(6), load_tile(7)
-_dot00, _dot10, _dot01, _dot11 = dot(0, 4, 6), dot(1, 5, 6), dot(2, 4, 7), dot(3, 5, 7)
 
 
 @jit
@@ -84,40 +99,31 @@ def _order_factors(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _add_block(rows_at, row_step, pairs_at, pair_step, n_steps, sums_at, sums_step):  # type: ignore[no-untyped-def]
-    """Add the products of some steps of tokens to the 32 x 32 sums of a block, or of a part of it."""
-    _load00(sums_at, sums_step)
-    _load10(sums_at + 16 * sums_step, sums_step)
-    _load01(sums_at + 64, sums_step)
-    _load11(sums_at + 16 * sums_step + 64, sums_step)
+def _add_part(rows_at, row_step, pairs_at, pair_step, n_steps, size, sums_at, sums_step):  # type: ignore[no-untyped-def]
+    """Add the products of some steps of tokens to the sums of a part of a block, 32 x 32 or 16 x 16."""
+    four = size == PANEL
+    load00(sums_at, sums_step)
+    if four:
+        load10(sums_at + 16 * sums_step, sums_step)
+        load01(sums_at + 64, sums_step)
+        load11(sums_at + 16 * sums_step + 64, sums_step)
     for _ in range(n_steps):
-        _outputs0(rows_at, row_step)
-        _inputs0(pairs_at, pair_step)
-        _dot00()
-        _outputs1(rows_at + 16 * row_step, row_step)
-        _dot10()
-        _inputs1(pairs_at + 64, pair_step)
-        _dot01()
-        _dot11()
+        rows0(rows_at, row_step)
+        pairs0(pairs_at, pair_step)
+        dot00()
+        if four:
+            rows1(rows_at + 16 * row_step, row_step)
+            dot10()
+            pairs1(pairs_at + 64, pair_step)
+            dot01()
+            dot11()
         rows_at += 64
         pairs_at += 16 * pair_step
-    _store00(sums_at, sums_step)
-    _store10(sums_at + 16 * sums_step, sums_step)
-    _store01(sums_at + 64, sums_step)
-    _store11(sums_at + 16 * sums_step + 64, sums_step)
-
-
-@jit
-def _add_strip(rows_at, row_step, pairs_at, pair_step, n_steps, sums_at, sums_step):  # type: ignore[no-untyped-def]
-    """The same for 16 x 16 sums."""
-    _load00(sums_at, sums_step)
-    for _ in range(n_steps):
-        _outputs0(rows_at, row_step)
-        _inputs0(pairs_at, pair_step)
-        _dot00()
-        rows_at += 64
-        pairs_at += 16 * pair_step
-    _store00(sums_at, sums_step)
+    store00(sums_at, sums_step)
+    if four:
+        store10(sums_at + 16 * sums_step, sums_step)
+        store01(sums_at + 64, sums_step)
+        store11(sums_at + 16 * sums_step + 64, sums_step)
 
 
 @jit
@@ -129,6 +135,7 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
     if spread(worker, n_workers):
         return
     configure(told_at)
+    size = PANEL if height % PANEL == 0 and width % PANEL == 0 else STRIP
     for first in range(0, n_steps, _RANGE // _STEP):
         steps = min(_RANGE // _STEP, n_steps - first)
         for r in range(edges[worker], edges[worker + 1]):
@@ -136,20 +143,12 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
                 rows_at = turned_at + r * height * row_step + first * 64
                 inputs_at = pairs_at + first * 16 * pair_step + np.int64(get(columns, k)) * 4
                 block_at = out_at + k * height * width * 4
-                if height % PANEL == 0 and width % PANEL == 0:
-                    for i in range(0, height, PANEL):
-                        for j in range(0, width, PANEL):
-                            _add_block(
-                                rows_at + i * row_step, row_step, inputs_at + 4 * j, pair_step, steps,
-                                block_at + (i * width + j) * 4, 4 * width,
-                            )  # fmt: skip
-                else:
-                    for i in range(0, height, STRIP):
-                        for j in range(0, width, STRIP):
-                            _add_strip(
-                                rows_at + i * row_step, row_step, inputs_at + 4 * j, pair_step, steps,
-                                block_at + (i * width + j) * 4, 4 * width,
-                            )  # fmt: skip
+                for i in range(0, height, size):
+                    for j in range(0, width, size):
+                        _add_part(
+                            rows_at + i * row_step, row_step, inputs_at + 4 * j, pair_step, steps, size,
+                            block_at + (i * width + j) * 4, 4 * width,
+                        )  # fmt: skip
     release()
 
 
@@ -193,7 +192,7 @@ def sample_blocks(plan: TilePlan, DY: Array, X: Array, out: Array) -> None:
         row_words, buffers, buffers.view(np.float32), like,
     )  # fmt: skip
     edges = cut_rows(plan.indptr, min(workers, len(plan.indptr) - 1))
-    told = configuration(STRIP, _STEP)
+    told = configuration(_STEP)
     launch(
         _sample_blocks, len(edges) - 1, address(told), edges, plan.indptr, plan.columns, plan.height,
         plan.width, address(pairs), 4 * columns, address(turned), 4 * row_words, n_steps, address(out),

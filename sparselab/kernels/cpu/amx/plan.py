@@ -13,15 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from sparselab.kernels.arrays import Array, index_dtype
+from sparselab.kernels.cpu.amx.tiles import PANEL, STRIP
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_empty
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put
 from sparselab.kernels.layouts.block_csr import BlockTopology
-
-#: Rows of a strip and columns of a tile of sums, and rows of a panel.
-STRIP, PANEL = 16, 32
 
 _MIN_PART = 1 << 14
 
@@ -58,33 +56,18 @@ def tile_plan(topology: BlockTopology, transposed: bool) -> TilePlan:
 
 
 def _make(W: BlockTopology, transposed: bool) -> TilePlan:
-    shape, (height, width) = W.shape, W.block_shape
-    blocks, slots = W.blocks, np.arange(W.nnz)
-    if transposed:
-        shape, (height, width) = (shape[1], shape[0]), (width, height)
-        blocks, slots = blocks.transposed()
-    columns = blocks.indices.astype(np.int64) * width
+    M, slots = W.transposed() if transposed else (W, np.arange(W.nnz))
+    height, width = M.block_shape
+    columns = M.blocks.indices.astype(np.int64) * width
     return TilePlan(
-        transposed, shape, height, width, step_depth(width), blocks.rows.indptr,
-        slots.astype(index_dtype(W.nnz)), columns.astype(index_dtype(shape[1] + width)),
+        transposed, M.shape, height, width, step_depth(width), M.blocks.rows.indptr,
+        slots.astype(index_dtype(W.nnz)), columns.astype(index_dtype(M.shape[1] + width)),
     )  # fmt: skip
 
 
 def step_depth(width: int) -> int:
     """Entries of one instruction: two for each of 16 or 8 rows of pairs."""
     return 32 if width % 32 == 0 else 16
-
-
-def configuration(rows: int, depth: int) -> Array:
-    """What the unit is told of its tiles: 0 to 3 are sums, 4 and 5 rows of bfloat16, 6 and 7 pairs."""
-    told = np.zeros(64, np.uint8)
-    told[0] = 1
-    row_bytes, n_rows = told[16:32].view(np.uint16), told[48:56]
-    row_bytes[:8] = 64
-    row_bytes[4:6] = 2 * depth
-    n_rows[:6] = rows
-    n_rows[6:8] = depth // 2
-    return told
 
 
 @jit

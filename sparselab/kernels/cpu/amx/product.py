@@ -11,79 +11,68 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array, address
-from sparselab.kernels.cpu.amx.plan import PANEL, STRIP, TilePlan, configuration, pack_blocks
+from sparselab.kernels.cpu.amx.plan import TilePlan, pack_blocks
+from sparselab.kernels.cpu.amx.tiles import (
+    PANEL,
+    STRIP,
+    configuration,
+    dot00,
+    dot01,
+    dot10,
+    dot11,
+    pairs0,
+    pairs1,
+    rows0,
+    rows1,
+    store00,
+    store01,
+    store10,
+    store11,
+    zero00,
+    zero01,
+    zero10,
+    zero11,
+)
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
 from sparselab.kernels.cpu.runtime.matrix_unit import require_matrix_unit
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.matrix_tiles import (
-    configure,
-    dot,
-    load_tile,
-    release,
-    store_rounded,
-    store_tile,
-    zero,
-)
+from sparselab.kernels.cpu.simd.matrix_tiles import configure, release, store_rounded
 from sparselab.kernels.cpu.simd.vectors import get, next_item, put, view_at
 
 #: Tokens that are computed together.
 TOKENS = 32
 
-#: (rows, columns) of tiles of sums, tiles of tokens, of weights.
-_zero00, _zero10, _zero01, _zero11 = zero(0), zero(1), zero(2), zero(3)
-_store00, _store10, _store01, _store11 = store_tile(0), store_tile(1), store_tile(2), store_tile(3)
-_tokens0, _tokens1, _weights0, _weights1 = load_tile(4), load_tile(5), load_tile(6), load_tile(7)
-_dot00, _dot10, _dot01, _dot11 = dot(0, 4, 6), dot(1, 5, 6), dot(2, 4, 7), dot(3, 5, 7)
-
 
 @jit
-def _two_strips(x_at, x_step, weights_at, block_bytes, columns, first, last, width, depth, sums_at):  # type: ignore[no-untyped-def]
-    """The sums of 32 tokens and a panel, (32, 32) at `sums_at`."""
-    _zero00()
-    _zero10()
-    _zero01()
-    _zero11()
+def _panel_sums(x_at, x_step, weights_at, block_bytes, columns, first, last, width, depth, strips, sums_at):  # type: ignore[no-untyped-def]
+    """The sums of 32 tokens and one or two strips of 16 rows, (32, 32) or its first half, at `sums_at`."""
+    two = strips == 2
+    zero00()
+    zero10()
+    zero01()
+    zero11()
     for k in range(first, last):
         x = x_at + np.int64(get(columns, k)) * 2
         weights = weights_at + k * block_bytes
         for _ in range(0, width, depth):
-            _tokens0(x, x_step)
-            _weights0(weights, 64)
-            _dot00()
-            _tokens1(x + 16 * x_step, x_step)
-            _dot10()
-            _weights1(weights + 32 * depth, 64)
-            _dot01()
-            _dot11()
+            rows0(x, x_step)
+            pairs0(weights, 64)
+            dot00()
+            rows1(x + 16 * x_step, x_step)
+            dot10()
+            if two:
+                pairs1(weights + 32 * depth, 64)
+                dot01()
+                dot11()
             x += 2 * depth
-            weights += 64 * depth
-    _store00(sums_at, 128)
-    _store10(sums_at + 16 * 128, 128)
-    _store01(sums_at + 64, 128)
-    _store11(sums_at + 16 * 128 + 64, 128)
-
-
-@jit
-def _one_strip(x_at, x_step, weights_at, block_bytes, columns, first, last, width, depth, sums_at):  # type: ignore[no-untyped-def]
-    """The sums of 32 tokens and 16 rows, at `sums_at` with the step of a panel."""
-    _zero00()
-    _zero10()
-    for k in range(first, last):
-        x = x_at + np.int64(get(columns, k)) * 2
-        weights = weights_at + k * block_bytes
-        for _ in range(0, width, depth):
-            _tokens0(x, x_step)
-            _weights0(weights, 64)
-            _dot00()
-            _tokens1(x + 16 * x_step, x_step)
-            _dot10()
-            x += 2 * depth
-            weights += 32 * depth
-    _store00(sums_at, 128)
-    _store10(sums_at + 16 * 128, 128)
+            weights += 32 * depth * strips
+    store00(sums_at, 128)
+    store10(sums_at + 16 * 128, 128)
+    store01(sums_at + 64, 128)
+    store11(sums_at + 16 * 128 + 64, 128)
 
 
 @jit
@@ -145,32 +134,11 @@ def _multiply_blocks(  # type: ignore[no-untyped-def]
                 if rows <= 0:
                     continue
                 weights = weights_at + 2 * inside * width
-                if inside + PANEL <= height:
-                    _two_strips(
-                        at,
-                        step,
-                        weights,
-                        block_bytes,
-                        columns,
-                        indptr[r],
-                        indptr[r + 1],
-                        width,
-                        depth,
-                        sums_at,
-                    )
-                else:
-                    _one_strip(
-                        at,
-                        step,
-                        weights,
-                        block_bytes,
-                        columns,
-                        indptr[r],
-                        indptr[r + 1],
-                        width,
-                        depth,
-                        sums_at,
-                    )
+                strips = min(2, (height - inside) // STRIP)
+                _panel_sums(
+                    at, step, weights, block_bytes, columns, indptr[r], indptr[r + 1], width, depth, strips,
+                    sums_at,
+                )  # fmt: skip
                 _put_sums(sums, bias, row, rows, y, token0 * y_step + row, y_step, tokens, narrow)
         item = next_item(counter)
     release()
@@ -210,7 +178,7 @@ def multiply_blocks(values: Array, plan: TilePlan, X: Array, Y: Array, bias: Arr
     if bias is not None:
         offsets[:n_rows] = bias
     packed = pack_blocks(values, plan)
-    told = configuration(STRIP, plan.depth)
+    told = configuration(plan.depth)
     copies = plan.n_columns != X.shape[1]
     columns = plan.n_columns if copies or n_tokens % TOKENS else 1
     sums = np.empty((n_workers, TOKENS * PANEL), np.float32)

@@ -79,15 +79,12 @@ def panel_plan(topology: BlockTopology, transposed: bool) -> PanelPlan:
 
 
 def _make_panel_plan(W: BlockTopology, transposed: bool) -> PanelPlan:
-    shape, (height, width) = W.shape, W.block_shape
-    blocks, slots = W.blocks, np.arange(W.nnz)
-    if transposed:
-        shape, (height, width) = (shape[1], shape[0]), (width, height)
-        blocks, slots = blocks.transposed()
-    n_columns = -(-shape[1] // width) * width
-    columns = (blocks.indices.astype(np.int64)[:, None] * width + np.arange(width)).reshape(-1)
+    M, slots = W.transposed() if transposed else (W, np.arange(W.nnz))
+    height, width = M.block_shape
+    n_columns = -(-M.shape[1] // width) * width
+    columns = (M.blocks.indices.astype(np.int64)[:, None] * width + np.arange(width)).reshape(-1)
     return PanelPlan(
-        transposed, shape, height, width, blocks.rows.indptr, slots.astype(index_dtype(W.nnz)),
+        transposed, M.shape, height, width, M.blocks.rows.indptr, slots.astype(index_dtype(W.nnz)),
         columns.astype(index_dtype(n_columns)),
     )  # fmt: skip
 
