@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from sparselab.nn.follow.state_move import group_of
+
 #: Whether each has stepped since its state was loaded.
 _stepped: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
@@ -43,12 +45,7 @@ def optimizers_of(parameter: Tensor) -> list[Any]:
 
 def is_stepped(parameter: Tensor) -> bool:
     """Whether an optimizer that has stepped has the Parameter, be it with a state or without."""
-    return any(
-        parameter is each
-        for optimizer in list(_stepped)
-        for group in optimizer.param_groups
-        for each in group["params"]
-    )
+    return any(group_of(optimizer, parameter) is not None for optimizer in list(_stepped))
 
 
 register_optimizer_step_post_hook(note_step)

@@ -14,13 +14,10 @@ from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import LinearLayer, require_linear
 from sparselab.nn.ops.cpu.narrow_blocks import is_native
 from sparselab.nn.ops.cutting import cut
-from sparselab.nn.ops.inputs.tokens import by_matrix
-from sparselab.nn.ops.linear import linear
 from sparselab.nn.storage.blocks import Blocks
 from sparselab.nn.storage.checks import (
     check_bias,
     check_size,
-    check_tokens,
     read_sparsity,
     under_autocast,
     warn_if_none,
@@ -188,12 +185,7 @@ class BlockSparseLinear(LinearLayer):
         ):
             return super()._under_autocast(input)
         values, bias = weights.to(autocast), None if self.bias is None else self.bias.to(autocast)
-
-        def compute(x: Tensor) -> Tensor:
-            x = check_tokens(x, values, self.in_features)
-            return by_matrix(x, lambda tokens: linear(tokens, values, bias, self))
-
-        return under_autocast(compute, input, autocast)
+        return under_autocast(lambda x: self._multiply(x, values, bias), input, autocast)
 
     def cut(self, dense: Tensor) -> Tensor:
         """All blocks of the grid, in the order of positions, of a matrix (out_features, in_features).

@@ -65,6 +65,10 @@ class LinearLayer(CompressedLayer):
         if values is None or self._buffers["forward_mask"] is not None:
             values = self.in_use
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        return self._multiply(input, values, bias)
+
+    def _multiply(self, input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + b`` with these weights and biases, in their dtype."""
         x = check_tokens(input, values, self.in_features)
         if x.ndim == 2:
             return linear(x, values, bias, self)

@@ -115,6 +115,14 @@ class LinearOperands(GradientOperands):
         return token_totals(self.dy, signs), token_totals(self.x, signs)
 
 
+def scale_(out: Tensor, beta: float) -> None:
+    """``out <- beta * out``; 0 whatever was there for a beta of 0."""
+    if beta == 0:
+        out.zero_()
+    elif beta != 1:
+        out.mul_(beta)
+
+
 def is_of_graph(x: Tensor) -> bool:
     """Whether a tensor that autograd saved, or what it is a view of, was computed within the graph."""
     base = x._base

@@ -34,15 +34,13 @@ def product(
 ) -> Tensor:
     """``x W^T + b``, by a variant or the one that suits it."""
     dtype, n_tokens = x.dtype, x.shape[0]
+    own: BlockTopology = topology.own  # type: ignore[assignment]
+    n_threads = use_torch_threads()
     if dtype is torch.bfloat16:
-        own: BlockTopology = topology.own  # type: ignore[assignment]
         if variant is None and is_native(own.block_shape):
-            use_torch_threads()
             return narrow_blocks.product(own, values, x, bias)
         wide = None if bias is None else bias.detach().float()
         return product(topology, values.float(), x.float(), wide, variant).to(dtype)
-    own = topology.own  # type: ignore[assignment]
-    n_threads = use_torch_threads()
     y = torch.empty((n_tokens, own.shape[0]), dtype=dtype)
     measured = topology.measured
     if variant is None and measured is not None:

@@ -12,7 +12,7 @@ from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.cpu.memory import as_vector
 from sparselab.nn.ops.cpu.sparse_input import as_tokens
 from sparselab.nn.ops.inputs.sparse import TokenRows
-from sparselab.nn.ops.operands import GradientOperands, Totals, token_totals
+from sparselab.nn.ops.operands import GradientOperands, Totals, scale_, token_totals
 
 
 class SparseInputOperands(GradientOperands):
@@ -41,10 +41,7 @@ class SparseInputOperands(GradientOperands):
 
     def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
         """``out <- beta * out + G[start : start + len(out)]``, by dense products of chunks of tokens."""
-        if beta == 0:  # not what is there times 0, which may be NaN
-            out.zero_()
-        elif beta != 1:
-            out.mul_(beta)
+        scale_(out, beta)
         for tokens, chunk in self.rows.chunks():
             out.addmm_(self.dy[tokens, start : start + len(out)].T, chunk)
 

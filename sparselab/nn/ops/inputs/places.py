@@ -34,7 +34,7 @@ def _check_coo(x: Tensor) -> None:
     if indices.shape[1] == 0:
         return
     for size, along in zip(sizes, indices, strict=True):
-        _check_range(along, size)
+        check_range(along, size, "indices")
     if x.is_coalesced():
         place = indices[0]
         for size, along in zip(sizes[1:], indices[1:], strict=True):
@@ -56,10 +56,8 @@ def _check_compressed(x: Tensor) -> None:
         raise RuntimeError(
             f"input must have {lines + 1} offsets for its shape {tuple(x.shape)}, got {starts.shape[-1]}"
         )
-    ends = bool((starts[..., 0] == 0).all()) and bool((starts[..., -1] == n).all())
-    if not ends or bool((starts[..., 1:] < starts[..., :-1]).any()):
-        raise RuntimeError(f"input must have offsets that ascend from 0 to {n}")
-    _check_range(others, places)
+    check_offsets(starts, n, "offsets")
+    check_range(others, places, "indices")
 
 
 def _numbers(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +67,17 @@ def _numbers(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.ccol_indices(), x.row_indices()
 
 
-def _check_range(numbers: Tensor, size: int) -> None:
+def check_offsets(starts: Tensor, n: int, what: str) -> None:
+    """Raise RuntimeError unless offsets (..., lines + 1) ascend from 0 to n."""
+    ends = bool((starts[..., 0] == 0).all()) and bool((starts[..., -1] == n).all())
+    if not ends or bool((starts[..., 1:] < starts[..., :-1]).any()):
+        first, last = int(starts.flatten()[0]), int(starts.flatten()[-1])
+        raise RuntimeError(f"input must have {what} that ascend from 0 to {n}, got {first} to {last}")
+
+
+def check_range(numbers: Tensor, size: int, what: str) -> None:
+    """Raise RuntimeError unless all numbers are among so many."""
     if numbers.numel():
         low, high = (int(bound) for bound in numbers.aminmax())
         if low < 0 or high >= size:
-            raise RuntimeError(f"input must have indices of 0..{size - 1}, got {low}..{high}")
+            raise RuntimeError(f"input must have {what} of 0..{size - 1}, got {low}..{high}")

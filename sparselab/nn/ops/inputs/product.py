@@ -150,13 +150,10 @@ def _check(topology: TensorTopology, entries: Tensor, operands: list[tuple[str, 
     """Raise RuntimeError or TypeError unless operands have these shapes and the dtype of the entries."""
     dtype = entries.dtype
     for name, tensor, shape in operands:
-        if dtype not in ACCEPTED or tensor.dtype is not dtype or tensor.shape != shape:
+        is_fit = tensor.dtype is dtype and tensor.shape == shape and tensor.device == topology.device
+        if dtype not in ACCEPTED or not is_fit:
             refuse_misfits(
                 topology.device, dtype, entries=(entries, entries.shape), **{name: (tensor, tuple(shape))}
-            )
-        if tensor.device != topology.device:
-            raise RuntimeError(
-                f"{name} must be on the device of the topology, {topology.device}, got {tensor.device}"
             )
 
 

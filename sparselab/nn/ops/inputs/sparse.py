@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparselab.nn.ops.inputs.places import check_places
+from sparselab.nn.ops.inputs.places import check_offsets, check_places, check_range
 
 #: Of one chunk, unless one row takes more.
 _CHUNK_BYTES = 8 << 20
@@ -59,15 +59,8 @@ class TokenRows(NamedTuple):
                 "input must have one column for each entry, got starts, columns and entries of shape "
                 f"{tuple(starts.shape)}, {tuple(columns.shape)} and {tuple(entries.shape)}"
             )
-        first, last = int(starts[0]), int(starts[-1])
-        if (first, last) != (0, len(columns)) or bool((starts[1:] < starts[:-1]).any()):
-            raise RuntimeError(
-                f"input must have row offsets that ascend from 0 to {len(columns)}, got {first} to {last}"
-            )
-        if len(columns):
-            low, high = (int(bound) for bound in columns.aminmax())
-            if low < 0 or high >= n_columns:
-                raise RuntimeError(f"input must have columns of 0..{n_columns - 1}, got {low}..{high}")
+        check_offsets(starts, len(columns), "row offsets")
+        check_range(columns, n_columns, "columns")
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Ranges of tokens, and the dense matrix of each; the whole never exists dense."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels.arrays import Array
-from sparselab.nn.ops.operands import GradientOperands, Totals, token_totals
+from sparselab.nn.ops.operands import GradientOperands, Totals, scale_, token_totals
 
 
 class LookupOperands(GradientOperands):
@@ -41,10 +41,7 @@ class LookupOperands(GradientOperands):
 
     def add_rows(self, start: int, out: Tensor, beta: float = 1.0) -> None:
         """``out <- beta * out + G[start : start + len(out)]``."""
-        if beta == 0:  # not what is there times 0, which may be NaN
-            out.zero_()
-        elif beta != 1:
-            out.mul_(beta)
+        scale_(out, beta)
         inside = (self.x >= start) & (self.x < start + len(out))
         out.index_add_(0, self.x[inside] - start, self.dy[inside])
 

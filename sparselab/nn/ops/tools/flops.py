@@ -42,17 +42,17 @@ def _linear_values_grad(grad: Shape, x: Shape, *args: Any, out_shape: Sequence[S
 
 @_register(sparse_input)
 def _sparse_input(
-    starts: Shape, columns: Shape, entries: Shape, values: Shape, *args: Any, **kwargs: Any
-) -> int:
-    *_, sizes, _ = args
+    starts: Shape, columns: Shape, entries: Shape, values: Shape, bias: Any, indptr: Shape, indices: Shape,
+    sizes: Sequence[int], *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
     return _by_entries(columns, values, sizes)
 
 
 @_register(sparse_input_values_grad)
 def _sparse_input_values_grad(
-    grad: Shape, starts: Shape, columns: Shape, *args: Any, out_shape: Shape, **kwargs: Any
-) -> int:
-    sizes = next(each for each in args if isinstance(each, list))
+    grad: Shape, starts: Shape, columns: Shape, entries: Shape, indptr: Shape, indices: Shape,
+    sizes: Sequence[int], *args: Any, out_shape: Shape, **kwargs: Any,
+) -> int:  # fmt: skip
     return _by_entries(columns, out_shape, sizes)
 
 
