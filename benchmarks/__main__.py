@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import calls, compiled, memory, models, peers, revisions, startup, structure
+from benchmarks import bags, calls, compiled, memory, models, peers, revisions, startup, structure
 from benchmarks.turns import TurnError
 from sparselab.bench.contenders.linear import SHAPES
 from sparselab.bench.measure import machine
@@ -36,6 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     bytes_of.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.9, 0.95])
     start = commands.add_parser("startup", help="seconds of imports, first forward pass, compiling")
     start.add_argument("--processes", type=positive, default=3, help="of each (default: %(default)s)")
+    words = commands.add_parser("bags", help="time bags of words in CSR through a first layer")
+    words.add_argument("--rounds", type=positive, default=15)
     add_models(commands)
     add_turns(commands)
     add_source(commands)
@@ -136,9 +138,9 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "calls": calls.report, "compiled": compiled.report, "memory": run_memory, "models": models.report,
-        "peers": peers.report, "revisions": revisions.report, "startup": startup.report,
-        "structure": structure.report,
+        "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "memory": run_memory,
+        "models": models.report, "peers": peers.report, "revisions": revisions.report,
+        "startup": startup.report, "structure": structure.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)
