@@ -27,6 +27,7 @@ from sparselab.kernels.cpu.bsr import spmm as block_spmm
 from sparselab.kernels.cpu.csr import sddmm_dw as row_sddmm_dw
 from sparselab.kernels.cpu.csr import skinny as row_skinny
 from sparselab.kernels.cpu.csr import spmm as row_spmm
+from sparselab.kernels.cpu.csr import spmm_t as row_spmm_t
 from sparselab.kernels.cpu.csr.lookup import add_up, look_up
 from sparselab.kernels.cpu.csr.plan import transpose_plan
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
@@ -65,6 +66,7 @@ def guard_scratch(front: bool) -> None:
     rows, blocks = (row_spmm, row_sddmm_dw, row_skinny), (block_spmm, block_sddmm_dw, block_skinny)
     for module in (*rows, *blocks, unit_product, unit_gradient):
         module.scratch = scratch  # type: ignore[attr-defined]
+    row_spmm_t.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
 
 
 def run(drawn: SparseMatrix, topologies: list[Topology], tokens: int, order: str, front: bool) -> None:

@@ -29,7 +29,7 @@ class Launches(list[tuple[int, int]]):
         if kernel is _skinny._multiply_skinny:
             parts = 0
         else:
-            work = args[5] if kernel is _spmm._multiply_tiles else args[2]
+            work = args[6] if kernel is _spmm._multiply_tiles else args[2]
             parts = len(work) - (kernel is _spmm._multiply_tiles)
         self.append((n_workers, parts))
         self.launch(kernel, n_workers, *args)

@@ -9,6 +9,7 @@ import pytest
 from sparselab.kernels import PaddedCSR, spmm
 from sparselab.kernels.cpu.csr import spmm as _spmm
 from sparselab.kernels.cpu.runtime import launch as _launch
+from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 from tests.kernels.contract import note_workers
 from tests.kernels.process import run_python
 
@@ -50,6 +51,9 @@ def test_little_work_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> N
     assert [_launch.worker_count(work) for work in (None, 0, 999, 1000, 10**9)] == [2, 1, 1, 2, 2]
     workers = note_workers(monkeypatch, _spmm)
     W = PaddedCSR.from_dense(np.eye(4, dtype=np.float32))
-    for tokens in (80, 90):  # times 4 connections, 4 rows and 4 columns
+    tile = TILE_BYTES // 4
+    # Of each token in a tile, filled or not: 4 connections, 4 rows and 4 columns.
+    monkeypatch.setattr(_launch, "_MIN_WORK", 12 * 4 * tile)
+    for tokens in (3 * tile, 3 * tile + 1):
         spmm(W, np.ones((4, tokens), np.float32))
     assert workers == [1, 2]

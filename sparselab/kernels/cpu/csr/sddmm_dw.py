@@ -11,11 +11,11 @@ The sums of DY over tokens, the gradient of a bias, are made from the packed row
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, index_dtype
+from sparselab.kernels.arrays import Array, address, index_dtype
 from sparselab.kernels.cpu.csr.plan import Segments, gradient_rectangles
 from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.runtime.jit import jit
@@ -24,7 +24,7 @@ from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
-from sparselab.kernels.cpu.simd.vectors import get, tile_width, view_at
+from sparselab.kernels.cpu.simd.vectors import get, put, tile_width, view_at
 from sparselab.kernels.cpu.tiles import add_tokens, pack
 
 #: Items of scratch, on a cache line of their own, for the dots of an incomplete group.
@@ -58,7 +58,7 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
 @jit
 def _sample_rectangles(  # type: ignore[no-untyped-def]
     worker, n_workers, indices, plan, rectangles, dy_at, dy_strides,
-    x_at, x_strides, n_columns, n_tokens, most_rows, work, out, sums,
+    x_at, x_strides, n_columns, n_tokens, most_rows, work, out_at, sums_at,
 ):  # fmt: skip
     """Compute the worker's rectangles, one after the other; those that begin a row also write its sum."""
     if spread(worker, n_workers):
@@ -70,11 +70,12 @@ def _sample_rectangles(  # type: ignore[no-untyped-def]
     dy_tile = memory[_REST + plan.block_columns * width :]
     partial = memory[_REST + (plan.block_columns + most_rows) * width :]
     x, dy = view_at(x_at, memory), view_at(dy_at, memory)
+    out, sums = view_at(out_at, memory), view_at(sums_at, memory)
     n = len(rectangles)
     for r in range(worker * n // n_workers, (worker + 1) * n // n_workers):
         chunk0, chunk1 = rectangles[r, 0], rectangles[r, 1]
         row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
-        wants_sums = len(sums) > 0 and rectangles[r, 2] == 0
+        wants_sums = sums_at != 0 and rectangles[r, 2] == 0
         partial[: (row1 - row0) * 8] = 0
         for token0 in range(0, n_tokens, width):
             tokens = min(width, n_tokens - token0)
@@ -95,7 +96,7 @@ def _sample_rectangles(  # type: ignore[no-untyped-def]
                     )  # fmt: skip
         if wants_sums:
             for i in range(row0, row1):
-                sums[i] = partial[(i - row0) * 8 : (i - row0 + 1) * 8].sum()
+                put(sums, i, partial[(i - row0) * 8 : (i - row0 + 1) * 8].sum())
 
 
 class GradientCut(NamedTuple):
@@ -123,7 +124,7 @@ def cut_gradient(plan: Segments, shape: tuple[int, int], n_tokens: int, itemsize
     """The cut of the gradient of a matrix of this shape over at least one token, for the threads of now."""
     width = TILE_BYTES // itemsize
     n_tiles = -(-n_tokens // width)
-    workers = worker_count((plan.n_connections + sum(shape)) * n_tokens)
+    workers = worker_count((plan.n_connections + sum(shape)) * n_tiles * width)
     rectangles = gradient_rectangles(plan, n_tiles, workers, itemsize + index_dtype(shape[1]).itemsize)
     most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
     items = _REST + plan.block_columns * width + most_rows * (width + 8)
@@ -138,22 +139,26 @@ def sample(
     DY ``(rows, tokens)`` and X ``(columns, tokens)`` may have any strides and are not checked. If `sums`
     (rows,) is given, it becomes ``sum_t DY[:, t]``.
     """
-    sums = np.empty(0, out.dtype) if sums is None else sums
-    if X.shape[1] == 0 or (plan.n_connections == 0 and sums.size == 0):
-        out.fill(0)
-        sums.fill(0)
+    out.fill(0)
+    if X.shape[1] == 0 or (plan.n_connections == 0 and sums is None):
+        if sums is not None:
+            sums.fill(0)
         return
     cut = cut_gradient(plan, (len(DY), len(X)), X.shape[1], out.itemsize)
-    sample_cut(indices, plan, matrix(DY), matrix(X), out, sums, cut)
+    sums_at = 0 if sums is None else address(sums)
+    sample_cut(indices, plan, matrix(DY), matrix(X), address(out), sums_at, out.dtype, cut)
 
 
 def sample_cut(
-    indices: Array, plan: Segments, DY: Matrix, X: Matrix, out: Array, sums: Array, cut: GradientCut
-) -> None:
-    """As `sample`, for matrices by their addresses, of the dtype of `out`, with at least one token."""
-    out.fill(0)
-    work = scratch(cut.n_workers, cut.items, out.dtype)
+    indices: Array, plan: Segments, DY: Matrix, X: Matrix, out_at: int, sums_at: int, dtype: np.dtype[Any],
+    cut: GradientCut,
+) -> None:  # fmt: skip
+    """Add to zeros as `sample` does, for at least one token, with all matrices by their addresses.
+
+    All are of one dtype, and the sums have none if there are to be none.
+    """
+    work = scratch(cut.n_workers, cut.items, dtype)
     launch(
         _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles,
-        DY[0], DY[1], X[0], X[1], X[2][0], X[2][1], cut.most_rows, work, out, sums,
+        DY[0], DY[1], X[0], X[1], X[2][0], X[2][1], cut.most_rows, work, out_at, sums_at,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, for_kernels
+from sparselab.kernels.arrays import Array, address, for_kernels
 from sparselab.kernels.cpu.csr.plan import TransposePlan
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.cpu.runtime.jit import jit
@@ -87,7 +87,7 @@ def multiply_sparse(x: SparseTokens, values: Array, plan: TransposePlan, offset:
     out : array
     """
     n_tokens = len(x.starts) - 1
-    weights = gather(values, plan.slots, out.dtype)
+    weights = gather(address(values), values, plan.slots, out.dtype)
     n_workers = max(1, min(worker_count(_work(x, plan) + out.size), n_tokens))
     # Of about equal work: an entry costs its connections, a token its outputs.
     shares = np.arange(1, n_workers) * (len(x.columns) / n_workers)

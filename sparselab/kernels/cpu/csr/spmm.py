@@ -10,11 +10,11 @@ first-level cache.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, index_dtype
+from sparselab.kernels.arrays import Array, address, index_dtype
 from sparselab.kernels.cpu.csr.plan import Segments, product_groups
 from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.runtime.jit import jit
@@ -80,13 +80,14 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
 
 @jit
 def _multiply_tiles(  # type: ignore[no-untyped-def]
-    worker, n_workers, counter, values, indices, bias, plan, groups,
+    worker, n_workers, counter, values_at, bits, indices, bias_at, plan, groups,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
     """Compute (row group, tile) pairs, group by group, in a dynamic schedule."""
     if spread(worker, n_workers):
         return
     memory = work[worker]
+    values, bias = view_at(values_at, bits), view_at(bias_at, memory)
     width = tile_width(memory)
     tile = memory[: plan.block_columns * width]
     sums = memory[plan.block_columns * width :]
@@ -137,7 +138,7 @@ def cut_product(plan: Segments, shape: tuple[int, int], n_tokens: int, itemsize:
     """The cut of a product of a matrix of this shape with at least one token, for the threads of now."""
     width = TILE_BYTES // itemsize
     n_tiles = -(-n_tokens // width)
-    workers = worker_count((plan.n_connections + sum(shape)) * n_tokens)
+    workers = worker_count((plan.n_connections + sum(shape)) * n_tiles * width)
     groups = product_groups(plan, n_tiles, workers, itemsize + index_dtype(shape[1]).itemsize)
     group_rows = int(np.diff(plan.chunk_rows[groups]).max())
     n_workers = min(workers, (len(groups) - 1) * n_tiles)
@@ -156,15 +157,20 @@ def multiply(
         return
     offsets = np.zeros(Y.shape[0], Y.dtype) if bias is None else bias
     cut = cut_product(plan, (len(Y), len(X)), X.shape[1], Y.itemsize)
-    multiply_cut(values, indices, plan, matrix(X), matrix(Y), offsets, cut)
+    multiply_cut(address(values), values, indices, plan, matrix(X), matrix(Y), address(offsets), Y.dtype, cut)
 
 
 def multiply_cut(
-    values: Array, indices: Array, plan: Segments, X: Matrix, Y: Matrix, bias: Array, cut: ProductCut
-) -> None:
-    """As `multiply`, for matrices of at least one entry by their addresses, of the dtype of the bias."""
-    work = scratch(cut.n_workers, cut.items, bias.dtype)
+    values_at: int, bits: Array, indices: Array, plan: Segments, X: Matrix, Y: Matrix, bias_at: int,
+    dtype: np.dtype[Any], cut: ProductCut,
+) -> None:  # fmt: skip
+    """As `multiply`, for matrices of at least one entry, all by their addresses.
+
+    The weights and the bias are contiguous. Those are of the dtype of the array `bits`, whose contents are
+    not read: uint16 for bfloat16, else `dtype`, which everything else has.
+    """
+    work = scratch(cut.n_workers, cut.items, dtype)
     launch(
-        _multiply_tiles, cut.n_workers, new_counter(), values, indices, bias, plan, cut.groups,
+        _multiply_tiles, cut.n_workers, new_counter(), values_at, bits, indices, bias_at, plan, cut.groups,
         X[0], X[1], X[2][0], Y[0], Y[1], Y[2][1], work,
     )  # fmt: skip

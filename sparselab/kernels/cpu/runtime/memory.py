@@ -21,6 +21,8 @@ _WINDOW = 64
 _TOO_MUCH = 4
 _WORTH_SHRINKING = 1 << 20
 
+_MOST_BLOCKS = 64
+
 
 class _Scratch(threading.local):
     """The work memory of one thread, and what the calls since the last look needed of it."""
@@ -29,21 +31,44 @@ class _Scratch(threading.local):
         self.buffer = np.empty(0, np.uint8)
         self.calls = 0
         self.most = 0
+        #: Blocks that were cut from the buffer, since slicing costs as much as a small product.
+        self.blocks: dict[tuple[int, int, str], Array] = {}
 
-    def reserve(self, n_bytes: int) -> Array:
-        """At least so many bytes."""
+    def block(self, n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
+        """A block of the buffer, every row on a cache line."""
+        key = n_rows, row_items, dtype.char
+        found = self.blocks.get(key)
+        n_bytes = self._bytes(n_rows, row_items, dtype) if found is None else found.nbytes + CACHE_LINE
         self.calls += 1
-        self.most = max(self.most, n_bytes)
+        if n_bytes > self.most:
+            self.most = n_bytes
         if self.calls >= _WINDOW:
             if self.buffer.nbytes > max(_TOO_MUCH * self.most, _WORTH_SHRINKING):
-                self.buffer = mapped_empty(self.most, np.dtype(np.uint8))
+                self._replace(self.most)
+                found = None
             self.calls = self.most = 0
+        return self._cut(key, n_bytes, dtype) if found is None else found
+
+    @staticmethod
+    def _bytes(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> int:
+        return n_rows * (-(-row_items * dtype.itemsize // CACHE_LINE) * CACHE_LINE) + CACHE_LINE
+
+    def _cut(self, key: tuple[int, int, str], n_bytes: int, dtype: np.dtype[Any]) -> Array:
         if self.buffer.nbytes < n_bytes:
-            self.buffer = mapped_empty(n_bytes, np.dtype(np.uint8))
-        return self.buffer
+            self._replace(n_bytes)
+        if len(self.blocks) >= _MOST_BLOCKS:
+            self.blocks.clear()
+        start = -address(self.buffer) % CACHE_LINE
+        whole = self.buffer[start : start + n_bytes - CACHE_LINE].view(dtype)
+        block = self.blocks[key] = whole.reshape(key[0], len(whole) // max(key[0], 1))
+        return block
+
+    def _replace(self, n_bytes: int) -> None:
+        self.blocks.clear()
+        self.buffer = mapped_empty(n_bytes, np.dtype(np.uint8))
 
 
-_scratch = _Scratch()
+_scratch, _ordered = _Scratch(), _Scratch()
 
 
 def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
@@ -53,11 +78,17 @@ def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
     outlive the kernel it was taken for. Rows start on cache lines because vector loads that straddle two
     lines run at half speed, and NumPy aligns to 16 bytes only.
     """
-    stride = -(-row_items * dtype.itemsize // CACHE_LINE) * CACHE_LINE
-    buffer = _scratch.reserve(n_rows * stride + CACHE_LINE)
-    start = -address(buffer) % CACHE_LINE
-    block = buffer[start : start + n_rows * stride]
-    return block.view(dtype).reshape(n_rows, stride // dtype.itemsize)
+    return _scratch.block(n_rows, row_items, dtype)
+
+
+def scratch_of_values(n_items: int, dtype: np.dtype[Any]) -> Array:
+    """Uninitialised work memory for at least so many items, beside that of `scratch`, on a cache line.
+
+    For values brought into another order, which a product reads together with its `scratch`. Handed out again
+    by the next call.
+    """
+    row: Array = _ordered.block(1, n_items, dtype)[0]
+    return row
 
 
 def mapped_empty(n_items: int, dtype: np.dtype[Any]) -> Array:

@@ -35,7 +35,7 @@ from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.conv.dense import dense_products, in_c_order
 from sparselab.nn.ops.conv.geometry import Geometry, Pair
 from sparselab.nn.ops.cpu.csr import dense_blocks, row_ranges
-from sparselab.nn.ops.cpu.memory import as_array, as_vector, nbytes, zero_vector
+from sparselab.nn.ops.cpu.memory import LIKE, as_array, as_vector, in_order, nbytes, zero_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import CONVOLUTIONS, choose_name
 
@@ -153,7 +153,8 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, geometry: Geom
             dx += dense.input_grad(grad.detach()[:, first:last], kernels)
         return dx
     plan = plans.input_grad(grid)
-    weights = gather(as_vector(values), plan.slots, as_array(dx).dtype)
+    held = in_order(values)
+    weights = gather(held.data_ptr(), LIKE[held.dtype], plan.slots, as_array(dx).dtype)
     nothing = zero_vector(_n_planes(dx, grid), dx.dtype)
     for first, last in _chunks(dx, grad, grid):
         n_tokens = whole_tiles((last - first) * grid.tokens + grid.tail, dx.itemsize)

@@ -29,7 +29,7 @@ from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
-from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector, zero_vector, zeros
+from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector, in_order, zeros
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
 
@@ -91,9 +91,9 @@ def product(
     if variant == "dense blocks":
         return _product_of_blocks(rows, values, x, bias, y)
     X, Y = as_matrix(x), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens))
+    weights = values if values.is_contiguous() else values.contiguous()
+    offsets = zeros(n_rows, dtype) if bias is None else bias.contiguous()
     if variant == "skinny":
-        weights = values if values.is_contiguous() else values.contiguous()
-        offsets = zeros(n_rows, dtype) if bias is None else bias.contiguous()
         multiply_skinny(
             weights.data_ptr(), LIKE[values.dtype], rows.indices, rows.begin, rows.end,
             offsets.data_ptr(), LIKE[dtype], X, Y, n_threads,
@@ -106,8 +106,10 @@ def product(
     cut = rows.products.get(key) or rows.products.add(
         key, cut_product(plan, rows.shape, n_tokens, dtype.itemsize)
     )
-    offset = zero_vector(n_rows, dtype) if bias is None else as_vector(bias)
-    multiply_cut(as_vector(values), rows.indices, plan, X, Y, offset, cut)
+    multiply_cut(
+        weights.data_ptr(), LIKE[values.dtype], rows.indices, plan, X, Y, offsets.data_ptr(),
+        LIKE[dtype].dtype, cut,
+    )  # fmt: skip
     return y
 
 
@@ -140,19 +142,22 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     plan = rows.transpose
     if plan is None:
         plan = rows.transpose = transpose_plan(rows.topology)
-    weights = gather(as_vector(values), plan.slots, LIKE[dtype].dtype)
+    like, held, offsets = LIKE[dtype], in_order(values), zeros(n_columns, dtype)
+    weights = gather(held.data_ptr(), LIKE[values.dtype], plan.slots, like.dtype)
     DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens))
     if n_tokens <= SINGLE.skinny:
         multiply_skinny(
-            address(weights), LIKE[dtype], plan.indices, plan.indptr[:-1], plan.indptr[1:],
-            zeros(n_columns, dtype).data_ptr(), LIKE[dtype], DY, DX, n_threads,
+            address(weights), like, plan.indices, plan.indptr[:-1], plan.indptr[1:],
+            offsets.data_ptr(), like, DY, DX, n_threads,
         )  # fmt: skip
         return dx
     key = n_tokens, n_threads, dtype
     cut = rows.input_grads.get(key) or rows.input_grads.add(
         key, cut_product(plan.segments, (n_columns, n_rows), n_tokens, dtype.itemsize)
     )
-    multiply_cut(weights, plan.indices, plan.segments, DY, DX, zero_vector(n_columns, dtype), cut)
+    multiply_cut(
+        address(weights), like, plan.indices, plan.segments, DY, DX, offsets.data_ptr(), like.dtype, cut
+    )
     return dx
 
 
@@ -164,17 +169,18 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -
         return values.to(dtype), bias.to(dtype)
     rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
-    result = torch.empty(topology.values_shape, dtype=dtype)
-    flat: Array = result.view(-1).numpy()
     if choose_name("values_grad", n_tokens, rows.density, SINGLE) == "dense blocks":
+        result = torch.empty(topology.values_shape, dtype=dtype)
+        flat: Array = result.view(-1).numpy()
         for row0, row1, block in row_blocks(rows, grad):
             torch.mm(grad[:, row0:row1].T, x, out=block)
             dense = block.view(-1).numpy()
             collect_rows(dense, rows.indices, rows.begin, rows.end, row0, row1, rows.shape[1], flat)
         return result, grad.sum(0) if with_bias else grad.new_empty(0)
+    result = torch.zeros(topology.values_shape, dtype=dtype)
     sums = torch.empty(rows.shape[0] if with_bias else 0, dtype=dtype)
-    if n_tokens == 0 or flat.size + sums.numel() == 0:
-        return result.zero_(), sums.zero_()
+    if n_tokens == 0 or result.numel() + sums.numel() == 0:
+        return result, sums.zero_()
     plan = rows.gradient
     if plan is None:
         plan = rows.gradient = gradient_plan(rows.topology)
@@ -182,7 +188,10 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -
     cut = rows.gradients.get(key) or rows.gradients.add(
         key, cut_gradient(plan, rows.shape, n_tokens, dtype.itemsize)
     )
-    sample_cut(rows.indices, plan, as_matrix(grad), as_matrix(x), flat, sums.numpy(), cut)
+    sample_cut(
+        rows.indices, plan, as_matrix(grad), as_matrix(x), result.data_ptr(), sums.data_ptr(),
+        LIKE[dtype].dtype, cut,
+    )  # fmt: skip
     return result, sums
 
 

@@ -43,6 +43,11 @@ def as_matrix(tokens: Tensor) -> Matrix:
     return tokens.data_ptr(), (stride, step), (n_features, n_tokens)
 
 
+def in_order(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it whose entries lie in C order."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def as_array(tensor: Tensor) -> Array:
     """The tensor's memory, of its shape and strides."""
     array: Array = tensor.detach().numpy()
