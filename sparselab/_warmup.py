@@ -10,7 +10,7 @@ from sparselab.dst import SET, DynamicSparsityAlgorithm, RigL
 from sparselab.nn import SparseLinear
 
 #: Tokens that bring every variant of a product into play, and a layer large enough to be worth threads.
-_TOKENS = (1, 8, 16, 48, 128)
+_TOKENS = (1, 8, 16, 32, 48, 128)
 _SHAPE = 256, 160
 _SPARSITY = 0.4
 

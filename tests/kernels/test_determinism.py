@@ -13,6 +13,7 @@ from sparselab.kernels import PaddedCSR, sddmm_dw, spmm, spmm_t
 from sparselab.kernels.cpu.csr import plan as _plan
 from sparselab.kernels.cpu.csr import sddmm_dw as _sddmm_dw
 from sparselab.kernels.cpu.csr import skinny as _skinny
+from sparselab.kernels.cpu.csr import skinny_dw as _skinny_dw
 from sparselab.kernels.cpu.csr import spmm as _spmm
 from sparselab.kernels.cpu.runtime.target import TARGET, TILE_BYTES
 from tests.kernels.contract import Operation, assert_same_bits, every_operation
@@ -26,7 +27,7 @@ class Launches(list[tuple[int, int]]):
     """(workers, groups or rectangles) of every product launched while the test runs."""
 
     def record(self, kernel: Any, n_workers: int, *args: Any) -> None:
-        if kernel is _skinny._multiply_skinny:
+        if kernel in (_skinny._multiply_skinny, _skinny._multiply_wide, _skinny_dw._sample_skinny):
             parts = 0
         else:
             work = args[6] if kernel is _spmm._multiply_tiles else args[2]
@@ -36,9 +37,10 @@ class Launches(list[tuple[int, int]]):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launch = _spmm.launch
-        for module in (_spmm, _sddmm_dw, _skinny):
+        for module in (_spmm, _sddmm_dw, _skinny, _skinny_dw):
             monkeypatch.setattr(module, "launch", self.record)
         monkeypatch.setattr(_skinny, "_MIN_PART", 1)
+        monkeypatch.setattr(_skinny_dw, "_MIN_PART", 1)
 
 
 @pytest.fixture

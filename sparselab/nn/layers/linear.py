@@ -96,8 +96,9 @@ class LinearLayer(CompressedLayer):
 
         Examples
         --------
-        >>> SparseLinear(3072, 768, sparsity=0.9).variant(1)
-        Variant(operation='forward', name='skinny', reason='1 tokens (at most 16) do not fill a tile')
+        >>> layer = SparseLinear(3072, 768, sparsity=0.9)
+        >>> layer.variant(1).name, layer.variant(2048).name
+        ('skinny', 'tiles')
         """
         topology = self.topology()
         return topology.products.variant(topology, operation, n_tokens)  # type: ignore[no-any-return]

@@ -104,8 +104,8 @@ def tune(model: nn.Module, n_tokens: Iterable[int] = (1, 4, 16, 64, 256, 1024)) 
     [1, 64]
     >>> layer.variant(1).reason.startswith("measured: ")
     True
-    >>> layer.variant(8).reason
-    '8 tokens (at most 16) do not fill a tile'
+    >>> layer.variant(8).name
+    'skinny'
     """
     counts = sorted({_check_count(n) for n in n_tokens})
     if not counts:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab import MaskedLinear, SparseLinear, tune
+from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS
 from sparselab.nn.models import tune as _tune
 from sparselab.nn.ops.cpu import csr
 from sparselab.nn.ops.cpu.variants import FORWARD, Measured, possible
@@ -66,7 +67,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 1.0])
-@pytest.mark.parametrize("n_tokens", [1, 2, 16, 17, 70])
+@pytest.mark.parametrize("n_tokens", [1, 2, 16, MOST_TOKENS, MOST_TOKENS + 1, 70])
 def test_every_variant_equals_the_oracle(
     n_tokens: int, sparsity: float, bias: bool, taken: list[str]
 ) -> None:
@@ -78,7 +79,7 @@ def test_every_variant_equals_the_oracle(
         y = run().detach()
         assert_close(y.numpy().T, exact, y.numpy().dtype)
     assert tuple(taken) == possible(n_tokens)
-    assert possible(n_tokens) == (FORWARD if n_tokens <= 16 else (TILES, DENSE))
+    assert possible(n_tokens) == (FORWARD if n_tokens <= MOST_TOKENS else (TILES, DENSE))
 
 
 @pytest.mark.parametrize("fastest", FORWARD)
@@ -89,7 +90,7 @@ def test_a_layer_computes_as_measured_and_says_so(fastest: str, clock: Clock, ta
     assert report.products[0].name == fastest
     assert layer.variant(9)[:2] == ("forward", fastest)
     assert layer.variant(9).reason.startswith("measured: 41 us against 63 us (")
-    assert layer.variant(9, "input_grad").name == TILES
+    assert layer.variant(9, "values_grad").name == TILES
     assert tune(layer, n_tokens=[9]).products[0].rule == FEW
     taken.clear()
     x, dy = torch.randn(9, 37, requires_grad=True), torch.randn(9, 21)
@@ -103,25 +104,27 @@ def test_a_layer_computes_as_measured_and_says_so(fastest: str, clock: Clock, ta
 
 def test_variants_are_timed_in_turns(clock: Clock) -> None:
     clock.microseconds = {FEW: 20_000.0, TILES: 1.0, DENSE: 1.0}
-    tune(SparseLinear(8, 8), n_tokens=(4, 32))
+    tune(SparseLinear(8, 8), n_tokens=(4, 40))
     turn = [name for name in FORWARD for _ in range(2)]  # each once untimed
     assert [name for n, name in clock.runs if n == 4] == [*FORWARD, *FORWARD, *turn * 5]
-    assert len([name for n, name in clock.runs if n == 32]) == 2 * (2 + 2 * 51)
+    assert len([name for n, name in clock.runs if n == 40]) == 2 * (2 + 2 * 51)
 
 
 def test_a_measurement_holds_for_counts_near_it() -> None:
+    most = MOST_TOKENS
     measured = Measured(0.5, {
         1: {FEW: 2.0, TILES: 1.0, DENSE: 3.0},
-        16: {FEW: 1.0, TILES: 3.0, DENSE: 2.0},
-        100: {TILES: 2.0, DENSE: 1.0},
+        most: {FEW: 1.0, TILES: 3.0, DENSE: 2.0},
+        8 * most: {TILES: 2.0, DENSE: 1.0},
     })  # fmt: skip
-    names = {n: measured.name(n) for n in (0, 1, 2, 3, 7, 8, 16, 17, 32, 33, 49, 50, 200, 201)}
-    assert names == {
-        0: None, 1: TILES, 2: TILES, 3: None, 7: None, 8: FEW, 16: FEW, 17: DENSE, 32: DENSE, 33: None,
-        49: None, 50: DENSE, 200: DENSE, 201: None,
+    expected = {
+        0: None, 1: TILES, 2: TILES, 3: None, most // 2 - 1: None, most // 2: FEW, most: FEW, most + 1: DENSE,
+        2 * most: DENSE, 2 * most + 1: None, 4 * most - 1: None, 4 * most: DENSE, 16 * most: DENSE,
+        16 * most + 1: None,
     }  # fmt: skip
-    assert measured.reason(17) == "measured: 2.0 us against 3.0 us (tiles), at 16 tokens"
-    assert measured.reason(100) == "measured: 1.0 us against 2.0 us (tiles)"
+    assert {n: measured.name(n) for n in expected} == expected
+    assert measured.reason(most + 1) == f"measured: 2.0 us against 3.0 us (tiles), at {most} tokens"
+    assert measured.reason(8 * most) == "measured: 1.0 us against 2.0 us (tiles)"
 
 
 def test_what_is_far_from_the_measured_goes_by_the_rule(clock: Clock) -> None:
@@ -164,16 +167,16 @@ def test_layers_alike_are_measured_once_and_the_table_says_which(clock: Clock) -
         SparseLinear(8, 8), nn.ReLU(), SparseLinear(8, 8), SparseLinear(8, 8, sparsity=0.5),
         MaskedLinear(8, 8), SparseLinear(8, 6, dtype=torch.float64),
     )  # fmt: skip
-    report = tune(model, n_tokens=(32, 1, 1))
+    report = tune(model, n_tokens=(40, 1, 1))
     assert [(each.layers, each.n_tokens) for each in report.products] == [
-        (("0", "2"), 1), (("0", "2"), 32), (("3",), 1), (("3",), 32), (("5",), 1), (("5",), 32)
+        (("0", "2"), 1), (("0", "2"), 40), (("3",), 1), (("3",), 40), (("5",), 1), (("5",), 40)
     ]  # fmt: skip
     assert all(model[k].variant(1).reason.startswith("measured") for k in (0, 2, 3, 5))
     lines = [line.split("  ") for line in str(report).splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells[0] == ["layer", "shape", "tokens", *FORWARD, "fastest", "by rule"]
     assert cells[1] == ["0 and 1 more", "8 x 8", "1", "9.0", "1,234.5", "2,000.0", FEW, FEW]
-    assert cells[2] == ["0 and 1 more", "8 x 8", "32", "-", "1,234.5", "2,000.0", TILES, TILES]
+    assert cells[2] == ["0 and 1 more", "8 x 8", "40", "-", "1,234.5", "2,000.0", TILES, TILES]
 
 
 def test_measuring_draws_nothing_and_keeps_no_plan() -> None:

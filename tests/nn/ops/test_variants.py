@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparselab import SparseLinear, memory_report
+from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS
+from sparselab.kernels.cpu.csr.skinny_dw import MOST_SAMPLED_TOKENS
 from sparselab.nn.ops.cpu import csr, variants
 from sparselab.nn.ops.cpu.variants import DENSE_FROM, choose
 from tests.nn.layers.test_linear import check_gradients
@@ -17,11 +19,14 @@ from tests.nn.layers.test_linear import check_gradients
     ("operation", "tokens", "density", "name"),
     [
         ("forward", 1, 0.1, "skinny"),
-        ("forward", 16, 1.0, "skinny"),
-        ("forward", 17, 0.1, "tiles"),
-        ("forward", 17, 1.0, "tiles"),
+        ("forward", MOST_TOKENS, 1.0, "skinny"),
+        ("forward", MOST_TOKENS + 1, 0.1, "tiles"),
+        ("forward", MOST_TOKENS + 1, 1.0, "tiles"),
         ("forward", 2048, 1.0, "dense blocks"),
-        ("input_grad", 1, 1.0, "tiles"),
+        ("input_grad", MOST_TOKENS, 1.0, "skinny"),
+        ("input_grad", MOST_TOKENS + 1, 1.0, "tiles"),
+        ("values_grad", MOST_SAMPLED_TOKENS, 0.1, "skinny"),
+        ("values_grad", MOST_SAMPLED_TOKENS + 1, 0.1, "tiles"),
         ("values_grad", 2048, 0.9, "dense blocks"),
     ],
 )

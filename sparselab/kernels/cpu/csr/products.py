@@ -8,6 +8,7 @@ from sparselab.kernels.arrays import Array, address, for_kernels
 from sparselab.kernels.cpu.csr import sddmm_dw, spmm, spmm_t
 from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
 from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS, matrix, multiply_skinny
+from sparselab.kernels.cpu.csr.skinny_dw import MOST_SAMPLED_TOKENS, sample_skinny
 from sparselab.kernels.cpu.runtime.launch import worker_count
 from sparselab.kernels.layouts.padded_csr import RowTopology
 
@@ -34,4 +35,13 @@ def product_t(topology: RowTopology, values: Array, DY: Array, DX: Array) -> Non
 
 def gradient(topology: RowTopology, DY: Array, X: Array, dW: Array) -> None:
     """``dW[i, j] = sum_t DY[i, t] X[j, t]`` at the connections, 0 in spare slots."""
-    sddmm_dw.sample(topology.rows.indices, gradient_plan(topology), DY, X, dW)
+    rows = topology.rows
+    if 0 < X.shape[1] <= MOST_SAMPLED_TOKENS:
+        dW.fill(0)
+        begin, tokens = rows.indptr[:-1], np.asfortranarray(X)
+        sample_skinny(
+            rows.indices, begin, begin + rows.row_nnz, matrix(DY), matrix(tokens), address(dW), 0, dW,
+            worker_count(),
+        )  # fmt: skip
+        return
+    sddmm_dw.sample(rows.indices, gradient_plan(topology), DY, X, dW)

@@ -14,6 +14,7 @@ from sparselab.kernels.cpu.partition import first_not_below
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.memory import scratch
+from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import (
     add,
@@ -28,11 +29,15 @@ from sparselab.kernels.cpu.simd.vectors import (
     weight,
     zeros8,
     zeros16,
+    zeros_twice16,
 )
 from sparselab.kernels.cpu.tiles import pack
 
 #: Up to here narrow vectors beat a whole tile.
-MOST_TOKENS = 16
+MOST_TOKENS = 32 if VECTOR_BYTES == 64 else 16
+
+#: Up to here each token is read where it lies, by gathers, where these are fast.
+_BY_ROWS = 2 if HAS_FAST_GATHERS else 1
 
 #: Connections that are worth a thread of their own (5 us); starting one takes half as long.
 _MIN_PART = 16_384
@@ -64,6 +69,26 @@ def _one_token(values, indices, begin, end, bias, first, last, x, step, y, y_ste
             for k in range(begin[i], end[i]):
                 total += weight(values, k) * get(x, np.int64(get(indices, k)) * step)
         put(y, i * y_step, total)
+
+
+@jit
+def _two_tokens(values, indices, begin, end, bias, first, last, x, x_strides, y, y_strides):  # type: ignore[no-untyped-def]
+    """The same for two."""
+    step, other = x_strides
+    for i in range(first, last):
+        a = b = get(bias, i)
+        if step == 1:
+            for k in range(begin[i], end[i]):
+                j = np.int64(get(indices, k))
+                a += weight(values, k) * get(x, j)
+                b += weight(values, k) * get(x, other + j)
+        else:
+            for k in range(begin[i], end[i]):
+                j = np.int64(get(indices, k)) * step
+                a += weight(values, k) * get(x, j)
+                b += weight(values, k) * get(x, other + j)
+        put(y, i * y_strides[0], a)
+        put(y, i * y_strides[0] + y_strides[1], b)
 
 
 @jit
@@ -110,8 +135,11 @@ def _multiply_skinny(  # type: ignore[no-untyped-def]
     values, bias = view_at(values_at, bits), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
     first, last = rows_of_worker(worker, n_workers, begin, end)
-    if n_tokens == 1:
-        _one_token(values, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0])
+    if n_tokens <= _BY_ROWS:
+        if n_tokens == 1:
+            _one_token(values, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0])
+        else:
+            _two_tokens(values, indices, begin, end, bias, first, last, x, x_strides, y, y_strides)
     elif n_tokens <= 8:
         _some_tokens(
             values, indices, begin, end, bias, first, last,
@@ -122,6 +150,22 @@ def _multiply_skinny(  # type: ignore[no-untyped-def]
             values, indices, begin, end, bias, first, last,
             x, x_strides, n_columns, y, y_strides, n_tokens, work[worker], zeros16(like),
         )  # fmt: skip
+
+
+@jit
+def _multiply_wide(  # type: ignore[no-untyped-def]
+    worker, n_workers, values_at, bits, indices, begin, end, bias_at, like,
+    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+):  # fmt: skip
+    """The same for 17 to 32 tokens; by itself, so that who has no such products does not compile it."""
+    if spread(worker, n_workers):
+        return
+    values, bias = view_at(values_at, bits), view_at(bias_at, like)
+    first, last = rows_of_worker(worker, n_workers, begin, end)
+    _some_tokens(
+        values, indices, begin, end, bias, first, last, view_at(x_at, like), x_strides, n_columns,
+        view_at(y_at, like), y_strides, n_tokens, work[worker], zeros_twice16(like),
+    )  # fmt: skip
 
 
 #: A dense matrix by its address, strides and shape, which cost less to hand over than an array.
@@ -153,11 +197,12 @@ def multiply_skinny(
     if n_rows * n_tokens == 0:
         return
     n_workers = min(n_threads, 1 + len(indices) // _MIN_PART)
-    if n_tokens == 1:
+    if n_tokens <= _BY_ROWS:
         work = _EMPTY[like.dtype]
     else:
-        work = scratch(n_workers, (n_columns + 1) * (8 if n_tokens <= 8 else 16), like.dtype)
+        width = 8 if n_tokens <= 8 else 16 if n_tokens <= 16 else 32
+        work = scratch(n_workers, (n_columns + 1) * width, like.dtype)
     launch(
-        _multiply_skinny, n_workers, values_at, bits, indices, begin, end, bias_at, like,
-        x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+        _multiply_wide if n_tokens > 16 else _multiply_skinny, n_workers, values_at, bits, indices, begin,
+        end, bias_at, like, x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import numba
 from numba.core import caching, compiler_lock, config
 
-from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
+from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS, TILE_BYTES, VECTOR_BYTES
 
 if config.DISABLE_JIT:
     raise ImportError(
@@ -41,7 +41,7 @@ def _sources_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
-    digest.update(f"{numba.__version__} {VECTOR_BYTES} {TILE_BYTES}".encode())
+    digest.update(f"{numba.__version__} {VECTOR_BYTES} {TILE_BYTES} {HAS_FAST_GATHERS}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -107,8 +107,16 @@ def _cache_bytes(level: int, name: str, caches: Path = Path("/sys/devices/system
         return 0
 
 
+def _has_fast_gathers(cpu: str, vector_bytes: int) -> bool:
+    """By LLVM's name of the CPU: those of AMD take apart a gather into dozens of operations."""
+    return vector_bytes == 64 and not cpu.startswith("znver")
+
+
 #: What kernels are compiled and planned for.
 TARGET = host()
 
 #: Its constants of the compiled code.
 VECTOR_BYTES, TILE_BYTES = TARGET.vector_bytes, TARGET.tile_bytes
+
+#: Whether vectors are gathered from scattered places about as fast as these could be loaded one by one.
+HAS_FAST_GATHERS = _has_fast_gathers(config.CPU_NAME or binding.get_host_cpu_name(), VECTOR_BYTES)  # type: ignore[attr-defined]

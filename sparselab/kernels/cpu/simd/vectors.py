@@ -156,6 +156,9 @@ def _join(builder: Any, vectors: list[Any], row: Any) -> Any:
 #: the functions below what to work on.
 zeros8, zeros16 = _zeros(8), _zeros(16)
 
+#: A row of two such vectors of 16.
+zeros_twice16 = _zeros(16, registers=2)
+
 #: The same as long as a row of a tile, a vector register, and parts of a cache line.
 zeros_tile, zeros_register = _zeros(n_bytes=TILE_BYTES), _zeros(n_bytes=VECTOR_BYTES)
 quarter_line, half_line = _zeros(n_bytes=CACHE_LINE // 4), _zeros(n_bytes=CACHE_LINE // 2)
@@ -234,6 +237,42 @@ load, load_unaligned = _load(aligned=True), _load(aligned=False)
 store, store_unaligned = _store(aligned=True), _store(aligned=False)
 
 
+@intrinsic
+def gather(_: Any, array: Any, start: Any, indices: Any, at: Any, like: Any) -> Any:
+    """A vector of ``array[start + indices[at + lane]]``; `indices` are not negative."""
+    if not (is_array(array) and is_array(indices) and isinstance(like, Vector)):
+        return None
+    if not (isinstance(start, types.Integer) and isinstance(at, types.Integer)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        bits, lanes = int(indices.dtype.bitwidth), like.lanes
+        places = emit.load(
+            emit.at(emit.data(2), emit.index(3)), ir.VectorType(ir.IntType(bits), lanes), bits // 8
+        )
+        wide = ir.VectorType(I64, lanes)
+        offsets = builder.zext(places, wide) if bits < 64 else places
+        # llvmlite has no pointers that are vectors to start from.
+        size = item_bytes(like.dtype)
+        base = builder.ptrtoint(emit.at(emit.data(0), emit.index(1)), I64)
+        undefined = ir.Constant(wide, ir.Undefined)
+        bases = emit.shuffle(builder.insert_element(undefined, base, I32(0)), undefined, [0] * lanes)
+        scale = ir.Constant(wide, [size] * lanes)
+        addresses = builder.add(bases, builder.mul(offsets, scale))
+        pointers = builder.inttoptr(addresses, ir.VectorType(emit.data(0).type, lanes))
+        mask = ir.Constant(ir.VectorType(ir.IntType(1), lanes), [1] * lanes)
+        kind = ir.FunctionType(like.llvm, [pointers.type, I32, mask.type, like.llvm])
+        element = "f32" if like.dtype == types.float32 else "f64"
+        function = cgutils.get_or_insert_function(
+            builder.module, kind, f"llvm.masked.gather.v{lanes}{element}.v{lanes}p0"
+        )
+        nothing = ir.Constant(like.llvm, ir.Undefined)
+        return builder.call(function, [pointers, I32(size), mask, nothing])
+
+    return like(array, start, indices, at, like), codegen
+
+
 def _splat(emit: Emit, value: Any, vector: Vector) -> Any:
     undefined = ir.Constant(vector.llvm, ir.Undefined)
     one = emit.builder.insert_element(undefined, value, ir.Constant(I32, 0))
@@ -256,11 +295,12 @@ def splat(_: Any, value: Any, like: Any) -> Any:
 @intrinsic
 def add(_: Any, a: Any, b: Any) -> Any:
     """``a + b``, lane by lane."""
-    if not (isinstance(a, Vector) and a == b):
+    if not (_is_row(a) and a == b):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fadd(args[0], args[1], flags=FLAGS)
+        pairs = zip(_split(builder, args[0], a), _split(builder, args[1], a), strict=True)
+        return _join(builder, [builder.fadd(*pair, flags=FLAGS) for pair in pairs], a)
 
     return a(a, b), codegen
 

@@ -25,6 +25,7 @@ from sparselab.kernels.cpu.csr.plan import (
 )
 from sparselab.kernels.cpu.csr.sddmm_dw import GradientCut, cut_gradient, sample_cut
 from sparselab.kernels.cpu.csr.skinny import multiply_skinny
+from sparselab.kernels.cpu.csr.skinny_dw import sample_skinny
 from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.layouts.padded_csr import RowTopology
@@ -135,7 +136,8 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     dx = torch.empty((n_tokens, n_columns), dtype=dtype)
     if n_rows == 0 or dx.numel() == 0:
         return dx.zero_()
-    if choose_name("input_grad", n_tokens, rows.density, SINGLE) == "dense blocks":
+    variant = choose_name("input_grad", n_tokens, rows.density, SINGLE)
+    if variant == "dense blocks":
         for row0, row1, block in dense_blocks(values, rows, grad):
             torch.addmm(dx, grad[:, row0:row1], block, beta=min(row0, 1), out=dx)
         return dx
@@ -145,7 +147,7 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     like, held, offsets = LIKE[dtype], in_order(values), zeros(n_columns, dtype)
     weights = gather(held.data_ptr(), LIKE[values.dtype], plan.slots, like.dtype)
     DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens))
-    if n_tokens <= SINGLE.skinny:
+    if variant == "skinny":
         multiply_skinny(
             address(weights), like, plan.indices, plan.indptr[:-1], plan.indptr[1:],
             offsets.data_ptr(), like, DY, DX, n_threads,
@@ -169,7 +171,8 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -
         return values.to(dtype), bias.to(dtype)
     rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
-    if choose_name("values_grad", n_tokens, rows.density, SINGLE) == "dense blocks":
+    variant = choose_name("values_grad", n_tokens, rows.density, SINGLE)
+    if variant == "dense blocks":
         result = torch.empty(topology.values_shape, dtype=dtype)
         flat: Array = result.view(-1).numpy()
         for row0, row1, block in row_blocks(rows, grad):
@@ -181,6 +184,13 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -
     sums = torch.empty(rows.shape[0] if with_bias else 0, dtype=dtype)
     if n_tokens == 0 or result.numel() + sums.numel() == 0:
         return result, sums.zero_()
+    if variant == "skinny":
+        tokens = in_order(x)
+        sample_skinny(
+            rows.indices, rows.begin, rows.end, as_matrix(grad), as_matrix(tokens), result.data_ptr(),
+            sums.data_ptr(), LIKE[dtype], n_threads,
+        )  # fmt: skip
+        return result, sums
     plan = rows.gradient
     if plan is None:
         plan = rows.gradient = gradient_plan(rows.topology)

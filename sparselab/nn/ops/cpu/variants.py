@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from sparselab.kernels.cpu.bsr.skinny import MOST_BLOCK_TOKENS
 from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS
+from sparselab.kernels.cpu.csr.skinny_dw import MOST_SAMPLED_TOKENS
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 
 #: Density from which expanding blocks of rows and calling the dense library is faster. Without AVX-512 as
@@ -30,17 +31,19 @@ _DENSE_TOKENS = 128
 class Rules(NamedTuple):
     """When a layer computes a product in another way than by tiles.
 
-    From a density on (`dense_from`, by operation) it expands blocks of rows for the dense library; the
-    forward pass of up to `skinny` tokens has a kernel of its own.
+    By operation: from a density on (`dense_from`) it expands blocks of rows for the dense library; up to so
+    many tokens (`skinny`; 0 if there is none) it has a kernel of its own.
     """
 
     dense_from: Mapping[str, float]
-    skinny: int = -1
+    skinny: Mapping[str, int]
 
 
-SINGLE = Rules(DENSE_FROM, MOST_TOKENS)
-BLOCKS = Rules(BLOCK_DENSE_FROM, MOST_BLOCK_TOKENS)
-CONVOLUTIONS = Rules(DENSE_CONVOLUTION_FROM)
+SINGLE = Rules(
+    DENSE_FROM, {"forward": MOST_TOKENS, "input_grad": MOST_TOKENS, "values_grad": MOST_SAMPLED_TOKENS}
+)
+BLOCKS = Rules(BLOCK_DENSE_FROM, {"forward": MOST_BLOCK_TOKENS, "input_grad": 0, "values_grad": 0})
+CONVOLUTIONS = Rules(DENSE_CONVOLUTION_FROM, dict.fromkeys(DENSE_CONVOLUTION_FROM, 0))
 
 #: The ways to compute the forward pass.
 FORWARD = ("skinny", "tiles", "dense blocks")
@@ -95,7 +98,7 @@ class Measured:
 
 def possible(n_tokens: int, rules: Rules = SINGLE) -> tuple[str, ...]:
     """The forward variants that can compute so many tokens."""
-    return FORWARD if n_tokens <= rules.skinny else FORWARD[1:]
+    return FORWARD if n_tokens <= rules.skinny["forward"] else FORWARD[1:]
 
 
 def _time(microseconds: float) -> str:
@@ -135,7 +138,7 @@ def choose(
         return Variant(operation, name, measured.reason(n_tokens))
     name = choose_name(operation, n_tokens, density, rules)
     if name == "skinny":
-        reason = f"{n_tokens} tokens (at most {rules.skinny}) do not fill a tile"
+        reason = f"{n_tokens} tokens (at most {rules.skinny[operation]}) do not fill a tile"
     elif name == "dense blocks":
         reason = f"density {density:.2f} is at least {dense_from[operation]:.2f}, where a dense product wins"
     elif density >= dense_from[operation]:
@@ -147,7 +150,7 @@ def choose(
 
 def choose_name(operation: str, n_tokens: int, density: float, rules: Rules = SINGLE) -> str:
     """The name alone of what `choose` returns by the rule; costs a fraction of a microsecond."""
-    if operation == "forward" and n_tokens <= rules.skinny:
+    if 0 < n_tokens <= rules.skinny[operation]:
         return "skinny"
     if density >= rules.dense_from[operation] and n_tokens >= _DENSE_TOKENS:
         return "dense blocks"

@@ -61,7 +61,7 @@ LAYOUTS: dict[str, Any] = {
     "csr": lambda x: x.to_sparse_csr(),
     "csc": lambda x: x.to_sparse_csc(),
 }
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CS. tensor support:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse [CB]S. tensor support:UserWarning")
 
 
 #: Of `torch.library.opcheck`: the operators have no gradients of their own.
