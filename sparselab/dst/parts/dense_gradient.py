@@ -16,11 +16,13 @@ import numpy.typing as npt
 import torch
 
 from sparselab.kernels.arrays import Array
+from sparselab.kernels.cpu.runtime.memory import scratch_of_gradient
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.kernels.rewiring.positions import merge_candidates
 from sparselab.kernels.rewiring.rows import RowTopK, select_rows
 from sparselab.kernels.rewiring.stream import BlockStream
 from sparselab.kernels.rewiring.topk import StreamedTopK, largest
+from sparselab.nn.ops.cpu.memory import LIKE
 from sparselab.nn.ops.operands import GradientOperands
 
 _BLOCK_BYTES = 4 << 20
@@ -112,7 +114,8 @@ def summarise(
     operands = [each.to(dtype) for each in operands]
     n_out, n_in = block_shape
     height = min(rows, max(1, _BLOCK_BYTES // max(1, n_out * cols * dtype.itemsize)) * n_out)
-    buffer = torch.empty((height, cols), dtype=dtype)
+    memory = torch.from_numpy(scratch_of_gradient(height * cols, LIKE[dtype].dtype))
+    buffer = memory[: height * cols].view(height, cols)
     top: BlockStream
     if isinstance(k, np.ndarray):
         assert isinstance(live, RowTopology)

@@ -13,6 +13,7 @@ entry equal to the least of k candidates has a higher position than all of them,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from sparselab.kernels.arrays import Array, Rows, for_kernels, slot_dtype
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.vectors import COMPARED, above, get, lowest_bit, put
 from sparselab.kernels.rewiring.select import select
 from sparselab.kernels.rewiring.stream import BlockStream, float_bits
 
@@ -34,8 +36,10 @@ _SLACK = 4096
 #: Leading bits of a magnitude that entries are counted by.
 _DIGIT = 12
 
-#: Counters for entries that do not count. Several, since successive additions to one wait for each other.
-_IDLE = 8
+
+#: Entries from which a threshold is guessed, and how many times the entries that are wanted it should leave.
+_SAMPLE = 8192
+_GENEROUS = 2
 
 _MIN_PART = 1 << 17
 
@@ -64,61 +68,104 @@ def largest(scores: npt.NDArray[np.floating[Any]], k: int) -> Array:
 
 
 @jit
+def _mark_live(live, first, last, origin, marks):  # type: ignore[no-untyped-def]
+    """Set the bits of a row's connections, `COMPARED` columns a word."""
+    for slot in range(first, last):
+        j = np.int64(get(live, slot)) - origin
+        put(marks, j // COMPARED, get(marks, j // COMPARED) | (1 << (j % COMPARED)))
+
+
+@jit
+def _free_above(row, mask, threshold, marks, where, words):  # type: ignore[no-untyped-def]
+    """Find the entries of a row that exceed `threshold` and are not marked; takes the marks off.
+
+    Writes the chunks of `COMPARED` columns that have some, and a bit for each of these; returns how many.
+    Nothing depends on where they are but what is kept: a branch would be mispredicted.
+    """
+    n = len(row)
+    whole = n // COMPARED
+    count = np.int64(0)
+    for chunk in range(whole):
+        hits = above(row, chunk * COMPARED, mask, threshold) & ~get(marks, chunk)
+        put(marks, chunk, np.int64(0))
+        put(where, count, chunk)
+        put(words, count, hits)
+        count += hits != 0
+    if whole * COMPARED < n:
+        hits = np.int64(0)
+        for j in range(whole * COMPARED, n):
+            hits |= np.int64((np.int64(get(row, j)) & mask) > threshold) << (j - whole * COMPARED)
+        put(words, count, hits & ~get(marks, whole))
+        put(marks, whole, np.int64(0))
+        put(where, count, whole)
+        count += get(words, count) != 0
+    return count
+
+
+@jit
+def _is_finite(row, mask, infinity):  # type: ignore[no-untyped-def]
+    """Whether no entry is a NaN or an infinity."""
+    n = len(row)
+    whole = n // COMPARED * COMPARED
+    wrong = np.int64(0)
+    for chunk in range(0, whole, COMPARED):
+        wrong |= above(row, chunk, mask, infinity - 1)
+    for j in range(whole, n):
+        wrong |= np.int64((np.int64(get(row, j)) & mask) >= infinity)
+    return wrong == 0
+
+
+@jit
 def _count_free(  # type: ignore[no-untyped-def]
     worker, n_workers, bits, mask, infinity, block, begin, row_nnz, live, origin, step, threshold, shift,
-    live_scores, counts, finite,
+    work, live_scores, counts, finite,
 ):  # fmt: skip
     """Count the free entries above `threshold` by their leading bits, and read the live ones."""
     if spread(worker, n_workers):
         return
     n_rows, n_columns = bits.shape
-    idle = counts.shape[1] - _IDLE
     mine = counts[worker]
-    biggest = np.int64(0)
+    marks, where, words = work[worker, 0], work[worker, 1], work[worker, 2]
+    right = True
     for r in range(worker * n_rows // n_workers, (worker + 1) * n_rows // n_workers):
-        row = bits[r]
-        for j in range(n_columns):
-            size = np.int64(row[j]) & mask
-            biggest = max(biggest, size)
-            mine[size >> shift if size > threshold else idle + (j & (_IDLE - 1))] += 1
-        for slot in range(begin[r], begin[r] + row_nnz[r]):
-            j = np.int64(live[slot]) - origin - r * step
-            live_scores[slot] = abs(block[r, j])
-            size = np.int64(row[j]) & mask
-            if size > threshold:
-                mine[size >> shift] -= 1
-    finite[worker] = biggest < infinity
+        row, entries = bits[r], block[r]
+        right &= _is_finite(row, mask, infinity)
+        slot, end = begin[r], begin[r] + row_nnz[r]
+        before = origin + r * step
+        for s in range(slot, end):
+            put(live_scores, s, abs(get(entries, np.int64(get(live, s)) - before)))
+        _mark_live(live, slot, end, before, marks)
+        for c in range(_free_above(row, mask, threshold, marks, where, words)):
+            start, hits = get(where, c) * COMPARED, get(words, c)
+            while hits != 0:
+                digit = (np.int64(get(row, start + lowest_bit(hits))) & mask) >> shift
+                put(mine, digit, get(mine, digit) + 1)
+                hits &= hits - 1
+    finite[worker] = right
 
 
 @jit
 def _append_free(  # type: ignore[no-untyped-def]
-    worker, n_workers, bits, mask, block, begin, row_nnz, live, origin, step, threshold, base, found, starts,
+    worker, n_workers, bits, mask, block, begin, row_nnz, live, origin, step, threshold, base, work, starts,
     scores, positions,
 ):  # fmt: skip
     """Write the free entries above `threshold` from ``starts[worker]`` on."""
     if spread(worker, n_workers):
         return
     n_rows, n_columns = bits.shape
-    hits = found[worker]
+    marks, where, words = work[worker, 0], work[worker, 1], work[worker, 2]
     at = starts[worker]
     for r in range(worker * n_rows // n_workers, (worker + 1) * n_rows // n_workers):
-        row = bits[r]
-        n_hits = 0
-        for j in range(n_columns):
-            # Always stored and sometimes kept: a branch on the entry would be mispredicted.
-            hits[n_hits] = j
-            n_hits += (np.int64(row[j]) & mask) > threshold
-        slot = begin[r]
-        end = slot + row_nnz[r]
-        for h in range(n_hits):
-            j = np.int64(hits[h])
-            while slot < end and np.int64(live[slot]) - origin - r * step < j:
-                slot += 1
-            if slot < end and np.int64(live[slot]) - origin - r * step == j:
-                continue
-            scores[at] = abs(block[r, j])
-            positions[at] = base + r * n_columns + j
-            at += 1
+        entries = block[r]
+        _mark_live(live, begin[r], begin[r] + row_nnz[r], origin + r * step, marks)
+        for c in range(_free_above(bits[r], mask, threshold, marks, where, words)):
+            start, hits = get(where, c) * COMPARED, get(words, c)
+            while hits != 0:
+                j = start + lowest_bit(hits)
+                scores[at] = abs(get(entries, j))
+                positions[at] = base + r * n_columns + j
+                at += 1
+                hits &= hits - 1
 
 
 @jit
@@ -233,18 +280,23 @@ class StreamedTopK(BlockStream):
         base = np.int64(first_row * self._n_columns)
         rows = self._live_rows(first_row, block.shape[0])
         n_workers = max(1, min(worker_count(), block.size // _MIN_PART, block.shape[0]))
-        counts = np.zeros((n_workers, (1 << _DIGIT) + _IDLE), np.int64)
+        counts = np.empty((n_workers, 1 << _DIGIT), np.int64)
         finite = np.empty(n_workers, np.bool_)
-        launch(
-            _count_free, n_workers, bits, self._mask, self._infinity, block, *rows, self._threshold,
-            self._shift, self.live_scores, counts, finite,
-        )  # fmt: skip
-        self.finite = bool(finite.all())
-        if not self.finite:
-            return
-        counts = counts[:, : 1 << _DIGIT]
-        together = self._counts + counts.sum(0)
-        at_least = np.cumsum(together[::-1])[::-1]
+        # Marks, of which none are set, and where hits are and which; one more of them is written than kept.
+        work = np.zeros((n_workers, 3, self._n_columns // COMPARED + 2), np.int64)
+        for threshold in self._thresholds(bits):
+            counts[:] = 0
+            launch(
+                _count_free, n_workers, bits, self._mask, self._infinity, block, *rows, threshold,
+                self._shift, work, self.live_scores, counts, finite,
+            )  # fmt: skip
+            self.finite = bool(finite.all())
+            if not self.finite:
+                return
+            together = self._counts + counts.sum(0)
+            at_least = np.cumsum(together[::-1])[::-1]
+            if threshold < 0 or at_least[(threshold + 1) >> self._shift] >= self._k:
+                break
         floor = max(int(np.count_nonzero(at_least >= self._k)) - 1, 0)
         threshold = max(self._threshold, (np.int64(floor) << self._shift) - 1)
         fresh = counts[:, floor:].sum(1)
@@ -259,12 +311,25 @@ class StreamedTopK(BlockStream):
         together[:floor] = 0
         self._counts = together
         starts = self._count + np.cumsum(fresh) - fresh
-        found = np.empty((n_workers, self._n_columns + 1), slot_dtype(self._n_columns))
         launch(
-            _append_free, n_workers, bits, self._mask, block, *rows, threshold, base, found, starts,
+            _append_free, n_workers, bits, self._mask, block, *rows, threshold, base, work, starts,
             self._scores, self._positions,
         )  # fmt: skip
         self._count += int(fresh.sum())
+
+    def _thresholds(self, bits: Array) -> Iterator[np.int64]:
+        """Above which entries to count: a guess, if one may spare most of them, and what is surely enough.
+
+        While fewer than k entries are held, any may be among the largest. A sample tells about where those of
+        this block are; the count shows whether the guess left k of them.
+        """
+        stride = bits.size // _SAMPLE
+        if self._threshold < 0 and self._k * _GENEROUS * 2 < bits.size and stride:
+            sizes = bits.reshape(-1)[:: stride | 1] & self._mask
+            rank = len(sizes) - 1 - self._k * _GENEROUS * len(sizes) // bits.size
+            # Counted are whole digits.
+            yield (np.int64(np.partition(sizes, rank)[rank]) >> self._shift << self._shift) - 1
+        yield self._threshold
 
     def _live_rows(self, first_row: int, n_rows: int) -> tuple[Array, Array, Array, np.int64, np.int64]:
         """``(begin, row_nnz, live, origin, step)``; slot s has column ``live[s] - origin - row * step``."""

@@ -68,7 +68,7 @@ class _Scratch(threading.local):
         self.buffer = mapped_empty(n_bytes, np.dtype(np.uint8))
 
 
-_scratch, _ordered = _Scratch(), _Scratch()
+_scratch, _values, _gradient = _Scratch(), _Scratch(), _Scratch()
 
 
 def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
@@ -87,7 +87,13 @@ def scratch_of_values(n_items: int, dtype: np.dtype[Any]) -> Array:
     For values brought into another order, which a product reads together with its `scratch`. Handed out again
     by the next call.
     """
-    row: Array = _ordered.block(1, n_items, dtype)[0]
+    row: Array = _values.block(1, n_items, dtype)[0]
+    return row
+
+
+def scratch_of_gradient(n_items: int, dtype: np.dtype[Any]) -> Array:
+    """The same once more, for rows of a dense gradient, which are made by products that use either."""
+    row: Array = _gradient.block(1, n_items, dtype)[0]
     return row
 
 
