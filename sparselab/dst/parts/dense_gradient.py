@@ -22,7 +22,6 @@ from sparselab.kernels.rewiring.positions import merge_candidates
 from sparselab.kernels.rewiring.rows import RowTopK, select_rows
 from sparselab.kernels.rewiring.stream import BlockStream
 from sparselab.kernels.rewiring.topk import StreamedTopK, largest
-from sparselab.nn.ops.cpu.memory import LIKE
 from sparselab.nn.ops.operands import GradientOperands
 
 _BLOCK_BYTES = 4 << 20
@@ -114,14 +113,15 @@ def summarise(
     operands = [each.to(dtype) for each in operands]
     n_out, n_in = block_shape
     height = min(rows, max(1, _BLOCK_BYTES // max(1, n_out * cols * dtype.itemsize)) * n_out)
-    memory = torch.from_numpy(scratch_of_gradient(height * cols, LIKE[dtype].dtype))
+    number = torch.empty(0, dtype=dtype).numpy().dtype
+    memory = torch.from_numpy(scratch_of_gradient(height * cols, number))
     buffer = memory[: height * cols].view(height, cols)
     top: BlockStream
     if isinstance(k, np.ndarray):
         assert isinstance(live, RowTopology)
-        top = RowTopK(k, live, buffer.numpy().dtype)
+        top = RowTopK(k, live, number)
     else:
-        top = StreamedTopK(k, live, -(-cols // n_in), buffer.numpy().dtype)
+        top = StreamedTopK(k, live, -(-cols // n_in), number)
     for row in range(0, rows, height):
         stop = min(row + height, rows)
         block = buffer[: stop - row]

@@ -23,7 +23,8 @@ from sparselab.kernels.arrays import Array, Rows, for_kernels, slot_dtype
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.vectors import COMPARED, above, get, lowest_bit, put
+from sparselab.kernels.cpu.simd.compare import COMPARED, above, lowest_bit
+from sparselab.kernels.cpu.simd.vectors import get, put
 from sparselab.kernels.rewiring.select import select
 from sparselab.kernels.rewiring.stream import BlockStream, float_bits
 
@@ -123,7 +124,7 @@ def _count_free(  # type: ignore[no-untyped-def]
     """Count the free entries above `threshold` by their leading bits, and read the live ones."""
     if spread(worker, n_workers):
         return
-    n_rows, n_columns = bits.shape
+    n_rows = len(bits)
     mine = counts[worker]
     marks, where, words = work[worker, 0], work[worker, 1], work[worker, 2]
     right = True

@@ -14,9 +14,9 @@ from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS
 from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.scattered import gather
 from sparselab.kernels.cpu.simd.vectors import (
     fma,
-    gather,
     get,
     lanes_of,
     load_unaligned,
