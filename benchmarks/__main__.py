@@ -14,6 +14,7 @@ from benchmarks import bags, calls, compiled, memory, models, peers, revisions, 
 from benchmarks.turns import TurnError
 from sparselab.bench.contenders.linear import SHAPES
 from sparselab.bench.measure import machine
+from sparselab.bench.options import block_shape
 from sparselab.bench.output import tables
 
 
@@ -53,6 +54,10 @@ def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         command.add_argument("--batch", type=positive, help="texts per step (default: 16 for 10M, 8 for 40M)")
         command.add_argument("--context", type=positive, help="tokens per text (default: 128)")
     whole.add_argument("--fused", action="store_true", help="torch's fused AdamW in both arms")
+    whole.add_argument("--bfloat16", action="store_true", help="both arms under autocast in bfloat16")
+    whole.add_argument(
+        "--blocks", type=block_shape, metavar="OUTxIN", help="dense blocks in the sparse arm, such as 4x4"
+    )
 
 
 def add_turns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

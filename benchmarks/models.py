@@ -87,9 +87,14 @@ class Trainer:
     """A model, its AdamW, its algorithm if it has one, and an endless supply of the same few batches."""
 
     def __init__(
-        self, model: nn.Module, size: Size, fused: bool, algorithm: sparselab.RigL | None = None
+        self,
+        model: nn.Module,
+        size: Size,
+        fused: bool,
+        algorithm: sparselab.RigL | None = None,
+        bfloat16: bool = False,
     ) -> None:
-        self.model, self.algorithm = model, algorithm
+        self.model, self.algorithm, self.bfloat16 = model, algorithm, bfloat16
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
         random = torch.Generator().manual_seed(0)
         shape = (N_BATCHES, 2, size.batch, size.context)
@@ -98,7 +103,9 @@ class Trainer:
     def backward(self) -> None:
         """Forward pass, loss and backward pass of the next batch."""
         x, y = next(self.batches)
-        loss: Tensor = F.cross_entropy(self.model(x).flatten(0, 1), y.flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            logits = self.model(x)
+        loss: Tensor = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
@@ -128,11 +135,14 @@ class Trainer:
         return report
 
 
-def make_models(size: Size) -> tuple[nn.Module, nn.Module]:
-    """The dense model, and the sparse one with the same embeddings, norms and head."""
+def make_models(size: Size, block_shape: tuple[int, int] | None = None) -> tuple[nn.Module, nn.Module]:
+    """The dense model, and the sparse one, of single connections or blocks, with the same all else."""
     torch.manual_seed(0)
     dense = GPT(VOCABULARY, size.context, size.n_layer, size.d_model, size.d_ff, size.n_head, bias=False)
-    return dense, sparselab.sparsify(copy.deepcopy(dense), SPARSITY)
+    if block_shape is None:
+        return dense, sparselab.sparsify(copy.deepcopy(dense), SPARSITY)
+    rules = {name: {"sparsity": sparsity, "block_shape": block_shape} for name, sparsity in SPARSITY.items()}
+    return dense, sparselab.sparsify(copy.deepcopy(dense), rules, layer="block")
 
 
 def gate(model: nn.Module, size: Size) -> None:
@@ -140,7 +150,7 @@ def gate(model: nn.Module, size: Size) -> None:
     twin = copy.deepcopy(model)
     for name, layer in sparselab.nn.find_sparse(model):
         parent, _, child = name.rpartition(".")
-        assert isinstance(layer, sparselab.SparseLinear)
+        assert isinstance(layer, (sparselab.SparseLinear, sparselab.BlockSparseLinear))
         setattr(twin.get_submodule(parent), child, layer.to_dense())
     tokens = torch.randint(VOCABULARY, (size.batch, size.context))
     with torch.no_grad():
@@ -150,7 +160,15 @@ def gate(model: nn.Module, size: Size) -> None:
         raise AssertionError(f"the sparse model is off by {error:.1e} of the largest logit")
 
 
-def run(size: Size, rounds: int, fused: bool = False, label: str = "model") -> dict[str, Arm]:
+def run(
+    size: Size,
+    rounds: int,
+    fused: bool = False,
+    label: str = "model",
+    *,
+    bfloat16: bool = False,
+    block_shape: tuple[int, int] | None = None,
+) -> dict[str, Arm]:
     """Measure one size, dense and sparse in turns in this process.
 
     Parameters
@@ -162,6 +180,10 @@ def run(size: Size, rounds: int, fused: bool = False, label: str = "model") -> d
         Take torch's fused AdamW in both arms instead of its default.
     label : str
         What the progress bar says.
+    bfloat16 : bool
+        Both arms under autocast.
+    block_shape : (int, int), optional
+        Of the connections of the sparse arm.
 
     Returns
     -------
@@ -178,13 +200,13 @@ def run(size: Size, rounds: int, fused: bool = False, label: str = "model") -> d
     The cost of an update is timed apart, as the median difference of two pairs of adjacent steps, one with
     an update and one without, in as many pairs as a fifth of the rounds, at least three.
     """
-    dense, sparse = make_models(size)
+    dense, sparse = make_models(size, block_shape)
     gate(sparse, size)
     algorithm = sparselab.RigL(update_freq=UPDATE_FREQ)
     sparse.apply(algorithm)
     trainers = {
-        "dense": Trainer(dense, size, fused),
-        "sparse": Trainer(sparse, size, fused, algorithm),
+        "dense": Trainer(dense, size, fused, bfloat16=bfloat16),
+        "sparse": Trainer(sparse, size, fused, algorithm, bfloat16),
     }
     steps = interleave({name: trainer.step for name, trainer in trainers.items()}, rounds, label)
     extra = []
@@ -244,7 +266,9 @@ def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
         table.add_column(column, justify="left" if column == "model" else "right")
     rows = []
     for name, size in sizes(options.models, options.batch, options.context).items():
-        arms = run(size, options.rounds, options.fused, name)
+        arms = run(
+            size, options.rounds, options.fused, name, bfloat16=options.bfloat16, block_shape=options.blocks
+        )
         dense = arms["dense"]
         for which, arm in arms.items():
             table.add_row(
@@ -258,7 +282,8 @@ def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
             )
             rows.append(
                 {
-                    "model": name, "arm": which, "size": asdict(size), "fused": options.fused, **asdict(arm),
+                    "model": name, "arm": which, "size": asdict(size), "fused": options.fused,
+                    "bfloat16": options.bfloat16, "blocks": options.blocks, **asdict(arm),
                     "mean_ms": arm.mean_ms, "tokens_per_second": 1e3 * size.tokens / arm.mean_ms,
                     "update_share": arm.update_share,
                 }

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         add(f"--{name}", nargs="+", choices=known, default=usual, metavar="NAME", help=text)
     add(
         "--blocks",
-        type=_block,
+        type=block_shape,
         nargs="+",
         default=[],
         metavar="OUTxIN",
@@ -129,7 +129,7 @@ def _pair(expected: str) -> Callable[[str], tuple[int, int]]:
 
 
 _shape = _pair("INxOUT such as 768x3072")
-_block = _pair("OUTxIN such as 4x4")
+block_shape = _pair("OUTxIN such as 4x4")
 
 
 def _checked(

@@ -42,6 +42,22 @@ def test_both_arms_are_measured(fused: bool) -> None:
     assert math.isfinite(sparse.update_share)
 
 
+def test_both_arms_under_autocast_and_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    under, trainer = [], models.Trainer.backward
+
+    def backward(self: models.Trainer) -> None:
+        hook = self.model.register_forward_hook(lambda *_: under.append(torch.is_autocast_enabled("cpu")))
+        trainer(self)
+        hook.remove()
+
+    monkeypatch.setattr(models.Trainer, "backward", backward)
+    arms = models.run(TINY, rounds=2, bfloat16=True, block_shape=(4, 4))
+    assert all(under)
+    assert arms["sparse"].parameters < arms["dense"].parameters
+    _, model = models.make_models(TINY, (4, 4))
+    assert {layer.block_shape for _, layer in sparselab.nn.find_sparse(model)} == {(4, 4)}
+
+
 def test_the_steps_timed_apart_update_or_do_not() -> None:
     _, model = models.make_models(TINY)
     algorithm = sparselab.RigL(update_freq=models.UPDATE_FREQ)

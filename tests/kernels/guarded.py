@@ -24,12 +24,13 @@ from sparselab.kernels.cpu.amx.product import multiply_blocks
 from sparselab.kernels.cpu.bsr import sddmm_dw as block_sddmm_dw
 from sparselab.kernels.cpu.bsr import skinny as block_skinny
 from sparselab.kernels.cpu.bsr import spmm as block_spmm
+from sparselab.kernels.cpu.bsr.plan import panel_plan
 from sparselab.kernels.cpu.csr import sddmm_dw as row_sddmm_dw
 from sparselab.kernels.cpu.csr import skinny as row_skinny
 from sparselab.kernels.cpu.csr import spmm as row_spmm
 from sparselab.kernels.cpu.csr import spmm_t as row_spmm_t
 from sparselab.kernels.cpu.csr.lookup import add_up, look_up
-from sparselab.kernels.cpu.csr.plan import transpose_plan
+from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
 from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
@@ -116,6 +117,42 @@ def run_by_number(shape: tuple[int, int], tokens: int, dtype: Any, sparsity: flo
         np.testing.assert_array_equal(out, right)
 
 
+def run_cast(shape: tuple[int, int], tokens: int, order: str, front: bool) -> None:
+    """Products of tokens in bfloat16 with weights in float32."""
+    rng = np.random.default_rng(0)
+    W, blocks = PaddedCSR.random(shape, 0.8, 0), BlockCSR.random(shape, 0.5, (3, 5), 0)
+    X, DY = (
+        np.asarray(rng.integers(0, 1 << 14, (n, tokens)), np.uint16, order=order)  # type: ignore[call-overload]
+        for n in shape[::-1]
+    )
+    row_plan, panels, turned = (
+        product_plan(W.topology), panel_plan(blocks.topology, False), panel_plan(blocks.topology, True),
+    )  # fmt: skip
+    flat = blocks.values.reshape(-1)
+    calls: list[tuple[Callable[..., None], Array]] = [
+        (lambda x, dy, out: row_spmm.multiply(W.values, W.topology.rows.indices, row_plan, x, out), DY),
+        (lambda x, dy, out: block_spmm.multiply(flat, panels, False, x, out), DY),
+        (lambda x, dy, out: block_spmm.multiply(flat, turned, True, dy, out), X),
+        (
+            lambda x, dy, out: row_sddmm_dw.sample(
+                W.topology.rows.indices, gradient_plan(W.topology), dy, x, out
+            ),
+            W.values,
+        ),
+        (
+            lambda x, dy, out: block_sddmm_dw.sample(
+                panels, *((x, dy) if panels.transposed else (dy, x)), out
+            ),
+            flat,
+        ),
+    ]
+    for product, like in calls:
+        right, out = np.zeros_like(like), guarded(np.zeros_like(like), front=front)
+        product(X, DY, right)
+        product(guarded(X, front=front), guarded(DY, front=front), out)
+        np.testing.assert_array_equal(out, right)
+
+
 def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, int], front: bool) -> None:
     """Products of dense blocks in bfloat16."""
     rng = np.random.default_rng(0)
@@ -158,6 +195,8 @@ def main(side: str, overrun: bool) -> None:
     ):
         blocks = BlockCSR.random(shape, 0.5, block, 0, dtype=dtype)
         run(blocks, [blocks.topology, blocks.topology.blocks], tokens, order, front)
+    for shape, tokens, order in itertools.product(SIZES, (1, 9, 33, 65, 193), "CF"):
+        run_cast(shape, tokens, order, front)
     for shape, tokens, block in itertools.product(SIZES, TOKENS, ((16, 16), (32, 32), (16, 48))):
         if has_matrix_unit():
             run_by_matrix_unit(shape, tokens, block, front)

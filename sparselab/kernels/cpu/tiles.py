@@ -4,11 +4,14 @@ A tile holds `width` tokens of some rows of a matrix, feature-major: ``tile[r * 
 t, so that one row of a tile is one vector (`TILE_BYTES`). The matrices themselves may have any strides; in
 the token-major case of PyTorch 8 x 8 register transposes move whole cache lines, about as fast as a copy.
 Such a matrix is asked for ahead: each token lies in memory pages of its own, so the CPU foresees little.
+Numbers in bfloat16, by their bits in uint16, are widened to float32 on their way into a tile, and rounded to
+nearest even on their way out.
 """
 
 from __future__ import annotations
 
 from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.simd.bfloat16 import put_number
 from sparselab.kernels.cpu.simd.transpose import transpose8
 from sparselab.kernels.cpu.simd.vectors import (
     add,
@@ -17,8 +20,8 @@ from sparselab.kernels.cpu.simd.vectors import (
     load,
     prefetch,
     prefetch_to_write,
-    put,
     store,
+    weight,
     zeros8,
 )
 
@@ -44,18 +47,18 @@ def pack(x, start, row_stride, token_stride, n_rows, n_tokens, tile, width):  # 
                 transpose8(x, first + r, token_stride, tile, r * width + t, width)
         for r in range(blocked_rows):
             for t in range(blocked_tokens, n_tokens):
-                tile[r * width + t] = get(x, start + r + t * token_stride)
+                tile[r * width + t] = weight(x, start + r + t * token_stride)
         for r in range(blocked_rows, n_rows):
             for t in range(n_tokens):
-                tile[r * width + t] = get(x, start + r + t * token_stride)
+                tile[r * width + t] = weight(x, start + r + t * token_stride)
     elif token_stride == 1:
         for r in range(n_rows):
             for t in range(n_tokens):
-                tile[r * width + t] = get(x, start + r * row_stride + t)
+                tile[r * width + t] = weight(x, start + r * row_stride + t)
     else:
         for r in range(n_rows):
             for t in range(n_tokens):
-                tile[r * width + t] = get(x, start + r * row_stride + t * token_stride)
+                tile[r * width + t] = weight(x, start + r * row_stride + t * token_stride)
     if n_tokens < width:
         for r in range(n_rows):
             tile[r * width + n_tokens : (r + 1) * width] = 0
@@ -80,10 +83,10 @@ def unpack(tile, width, n_rows, n_tokens, y, start, row_stride, token_stride):  
             transpose8(tile, r * width + t, width, y, first + r, token_stride)
         for r in range(blocked_rows, n_rows):
             for i in range(t, t + 8):
-                put(y, start + r + i * token_stride, get(tile, r * width + i))
+                put_number(y, start + r + i * token_stride, get(tile, r * width + i))
     for r in range(n_rows):
         for t in range(blocked_tokens, n_tokens):
-            put(y, start + r * row_stride + t * token_stride, get(tile, r * width + t))
+            put_number(y, start + r * row_stride + t * token_stride, get(tile, r * width + t))
 
 
 @jit

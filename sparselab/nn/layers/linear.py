@@ -12,6 +12,7 @@ from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import Layer
 from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
+from sparselab.nn.ops.casting import cast_linear, casts
 from sparselab.nn.ops.checks import in_float32
 from sparselab.nn.ops.cpu.variants import Variant
 from sparselab.nn.ops.inputs.tokens import by_matrix
@@ -75,7 +76,13 @@ class LinearLayer(CompressedLayer):
         return by_matrix(x, lambda tokens: linear(tokens, values, bias, self))
 
     def _under_autocast(self, input: Tensor) -> Tensor:
-        return under_autocast(self.forward, input, self.in_use.dtype)
+        values, bias = self.in_use, self.bias
+        if torch.get_autocast_dtype("cpu") is torch.bfloat16 and casts(input, values, bias, self):
+            with torch.autocast("cpu", enabled=False):
+                if input.ndim == 2:
+                    return cast_linear(input, values, bias, self)
+                return by_matrix(input, lambda tokens: cast_linear(tokens, values, bias, self))
+        return under_autocast(self.forward, input, values.dtype)
 
     def ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         """Every way to compute the output for x (tokens, in_features), by the name of its variant."""

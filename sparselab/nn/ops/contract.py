@@ -29,6 +29,9 @@ class LinearProducts(Protocol):
 
     Operands have been checked against the topology; they are plain, of one dtype, with any strides. Tokens
     are rows. Results are new tensors.
+
+    Where the attribute ``CASTS_TOKENS`` is there and true, the first three also take tokens in float32 or
+    bfloat16 beside values in float32, and a dtype `out` for what they return; see `sparselab.nn.ops.casting`.
     """
 
     def product(self, topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, address, strides
+from sparselab.kernels.arrays import NONE_OF, Array, address, strides
 from sparselab.kernels.cpu.bsr.panels import DOT_COLUMNS, MR
 from sparselab.kernels.cpu.bsr.plan import PanelPlan, unpack_weights
 from sparselab.kernels.cpu.csr.plan import split_evenly
@@ -92,7 +92,7 @@ def _cut_columns(columns, indptr, block_width, panel_columns, rectangle, cuts): 
 @jit
 def _sample_blocks(  # type: ignore[no-untyped-def]
     worker, n_workers, rectangles, panel_columns, columns, indptr, height, block_width, n_rows, n_columns,
-    r_at, r_strides, c_at, c_strides, n_tokens, step, most_rows, work, cut_places, out, sums,
+    r_at, r_like, r_strides, c_at, c_like, c_strides, n_tokens, step, most_rows, work, cut_places, out, sums,
 ):  # fmt: skip
     """Compute the worker's rectangles, one after the other; those that begin a row also write its sum."""
     if spread(worker, n_workers):
@@ -101,7 +101,7 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
     stride, kc = _STRIDE_BYTES // memory.itemsize, _KC_BYTES // memory.itemsize
     panel, rows = memory[: panel_columns * stride], memory[panel_columns * stride :]
     partial = memory[(panel_columns + most_rows) * stride :]
-    y, x = view_at(r_at, memory), view_at(c_at, memory)
+    y, x = view_at(r_at, r_like), view_at(c_at, c_like)
     panels = (height + MR - 1) // MR
     n = len(rectangles)
     for i in range(worker * n // n_workers, (worker + 1) * n // n_workers):
@@ -164,7 +164,8 @@ def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None =
     """The dots of rows of `R` with rows of `C` for every entry of every block, written to `out` (flat).
 
     R ``(rows, tokens)`` and C ``(columns, tokens)``, of the matrix M that the plan walks, may have any
-    strides and are not checked. If `sums` (rows,) is given, it becomes ``sum_t R[:, t]``. Entries of `out`
+    strides and are not checked; each has the dtype of `out`, or, beside float32, holds the bits of bfloat16
+    (uint16). If `sums` (rows,) is given, it becomes ``sum_t R[:, t]``. Entries of `out`
     beyond the matrix are 0 times a number, which a NaN or infinity makes NaN.
     """
     sums = np.empty(0, out.dtype) if sums is None else sums
@@ -185,9 +186,9 @@ def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None =
     packed.fill(0)
     launch(
         _sample_blocks, len(rectangles), rectangles, panel_columns, plan.columns, plan.indptr, plan.height,
-        plan.width, n_rows, n_columns, address(R), strides(R),
-        address(C), strides(C), n_tokens, VECTOR_BYTES // out.itemsize, most_rows, work, cuts,
-        packed, sums,
+        plan.width, n_rows, n_columns, address(R), NONE_OF[R.dtype], strides(R),
+        address(C), NONE_OF[C.dtype], strides(C), n_tokens, VECTOR_BYTES // out.itemsize, most_rows, work,
+        cuts, packed, sums,
     )  # fmt: skip
     if not plan.is_packed:
         unpack_weights(packed, plan, out)

@@ -226,8 +226,8 @@ def multiply_skinny_blocks(
 
     All else is as for `multiply_skinny`.
     """
-    x_at, x_strides, (n_columns, n_tokens) = X
-    y_at, y_strides, (n_rows, _) = Y
+    x_at, x_strides, (n_columns, n_tokens), _ = X
+    y_at, y_strides, (n_rows, _), _ = Y
     if n_rows * n_tokens == 0:
         return
     height, width = block_shape

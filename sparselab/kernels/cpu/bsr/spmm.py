@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, address, strides
+from sparselab.kernels.arrays import NONE_OF, Array, address, strides
 from sparselab.kernels.cpu.bsr.panels import MR, NR, wide_row
 from sparselab.kernels.cpu.bsr.plan import PanelPlan, pack_weights
 from sparselab.kernels.cpu.partition import cut_rows
@@ -142,12 +142,12 @@ def _scatter_tile(  # type: ignore[no-untyped-def]
 @jit
 def _gather_tiles(  # type: ignore[no-untyped-def]
     worker, n_workers, counter, edges, narrow, group, weights, columns, indptr, height, block_width, n_rows,
-    n_columns, padded, x_at, x_strides, n_tokens, bias, y_at, y_strides, work,
+    n_columns, padded, x_at, x_like, x_strides, n_tokens, bias, y_at, y_like, y_strides, work,
 ):  # fmt: skip
     if spread(worker, n_workers):
         return
     memory = work[worker]
-    x, y = view_at(x_at, memory), view_at(y_at, memory)
+    x, y = view_at(x_at, x_like), view_at(y_at, y_like)
     wide, thin = wide_row(memory), zeros_register(memory)
     width = lanes_of(thin) if narrow else lanes_of(wide)
     n_tiles = (n_tokens + width - 1) // width
@@ -172,12 +172,12 @@ def _gather_tiles(  # type: ignore[no-untyped-def]
 @jit
 def _scatter_tiles(  # type: ignore[no-untyped-def]
     worker, n_workers, counter, group, weights, columns, indptr, height, block_width, n_rows, n_columns,
-    padded, x_at, x_strides, n_tokens, bias, y_at, y_strides, work,
+    padded, x_at, x_like, x_strides, n_tokens, bias, y_at, y_like, y_strides, work,
 ):  # fmt: skip
     if spread(worker, n_workers):
         return
     memory = work[worker]
-    x, y = view_at(x_at, memory), view_at(y_at, memory)
+    x, y = view_at(x_at, x_like), view_at(y_at, y_like)
     like = wide_row(memory)
     width = lanes_of(like)
     n_tiles = (n_tokens + width - 1) // width
@@ -196,14 +196,14 @@ def multiply(
     """``Y = S X + b`` where S is W, or W^T if `transposed`, with the blocks `values` (flat).
 
     X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides and are not checked; Y is
-    overwritten.
+    overwritten. Either has the dtype of the values, or, beside float32, holds the bits of bfloat16 (uint16).
     """
     if Y.size == 0:
         return
-    offsets = np.zeros(Y.shape[0], Y.dtype) if bias is None else bias
+    offsets = np.zeros(Y.shape[0], values.dtype) if bias is None else bias
     packed = values
     if not plan.is_packed:
-        packed = aligned_empty(plan.packed_items, Y.dtype)
+        packed = aligned_empty(plan.packed_items, values.dtype)
         pack_weights(values, plan, packed)
     if plan.transposed == transposed:
         _gather(packed, plan, X, Y, offsets)
@@ -214,7 +214,7 @@ def multiply(
 def _gather(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) -> None:
     n_tokens = X.shape[1]
     workers = worker_count(plan.work(n_tokens))
-    lanes = VECTOR_BYTES // Y.itemsize
+    lanes = VECTOR_BYTES // weights.itemsize
     narrow = n_tokens <= lanes
     width = lanes if narrow else lanes * NR
     n_tiles = -(-n_tokens // width)
@@ -222,24 +222,24 @@ def _gather(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) ->
     edges = cut_rows(plan.indptr, 1 if n_tiles >= 4 * workers else 2 * workers)
     n_workers = min(workers, n_tiles * (len(edges) - 1))
     group, panel_rows = _group(plan)
-    work = scratch(n_workers, (plan.n_columns + panel_rows) * width, Y.dtype)
+    work = scratch(n_workers, (plan.n_columns + panel_rows) * width, weights.dtype)
     launch(
         _gather_tiles, n_workers, new_counter(), edges, int(narrow), group, weights, plan.columns,
-        plan.indptr, plan.height, plan.width, *plan.shape, plan.n_columns, address(X), strides(X), n_tokens,
-        _by_micro_panel(bias, plan), address(Y), strides(Y), work,
+        plan.indptr, plan.height, plan.width, *plan.shape, plan.n_columns, address(X), NONE_OF[X.dtype],
+        strides(X), n_tokens, _by_micro_panel(bias, plan), address(Y), NONE_OF[Y.dtype], strides(Y), work,
     )  # fmt: skip
 
 
 def _scatter(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) -> None:
-    width = VECTOR_BYTES // Y.itemsize * NR
+    width = VECTOR_BYTES // weights.itemsize * NR
     n_tokens = X.shape[1]
     n_workers = min(worker_count(plan.work(n_tokens)), -(-n_tokens // width))
     group, panel_rows = _group(plan)
-    work = scratch(n_workers, (plan.n_columns + panel_rows) * width, Y.dtype)
+    work = scratch(n_workers, (plan.n_columns + panel_rows) * width, weights.dtype)
     launch(
         _scatter_tiles, n_workers, new_counter(), group, weights, plan.columns, plan.indptr, plan.height,
-        plan.width, *plan.shape, plan.n_columns, address(X), strides(X), n_tokens,
-        bias, address(Y), strides(Y), work,
+        plan.width, *plan.shape, plan.n_columns, address(X), NONE_OF[X.dtype], strides(X),
+        n_tokens, bias, address(Y), NONE_OF[Y.dtype], strides(Y), work,
     )  # fmt: skip
 
 

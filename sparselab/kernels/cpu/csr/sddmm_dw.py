@@ -57,8 +57,8 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
 
 @jit
 def _sample_rectangles(  # type: ignore[no-untyped-def]
-    worker, n_workers, indices, plan, rectangles, dy_at, dy_strides,
-    x_at, x_strides, n_columns, n_tokens, most_rows, work, out_at, sums_at,
+    worker, n_workers, indices, plan, rectangles, dy_at, dy_like, dy_strides,
+    x_at, x_like, x_strides, n_columns, n_tokens, most_rows, work, out_at, sums_at,
 ):  # fmt: skip
     """Compute the worker's rectangles, one after the other; those that begin a row also write its sum."""
     if spread(worker, n_workers):
@@ -69,7 +69,7 @@ def _sample_rectangles(  # type: ignore[no-untyped-def]
     x_tile = memory[_REST : _REST + plan.block_columns * width]
     dy_tile = memory[_REST + plan.block_columns * width :]
     partial = memory[_REST + (plan.block_columns + most_rows) * width :]
-    x, dy = view_at(x_at, memory), view_at(dy_at, memory)
+    x, dy = view_at(x_at, x_like), view_at(dy_at, dy_like)
     out, sums = view_at(out_at, memory), view_at(sums_at, memory)
     n = len(rectangles)
     for r in range(worker * n // n_workers, (worker + 1) * n // n_workers):
@@ -155,10 +155,11 @@ def sample_cut(
 ) -> None:  # fmt: skip
     """Add to zeros as `sample` does, for at least one token, with all matrices by their addresses.
 
-    All are of one dtype, and the sums have none if there are to be none.
+    All are of `dtype`; or DY and X of bfloat16, by its bits in uint16, where that is float32. The address of
+    the sums is 0 if there are to be none.
     """
     work = scratch(cut.n_workers, cut.items, dtype)
     launch(
         _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles,
-        DY[0], DY[1], X[0], X[1], X[2][0], X[2][1], cut.most_rows, work, out_at, sums_at,
+        DY[0], DY[3], DY[1], X[0], X[3], X[1], X[2][0], X[2][1], cut.most_rows, work, out_at, sums_at,
     )  # fmt: skip

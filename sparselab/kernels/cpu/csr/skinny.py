@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, address, strides
+from sparselab.kernels.arrays import NONE_OF, Array, address, strides
 from sparselab.kernels.cpu.partition import first_not_below
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
@@ -168,14 +168,15 @@ def _multiply_wide(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-#: A dense matrix by its address, strides and shape, which cost less to hand over than an array.
-Matrix = tuple[int, tuple[int, int], tuple[int, int]]
+#: A dense matrix by its address, strides, shape, and the entry of `NONE_OF` for its dtype, which cost less to
+#: hand over than an array.
+Matrix = tuple[int, tuple[int, int], tuple[int, int], Array]
 
 
 def matrix(array: Array) -> Matrix:
     """A 2-D array as the kernels here take it."""
     rows, columns = array.shape
-    return address(array), strides(array), (rows, columns)
+    return address(array), strides(array), (rows, columns), NONE_OF[array.dtype]
 
 
 _EMPTY = {np.dtype(name): np.empty((0, 0), name) for name in (np.float32, np.float64)}
@@ -192,8 +193,8 @@ def multiply_skinny(
     read; `like` has the dtype of X and Y, `bits` the same or uint16 for bfloat16. Nothing is checked; Y is
     overwritten and overlaps nothing.
     """
-    x_at, x_strides, (n_columns, n_tokens) = X
-    y_at, y_strides, (n_rows, _) = Y
+    x_at, x_strides, (n_columns, n_tokens), _ = X
+    y_at, y_strides, (n_rows, _), _ = Y
     if n_rows * n_tokens == 0:
         return
     n_workers = min(n_threads, 1 + len(indices) // _MIN_PART)

@@ -81,7 +81,7 @@ def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, r
 @jit
 def _multiply_tiles(  # type: ignore[no-untyped-def]
     worker, n_workers, counter, values_at, bits, indices, bias_at, plan, groups,
-    x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+    x_at, x_like, x_strides, n_columns, y_at, y_like, y_strides, n_tokens, work,
 ):  # fmt: skip
     """Compute (row group, tile) pairs, group by group, in a dynamic schedule."""
     if spread(worker, n_workers):
@@ -91,7 +91,7 @@ def _multiply_tiles(  # type: ignore[no-untyped-def]
     width = tile_width(memory)
     tile = memory[: plan.block_columns * width]
     sums = memory[plan.block_columns * width :]
-    x, y = view_at(x_at, memory), view_at(y_at, memory)
+    x, y = view_at(x_at, x_like), view_at(y_at, y_like)
     n_tiles = (n_tokens + width - 1) // width
     n_pairs = (len(groups) - 1) * n_tiles
     pair = next_item(counter)
@@ -150,14 +150,16 @@ def multiply(
 ) -> None:
     """``Y = S X + b`` where S is the matrix whose connections `plan` walks in `values` and `indices`.
 
-    X ``(columns, tokens)`` and Y ``(rows, tokens)``, of one dtype, may have any strides and are not checked;
-    Y is overwritten. The values have that dtype too, or are the bits of bfloat16 in uint16 beside float32.
+    X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides and are not checked; Y is
+    overwritten. All have one dtype; or the values, X and Y each are the bits of bfloat16 in uint16 or of
+    float32, with a bias and sums in float32.
     """
     if Y.size == 0:
         return
-    offsets = np.zeros(Y.shape[0], Y.dtype) if bias is None else bias
-    cut = cut_product(plan, (len(Y), len(X)), X.shape[1], Y.itemsize)
-    multiply_cut(address(values), values, indices, plan, matrix(X), matrix(Y), address(offsets), Y.dtype, cut)
+    dtype = np.dtype(np.float32) if Y.dtype == np.uint16 else Y.dtype
+    offsets = np.zeros(Y.shape[0], dtype) if bias is None else bias
+    cut = cut_product(plan, (len(Y), len(X)), X.shape[1], dtype.itemsize)
+    multiply_cut(address(values), values, indices, plan, matrix(X), matrix(Y), address(offsets), dtype, cut)
 
 
 def multiply_cut(
@@ -167,10 +169,11 @@ def multiply_cut(
     """As `multiply`, for matrices of at least one entry, all by their addresses.
 
     The weights and the bias are contiguous. Those are of the dtype of the array `bits`, whose contents are
-    not read: uint16 for bfloat16, else `dtype`, which everything else has.
+    not read. Everything is of `dtype`, or, where that is float32, weights, X and Y may each be of bfloat16,
+    by its bits in uint16.
     """
     work = scratch(cut.n_workers, cut.items, dtype)
     launch(
         _multiply_tiles, cut.n_workers, new_counter(), values_at, bits, indices, bias_at, plan, cut.groups,
-        X[0], X[1], X[2][0], Y[0], Y[1], Y[2][1], work,
+        X[0], X[3], X[1], X[2][0], Y[0], Y[3], Y[1], Y[2][1], work,
     )  # fmt: skip

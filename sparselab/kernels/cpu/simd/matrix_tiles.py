@@ -15,7 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparselab.kernels.cpu.simd.emit import I32, Emit, is_array
+from sparselab.kernels.cpu.simd.bfloat16 import narrow
+from sparselab.kernels.cpu.simd.emit import Emit, is_array
 
 _I8, _I16 = ir.IntType(8), ir.IntType(16)
 _BYTES = _I8.as_pointer()
@@ -107,23 +108,13 @@ def store_rounded(_: Any, source: Any, first: Any, offset: Any, begin: Any, targ
     """``target[at + k] = bfloat16(source[first + k] + offset[begin + k])`` for k < 16, to nearest even."""
     if not (is_array(source) and source.dtype == offset.dtype == types.float32):
         return None
-    wide, narrow = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_I16, 16)
-    words = ir.VectorType(I32, 16)
-
-    def constant(number: int) -> ir.Constant:
-        return ir.Constant(words, [number] * 16)
+    wide = ir.VectorType(ir.FloatType(), 16)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
         sums, offsets = (emit.load(emit.at(emit.data(k), emit.index(k + 1)), wide, 4) for k in (0, 2))
-        bits = builder.bitcast(builder.fadd(sums, offsets), words)
-        high = builder.lshr(bits, constant(16))
-        odd = builder.and_(high, constant(1))
-        rounded = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
-        size = builder.and_(bits, constant(0x7FFFFFFF))
-        is_nan = builder.icmp_unsigned(">", size, constant(0x7F800000))
-        result = builder.select(is_nan, builder.or_(high, constant(0x40)), rounded)
-        emit.store(builder.trunc(result, narrow), emit.at(emit.data(4), emit.index(5)), 2)
+        rounded = narrow(builder, builder.fadd(sums, offsets))
+        emit.store(rounded, emit.at(emit.data(4), emit.index(5)), 2)
         return emit.nothing()
 
     return types.void(source, first, offset, begin, target, at), codegen

@@ -20,33 +20,42 @@ from sparselab.kernels.cpu.bsr.spmm import multiply
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.cpu import narrow_blocks
-from sparselab.nn.ops.cpu.memory import LIKE, as_array, as_matrix, as_vector, zeros
+from sparselab.nn.ops.cpu.memory import LIKE, SUMMED, as_array, as_matrix, as_vector, zeros
 from sparselab.nn.ops.cpu.narrow_blocks import is_native
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
 from sparselab.nn.ops.cutting import cut, join
 
+#: Tokens and results may be of bfloat16 beside weights in float32: functions take a dtype `out`.
+CASTS_TOKENS = True
+
 _CHUNK_BYTES = 8 << 20
 
 
 def product(
-    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None
-) -> Tensor:
-    """``x W^T + b``, by a variant or the one that suits it."""
-    dtype, n_tokens = x.dtype, x.shape[0]
+    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """``x W^T + b``, by a variant or the one that suits it, in a dtype or that of x."""
+    given, n_tokens = x.dtype, x.shape[0]
+    out = given if out is None else out
+    dtype = SUMMED[given]
     own: BlockTopology = topology.own  # type: ignore[assignment]
     n_threads = use_torch_threads()
-    if dtype is torch.bfloat16:
+    if values.dtype is torch.bfloat16:
         if variant is None and is_native(own.block_shape):
             return narrow_blocks.product(own, values, x, bias)
-        wide = None if bias is None else bias.detach().float()
-        return product(topology, values.float(), x.float(), wide, variant).to(dtype)
-    y = torch.empty((n_tokens, own.shape[0]), dtype=dtype)
+        values = values.float()
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.detach().to(dtype)
+    y = torch.empty((n_tokens, own.shape[0]), dtype=out)
     measured = topology.measured
     if variant is None and measured is not None:
         variant = measured.name(n_tokens)
     if variant is None:
         variant = choose_name("forward", n_tokens, density(own), BLOCKS)
+    if variant != "tiles" and not (given is dtype is out):
+        return product(topology, values, x.to(dtype), bias, variant).to(out)
     if variant == "dense blocks":
         return _product_of_chunks(own, values.detach(), x.detach(), bias, y)
     if variant == "skinny":
@@ -73,17 +82,22 @@ def _product_of_chunks(
     return y
 
 
-def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
-    """``dy W``."""
-    dtype = grad.dtype
+def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dtype | None = None) -> Tensor:
+    """``dy W``, in a dtype or that of dy."""
+    given = grad.dtype
+    out = given if out is None else out
+    dtype = SUMMED[given]
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()
-    if dtype is torch.bfloat16:
+    if values.dtype is torch.bfloat16:
         if is_native(own.block_shape):
             return narrow_blocks.input_grad(own, values, grad)
-        return input_grad(topology, values.float(), grad.float()).to(dtype)
-    dx = torch.empty((grad.shape[0], own.shape[1]), dtype=dtype)
-    if choose_name("input_grad", len(grad), density(own), BLOCKS) == "dense blocks":
+        values = values.float()
+    variant = choose_name("input_grad", len(grad), density(own), BLOCKS)
+    if variant != "tiles" and not (given is dtype is out):
+        return input_grad(topology, values, grad.to(dtype)).to(out)
+    dx = torch.empty((grad.shape[0], own.shape[1]), dtype=out)
+    if variant == "dense blocks":
         for part in _chunks(own):
             weight = part.expand(values.detach(), own)
             torch.addmm(dx, grad[:, part.rows], weight, beta=min(part.rows.start, 1), out=dx)
@@ -92,20 +106,29 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     return dx
 
 
-def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """The gradient of every block, 0 outside the matrix, and ``sum_t dy[t]`` or an empty tensor."""
-    dtype = grad.dtype
+def values_grad(
+    topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool, out: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of every block, 0 outside the matrix, and ``sum_t dy[t]`` or an empty tensor.
+
+    In a dtype or that of dy.
+    """
+    given = grad.dtype
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()
-    if dtype is torch.bfloat16:
-        if is_native(own.block_shape):
-            found = _without_outside(own, narrow_blocks.values_grad(own, grad, x)).to(dtype)
-            return found, grad.sum(0) if with_bias else grad.new_empty(0)
-        values, bias = values_grad(topology, grad.float(), x.float(), with_bias)
-        return values.to(dtype), bias.to(dtype)
+    if given is torch.bfloat16 and out is None and is_native(own.block_shape):
+        found = _without_outside(own, narrow_blocks.values_grad(own, grad, x)).to(given)
+        return found, grad.sum(0) if with_bias else grad.new_empty(0)
+    dtype = SUMMED[given]
+    out = given if out is None else out
+    if out is not dtype:
+        wide = values_grad(topology, grad, x, with_bias, dtype)
+        return wide[0].to(out), wide[1].to(out)
+    dense = choose_name("values_grad", len(grad), density(own), BLOCKS) == "dense blocks"
+    if dense and not (given is x.dtype is dtype):
+        return values_grad(topology, grad.to(dtype), x.to(dtype), with_bias)
     result = torch.empty(topology.values_shape, dtype=dtype)
     plan = panel_plan(own, False)
-    dense = choose_name("values_grad", len(grad), density(own), BLOCKS) == "dense blocks"
     fused = with_bias and not plan.transposed and not dense
     sums = torch.empty(own.shape[0] if fused else 0, dtype=dtype)
     if dense:
@@ -117,7 +140,7 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -
         of_bias = as_vector(sums) if fused else None
         sample(plan, as_array(grad).T, as_array(x).T, as_vector(result), of_bias)
     _without_outside(own, result)
-    return result, grad.sum(0) if with_bias and not fused else sums
+    return result, grad.sum(0, dtype=dtype) if with_bias and not fused else sums
 
 
 def _without_outside(own: BlockTopology, entries: Tensor) -> Tensor:

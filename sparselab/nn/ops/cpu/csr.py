@@ -30,9 +30,12 @@ from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
-from sparselab.nn.ops.cpu.memory import LIKE, Cuts, as_matrix, as_vector, in_order, zeros
+from sparselab.nn.ops.cpu.memory import LIKE, SUMMED, Cuts, as_matrix, as_vector, in_order, zeros
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
+
+#: Tokens and results may be of bfloat16 beside weights in float32: functions take a dtype `out`.
+CASTS_TOKENS = True
 
 _BLOCK_BYTES = 8 << 20
 
@@ -72,26 +75,30 @@ def _rows(topology: OnTensors) -> RowProducts:
 
 
 def product(
-    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None
-) -> Tensor:
-    """``x W^T + b``, by a variant or the one that suits it."""
-    dtype, n_tokens = x.dtype, x.shape[0]
-    if dtype is torch.bfloat16:
-        wide = None if bias is None else bias.detach().float()
-        return product(topology, values, x.float(), wide, variant).to(dtype)
+    topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """``x W^T + b``, by a variant or the one that suits it, in a dtype or that of x."""
+    given, n_tokens = x.dtype, x.shape[0]
+    out = given if out is None else out
+    dtype = SUMMED[given]
     rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     n_rows = rows.shape[0]
-    y = torch.empty((n_tokens, n_rows), dtype=dtype)
+    y = torch.empty((n_tokens, n_rows), dtype=out)
     if y.numel() == 0:
         return y
     if variant is None and topology.measured is not None:
         variant = topology.measured.name(n_tokens)
     if variant is None:
         variant = choose_name("forward", n_tokens, rows.density, SINGLE)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.detach().to(dtype)
+    if variant != "tiles" and not (given is dtype is out):
+        return product(topology, values, x.to(dtype), bias, variant).to(out)
     if variant == "dense blocks":
         return _product_of_blocks(rows, values, x, bias, y)
-    X, Y = as_matrix(x), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens))
+    X, Y = as_matrix(x), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens), LIKE[out])
     weights = values if values.is_contiguous() else values.contiguous()
     offsets = zeros(n_rows, dtype) if bias is None else bias.contiguous()
     if variant == "skinny":
@@ -125,18 +132,20 @@ def _product_of_blocks(rows: Rows, values: Tensor, x: Tensor, bias: Tensor | Non
     return y
 
 
-def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
-    """``dy W``."""
-    dtype, n_tokens = grad.dtype, grad.shape[0]
-    if dtype is torch.bfloat16:
-        return input_grad(topology, values, grad.float()).to(dtype)
+def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dtype | None = None) -> Tensor:
+    """``dy W``, in a dtype or that of dy."""
+    given, n_tokens = grad.dtype, grad.shape[0]
+    out = given if out is None else out
+    dtype = SUMMED[given]
     rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     n_rows, n_columns = rows.shape
-    dx = torch.empty((n_tokens, n_columns), dtype=dtype)
+    dx = torch.empty((n_tokens, n_columns), dtype=out)
     if n_rows == 0 or dx.numel() == 0:
         return dx.zero_()
     variant = choose_name("input_grad", n_tokens, rows.density, SINGLE)
+    if variant != "tiles" and not (given is dtype is out):
+        return input_grad(topology, values, grad.to(dtype)).to(out)
     if variant == "dense blocks":
         for row0, row1, block in dense_blocks(values, rows, grad):
             torch.addmm(dx, grad[:, row0:row1], block, beta=min(row0, 1), out=dx)
@@ -146,7 +155,7 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
         plan = rows.transpose = transpose_plan(rows.topology)
     like, held, offsets = LIKE[dtype], in_order(values), zeros(n_columns, dtype)
     weights = gather(held.data_ptr(), LIKE[values.dtype], plan.slots, like.dtype)
-    DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens))
+    DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens), LIKE[out])
     if variant == "skinny":
         multiply_skinny(
             address(weights), like, plan.indices, plan.indptr[:-1], plan.indptr[1:],
@@ -163,15 +172,24 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor) -> Tensor:
     return dx
 
 
-def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """``sum_t dy[t, i] x[t, j]`` for each connection (i, j), and ``sum_t dy[t]`` or an empty tensor."""
-    dtype, n_tokens = grad.dtype, grad.shape[0]
-    if dtype is torch.bfloat16:
-        values, bias = values_grad(topology, grad.float(), x.float(), with_bias)
-        return values.to(dtype), bias.to(dtype)
+def values_grad(
+    topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool, out: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """``sum_t dy[t, i] x[t, j]`` for each connection (i, j), and ``sum_t dy[t]`` or an empty tensor.
+
+    In a dtype or that of dy.
+    """
+    given, n_tokens = grad.dtype, grad.shape[0]
+    out = given if out is None else out
+    dtype = SUMMED[given]
+    if out is not dtype:
+        wide = values_grad(topology, grad, x, with_bias, dtype)
+        return wide[0].to(out), wide[1].to(out)
     rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     variant = choose_name("values_grad", n_tokens, rows.density, SINGLE)
+    if variant != "tiles" and not (given is x.dtype is dtype):
+        return values_grad(topology, grad.to(dtype), x.to(dtype), with_bias)
     if variant == "dense blocks":
         result = torch.empty(topology.values_shape, dtype=dtype)
         flat: Array = result.view(-1).numpy()

@@ -10,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselab.kernels.arrays import Array
+from sparselab.kernels.arrays import NONE_OF, Array
 from sparselab.kernels.cpu.csr.skinny import Matrix
 
 Cut = TypeVar("Cut")
 
 #: Arrays that only tell a kernel the dtype of an address; bfloat16 as its bits.
 LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
-    torch.bfloat16: np.empty(0, np.uint16),
+    torch.float32: NONE_OF[np.dtype(np.float32)],
+    torch.float64: NONE_OF[np.dtype(np.float64)],
+    torch.bfloat16: NONE_OF[np.dtype(np.uint16)],
 }
+
+#: The dtype in which products of tokens are summed.
+SUMMED = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 
 #: Counts of tokens for which a topology keeps how it cuts their products.
 _MOST_CUTS = 32
@@ -40,7 +43,7 @@ class Cuts(dict[Hashable, Cut], Generic[Cut]):
 def as_matrix(tokens: Tensor) -> Matrix:
     """Tokens (n, features) of any strides as a matrix with a column for each."""
     (n_tokens, n_features), (step, stride) = tokens.shape, tokens.stride()
-    return tokens.data_ptr(), (stride, step), (n_features, n_tokens)
+    return tokens.data_ptr(), (stride, step), (n_features, n_tokens), LIKE[tokens.dtype]
 
 
 def in_order(tensor: Tensor) -> Tensor:
@@ -49,8 +52,9 @@ def in_order(tensor: Tensor) -> Tensor:
 
 
 def as_array(tensor: Tensor) -> Array:
-    """The tensor's memory, of its shape and strides."""
-    array: Array = tensor.detach().numpy()
+    """The tensor's memory, of its shape and strides; the bits of bfloat16."""
+    tensor = tensor.detach()
+    array: Array = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return array
 
 
