@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import bags, calls, compiled, memory, models, peers, revisions, startup, structure
+from benchmarks import bags, calls, compiled, layouts, memory, models, peers, revisions, startup, structure
 from benchmarks.turns import TurnError
 from sparselab.bench.contenders.linear import SHAPES
 from sparselab.bench.measure import machine
@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     words = commands.add_parser("bags", help="time bags of words in CSR through a first layer")
     words.add_argument("--rounds", type=positive, default=15)
     add_models(commands)
+    add_layouts(commands)
     add_turns(commands)
     add_source(commands)
     return parser.parse_args()
@@ -58,6 +59,18 @@ def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     whole.add_argument(
         "--blocks", type=block_shape, metavar="OUTxIN", help="dense blocks in the sparse arm, such as 4x4"
     )
+
+
+def add_layouts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    each = commands.add_parser("layouts", help="speed, accuracy and loss of layouts of connections")
+    each.add_argument(
+        "--parts", nargs="+", choices=layouts.PARTS, default=layouts.PARTS, help="(default: all)"
+    )
+    each.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
+    each.add_argument("--seeds", type=positive, default=3, help="runs of each layout (default: %(default)s)")
+    each.add_argument("--rounds", type=positive, default=15, help="timed steps (default: %(default)s)")
+    each.add_argument("--epochs", type=positive, default=3, help="on MNIST (default: %(default)s)")
+    each.add_argument("--steps", type=positive, default=300, help="on the text (default: %(default)s)")
 
 
 def add_turns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -143,8 +156,8 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "memory": run_memory,
-        "models": models.report, "peers": peers.report, "revisions": revisions.report,
+        "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "layouts": layouts.report,
+        "memory": run_memory, "models": models.report, "peers": peers.report, "revisions": revisions.report,
         "startup": startup.report, "structure": structure.report,
     }  # fmt: skip
     try:

@@ -17,9 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,13 @@ def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, spars
     if arm == "dense":
         return model, None
     kind = {"layer": "block", "block_shape": block_shape(cfg.block)} if cfg.block else {}
+    return make_sparse(cfg, model, kind)
+
+
+def make_sparse(
+    cfg: Config, model: nn.Module, kind: Mapping[str, Any], scope: str = "layer"
+) -> tuple[nn.Module, sparselab.RigL]:
+    """Make a dense model sparse in place; `kind` is what rules say of its layers, `scope` is that of RigL."""
     sparsities = {"*.attn.*": cfg.attention_sparsity, "*.mlp.*": cfg.mlp_sparsity}
     model = sparselab.sparsify(
         model, {pattern: {"sparsity": sparsity, **kind} for pattern, sparsity in sparsities.items()}
@@ -98,6 +106,7 @@ def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, spars
         update_freq=cfg.update_every,
         stop=last,
         seed=cfg.seed,
+        scope=scope,
     )
     model.apply(algo)
     return model, algo

@@ -51,14 +51,27 @@ def load_text(path: str | os.PathLike[str] | None = None, min_chars: int = 1) ->
     """
     if path is not None:
         return read_text_file(Path(path), min_chars)
-    local = find_local(DATA_FILE)
-    if local is not None:
-        return read_text_file(local, min_chars, what="Tiny Shakespeare, ")
     try:
-        data = cached_or_downloaded(REMOTE, CACHED)
+        return tiny_shakespeare(min_chars)
     except DownloadError as error:
         print(f"Tiny Shakespeare could not be downloaded ({error}).")
         return python_help_text(min_chars)
+
+
+def tiny_shakespeare(min_chars: int = 1) -> Text:
+    """Tiny Shakespeare, of this computer or downloaded.
+
+    Raises
+    ------
+    TextError
+        A copy on this computer is unreadable, empty, not UTF-8, or shorter than `min_chars`.
+    DownloadError
+        There is none on this computer, and it could not be downloaded.
+    """
+    local = find_local(DATA_FILE)
+    if local is not None:
+        return read_text_file(local, min_chars, what="Tiny Shakespeare, ")
+    data = cached_or_downloaded(REMOTE, CACHED)
     return Text(data.decode("utf-8"), f"Tiny Shakespeare, {cache_folder() / CACHED}")
 
 

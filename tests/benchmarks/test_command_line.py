@@ -39,6 +39,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         ("revisions HEAD HEAD --cases everything", "invalid choice: 'everything'"),
         ("revisions HEAD HEAD --turns -1", "expected one argument|expected a positive integer"),
         ("revisions HEAD HEAD --sparsity 1", "expected a number from 0 up to, not including, 1, got '1'"),
+        ("layouts --parts memory", "invalid choice: 'memory'"),
+        ("layouts --sparsity 1", "expected a number from 0 up to, not including, 1, got '1'"),
         ("peers --sparsity half", "expected a number from 0 up to, not including, 1, got 'half'"),
         ("peers --shapes 768x3072", "expected INxOUTxTOKENS"),
     ],

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from pathlib import Path
 
 import mnist_data
 import numpy as np
@@ -13,7 +14,7 @@ def idx(array: np.ndarray) -> bytes:
     return gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0)
 
 
-def write_digits(folder, n_train=200, n_test=50):
+def write_digits(folder: Path, n_train: int = 200, n_test: int = 50) -> Path:
     """Four files of images that tell their class: a bright block in another place for each, in noise."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
