@@ -14,9 +14,11 @@ import numba
 import torch
 
 from sparselab.bench.measure import machine
+from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS
+from sparselab.kernels.cpu.csr.skinny_dw import MOST_SAMPLED_TOKENS
 from sparselab.kernels.cpu.runtime.jit import cache_directory
 from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
-from sparselab.kernels.cpu.runtime.target import TARGET
+from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS, TARGET
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 
 _SETTINGS = ("SPARSELAB_", "NUMBA_")
@@ -29,8 +31,14 @@ def collect() -> dict[str, dict[str, Any]]:
             "name": machine.cpu_name(),
             "cores": os.cpu_count() or 1,
             **{name.replace("_", " "): size for name, size in asdict(TARGET).items()},
+            "fast gathers": HAS_FAST_GATHERS,
             "bfloat16 instructions": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
             "matrix unit for blocks in bfloat16": has_matrix_unit(),
+        },
+        "why": {name.replace("_", " "): reason for name, reason in TARGET.why().items()}
+        | {
+            "most tokens without tiles": f"{MOST_TOKENS}, {MOST_SAMPLED_TOKENS} in gradients by the values, "
+            f"as gathers are {'fast' if HAS_FAST_GATHERS else 'slow'}"
         },
         "threads": {
             "torch": torch.get_num_threads(),

@@ -34,6 +34,26 @@ def test_the_budget_is_most_of_a_large_second_level() -> None:
     assert Target.of(64, 48 * KIB, 10 << 20).cache_budget_bytes == 9 << 20
 
 
+def test_it_is_told_why() -> None:
+    small, large = Target.of(32, 32 * KIB, 512 * KIB), Target.of(64, 48 * KIB, 10 << 20)
+    for target in (small, large):
+        assert {getattr(target, name) > 0 for name in target.why()} == {True}
+    assert "32 tokens" in small.why()["tile_bytes"]
+    assert "16 registers" in small.why()["tile_bytes"]
+    assert small.why()["block_columns"].startswith("48 KiB: long runs")
+    assert small.why()["cache_budget_bytes"].startswith("2 MiB at least")
+    assert large.why()["block_columns"].startswith("32 KiB stay in the first level of 48 KiB")
+    assert large.why()["cache_budget_bytes"] == "nine tenths of the second level"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "vector_bytes", "fast"),
+    [("sapphirerapids", 64, True), ("znver4", 64, False), ("skylake", 32, False), ("neoverse-n1", 16, False)],
+)
+def test_gathers_are_fast_on_wide_vectors_but_of_amd(cpu: str, vector_bytes: int, fast: bool) -> None:
+    assert _target._has_fast_gathers(cpu, vector_bytes) is fast
+
+
 def test_the_host_is_read() -> None:
     assert _target.host() == TARGET
     assert TARGET.tile_bytes % TARGET.vector_bytes == 0

@@ -55,9 +55,33 @@ class Target:
         of 2 MiB or more a core that streams about as fast.
         """
         tile_bytes = 256 if vector_bytes == 64 else 128
-        block_bytes = 32 << 10 if vector_bytes == 64 and l1d_bytes >= 48 << 10 else 48 << 10
+        block_bytes = 32 << 10 if _lives_in_first_level(vector_bytes, l1d_bytes) else 48 << 10
         budget = max(l2_bytes * 9 // 10, 2 << 20)
         return cls(vector_bytes, l1d_bytes, l2_bytes, tile_bytes, block_bytes // tile_bytes, budget)
+
+    def why(self) -> dict[str, str]:
+        """What was chosen, and why, in words: by the name of the size."""
+        registers = 16 if self.vector_bytes == 32 else 32
+        first, block = self.l1d_bytes >> 10, self.block_columns * self.tile_bytes >> 10
+        if _lives_in_first_level(self.vector_bytes, self.l1d_bytes):
+            place = f"{block} KiB stay in the first level of {first} KiB, which loads two vectors a cycle"
+        else:
+            place = f"{block} KiB: long runs of connections gain more here than a first level of {first} KiB"
+        if self.cache_budget_bytes == self.l2_bytes * 9 // 10:
+            budget = "nine tenths of the second level"
+        else:
+            budget = f"2 MiB at least, for a second level of {self.l2_bytes >> 10} KiB has a third behind it"
+        tile = f"{self.tile_bytes // 4} tokens in float32"
+        return {
+            "tile_bytes": f"{tile}: two rows of sums fit {registers} registers beside what they are made of",
+            "block_columns": place,
+            "cache_budget_bytes": budget,
+        }
+
+
+def _lives_in_first_level(vector_bytes: int, l1d_bytes: int) -> bool:
+    """Whether a block of packed tokens is one that the first-level cache keeps."""
+    return vector_bytes == 64 and l1d_bytes >= 48 << 10
 
 
 def host() -> Target:
