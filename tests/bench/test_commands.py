@@ -1,4 +1,4 @@
-"""``python -m sparselab bench`` and ``info``, run whole on tiny layers."""
+"""``python -m sparselab bench``, ``info`` and ``warmup``, run whole on tiny layers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import sparselab
 from sparselab import BlockSparseLinear
 from sparselab.__main__ import main
+from sparselab.bench import compile as compiling
 from sparselab.bench import options, run
 from sparselab.bench.contenders import linear
 from sparselab.bench.contenders.gate import Gate, WrongResultError
@@ -280,6 +281,31 @@ def test_info_says_what_is_in_use(
         assert all(f"  {name}  " in printed.replace("   ", "  ") for name in entries)
     assert main(["info", "--json", str(tmp_path / "info.json")]) == 0
     assert json.loads((tmp_path / "info.json").read_text()) == found
+
+
+def test_warmup_says_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = []
+
+    def warmup(dtype: torch.dtype, *, training: bool) -> float:
+        asked.append((dtype, training))
+        return 2.5
+
+    monkeypatch.setattr(compiling, "warmup", warmup)
+    monkeypatch.setattr(compiling, "cache_directory", lambda: tmp_path)
+    (tmp_path / "cpu.csr").mkdir()
+    (tmp_path / "cpu.csr" / "a.1.nbc").write_bytes(b"")
+    assert main(["warmup", "--dtypes", "float64", "bfloat16", "--inference"]) == 0
+    assert asked == [(torch.float64, False), (torch.bfloat16, False)]
+    assert main(["warmup"]) == 0
+    assert asked[2:] == [(torch.float32, True)]
+    assert capsys.readouterr().out.splitlines() == [
+        "float64: 2.5 s", "bfloat16: 2.5 s", f"1 kernels in {tmp_path}",
+        "float32: 2.5 s", f"1 kernels in {tmp_path}",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        main(["warmup", "--dtypes", "int8"])
 
 
 def test_compiled_kernels_are_counted(tmp_path: Path) -> None:

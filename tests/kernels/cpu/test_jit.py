@@ -90,6 +90,31 @@ def test_a_directory_that_vanishes_is_survived(tmp_path: Path) -> None:
     assert output.split() == ["0", "1"]
 
 
+def test_a_filled_cache_serves_another_installation(cache: Path, tmp_path: Path) -> None:
+    """Copied, as into an image: another place, another time."""
+    shutil.copytree(ROOT / "sparselab", tmp_path / "elsewhere" / "sparselab", copy_function=shutil.copy)
+    settings = {"SPARSELAB_CACHE_DIR": str(cache), "NUMBA_NUM_THREADS": "1"}
+    found = run_python("-W", "error", "-c", COUNT, root=tmp_path / "elsewhere", **settings)
+    assert found.split() == ["1", "0"]
+
+
+def test_a_cache_that_nobody_may_write_to_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(_jit, "_CACHE_DIRECTORY", tmp_path / "kernels-1")
+    source = _jit._ROOT / "cpu" / "csr" / "spmm.py"
+    (tmp_path / "kernels-1" / "cpu.csr").mkdir(parents=True)
+    monkeypatch.setattr(_jit.os, "makedirs", refuse)
+    found = _jit._Locator.from_function(refuse, str(source))
+    assert found is not None
+    assert found.get_cache_path() == str(tmp_path / "kernels-1" / "cpu.csr")
+    assert found.get_source_stamp() == "kernels-1"
+    assert _jit._Locator.from_function(refuse, str(source.parents[1] / "tiles.py")) is None
+    stamps = {_jit._Locator(refuse, __file__).get_source_stamp(), "kernels-1"}
+    assert len(stamps) == 2, "other sources are told apart by what they are"
+
+
 def test_an_edited_a_moved_source_and_another_width_name_another_directory(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "sparselab", tmp_path / "sparselab")
     code = "from sparselab.kernels.cpu.runtime.jit import cache_directory; print(cache_directory())"

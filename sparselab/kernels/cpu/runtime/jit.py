@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
+_ROOT = Path(__file__).resolve().parents[2]
+
+#: The class lost its underscore in numba 0.67.
+_NumbaLocator: Any = getattr(caching, "UserProvidedCacheLocator", None) or caching._UserProvidedCacheLocator
+
+
 def _sources_digest() -> str:
     """Digest of every kernel source and of the target choice.
 
@@ -37,9 +43,8 @@ def _sources_digest() -> str:
     an edited intrinsic would keep running its old machine code. A directory per digest cannot go stale.
     """
     digest = hashlib.sha256()
-    root = Path(__file__).parents[2]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
+    for path in sorted(_ROOT.rglob("*.py")):
+        digest.update(path.relative_to(_ROOT).as_posix().encode())
         digest.update(path.read_bytes())
     digest.update(f"{numba.__version__} {VECTOR_BYTES} {TILE_BYTES} {HAS_FAST_GATHERS}".encode())
     return digest.hexdigest()[:16]
@@ -67,12 +72,40 @@ def cache_directory() -> Path:
 _CACHE_DIRECTORY = cache_directory()
 
 
+class _Locator(_NumbaLocator):  # type: ignore[misc]
+    """Where the machine code of a kernel is kept.
+
+    The directory is named by what kernels are compiled from, so neither the place nor the time of the
+    installation matters: a directory that was filled elsewhere, as in the making of an image, serves any
+    process on the same CPU, also where nobody may write to it. Functions outside `sparselab.kernels` are told
+    apart as Numba does it.
+    """
+
+    def __init__(self, py_func: Any, py_file: str) -> None:
+        source = Path(py_file).resolve()
+        self._is_kernel = source.is_relative_to(_ROOT)
+        if self._is_kernel:
+            folder = ".".join(source.relative_to(_ROOT).parent.parts) or "kernels"
+        else:
+            folder = self.get_suitable_cache_subpath(py_file)
+        self._py_file, self._lineno = py_file, py_func.__code__.co_firstlineno
+        self._cache_path = str(_CACHE_DIRECTORY / folder)
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator | None:
+        """The place, if it is there or can be made."""
+        found = cls(py_func, py_file)
+        with contextlib.suppress(OSError):
+            os.makedirs(found._cache_path, exist_ok=True)
+        return found if os.path.isdir(found._cache_path) else None
+
+    def get_source_stamp(self) -> Any:
+        """What the source must have been like for its machine code to be used."""
+        return _CACHE_DIRECTORY.name if self._is_kernel else super().get_source_stamp()
+
+
 class _InCacheDirectory(caching.CompileResultCacheImpl):
-    # Numba's other places (beside the source, the user's cache) are not named by the digest.
-    # The class lost its underscore in numba 0.67.
-    _locator_classes = (
-        getattr(caching, "UserProvidedCacheLocator", None) or caching._UserProvidedCacheLocator,
-    )
+    _locator_classes = (_Locator,)
 
 
 class _KernelCache(caching.FunctionCache):
@@ -93,16 +126,6 @@ class _KernelCache(caching.FunctionCache):
             super().save_overload(sig, data)
 
 
-@contextlib.contextmanager
-def _numba_cache_directory(path: Path) -> Iterator[None]:
-    previous = config.CACHE_DIR
-    config.CACHE_DIR = str(path)
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = previous
-
-
 def jit(function: Callable[..., Any]) -> Any:
     """Compile a kernel, or a part of one; it allocates nothing.
 
@@ -111,6 +134,6 @@ def jit(function: Callable[..., Any]) -> Any:
     """
     dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, fastmath=set(FASTMATH), _nrt=False)(function)
     # RuntimeError: no writable place; the kernel then compiles anew in each process.
-    with _numba_cache_directory(_CACHE_DIRECTORY), contextlib.suppress(RuntimeError, OSError):
+    with contextlib.suppress(RuntimeError, OSError):
         dispatcher._cache = _KernelCache(function)
     return dispatcher
