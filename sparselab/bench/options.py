@@ -129,7 +129,18 @@ def _pair(expected: str) -> Callable[[str], tuple[int, int]]:
 
 
 _shape = _pair("INxOUT such as 768x3072")
-block_shape = _pair("OUTxIN such as 4x4")
+_block = _pair("OUTxIN such as 4x4")
+
+
+def block_shape(text: str) -> tuple[int, int]:
+    """Outputs and inputs of a block, from an option.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it is not two positive numbers with an x between.
+    """
+    return _block(text)
 
 
 def _checked(
