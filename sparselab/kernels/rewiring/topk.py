@@ -248,7 +248,7 @@ class StreamedTopK(BlockStream):
     Raises
     ------
     ValueError
-        If `k` is negative.
+        If `k` is negative, or `live` a matrix of another width.
 
     Notes
     -----
@@ -259,6 +259,8 @@ class StreamedTopK(BlockStream):
     def __init__(self, k: int, live: Rows | Array, n_columns: int, dtype: npt.DTypeLike) -> None:
         if k < 0:
             raise ValueError(f"k must be at least 0, got {k}")
+        if not isinstance(live, np.ndarray) and live.shape[1] != n_columns:
+            raise ValueError(f"live must have {n_columns} columns, got a matrix of shape {live.shape}")
         super().__init__(n_columns, dtype)
         self._k = k
         self._live = for_kernels(np.asarray(live, np.int64)) if isinstance(live, np.ndarray) else live.rows
@@ -277,6 +279,10 @@ class StreamedTopK(BlockStream):
     def _take_in(self, first_row: int, block: Array) -> None:
         if self._k == 0:
             return
+        if not isinstance(self._live, np.ndarray) and self._next_row > self._live.shape[0]:
+            raise ValueError(
+                f"blocks must end with row {self._live.shape[0]} of live, got row {self._next_row - 1}"
+            )
         bits = float_bits(block)[0]
         base = np.int64(first_row * self._n_columns)
         rows = self._live_rows(first_row, block.shape[0])

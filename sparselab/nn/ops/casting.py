@@ -2,7 +2,7 @@
 
 Tokens are read in the dtype they come in and results are rounded to bfloat16 where they are written, in
 place of copies of both: half the memory traffic of a product is tokens. The numbers are those of the copies,
-bit for bit.
+bit for bit, but that a NaN may have another sign and payload.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselab.nn.ops.checks import refuse_misfits
 from sparselab.nn.ops.derivatives import product_gradients
 from sparselab.nn.ops.leaves import may_be_shown, shown_form
 from sparselab.nn.ops.linear import LinearForm
@@ -86,6 +87,7 @@ class CastLinearFunction(torch.autograd.Function):
                 ctx.needs_input_grad, grad.float(), operands, topology.tensors, form
             )
             return None if dx is None else dx.to(ctx.dtype), dvalues, dbias, None
+        _refuse_misfits(topology, grad, x, values, ctx.dtype)
         dx = topology.products.input_grad(topology, values, grad, out=ctx.dtype) if needs_x else None
         if not needs_values:
             return dx, None, grad.sum(0, dtype=torch.float32) if needs_bias else None, None
@@ -95,3 +97,19 @@ class CastLinearFunction(torch.autograd.Function):
             topology.show(LinearOperands(x.detach().float(), grad.detach().float(), of_graph))
         dvalues, dbias = topology.products.values_grad(topology, grad, x, needs_bias, out=torch.float32)
         return dx, dvalues, dbias if needs_bias else None, None
+
+
+def _refuse_misfits(
+    topology: TensorTopology, grad: Tensor, x: Tensor | None, values: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Raise RuntimeError if hooks gave back other operands than were saved, which no kernel would notice."""
+    rows, columns = topology.shape
+    if grad.dtype is not torch.bfloat16 or grad.ndim != 2 or grad.shape[1] != rows or not grad.is_cpu:
+        refuse_misfits(topology.device, torch.bfloat16, grad=(grad, (None, rows)))
+    n_tokens = len(grad)
+    if x is not None and (x.dtype is not dtype or x.shape != (n_tokens, columns) or not x.is_cpu):
+        refuse_misfits(topology.device, dtype, x=(x, (n_tokens, columns)))
+    if values is not None and (
+        values.dtype is not torch.float32 or values.shape != topology.values_shape or not values.is_cpu
+    ):
+        refuse_misfits(topology.device, torch.float32, values=(values, topology.values_shape))

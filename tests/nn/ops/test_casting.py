@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparselab import BlockSparseLinear, FanInLinear, RigL, SparseLinear
+from sparselab import BlockSparseLinear, FanInLinear, RigL, SparseConv2d, SparseLinear
 from sparselab.nn.layers import linear as _linear
 from sparselab.nn.ops import casting
 from sparselab.nn.ops.casting import casts
@@ -174,3 +174,51 @@ def test_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         SparseLinear(20, 10)(torch.randn(2, 40, 20))
     SparseLinear(20, 10)(torch.randn(80, 20))
     assert taken == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["single", "4x4"])
+@pytest.mark.parametrize("which", ["x", "values"])
+@pytest.mark.parametrize("how", ["fewer", "narrow", "flat", "double"])
+def test_what_hooks_give_back_must_be_what_was_saved(kind: str, which: str, how: str) -> None:
+    layer = KINDS[kind](61, 43)
+    x = torch.randn(90, 61, requires_grad=True)
+    spoil: dict[str, Callable[[Tensor], Tensor]] = {
+        "fewer": lambda t: t[: len(t) // 2].clone(),
+        "narrow": lambda t: t[:, :1].clone() if t.ndim == 2 else t[:2].clone(),
+        "flat": lambda t: t.reshape(-1), "double": lambda t: t.double(),
+    }  # fmt: skip
+
+    def unpack(saved: Tensor) -> Tensor:
+        return spoil[how](saved) if (saved.ndim == 2) == (which == "x") else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack), torch.autocast("cpu", BF16):
+        y = layer(x)
+    with pytest.raises(RuntimeError, match=rf"{which} must be torch.float32 of shape"):
+        y.sum().backward()
+
+
+@every_kind
+def test_a_backward_pass_under_autocast_computes_in_float32(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = KINDS[kind](61, 43)
+    found = []
+    for inside in (False, True):
+        layer.zero_grad()
+        x = torch.linspace(-1, 1, 150 * 61).view(150, 61).requires_grad_()
+        y = layer(x)
+        with torch.autocast("cpu", BF16, enabled=inside):
+            y.square().sum().backward()
+        found.append([x.grad, *(each.grad for each in layer.parameters())])
+    assert_same(*found)
+
+
+def test_so_does_that_of_a_convolution() -> None:
+    layer, found = SparseConv2d(8, 6, 3, sparsity=0.2), []
+    for inside in (False, True):
+        layer.zero_grad()
+        x = torch.linspace(-1, 1, 4 * 8 * 14 * 14).view(4, 8, 14, 14).requires_grad_()
+        y = layer(x)
+        with torch.autocast("cpu", BF16, enabled=inside):
+            y.sum().backward()
+        found.append([x.grad, *(each.grad for each in layer.parameters())])
+    assert_same(*found)

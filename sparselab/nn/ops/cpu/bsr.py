@@ -133,7 +133,10 @@ def values_grad(
     sums = torch.empty(own.shape[0] if fused else 0, dtype=dtype)
     if dense:
         for part in _chunks(own):
-            part.collect(grad[:, part.rows].T @ x, result, own)
+            columns = grad[:, part.rows]
+            # With a place for the result, which autocast leaves alone.
+            found = torch.mm(columns.T, x, out=x.new_empty((columns.shape[1], x.shape[1])))
+            part.collect(found, result, own)
     elif plan.transposed:
         sample(plan, as_array(x).T, as_array(grad).T, as_vector(result))
     else:
