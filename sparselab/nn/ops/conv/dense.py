@@ -35,23 +35,21 @@ def dense_products(geometry: Geometry, size: Pair) -> DenseProducts:
     by_input: Any = grad.conv2d_input
     by_weight: Any = grad.conv2d_weight
 
-    # A backward pass may be called where autocast is on, which would compute it in bfloat16.
     def product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        # A second derivative may be asked for where autocast is on, which leaves the other two alone.
         with torch.autocast("cpu", enabled=False):
             return F.conv2d(in_c_order(x), W, bias, *how)
 
-    def input_grad(dy: Tensor, W: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            dx: Tensor = by_input((len(dy), geometry.in_channels, *size), W, in_c_order(dy), *how)
-        return dx
-
     def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
         kernels = dy.shape[1], geometry.in_channels // geometry.groups, *geometry.kernel
-        with torch.autocast("cpu", enabled=False):
-            dW: Tensor = by_weight(in_c_order(x), kernels, in_c_order(dy), *how)
+        dW: Tensor = by_weight(in_c_order(x), kernels, in_c_order(dy), *how)
         return dW
 
-    return DenseProducts(product, input_grad, weight_grad)
+    return DenseProducts(
+        product,
+        lambda dy, W: by_input((len(dy), geometry.in_channels, *size), W, in_c_order(dy), *how),
+        weight_grad,
+    )
 
 
 def in_c_order(images: Tensor) -> Tensor:
