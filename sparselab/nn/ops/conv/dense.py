@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad
@@ -35,18 +34,13 @@ def dense_products(geometry: Geometry, size: Pair) -> DenseProducts:
     by_input: Any = grad.conv2d_input
     by_weight: Any = grad.conv2d_weight
 
-    def product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        # A second derivative may be asked for where autocast is on, which leaves the other two alone.
-        with torch.autocast("cpu", enabled=False):
-            return F.conv2d(in_c_order(x), W, bias, *how)
-
     def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
         kernels = dy.shape[1], geometry.in_channels // geometry.groups, *geometry.kernel
         dW: Tensor = by_weight(in_c_order(x), kernels, in_c_order(dy), *how)
         return dW
 
     return DenseProducts(
-        product,
+        lambda x, W, bias: F.conv2d(in_c_order(x), W, bias, *how),
         lambda dy, W: by_input((len(dy), geometry.in_channels, *size), W, in_c_order(dy), *how),
         weight_grad,
     )

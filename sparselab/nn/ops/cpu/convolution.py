@@ -122,7 +122,9 @@ def product(
         dense, images = dense_products(geometry, (x.shape[2], x.shape[3])), in_c_order(x.detach())
         for first, last, kernels in _kernels(values, plans, x):
             part = None if bias is None else bias.detach()[first:last]
-            y[:, first:last] = dense.product(images, kernels, part)
+            # A second derivative may be asked for where autocast is on, which leaves gradients alone.
+            with torch.autocast("cpu", enabled=False):
+                y[:, first:last] = dense.product(images, kernels, part)
         return y
     weights = as_vector(values)
     offset = zero_vector(y.shape[1], x.dtype) if bias is None else as_vector(bias)
