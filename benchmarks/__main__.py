@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import bags, calls, compiled, layouts, memory, models, peers, revisions, startup, structure
+from benchmarks import (
+    bags,
+    calls,
+    compiled,
+    layouts,
+    memory,
+    models,
+    peers,
+    revisions,
+    startup,
+    structure,
+    updates,
+)
 from benchmarks.turns import TurnError
 from sparselab.bench.contenders.linear import SHAPES
 from sparselab.bench.measure import machine
@@ -39,6 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     start.add_argument("--processes", type=positive, default=3, help="of each (default: %(default)s)")
     words = commands.add_parser("bags", help="time bags of words in CSR through a first layer")
     words.add_argument("--rounds", type=positive, default=15)
+    rewired = commands.add_parser("updates", help="time steps with an update of RigL beside others")
+    for name, default in (("width", 1024), ("tokens", 64), ("updates", 20)):
+        rewired.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
+    rewired.add_argument("--sparsity", type=float, default=0.9)
     add_models(commands)
     add_layouts(commands)
     add_turns(commands)
@@ -158,7 +174,7 @@ def main() -> None:
     commands = {
         "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "layouts": layouts.report,
         "memory": run_memory, "models": models.report, "peers": peers.report, "revisions": revisions.report,
-        "startup": startup.report, "structure": structure.report,
+        "startup": startup.report, "structure": structure.report, "updates": updates.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)
