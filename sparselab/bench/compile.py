@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sparselab._warmup import warmup
+from sparselab.bench.output.info import compiled
 from sparselab.kernels.cpu.runtime.jit import cache_directory
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -36,6 +37,6 @@ def main(arguments: Sequence[str]) -> int:
     for name in options.dtypes:
         seconds = warmup(getattr(torch, name), training=not options.inference)
         print(f"{name}: {seconds:.1f} s")
-    found = list(cache_directory().rglob("*.nbc"))
-    print(f"{len(found)} kernels in {cache_directory()}")
+    found = compiled(cache_directory())
+    print(f"{found['kernels']} kernels in {found['directory']}")
     return 0

@@ -115,21 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pair(expected: str) -> Callable[[str], tuple[int, int]]:
-    def read(text: str) -> tuple[int, int]:
-        try:
-            first, second = (int(part) for part in text.split("x"))
-        except ValueError:
-            first = second = 0
-        if first < 1 or second < 1:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return first, second
-
-    return read
+def _pair(text: str, expected: str) -> tuple[int, int]:
+    try:
+        first, second = (int(part) for part in text.split("x"))
+    except ValueError:
+        first = second = 0
+    if first < 1 or second < 1:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return first, second
 
 
-_shape = _pair("INxOUT such as 768x3072")
-_block = _pair("OUTxIN such as 4x4")
+def _shape(text: str) -> tuple[int, int]:
+    return _pair(text, "INxOUT such as 768x3072")
 
 
 def block_shape(text: str) -> tuple[int, int]:
@@ -140,7 +137,7 @@ def block_shape(text: str) -> tuple[int, int]:
     argparse.ArgumentTypeError
         If it is not two positive numbers with an x between.
     """
-    return _block(text)
+    return _pair(text, "OUTxIN such as 4x4")
 
 
 def _checked(

@@ -309,11 +309,11 @@ def test_warmup_says_what_it_did(
 
 
 def test_compiled_kernels_are_counted(tmp_path: Path) -> None:
-    assert info._compiled(tmp_path / "absent")["kernels"] == 0
+    assert info.compiled(tmp_path / "absent")["kernels"] == 0
     (tmp_path / "kernels").mkdir()
     for name, size in (("a.1.nbc", 30_000), ("a.2.nbc", 20_000), ("a.nbi", 10_000)):
         (tmp_path / "kernels" / name).write_bytes(bytes(size))
-    assert info._compiled(tmp_path) == {"directory": str(tmp_path), "kernels": 2, "MB": 0.06}
+    assert info.compiled(tmp_path) == {"directory": str(tmp_path), "kernels": 2, "MB": 0.06}
 
 
 def test_a_threading_layer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

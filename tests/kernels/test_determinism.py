@@ -40,7 +40,6 @@ class Launches(list[tuple[int, int]]):
         for module in (_spmm, _sddmm_dw, _skinny, _skinny_dw):
             monkeypatch.setattr(module, "launch", self.record)
         monkeypatch.setattr(_skinny, "_MIN_PART", 1)
-        monkeypatch.setattr(_skinny_dw, "_MIN_PART", 1)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def collect() -> dict[str, dict[str, Any]]:
             "at most in Numba": numba.config.NUMBA_NUM_THREADS,
             "Numba threading layer": _threading_layer(),
         },
-        "compiled kernels": _compiled(cache_directory()),
+        "compiled kernels": compiled(cache_directory()),
         "versions": machine.versions(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_SETTINGS)},
     }
@@ -59,7 +59,7 @@ def _threading_layer() -> str:
         return f"none: {str(error).splitlines()[0]}"
 
 
-def _compiled(directory: Path) -> dict[str, Any]:
+def compiled(directory: Path) -> dict[str, Any]:
     """Number and bytes of what is in the cache for this version of the kernels."""
     sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
     return {

@@ -37,7 +37,6 @@ _SLACK = 4096
 #: Leading bits of a magnitude that entries are counted by.
 _DIGIT = 12
 
-
 #: Entries from which a threshold is guessed, and how many times the entries that are wanted it should leave.
 _SAMPLE = 8192
 _GENEROUS = 2
@@ -253,7 +252,7 @@ class StreamedTopK(BlockStream):
     Notes
     -----
     Holds ``max(2 k, k + 4096)`` scores and positions, the latter as int32 where `live` is a matrix and they
-    fit. Every entry is read once to be counted and once more to be compared.
+    fit. Every entry is read to be counted, again if a threshold was guessed too high, and to be compared.
     """
 
     def __init__(self, k: int, live: Rows | Array, n_columns: int, dtype: npt.DTypeLike) -> None:

@@ -12,7 +12,7 @@ from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import Layer
 from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
-from sparselab.nn.ops.casting import cast_linear, casts
+from sparselab.nn.ops.casting import cast_linear, casting_topology
 from sparselab.nn.ops.checks import in_float32
 from sparselab.nn.ops.cpu.variants import Variant
 from sparselab.nn.ops.inputs.tokens import by_matrix
@@ -77,11 +77,13 @@ class LinearLayer(CompressedLayer):
 
     def _under_autocast(self, input: Tensor) -> Tensor:
         values, bias = self.in_use, self.bias
-        if torch.get_autocast_dtype("cpu") is torch.bfloat16 and casts(input, values, bias, self):
+        is_narrow = torch.get_autocast_dtype("cpu") is torch.bfloat16
+        topology = casting_topology(input, values, bias, self) if is_narrow else None
+        if topology is not None:
             with torch.autocast("cpu", enabled=False):
                 if input.ndim == 2:
-                    return cast_linear(input, values, bias, self)
-                return by_matrix(input, lambda tokens: cast_linear(tokens, values, bias, self))
+                    return cast_linear(input, values, bias, topology)
+                return by_matrix(input, lambda tokens: cast_linear(tokens, values, bias, topology))
         return under_autocast(self.forward, input, values.dtype)
 
     def ways(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:

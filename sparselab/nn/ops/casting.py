@@ -23,8 +23,11 @@ from sparselab.nn.ops.tracing import is_plain
 _TOKENS = (torch.float32, torch.bfloat16)
 
 
-def casts(x: Any, values: Tensor, bias: Tensor | None, layer: HasStorage) -> bool:
-    """Whether `cast_linear` computes this; if not, casts and products in float32 do, or say what is wrong."""
+def casting_topology(x: Any, values: Tensor, bias: Tensor | None, layer: HasStorage) -> TensorTopology | None:
+    """The layer's topology if `cast_linear` computes this.
+
+    None if casts and products in float32 are to do it, or to say what is wrong.
+    """
     if not (
         isinstance(x, Tensor)
         and is_plain(x, values, bias)
@@ -32,18 +35,19 @@ def casts(x: Any, values: Tensor, bias: Tensor | None, layer: HasStorage) -> boo
         and values.dtype is torch.float32
         and (bias is None or bias.dtype is torch.float32)
     ):
-        return False
+        return None
     topology = layer.storage.topology(layer)
-    return (
+    fits = (
         getattr(topology.products, "CASTS_TOKENS", False)
         and x.ndim > 0
         and x.shape[-1] == topology.shape[1]
         and values.shape == topology.values_shape
         and (bias is None or bias.shape == topology.bias_shape)
     )
+    return topology if fits else None
 
 
-def cast_linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) -> Tensor:
+def cast_linear(x: Tensor, values: Tensor, bias: Tensor | None, topology: TensorTopology) -> Tensor:
     """``x W^T + b`` in bfloat16, with gradients.
 
     Parameters
@@ -51,10 +55,9 @@ def cast_linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorag
     x : (tokens, in_features), float32 or bfloat16
     values : (connections, block_out, block_in), float32
     bias : (out_features,), float32, or None
-    layer : HasStorage
-        All such that `casts` says yes.
+    topology : TensorTopology
+        Of `casting_topology`, for these.
     """
-    topology = layer.storage.topology(layer)
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, values, bias)):
         y: Tensor = CastLinearFunction.apply(x, values, bias, topology)  # type: ignore[no-untyped-call]
         return y

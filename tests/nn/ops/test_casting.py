@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparselab import BlockSparseLinear, FanInLinear, RigL, SparseConv2d, SparseLinear
 from sparselab.nn.layers import linear as _linear
 from sparselab.nn.ops import casting
-from sparselab.nn.ops.casting import casts
+from sparselab.nn.ops.casting import casting_topology as casts
 from tests.shared import usual
 
 BF16 = torch.bfloat16
@@ -31,7 +31,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def without_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear, "casts", lambda *operands: False)
+    monkeypatch.setattr(_linear, "casting_topology", lambda *operands: None)
 
 
 def results(layer: Any, x: Tensor, dy: Tensor) -> list[Tensor | None]:

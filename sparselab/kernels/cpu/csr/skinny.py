@@ -179,6 +179,11 @@ def matrix(array: Array) -> Matrix:
     return address(array), strides(array), (rows, columns), NONE_OF[array.dtype]
 
 
+def skinny_workers(n_connections: int, n_threads: int) -> int:
+    """Workers for so many connections and few tokens."""
+    return min(n_threads, 1 + n_connections // _MIN_PART)
+
+
 _EMPTY = {np.dtype(name): np.empty((0, 0), name) for name in (np.float32, np.float64)}
 
 
@@ -197,7 +202,7 @@ def multiply_skinny(
     y_at, y_strides, (n_rows, _), _ = Y
     if n_rows * n_tokens == 0:
         return
-    n_workers = min(n_threads, 1 + len(indices) // _MIN_PART)
+    n_workers = skinny_workers(len(indices), n_threads)
     if n_tokens <= _BY_ROWS:
         work = _EMPTY[like.dtype]
     else:

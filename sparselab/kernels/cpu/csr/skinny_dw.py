@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.csr.skinny import Matrix, rows_of_worker
+from sparselab.kernels.cpu.csr.skinny import Matrix, rows_of_worker, skinny_workers
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS
@@ -28,9 +28,6 @@ from sparselab.kernels.cpu.simd.vectors import (
 
 #: Up to here it is faster than a whole tile.
 MOST_SAMPLED_TOKENS = 6 if HAS_FAST_GATHERS else 2
-
-#: Connections that are worth a thread of their own.
-_MIN_PART = 16_384
 
 
 @jit
@@ -106,7 +103,7 @@ def sample_skinny(
     another address, or nowhere if it is 0. Everything is of the dtype of the array `like`, whose contents are
     not read.
     """
-    n_workers = min(n_threads, 1 + len(indices) // _MIN_PART)
+    n_workers = skinny_workers(len(indices), n_threads)
     launch(
         _sample_skinny, n_workers, indices, begin, end, like, DY[0], DY[1], X[0], X[1][1], X[2][1],
         out_at, sums_at,
