@@ -68,7 +68,9 @@ def _note(owner: DistributedDataParallel, layers: Sequence[Any]) -> None:
 
 @uncompiled
 def _follow_sizes(owner: DistributedDataParallel, _: Any) -> None:
-    """Before a forward pass: make the reducer again if it is of other sizes."""
+    """Before a forward pass whose gradients are reduced: make the reducer again if it is of other sizes."""
+    if not owner.require_backward_grad_sync:
+        return
     if owner not in _made_for:  # a copy, whose reducer was made with it
         _note(owner, list(sparse_layers(owner.module).values()))
     layers, sizes = _made_for[owner]
