@@ -165,10 +165,11 @@ def find_ranks(name: str, layers: Sequence[SparseLayer], replicas: Replicas | No
         declare_replicas(layers, told)
         groups = [told] * len(layers)
     if any(group is not groups[0] for group in groups) or (told or groups[0]) is not groups[0]:
+        n_groups = len(set(map(id, groups)) - {id(None)})
         raise RuntimeError(
             f"the layers of a {name} must all be wrapped in DistributedDataParallel of one process group, "
-            f"that of Replicas if it names one; got {len(set(map(id, groups)) - {id(None)})} groups, and "
-            f"{groups.count(None)} of {len(groups)} layers that nothing wraps"
+            f"that of Replicas if it names one; got {len(groups) - groups.count(None)} of {len(groups)} layers "
+            f"wrapped, and {n_groups} group{'s' * (n_groups != 1)}"
         )
     if groups[0] is None:
         if replicas is not None and (world := dist.get_world_size()) > 1:

@@ -11,7 +11,7 @@ import torch
 
 from sparselab.dst.replicas import Ranks
 from sparselab.kernels.arrays import Array
-from sparselab.nn.follow.checksums import of_tensor, of_weights
+from sparselab.nn.follow.checksums import of_tensor, of_text, of_weights
 from sparselab.nn.follow.replicas import require_same_connections
 from sparselab.nn.layers.base import SparseLayer
 
@@ -48,7 +48,7 @@ class CommonUpdate:
         # Addresses of objects are those of a process.
         told = re.sub(r" at 0x[0-9a-f]+", "", settings)
         frozen = [not layer.stored.requires_grad for layer in layers.values()]
-        ours = [step, _of_text(told), _of_text(repr(frozen))]
+        ours = [step, of_text(told), of_text(repr(frozen))]
         self._weights = [(of_weights(layer) or (None, 0))[1] for layer in layers.values()]
         table = ranks.numbers([*ours, of_tensor(torch.tensor(self._weights))])
         for column, what in zip(table.T, ("steps", "settings", "frozen layers"), strict=False):
@@ -95,7 +95,3 @@ _WEIGHTS = (
 def settings_of(config: Mapping[str, Any], layers: Sequence[SparseLayer], stream: int) -> str:
     """What replicas must have in common, as text."""
     return f"{dict(config)!r} of {[layer.shape for layer in layers]}, stream {stream}"
-
-
-def _of_text(text: str) -> int:
-    return of_tensor(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))

@@ -32,6 +32,11 @@ def of_weights(layer: Any) -> tuple[Any, int] | None:
     return held.dtype, of_tensor(flat[:: max(1, len(flat) // _SAMPLE)])
 
 
+def of_text(text: str) -> int:
+    """Of a text, the same in every process."""
+    return zlib.crc32(text.encode())
+
+
 def of_tensor(tensor: Tensor, start: int = 0) -> int:
     """Of the bytes of a tensor, after those that `start` is the checksum of."""
     tensor = tensor.detach().cpu().contiguous()
