@@ -168,8 +168,8 @@ def find_ranks(name: str, layers: Sequence[SparseLayer], replicas: Replicas | No
         n_groups = len(set(map(id, groups)) - {id(None)})
         raise RuntimeError(
             f"the layers of a {name} must all be wrapped in DistributedDataParallel of one process group, "
-            f"that of Replicas if it names one; got {len(groups) - groups.count(None)} of {len(groups)} layers "
-            f"wrapped, and {n_groups} group{'s' * (n_groups != 1)}"
+            f"that of Replicas if it names one; got {len(groups) - groups.count(None)} of {len(groups)} "
+            f"layers wrapped, and {n_groups} group{'s' * (n_groups != 1)}"
         )
     if groups[0] is None:
         if replicas is not None and (world := dist.get_world_size()) > 1:

@@ -143,7 +143,7 @@ def _activity(
     shape: tuple[int, int],
     sampler: Sampler,
     rng: np.random.Generator,
-    together: Meeting | None,
+    together: Meeting | None = None,
 ) -> tuple[Totals, Totals]:
     """How likely each row and each column is to be drawn, up to a factor."""
     rows, columns = (np.zeros(length) for length in shape)
