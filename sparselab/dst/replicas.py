@@ -34,8 +34,8 @@ class Replicas:
         How growth by gradient looks at the gradient of all processes together, their mean. "exact": the
         largest entries of the mean, as one process with all of the batch would find them; the dense gradient
         of a layer is sent once for each update, in blocks, or what it is made of where that is less.
-        "candidates": each process proposes its own largest, and only these are compared by their means. What
-        is large in the mean but nowhere among the first is missed.
+        "candidates": each process proposes its own largest, and only these are compared by their means, where
+        that sends less. What is large in the mean but nowhere among the first is missed.
     candidates : float
         How many times what a layer may grow each process proposes; at least 1.
 

@@ -8,9 +8,11 @@ it has found; or only what some process proposes is averaged. All processes end 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -70,12 +72,14 @@ class Meeting:
         form = partial(summarise, live=live, shape=shape, dtype=dtype, block_shape=block_shape)
         if not np.any(k):
             return form(operands, k=k)
-        if self.ranks.replicas.growth == "candidates":
+        n_weights = math.prod(block_shape)
+        way = self.way(shape, live.nnz * n_weights, int(np.sum(k)) * n_weights, dtype)
+        if way == "factors":
+            return self._by_factors(operands, shape, dtype, partial(form, k=k))
+        if way == "candidates":
             own = self._proposed(operands, k, live, form)
             scores_at = partial(self.scores_at, operands, shape=shape, dtype=dtype, block_shape=block_shape)
             return _not_finite(dtype) if own is None else self._compared(own, live, k, scores_at)
-        if self.by_factors(shape):
-            return self._by_factors(operands, shape, dtype, partial(form, k=k))
         return form(operands, k=k, average=self.ranks.mean_)
 
     def all(self, here: bool) -> bool:
@@ -92,9 +96,37 @@ class Meeting:
         """Tokens of the process that has most."""
         return max(int(each.sum()) for each in self.tokens)
 
-    def by_factors(self, shape: tuple[int, int]) -> bool:
-        """Whether the X and dY of all processes are less than what averaging G would send."""
-        return self.plain and self.ranks.size * self._most_tokens * sum(shape) < 2 * shape[0] * shape[1]
+    def way(
+        self, shape: tuple[int, int], nnz: int, k: int, dtype: torch.dtype
+    ) -> Literal["blocks", "factors", "candidates"]:
+        """How the processes look at G: of the ways that were asked for, the one that sends least.
+
+        Parameters
+        ----------
+        shape : (int, int)
+            Of G.
+        nnz, k : int
+            Weights that there are, and that may grow.
+        dtype : float32 or float64
+
+        Notes
+        -----
+        Factors are the way only of so few tokens that one process forms the G of all in about the time in
+        which each forms its own.
+        """
+        ranks, c, size = self.ranks.size, self.ranks.replicas.candidates, dtype.itemsize
+        # Bytes times (ranks - 1) / ranks that each process sends; positions have 8.
+        bytes_of = {
+            "blocks": 2 * shape[0] * shape[1] * size,
+            "factors": (self._most_tokens * sum(shape) + nnz) * size + k * (size + 8),
+            "candidates": 2 * (nnz + ranks * c * k) * size + ranks * c * k * 8,
+        }
+        if not self.plain or ranks * self._most_tokens * sum(shape) >= 2 * shape[0] * shape[1]:
+            del bytes_of["factors"]
+        if self.ranks.replicas.growth == "exact":
+            del bytes_of["candidates"]
+        ways: tuple[Literal["blocks", "factors", "candidates"], ...] = ("blocks", "factors", "candidates")
+        return min((way for way in ways if way in bytes_of), key=bytes_of.__getitem__)
 
     def _by_factors(
         self,

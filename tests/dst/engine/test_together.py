@@ -46,16 +46,18 @@ EXACT = {
     **{f"{name} in shards": Case(name, optimizer="adamw zero") for name in ("gmp", "snfs", "rigl")},
     **{f"{name} before the wrapper": Case(name, attach_first=True) for name in ("srigl", "topkast", "snfs")},
     # All that is wanted is among what is proposed here.
-    "rigl by candidates": Case("rigl", replicas=CANDIDATES),
-    "srigl by candidates": Case("srigl", replicas=CANDIDATES),
-    "rigl by candidates of blocks": Case("rigl", "block", replicas=CANDIDATES),
+    "rigl by candidates": Case("rigl", replicas=CANDIDATES, tokens=128),
+    "srigl by candidates": Case("srigl", replicas=CANDIDATES, tokens=128),
+    "rigl by candidates of blocks": Case("rigl", "block", replicas=CANDIDATES, tokens=128),
     "rigl by candidates of convolutions": Case("rigl", "conv", replicas=CANDIDATES),
     "gse by candidates": Case("gse graest of the network", replicas=CANDIDATES),
 }
 #: What ends near it.
 NEAR = {
-    "rigl by candidates of rows": Case("rigl by row", replicas={"growth": "candidates"}),
-    "granet by few candidates": Case("granet", replicas={"growth": "candidates", "candidates": 1}),
+    "rigl by candidates of rows": Case("rigl by row", replicas={"growth": "candidates"}, tokens=128),
+    "granet by few candidates": Case(
+        "granet", replicas={"growth": "candidates", "candidates": 1}, tokens=128
+    ),
     "gmp in bfloat16": Case("gmp", hook=True),
     "rigl in bfloat16 of views": Case("rigl", hook=True, ddp=VIEWS),
 }
