@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     rewired.add_argument("--sparsity", type=float, default=0.9)
     parallel = commands.add_parser("data_parallel", help="bytes that replicas send, and what they learn")
     parallel.add_argument("--ranks", type=positive, nargs="+", default=[2, 4], help="(default: %(default)s)")
-    for name, default in (("steps", 300), ("width", 512), ("every", 30)):
+    for name, default in (("steps", 300), ("width", 256), ("tokens", 512), ("every", 30)):
         parallel.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     parallel.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
     add_models(commands)

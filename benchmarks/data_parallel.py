@@ -33,7 +33,7 @@ import sparselab
 from sparselab import GMP, SET, GraNet, PolynomialSchedule, Replicas, RigL
 from sparselab.bench.output import tables
 
-FEATURES, CLASSES, BATCH = 64, 10, 128
+FEATURES, CLASSES = 64, 10
 DENSE, STATIC = "dense", "Static"
 #: Seconds until a run counts as stuck.
 PATIENCE = 1200
@@ -55,6 +55,7 @@ class Plan:
     width: int
     steps: int
     every: int
+    tokens: int
     dtype: torch.dtype
 
     def arms(self) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def perceptron(plan: Plan, sparsity: float | None, seed: int = 0) -> nn.Module:
     return model
 
 
-def batch(plan: Plan, step: int, teacher: nn.Module, size: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(plan: Plan, step: int, teacher: nn.Module, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(step)).to(plan.dtype)
     with torch.no_grad():
         return x, teacher(x).argmax(1)
@@ -152,8 +153,8 @@ def train(plan: Plan, arm: str) -> Run:
     with counted(sent) as hook:
         net.register_comm_hook(None, hook)
         for step in range(1, plan.steps + 1):
-            x, y = batch(plan, step, teacher)
-            part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+            x, y = batch(plan, step, teacher, plan.tokens)
+            part = slice(rank * plan.tokens // world, (rank + 1) * plan.tokens // world)
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(x[part]), y[part]).backward()
             optimizer.step()
@@ -210,7 +211,7 @@ def run(world: int, plans: list[Plan], arms: list[str]) -> dict[tuple[str, torch
 def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
     """The subcommand: run, print tables; returns the rows for ``--json``."""
     plans = [
-        Plan(options.sparsity, options.width, options.steps, options.every, dtype)
+        Plan(options.sparsity, options.width, options.steps, options.every, options.tokens, dtype)
         for dtype in (torch.float64, torch.float32)
     ]
     arms = list(plans[0].arms())
@@ -255,7 +256,9 @@ def _losses(found: dict[int, dict[tuple[str, torch.dtype], Run]], options: Names
             share = n_other / max(1, sum(map(len, alone.positions)))
             cells.append(f"{other.loss - alone.loss:+.1e} ({share:.1%} other connections)")
         rows.append(cells)
-    title = f"Loss after {options.steps} steps of {BATCH} tokens, with an update every {options.every}"
+    title = (
+        f"Loss after {options.steps} steps of {options.tokens} tokens, with an update every {options.every}"
+    )
     return tables.plain(
         title, ["", "", "1 process", *(f"{world} processes" for world in options.ranks)], rows
     )

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.dst.ranks import run_ranks
-from tests.dst.replica_faults import everything
 from tests.dst.replica_runs import Case, alone
+from tests.dst.replica_ways import everything
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -109,6 +109,17 @@ def test_what_is_in_use_is_shared(both: list[dict[str, Any]]) -> None:
     for found in both:
         in_use, none, nnz, sent = found["masks_are_shared"]
         assert (in_use, none, sent) == (nnz - 1, None, [])
+
+
+def test_copies_go_on_alike(both: list[dict[str, Any]]) -> None:
+    ours, copied = both[0]["copies_go_on"]
+    assert ours == copied
+    assert both[1]["copies_go_on"] == [ours, copied]
+
+
+def test_communication_hooks_stay(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert found["hooks_stay"] == ["fp16_compress_hook", "BuiltinCommHookType.FP16_COMPRESS"]
 
 
 def _dies(rank: int) -> None:
