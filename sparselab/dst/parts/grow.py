@@ -176,6 +176,9 @@ class GradientGrowth(Growth):
     4 MiB: O(nnz) memory beside one block, and the time of one dense weight gradient. If that pass turns out
     not to be the last one, the layer's update is skipped, with a warning that names `grad_accumulation`.
     Ties go to the lower position.
+
+    Where several processes hold replicas, G is the mean over them, formed when all of them meet at the
+    update: until then each holds the inputs of its layers and the gradients of their outputs.
     """
 
     by_row = True

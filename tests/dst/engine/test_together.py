@@ -43,6 +43,7 @@ EXACT = {
     "granet of a static graph": Case("granet", ddp=STATIC, passes=3),
     "gmp of a static graph of views": Case("gmp", ddp={**STATIC, **VIEWS}),
     "dsr that looks for unused": Case("dsr", ddp=UNUSED),
+    "granet of many buckets": Case("granet", ddp={"bucket_cap_mb": 0.001}),
     **{f"{name} in shards": Case(name, optimizer="adamw zero") for name in ("gmp", "snfs", "rigl")},
     **{f"{name} before the wrapper": Case(name, attach_first=True) for name in ("srigl", "topkast", "snfs")},
     # All that is wanted is among what is proposed here.
