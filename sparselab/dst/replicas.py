@@ -104,6 +104,8 @@ class Ranks:
     def lists(self, numbers: torch.Tensor) -> list[torch.Tensor]:
         """The numbers (n,) of each, which may be more or fewer."""
         lengths = self.numbers([len(numbers)])[:, 0].tolist()
+        if not any(lengths):  # gloo sends no empty tensors
+            return [numbers] * self.size
         padded = numbers.new_zeros(max(lengths))
         padded[: len(numbers)] = numbers
         theirs = [torch.empty_like(padded) for _ in lengths]
@@ -112,7 +114,8 @@ class Ranks:
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all of them, in place; the same bits in each."""
-        dist.all_reduce(tensor, group=self.group)
+        if tensor.numel():
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -127,7 +130,8 @@ class Ranks:
 
     def from_one(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
         """What number `root` has, in place."""
-        dist.broadcast(tensor, self._global(root), self.group)
+        if tensor.numel():
+            dist.broadcast(tensor, self._global(root), self.group)
         return tensor
 
     def named(self, ranks: Array) -> str:

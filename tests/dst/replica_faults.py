@@ -36,17 +36,17 @@ def train(rank: int, model: Any, algorithm: Any, steps: int, net: Any = None, ea
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        step_once(Case("set"), net or model, step, rank, 2)
+        step_once(Case("set"), net or model, step, rank % 2, 2)
         if each is not None:
             each(optimizer, step)
         optimizer.step()
         algorithm.step()
 
 
-def message(act: Callable[..., Any], *arguments: Any) -> str:
-    """What it says, as the first process of several, that something cannot be done."""
+def message(act: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
+    """The words in which something cannot be done."""
     try:
-        act(*arguments)
+        act(*arguments, **settings)
     except RuntimeError as error:
         return str(error)
     return "no error"
@@ -57,12 +57,19 @@ def wrapped(rank: int, algorithm: Any, each: Any = None, steps: int = 9, **setti
     net = DistributedDataParallel(model, **settings)
     algorithm.attach(net)
     train(rank, model, algorithm, steps, net, each)
+    algorithm.detach()
     return model
 
 
 def nobody_said(rank: int) -> str:
     algorithm = SET(**OFTEN)
     algorithm.attach(model := made())
+    return message(train, rank, model, algorithm, 1)
+
+
+def the_wrapper_is_gone(rank: int) -> str:
+    algorithm = SET(**OFTEN)
+    algorithm.attach(model := wrapped(rank, SET(**OFTEN), steps=1))
     return message(train, rank, model, algorithm, 1)
 
 
@@ -99,15 +106,19 @@ def steps_differ(rank: int) -> str:
 class Straying(RandomGrowth):
     """Draws what each process draws for itself, in the second layer."""
 
+    def __init__(self, group: Any) -> None:
+        super().__init__()
+        self._rank = dist.get_rank(group)
+
     def choose(self, update: Any) -> Any:
         view = update.view
-        rng = np.random.default_rng(dist.get_rank()) if view.index else view.rng()
+        rng = np.random.default_rng(self._rank) if view.index else view.rng()
         return random_free(rng, update.kept, view.size, update.n_grow)
 
 
 class Strays(DynamicSparsityAlgorithm):
-    def __init__(self) -> None:
-        super().__init__(update_freq=4, grow=Straying())
+    def __init__(self, group: Any = None) -> None:
+        super().__init__(update_freq=4, grow=Straying(group))
 
 
 def a_part_strays(rank: int) -> str:
@@ -177,6 +188,7 @@ def averages_of_other_connections(rank: int) -> list[str]:
 
 ERRORS = (
     nobody_said,
+    the_wrapper_is_gone,
     one_is_not_wrapped,
     said_alone_but_wrapped,
     seeds_differ,

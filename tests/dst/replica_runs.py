@@ -133,7 +133,8 @@ def alone(case: Case, saved: bytes | None = None, seed: int = 0) -> dict[str, An
 
 def replica(rank: int, case: Case, saved: bytes | None = None) -> dict[str, Any]:
     """The run of one process of several, which saves a checkpoint on its way."""
-    world, first, written = dist.get_world_size(), 1, b""
+    group, first, written = case.ddp.get("process_group"), 1, b""
+    world, number = dist.get_world_size(group), dist.get_rank(group)
     model, algorithm = case.model(rank), case.algorithm()
     if case.attach_first:
         case.attach(model, algorithm)
@@ -148,10 +149,10 @@ def replica(rank: int, case: Case, saved: bytes | None = None) -> dict[str, Any]
     losses = []
     for step in range(first, STEPS + 1):
         optimizer.zero_grad(case.clear)
-        mean = torch.tensor(step_once(case, wrapped, step, rank, world), dtype=torch.float64)
+        mean = torch.tensor(step_once(case, wrapped, step, number, world), dtype=torch.float64)
         optimizer.step()
         algorithm.step()
-        dist.all_reduce(mean)
+        dist.all_reduce(mean, group=group)
         losses.append(mean.item() / world)
         if step == SAVED:
             written = save(rank, model, optimizer, algorithm)

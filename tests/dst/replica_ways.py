@@ -23,7 +23,7 @@ from sparselab.dst import (
     SRigL,
 )
 from tests.dst.harness import sparse_layers
-from tests.dst.replica_faults import OFTEN, faults, made, train
+from tests.dst.replica_faults import OFTEN, Strays, faults, made, message, train, wrapped
 from tests.dst.replica_runs import Case, batch, replica, step_once
 
 
@@ -46,11 +46,15 @@ def each_alone(rank: int) -> Any:
     return [[layer.positions().tolist() for layer in sparse_layers(each)] for each in (model, other)]
 
 
-def in_a_group_of_their_own(rank: int) -> Any:
-    """Replicas in a group that is not all there is, whose ranks have other numbers."""
-    group = dist.new_group([1, 0])
-    found = replica(rank, Case("rigl", ddp={"process_group": group}))
-    return [each.tolist() for each in found["positions"]]
+def in_groups_of_their_own(rank: int) -> dict[str, Any]:
+    """Two pairs among four processes, whose ranks in a pair have other numbers than among all."""
+    pair = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])][rank % 2]
+    settings = {"growth": "candidates"}
+    return {
+        "exact": replica(rank, Case("granet", ddp={"process_group": pair})),
+        "candidates": replica(rank, Case("rigl", "conv", ddp={"process_group": pair}, replicas=settings)),
+        "stray": [message(wrapped, rank, Strays(pair), None, 9, process_group=pair)],
+    }
 
 
 def kept_alike_by_hand(rank: int) -> Any:
@@ -169,7 +173,10 @@ def not_finite_in_one(rank: int) -> list[list[str]]:
 
 
 def a_gradient_one_does_not_know(rank: int) -> Any:
-    """One that was put into ``.grad`` by hand in one process, and fan-ins where one has seen no gradient."""
+    """One that was put into ``.grad`` by hand in one process, and fan-ins where one has seen no gradient.
+
+    And none that any process has seen.
+    """
     model = made()
     net = DistributedDataParallel(model)
     algorithm = RigL(update_freq=1)
@@ -183,12 +190,17 @@ def a_gradient_one_does_not_know(rank: int) -> Any:
     from sparselab.nn import constant_fan_in_
 
     either = constant_fan_in_(Either(SparseLinear))
-    net = DistributedDataParallel(either, find_unused_parameters=True)
+    other = DistributedDataParallel(either, find_unused_parameters=True)
     rows = SRigL(update_freq=1)
-    rows.attach(net)
-    net(torch.ones(2, 20, dtype=torch.float64), rank).sum().backward()
+    rows.attach(other)
+    other(torch.ones(2, 20, dtype=torch.float64), rank).sum().backward()
     rows.advance()
-    return skipped, [report.skipped for report in rows.last_update]
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing was rewired
+            algorithm.advance()
+    nothing = [report.skipped for report in algorithm.last_update]
+    return skipped, [report.skipped for report in rows.last_update], nothing
 
 
 def masks_are_shared(rank: int) -> Any:
@@ -246,7 +258,6 @@ def hooks_stay(rank: int) -> list[str]:
 
 WAYS = (
     each_alone,
-    in_a_group_of_their_own,
     kept_alike_by_hand,
     averaged_now_and_then,
     parts_of_the_model_each,

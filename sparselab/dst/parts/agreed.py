@@ -121,7 +121,10 @@ class Meeting:
             "factors": (self._most_tokens * sum(shape) + nnz) * size + k * (size + 8),
             "candidates": 2 * (nnz + ranks * c * k) * size + ranks * c * k * 8,
         }
-        if not self.plain or ranks * self._most_tokens * sum(shape) >= 2 * shape[0] * shape[1]:
+        if (
+            not (self.plain and self._most_tokens)
+            or ranks * self._most_tokens * sum(shape) >= 2 * shape[0] * shape[1]
+        ):
             del bytes_of["factors"]
         if self.ranks.replicas.growth == "exact":
             del bytes_of["candidates"]

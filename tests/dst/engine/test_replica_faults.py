@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.dst.ranks import run_ranks
 from tests.dst.replica_runs import Case, alone
-from tests.dst.replica_ways import everything
+from tests.dst.replica_ways import everything, in_groups_of_their_own
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -29,6 +29,7 @@ def positions(found: dict[str, Any]) -> list[list[int]]:
     ("name", "parts"),
     [
         ("nobody_said", ["a world of 2 processes", "replicas=None", "replicas=Replicas(process_group)"]),
+        ("the_wrapper_is_gone", ["a world of 2 processes must know", "got none that"]),
         ("one_is_not_wrapped", ["must all be wrapped", "got 2 of 4 layers wrapped, and 1 group"]),
         ("said_alone_but_wrapped", ["must not be wrapped", "a wrapper of 2 processes"]),
         ("seeds_differ", ["with the settings of the first, but those of rank 1 are others"]),
@@ -70,9 +71,16 @@ def test_processes_train_models_of_their_own(both: list[dict[str, Any]]) -> None
     assert [found["each_alone"] for found in both] == [[each, each] for each in expected]
 
 
-def test_a_group_of_their_own(both: list[dict[str, Any]]) -> None:
-    expected = positions(alone(Case("rigl")))
-    assert [found["in_a_group_of_their_own"] for found in both] == [expected, expected]
+@pytest.mark.slow
+def test_pairs_among_four_processes(tmp_path: Path) -> None:
+    found = run_ranks(in_groups_of_their_own, 4, tmp_path)
+    strays = [each.pop("stray")[0] for each in found]
+    for name, first in found[0].items():
+        assert positions(found[2][name]) == positions(first)
+        assert positions(found[3][name]) == positions(found[1][name]) != positions(first)
+    assert positions(found[0]["exact"]) == positions(alone(Case("granet")))
+    assert "layer '2' differs in rank 2" in strays[0] == strays[2]
+    assert "layer '2' differs in rank 3" in strays[1] == strays[3]
 
 
 def test_whoever_averages_gradients_needs_no_wrapper(both: list[dict[str, Any]]) -> None:
@@ -100,6 +108,7 @@ def test_a_gradient_that_is_not_finite_in_one_process(both: list[dict[str, Any]]
 
 def test_a_gradient_that_one_process_does_not_know(both: list[dict[str, Any]]) -> None:
     first, second = (found["a_gradient_one_does_not_know"] for found in both)
+    assert first[2] == second[2] == ["no gradient"] * 2
     assert first[0] == ["the gradient is not known in rank 1", ""]
     assert second[0] == ["part of the gradient is older than the step", ""]
     assert first[1] == second[1] == ["no gradient in rank 1", "no gradient in rank 0", ""]
