@@ -19,12 +19,11 @@ from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
 from sparselab.kernels.cpu.amx import gradient as unit_gradient
 from sparselab.kernels.cpu.amx import product as unit_product
 from sparselab.kernels.cpu.amx.gradient import sample_blocks
-from sparselab.kernels.cpu.amx.plan import tile_plan
 from sparselab.kernels.cpu.amx.product import multiply_blocks
 from sparselab.kernels.cpu.bsr import sddmm_dw as block_sddmm_dw
 from sparselab.kernels.cpu.bsr import skinny as block_skinny
 from sparselab.kernels.cpu.bsr import spmm as block_spmm
-from sparselab.kernels.cpu.bsr.plan import panel_plan
+from sparselab.kernels.cpu.bsr.plan import block_plan, panel_plan
 from sparselab.kernels.cpu.csr import sddmm_dw as row_sddmm_dw
 from sparselab.kernels.cpu.csr import skinny as row_skinny
 from sparselab.kernels.cpu.csr import spmm as row_spmm
@@ -159,7 +158,7 @@ def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, in
     blocks = BlockCSR.random(shape, 0.5, block, 0).topology
     values = rng.integers(0, 1 << 14, blocks.nnz * block[0] * block[1]).astype(np.uint16)
     X, DY = (rng.integers(0, 1 << 14, (tokens, n)).astype(np.uint16) for n in shape[::-1])
-    plan, turned = tile_plan(blocks, False), tile_plan(blocks, True)
+    plan, turned = block_plan(blocks, False), block_plan(blocks, True)
 
     def by_token(out: Array) -> Array:
         return out.reshape(tokens, -1)

@@ -1,4 +1,4 @@
-"""How the block kernels walk a matrix of dense blocks: in micro-panels.
+"""How kernels walk a matrix of dense blocks: block by block, or in micro-panels.
 
 A *micro-panel* is `MR` rows of a block row, which have the same columns: a loaded row of tokens serves as
 many multiply-adds. A product gathers along the micro-panels of its own matrix, or scatters along those of the
@@ -21,6 +21,46 @@ from sparselab.kernels.cpu.simd.vectors import get, put
 from sparselab.kernels.layouts.block_csr import BlockTopology
 
 _MIN_PART = 1 << 14
+
+
+class BlockPlan(NamedTuple):
+    """The blocks of M, which is W or its transpose: block row r has ``indptr[r] : indptr[r + 1]``.
+
+    Block k is slot ``slots[k]`` of W, and its first column ``columns[k]``.
+    """
+
+    transposed: bool
+    shape: tuple[int, int]
+    height: int
+    width: int
+    indptr: Array
+    slots: Array
+    columns: Array
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of M with those that its last blocks have beyond it."""
+        return -(-self.shape[1] // self.width) * self.width
+
+
+def block_plan_key(transposed: bool) -> tuple[str, str, bool]:
+    """Key of the `BlockPlan` of W, or of W^T, among the plans of a topology."""
+    return "cpu", "blocks", transposed
+
+
+def block_plan(topology: BlockTopology, transposed: bool) -> BlockPlan:
+    """The plan of products with W, or with W^T."""
+    return topology.plan(block_plan_key(transposed), partial(_make_block_plan, transposed=transposed))
+
+
+def _make_block_plan(W: BlockTopology, transposed: bool) -> BlockPlan:
+    M, slots = W.transposed() if transposed else (W, np.arange(W.nnz))
+    height, width = M.block_shape
+    columns = M.blocks.indices.astype(np.int64) * width
+    return BlockPlan(
+        transposed, M.shape, height, width, M.blocks.rows.indptr, slots.astype(index_dtype(W.nnz)),
+        columns.astype(index_dtype(M.shape[1] + width)),
+    )  # fmt: skip
 
 
 class PanelPlan(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels.arrays import for_kernels
-from sparselab.kernels.cpu.bsr.plan import panel_plan, plan_key, wants_transpose
+from sparselab.kernels.cpu.bsr.plan import block_plan_key, panel_plan, plan_key, wants_transpose
 from sparselab.kernels.cpu.bsr.sddmm_dw import sample
 from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
 from sparselab.kernels.cpu.bsr.spmm import multiply
@@ -179,10 +179,10 @@ def ways(
 
 
 def keep_forward(topology: OnTensors) -> None:
-    """Let go of the plan of products with W^T, unless it is the same; it is made anew if needed."""
+    """Let go of the plans of products with W^T, unless they are the same; they are made anew if needed."""
     own: BlockTopology = topology.own  # type: ignore[assignment]
-    along = wants_transpose(own.block_shape, False)
-    own.forget(lambda key: key != plan_key(not along))
+    backward = plan_key(not wants_transpose(own.block_shape, False)), block_plan_key(True)
+    own.forget(lambda key: key not in backward)
 
 
 def _outside(own: BlockTopology) -> tuple[Tensor, Tensor]:
