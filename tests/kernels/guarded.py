@@ -20,6 +20,8 @@ from sparselab.kernels.cpu.amx import gradient as unit_gradient
 from sparselab.kernels.cpu.amx import product as unit_product
 from sparselab.kernels.cpu.amx.gradient import sample_blocks
 from sparselab.kernels.cpu.amx.product import multiply_blocks
+from sparselab.kernels.cpu.bsr import direct as block_direct
+from sparselab.kernels.cpu.bsr import direct_dw as block_direct_dw
 from sparselab.kernels.cpu.bsr import sddmm_dw as block_sddmm_dw
 from sparselab.kernels.cpu.bsr import skinny as block_skinny
 from sparselab.kernels.cpu.bsr import spmm as block_spmm
@@ -38,7 +40,7 @@ from tests.guards import guarded, room
 Array = np.ndarray[Any, Any]
 
 SIZES = ((1, 1), (3, 7), (9, 33), (40, 513), (130, 65))
-BLOCKS = ((4, 1), (1, 8), (4, 4), (3, 5))
+BLOCKS = ((4, 1), (1, 8), (4, 4), (3, 5), (32, 32))
 TOKENS = (1, 2, 3, 6, 8, 15, 16, 17, 32, 33, 65)
 BLOCK_TOKENS = (1, 2, 3, 9, 25, 193)
 
@@ -64,9 +66,11 @@ def guard_scratch(front: bool) -> None:
         return block.view(dtype).reshape(n_rows, stride // dtype.itemsize)
 
     rows, blocks = (row_spmm, row_sddmm_dw, row_skinny), (block_spmm, block_sddmm_dw, block_skinny)
-    for module in (*rows, *blocks, unit_product, unit_gradient):
+    direct = block_direct, block_direct_dw
+    for module in (*rows, *blocks, *direct, unit_product, unit_gradient):
         module.scratch = scratch  # type: ignore[attr-defined]
-    row_spmm_t.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
+    for turning in (row_spmm_t, block_direct):
+        turning.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
 
 
 def run(drawn: SparseMatrix, topologies: list[Topology], tokens: int, order: str, front: bool) -> None:

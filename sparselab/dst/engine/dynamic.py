@@ -34,7 +34,8 @@ from sparselab.nn.layers.base import SparseLayer
 UpdateHook = Callable[["DynamicSparsityAlgorithm"], None]
 
 #: Why layers may be left alone for good.
-_EXPECTED = "frozen", "finished"
+_NOTHING = "there was nothing to drop or to grow"
+_EXPECTED = "frozen", "finished", _NOTHING
 
 
 class DynamicSparsityAlgorithm(SparsityAlgorithm):
@@ -322,7 +323,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         layer, drop, n_kept = update.view.layer, update.drop, update.n_kept
         grow = self.grow.checked_choice(update) if update.n_grow else np.empty(0, np.int64)
         if not drop.size and not grow.size:
-            return UpdateReport(nnz=layer.nnz)
+            return UpdateReport(nnz=layer.nnz, skipped=_NOTHING)
         source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
         move.apply(source, self.grown_state)
         for part in self.parts.values():

@@ -14,6 +14,7 @@ import numpy as np
 
 from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.bsr.panels import MR
+from sparselab.kernels.cpu.csr.plan import split_evenly
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
@@ -138,6 +139,32 @@ def wants_transpose(block_shape: tuple[int, int], transposed: bool) -> bool:
     height, width = block_shape[::-1] if transposed else block_shape
     gathers = height >= MR or height >= width
     return transposed == gathers
+
+
+def cut_rectangles(plan: BlockPlan | PanelPlan, n_workers: int, most_columns: int) -> tuple[Array, int]:
+    """Rectangles ``(block row 0, block row 1, panel 0, panel 1)``, one row each, and blocks across a panel.
+
+    The parts of a gradient that workers compute: the longer side of the matrix is cut first. A panel has at
+    most so many columns, if those of a block are no more.
+    """
+    rows, blocks = len(plan.indptr) - 1, max(plan.n_columns // plan.width, 1)
+    if plan.shape[0] >= plan.shape[1]:
+        row_parts = min(n_workers, rows)
+        column_parts = min(-(-n_workers // row_parts), blocks)
+    else:
+        column_parts = min(n_workers, blocks)
+        row_parts = min(-(-n_workers // column_parts), rows)
+    wanted = max(-(-plan.n_columns // (column_parts * most_columns)), 1) * column_parts
+    panel_blocks = -(-blocks // wanted)
+    panels = -(-blocks // panel_blocks)
+    column_parts = min(column_parts, panels)
+    row_edges, panel_edges = split_evenly(rows, row_parts), split_evenly(panels, column_parts)
+    rectangles = [
+        (row_edges[i], row_edges[i + 1], panel_edges[j], panel_edges[j + 1])
+        for i in range(row_parts)
+        for j in range(column_parts)
+    ]
+    return np.array(rectangles, np.int64), panel_blocks
 
 
 @jit

@@ -23,9 +23,18 @@ from sparselab.nn.ops.cpu.memory import as_vector
 _HAS_UNIT = has_matrix_unit()
 
 
+#: Multiply-adds from which the unit repays copies of weights and factors, as timed with 16 x 16 blocks.
+_LEAST_WORK = 12_000_000
+
+
 def is_native(block_shape: tuple[int, int]) -> bool:
     """Whether blocks of this shape are computed so here."""
     return _HAS_UNIT and fits(block_shape)
+
+
+def pays(n_weights: int, n_tokens: int) -> bool:
+    """Whether that is quicker than products in float32 of weights that need not be cast."""
+    return n_weights * n_tokens >= _LEAST_WORK
 
 
 def product(own: BlockTopology, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
