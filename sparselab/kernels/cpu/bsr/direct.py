@@ -7,8 +7,8 @@ loaded for ``2 * TOKENS`` multiply-adds of a vector, so that these are the limit
 
 Loop order, from outside: (tokens, block rows) in a dynamic schedule; block rows; groups of tokens; blocks;
 columns. In registers: all sums of a group. In first-level cache: the weights of a block row, which serve one
-group after the other. In second-level cache: the tokens. Sums begin with the bias and go along the columns,
-as in the other products, whose bits these have.
+group after the other. In second-level cache: the tokens, and those of the next item, which are asked for
+meanwhile. Sums begin with the bias and go along the columns, as in the other products, whose bits these have.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from sparselab.kernels.cpu.simd.vectors import (
     fma,
     get,
     lanes_of,
+    line_width,
     load_unaligned,
     next_item,
+    prefetch_far,
+    prefetch_to_write,
     put,
     store_unaligned,
     view_at,
@@ -41,7 +44,7 @@ from sparselab.kernels.cpu.simd.vectors import (
 TOKENS = 8
 
 #: Groups that are computed for one block row after the other.
-_GROUPS = 6
+_GROUPS = 4
 
 #: ``_row(array)``: the outputs that are computed together, of the array's dtype.
 _row = zero_registers(2)
@@ -105,6 +108,9 @@ def _block_row(  # type: ignore[no-untyped-def]
     for inside in range(0, height, lanes):
         row = r * height + inside
         whole = keep == 0 and row + lanes <= n_rows
+        for t in range(TOKENS):
+            for i in range(0, lanes, line_width(rest)):
+                prefetch_to_write(y, (token + t) * y_step + row + height + i)  # of the next block row
         if whole:
             _sums_of_group(
                 x, token * x_step, x_step, weights, slots, columns, indptr[r], indptr[r + 1], height, width,
@@ -134,18 +140,29 @@ def _multiply(  # type: ignore[no-untyped-def]
     together = TOKENS * _GROUPS
     n_parts = len(parts) - 1
     n_items = (n_tokens + together - 1) // together * n_parts
+    line = line_width(rest)
+    lines = (n_columns + line - 1) // line
     item = next_item(counter)
     while item < n_items:
+        coming = next_item(counter)
         first = item // n_parts * together
         last = min(first + together, n_tokens)
-        for r in range(parts[item % n_parts], parts[item % n_parts + 1]):
+        begin, end = parts[item % n_parts], parts[item % n_parts + 1]
+        ahead = coming // n_parts * together
+        n_ahead = (min(ahead + together, n_tokens) - ahead) * lines if coming < n_items else 0
+        for r in range(begin, end):
+            # The tokens of the next item: each lies in memory pages of its own, so the CPU foresees little.
+            for k in range(
+                (r - begin) * n_ahead // (end - begin), (r - begin + 1) * n_ahead // (end - begin)
+            ):
+                prefetch_far(x, (ahead + k // lines) * x_step + k % lines * line)
             for group in range(first, last, TOKENS):
                 token = min(group, n_tokens - TOKENS)
                 _block_row(
                     r, token, group - token, x, x_step, n_columns, weights, indptr, slots, columns, height,
                     width, n_rows, bias, y, y_step, rest, one, like,
                 )  # fmt: skip
-        item = next_item(counter)
+        item = coming
 
 
 @jit

@@ -104,7 +104,9 @@ def _copy_blocks(source, start, step, n_tokens, first, last, size, n_features, c
     pages of its own.
     """
     lanes = lanes_of(like)
-    complete = last if last <= n_features and size % lanes == 0 else first
+    complete = first
+    if size % lanes == 0:
+        complete += (min(last, n_features) - first) // size * size
     for t in range(n_tokens):
         token, place = start + t * step, t * size
         for c in range(first, complete, size):
