@@ -9,12 +9,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from sparselab._names import Keys, listed, literal
+from sparselab._names import Keys, literal
 from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.rewiring.select import select
-from sparselab.nn.layers.base import find_sparse
 from sparselab.nn.models.convert import find_linear, keep_positions
-from sparselab.nn.models.weights import find_dense
 from sparselab.nn.storage.entries import as_scores, largest_positions
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -131,12 +129,6 @@ def _find(model: torch.nn.Module, sparsity: float, scope: str, include: Keys, ex
     if scope not in ("layer", "network"):
         raise ValueError(f'scope must be "layer" or "network", got {scope!r}')
     n_connections((1, 1), sparsity)
-    sparse = [name for name, _ in find_sparse(model)]
-    if sparse and not find_dense(model):
-        raise ValueError(
-            f"model must have dense layers to prune, got sparse ones only: {listed(sparse)}. GMP prunes them "
-            f"further while they train, and sparselab.densify(model) makes them dense again"
-        )
     layers = find_linear(model, include, exempt)
     if scope == "network":
         sizes = [layer.weight.numel() for layer in layers.values()]

@@ -130,7 +130,7 @@ def test_misuse_is_named_before_anything_happens(settings, error, message, call)
 def test_a_model_that_is_sparse_already_is_said_to_be_so():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
     prune(model, 0.5)
-    expected = r"model must have dense layers to prune, got sparse ones only: 0\. GMP prunes them further"
+    expected = r"model must have dense layers, got sparse ones only: 0\. sparselab.GMP prunes them further"
     with pytest.raises(ValueError, match=expected):
         prune(model, 0.75)
 
