@@ -19,12 +19,13 @@ from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
 from sparselab.kernels.cpu.amx import gradient as unit_gradient
 from sparselab.kernels.cpu.amx import product as unit_product
 from sparselab.kernels.cpu.amx.gradient import sample_blocks
-from sparselab.kernels.cpu.amx.plan import tile_plan
 from sparselab.kernels.cpu.amx.product import multiply_blocks
+from sparselab.kernels.cpu.bsr import direct as block_direct
+from sparselab.kernels.cpu.bsr import direct_dw as block_direct_dw
 from sparselab.kernels.cpu.bsr import sddmm_dw as block_sddmm_dw
 from sparselab.kernels.cpu.bsr import skinny as block_skinny
 from sparselab.kernels.cpu.bsr import spmm as block_spmm
-from sparselab.kernels.cpu.bsr.plan import panel_plan
+from sparselab.kernels.cpu.bsr.plan import block_plan, panel_plan
 from sparselab.kernels.cpu.csr import sddmm_dw as row_sddmm_dw
 from sparselab.kernels.cpu.csr import skinny as row_skinny
 from sparselab.kernels.cpu.csr import spmm as row_spmm
@@ -39,7 +40,7 @@ from tests.guards import guarded, room
 Array = np.ndarray[Any, Any]
 
 SIZES = ((1, 1), (3, 7), (9, 33), (40, 513), (130, 65))
-BLOCKS = ((4, 1), (1, 8), (4, 4), (3, 5))
+BLOCKS = ((4, 1), (1, 8), (4, 4), (3, 5), (32, 32))
 TOKENS = (1, 2, 3, 6, 8, 15, 16, 17, 32, 33, 65)
 BLOCK_TOKENS = (1, 2, 3, 9, 25, 193)
 
@@ -65,9 +66,11 @@ def guard_scratch(front: bool) -> None:
         return block.view(dtype).reshape(n_rows, stride // dtype.itemsize)
 
     rows, blocks = (row_spmm, row_sddmm_dw, row_skinny), (block_spmm, block_sddmm_dw, block_skinny)
-    for module in (*rows, *blocks, unit_product, unit_gradient):
+    direct = block_direct, block_direct_dw
+    for module in (*rows, *blocks, *direct, unit_product, unit_gradient):
         module.scratch = scratch  # type: ignore[attr-defined]
-    row_spmm_t.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
+    for turning in (row_spmm_t, block_direct):
+        turning.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
 
 
 def run(drawn: SparseMatrix, topologies: list[Topology], tokens: int, order: str, front: bool) -> None:
@@ -159,7 +162,7 @@ def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, in
     blocks = BlockCSR.random(shape, 0.5, block, 0).topology
     values = rng.integers(0, 1 << 14, blocks.nnz * block[0] * block[1]).astype(np.uint16)
     X, DY = (rng.integers(0, 1 << 14, (tokens, n)).astype(np.uint16) for n in shape[::-1])
-    plan, turned = tile_plan(blocks, False), tile_plan(blocks, True)
+    plan, turned = block_plan(blocks, False), block_plan(blocks, True)
 
     def by_token(out: Array) -> Array:
         return out.reshape(tokens, -1)

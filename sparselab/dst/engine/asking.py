@@ -12,7 +12,8 @@ from sparselab.dst.view import UpdateReport
 from sparselab.kernels.arrays import Array
 
 #: Why layers may be left alone for good.
-_EXPECTED = "frozen", "finished"
+NOTHING = "there was nothing to drop or to grow"
+_EXPECTED = "frozen", "finished", NOTHING
 
 
 class MostGrowth:

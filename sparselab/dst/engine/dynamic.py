@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparselab.dst.budget.targets import Budget, Exchange
 from sparselab.dst.checks import require_count, require_of_blocks
-from sparselab.dst.engine.asking import MostGrowth, warn_if_stuck
+from sparselab.dst.engine.asking import NOTHING, MostGrowth, warn_if_stuck
 from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.optimizer_state import OptimizerTracker
@@ -346,7 +346,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         layer, drop, n_kept = update.view.layer, update.drop, update.n_kept
         grow = self.grow.checked_choice(update) if update.n_grow else np.empty(0, np.int64)
         if not drop.size and not grow.size:
-            return UpdateReport(nnz=layer.nnz)
+            return UpdateReport(nnz=layer.nnz, skipped=NOTHING)
         source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
         move.apply(source, self.grown_state)
         for part in self.parts.values():

@@ -14,8 +14,7 @@ import numpy as np
 
 from sparselab.kernels.arrays import NONE_OF, Array, address, strides
 from sparselab.kernels.cpu.bsr.panels import DOT_COLUMNS, MR
-from sparselab.kernels.cpu.bsr.plan import PanelPlan, unpack_weights
-from sparselab.kernels.cpu.csr.plan import split_evenly
+from sparselab.kernels.cpu.bsr.plan import PanelPlan, cut_rectangles, unpack_weights
 from sparselab.kernels.cpu.partition import first_not_below
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
@@ -135,31 +134,6 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
                 sums[row] = partial[at * 8 : at * 8 + 8].sum()
 
 
-def _cut(plan: PanelPlan, n_workers: int) -> tuple[Array, int]:
-    """Rectangles ``(block row 0, block row 1, panel 0, panel 1)``, one row each, and blocks across a panel.
-
-    The longer side of the matrix is cut first.
-    """
-    rows, blocks = len(plan.indptr) - 1, max(plan.n_columns // plan.width, 1)
-    if plan.shape[0] >= plan.shape[1]:
-        row_parts = min(n_workers, rows)
-        column_parts = min(-(-n_workers // row_parts), blocks)
-    else:
-        column_parts = min(n_workers, blocks)
-        row_parts = min(-(-n_workers // column_parts), rows)
-    wanted = max(-(-plan.n_columns // (column_parts * _PANEL_COLUMNS)), 1) * column_parts
-    panel_blocks = -(-blocks // wanted)
-    panels = -(-blocks // panel_blocks)
-    column_parts = min(column_parts, panels)
-    row_edges, panel_edges = split_evenly(rows, row_parts), split_evenly(panels, column_parts)
-    rectangles = [
-        (row_edges[i], row_edges[i + 1], panel_edges[j], panel_edges[j + 1])
-        for i in range(row_parts)
-        for j in range(column_parts)
-    ]
-    return np.array(rectangles, np.int64), panel_blocks
-
-
 def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None = None) -> None:
     """The dots of rows of `R` with rows of `C` for every entry of every block, written to `out` (flat).
 
@@ -175,7 +149,7 @@ def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None =
         out.fill(0)
         sums.fill(0)
         return
-    rectangles, panel_blocks = _cut(plan, worker_count(plan.work(n_tokens)))
+    rectangles, panel_blocks = cut_rectangles(plan, worker_count(plan.work(n_tokens)), _PANEL_COLUMNS)
     most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.panels_per_row * MR
     panel_columns = panel_blocks * plan.width
     items = (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8

@@ -302,7 +302,7 @@ def next_item(_: Any, counter: Any) -> Any:
     return types.int64(counter), codegen
 
 
-def _prefetch(to_write: bool) -> Any:
+def _prefetch(to_write: bool, locality: int = 3) -> Any:
     @intrinsic
     def prefetch(_: Any, array: Any, index: Any) -> Any:
         if not (is_array(array) and isinstance(index, types.Integer)):
@@ -313,7 +313,7 @@ def _prefetch(to_write: bool) -> Any:
             pointer = builder.bitcast(emit.at(emit.data(0), emit.index(1)), ir.IntType(8).as_pointer())
             kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
             function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            builder.call(function, [pointer, *(ir.Constant(I32, k) for k in (int(to_write), 3, 1))])
+            builder.call(function, [pointer, *(ir.Constant(I32, k) for k in (int(to_write), locality, 1))])
             return emit.nothing()
 
         return types.void(array, index), codegen
@@ -322,5 +322,6 @@ def _prefetch(to_write: bool) -> Any:
 
 
 #: ``prefetch(array, index)`` and ``prefetch_to_write(array, index)``: ask for the cache line of
-#: ``array[index]``, which need not exist.
+#: ``array[index]``, which need not exist; `prefetch_far` for the second-level cache only.
 prefetch, prefetch_to_write = _prefetch(to_write=False), _prefetch(to_write=True)
+prefetch_far = _prefetch(to_write=False, locality=2)

@@ -111,13 +111,13 @@ class ConvolutionPlans:
 def product(
     topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """The convolution of x (n, in_channels, height, width), contiguous, in the dtype of x."""
+    """The convolution of x (n, in_channels, height, width), in the dtype and the memory format of x."""
     if x.dtype == torch.bfloat16:
         wide = None if bias is None else bias.detach().float()
         return product(topology, values, x.float(), wide, geometry).to(torch.bfloat16)
     use_torch_threads()
     plans, (grid, outputs) = _plans(topology, geometry), _grids(geometry, (x.shape[2], x.shape[3]))
-    y = x.new_empty((len(x), plans.shape[0], *grid.outputs))
+    y = _empty_like(x, (len(x), plans.shape[0], *grid.outputs))
     if plans.is_dense("forward", y):
         dense, images = dense_products(geometry, (x.shape[2], x.shape[3])), in_c_order(x.detach())
         for first, last, kernels in _kernels(values, plans, x):
@@ -140,12 +140,12 @@ def product(
 
 
 def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, geometry: Geometry, size: Pair) -> Tensor:
-    """The gradient by x (n, in_channels, height, width), in the dtype of dy."""
+    """The gradient by x (n, in_channels, height, width), in the dtype and the memory format of dy."""
     if grad.dtype == torch.bfloat16:
         return input_grad(topology, values, grad.float(), geometry, size).to(torch.bfloat16)
     use_torch_threads()
     plans, (grid, outputs) = _plans(topology, geometry), _grids(geometry, size)
-    dx = grad.new_empty((len(grad), geometry.in_channels, *size))
+    dx = _empty_like(grad, (len(grad), geometry.in_channels, *size))
     if not grid.is_onto(size):
         dx.zero_()
     if plans.is_dense("input_grad", grad):
@@ -197,6 +197,13 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, geometry: Geometry
             plans.indices, plans.begin, plans.end, _starts(X, grid), DY, X, n_tokens, flat
         )  # fmt: skip
     return result
+
+
+def _empty_like(images: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Images of another shape, in channels_last if those are so."""
+    last = torch.channels_last
+    is_last = not images.is_contiguous() and images.is_contiguous(memory_format=last)
+    return torch.empty(shape, dtype=images.dtype, memory_format=last if is_last else torch.contiguous_format)
 
 
 def _kernels(values: Tensor, plans: ConvolutionPlans, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
