@@ -14,6 +14,7 @@ from benchmarks import (
     bags,
     calls,
     compiled,
+    data_parallel,
     layouts,
     memory,
     models,
@@ -55,6 +56,11 @@ def parse_arguments() -> argparse.Namespace:
     for name, default in (("width", 1024), ("tokens", 64), ("updates", 20)):
         rewired.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     rewired.add_argument("--sparsity", type=float, default=0.9)
+    parallel = commands.add_parser("data_parallel", help="bytes that replicas send, and what they learn")
+    parallel.add_argument("--ranks", type=positive, nargs="+", default=[2, 4], help="(default: %(default)s)")
+    for name, default in (("steps", 300), ("width", 256), ("tokens", 512), ("every", 30)):
+        parallel.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
+    parallel.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
     add_models(commands)
     add_layouts(commands)
     add_turns(commands)
@@ -172,8 +178,9 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "layouts": layouts.report,
-        "memory": run_memory, "models": models.report, "peers": peers.report, "revisions": revisions.report,
+        "bags": bags.report, "calls": calls.report, "compiled": compiled.report,
+        "data_parallel": data_parallel.report, "layouts": layouts.report, "memory": run_memory,
+        "models": models.report, "peers": peers.report, "revisions": revisions.report,
         "startup": startup.report, "structure": structure.report, "updates": updates.report,
     }  # fmt: skip
     try:

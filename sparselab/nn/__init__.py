@@ -29,7 +29,13 @@ from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedLinear
 from sparselab.nn.layers.starts.brf import brf_
 from sparselab.nn.layers.starts.constant_fan_in import constant_fan_in_
-from sparselab.nn.models.average import AveragedModel, average, copy_topology, soft_update
+from sparselab.nn.models.average import (
+    AveragedModel,
+    average,
+    average_over_ranks,
+    copy_topology,
+    soft_update,
+)
 from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.models.densify import densify
@@ -82,6 +88,7 @@ __all__ = [
     "TransposedLinear",
     "TuneReport",
     "average",
+    "average_over_ranks",
     "brf_",
     "condense",
     "constant_fan_in_",
