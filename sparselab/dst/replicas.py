@@ -168,7 +168,7 @@ def find_ranks(name: str, layers: Sequence[SparseLayer], replicas: Replicas | No
     if told is not None and groups.count(None) == len(groups):
         declare_replicas(layers, told)
         groups = [told] * len(layers)
-    if any(group is not groups[0] for group in groups) or (told or groups[0]) is not groups[0]:
+    if any(group is not groups[0] for group in groups) or (told is not None and told is not groups[0]):
         n_groups = len(set(map(id, groups)) - {id(None)})
         raise RuntimeError(
             f"the layers of a {name} must all be wrapped in DistributedDataParallel of one process group, "

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 #: Seconds that one collective may wait for a process.
-PATIENCE = 60
+PATIENCE = 150
 
 
 def _begin(
@@ -38,7 +38,7 @@ def _begin(
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, folder: Path, *arguments: Any, seconds: float = 180
+    function: Callable[..., Any], world: int, folder: Path, *arguments: Any, seconds: float = 300
 ) -> list[Any]:
     """What ``function(rank, *arguments)`` returns in each of `world` processes of a group of gloo.
 

@@ -203,6 +203,14 @@ def a_gradient_one_does_not_know(rank: int) -> Any:
     return skipped, [report.skipped for report in rows.last_update], nothing
 
 
+def all_are_frozen(rank: int) -> list[str]:
+    """Nothing is rewired, and nothing waits."""
+    model, algorithm = made().requires_grad_(False), SNFS(update_freq=1)
+    algorithm.attach(model, replicas=Replicas(dist.group.WORLD))
+    algorithm.step()
+    return [report.skipped for report in algorithm.last_update]
+
+
 def masks_are_shared(rank: int) -> Any:
     """What is in use is that of the first process, too, and is not sent again."""
     layers = [SparseLinear(20, 31, sparsity=0.8), MaskedLinear(31, 10, sparsity=0.8)]
@@ -263,6 +271,7 @@ WAYS = (
     parts_of_the_model_each,
     not_finite_in_one,
     a_gradient_one_does_not_know,
+    all_are_frozen,
     masks_are_shared,
     copies_go_on,
     hooks_stay,

@@ -297,8 +297,9 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         settings = settings_of(self._config(), self._layers, self.stream)
         common = CommonUpdate(ranks, step, type(self).__name__, settings, layers)
         views = self.views(step)
-        for part in self.parts.values():
-            part.meet([view for view in views if view.layer.stored.requires_grad], ranks)
+        trained = [view for view in views if view.layer.stored.requires_grad]
+        for part in self.parts.values() if trained else ():
+            part.meet(trained, ranks)
         self._rewire_all(views)
         common.finish()
 

@@ -114,6 +114,10 @@ def test_a_gradient_that_one_process_does_not_know(both: list[dict[str, Any]]) -
     assert first[1] == second[1] == ["no gradient in rank 1", "no gradient in rank 0", ""]
 
 
+def test_frozen_layers_are_left_alone(both: list[dict[str, Any]]) -> None:
+    assert [found["all_are_frozen"] for found in both] == [["frozen"] * 2] * 2
+
+
 def test_what_is_in_use_is_shared(both: list[dict[str, Any]]) -> None:
     for found in both:
         in_use, none, nnz, sent = found["masks_are_shared"]
