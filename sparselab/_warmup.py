@@ -21,7 +21,8 @@ def warmup(dtype: torch.dtype = torch.float32, *, training: bool = True) -> floa
     Parameters
     ----------
     dtype : torch.dtype
-        float32, float64, bfloat16 or float16: kernels are compiled for each dtype of the weights.
+        float32, float64, bfloat16 or float16: kernels are compiled for each dtype of the weights. int8: of
+        layers that are frozen in it, in the forward pass.
     training : bool
         Also those of the backward passes and, for float32 and float64, of topology updates as `SET` and
         `RigL` make them; what else some algorithms use is compiled at their first update.
@@ -44,7 +45,12 @@ def warmup(dtype: torch.dtype = torch.float32, *, training: bool = True) -> floa
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        frozen = torch.int8 if dtype is torch.int8 else None
+        dtype = torch.float32 if frozen else dtype
         layer = SparseLinear(*_SHAPE, sparsity=_SPARSITY, dtype=dtype)
+        if frozen:
+            layer.freeze(weights=frozen)
+            training = False
         for tokens in _TOKENS:
             x = torch.zeros(tokens, _SHAPE[0], dtype=dtype, requires_grad=training)
             y = layer(x)

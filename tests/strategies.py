@@ -50,8 +50,9 @@ def build(
 
 @st.composite
 def matrices(
-    draw: st.DrawFn, *, sizes: tuple[int, ...] = SIZES, index_dtypes: tuple[type, ...] = INDEX_DTYPES
-) -> PaddedCSR:
+    draw: st.DrawFn, *, sizes: tuple[int, ...] = SIZES, index_dtypes: tuple[type, ...] = INDEX_DTYPES,
+    spares: tuple[int, ...] = (0, 3),
+) -> PaddedCSR:  # fmt: skip
     """Any pattern, sizes from `sizes`, either value dtype, with or without spare slots."""
     shape = draw(st.sampled_from(sizes)), draw(st.sampled_from(sizes))
     return build(
@@ -60,7 +61,7 @@ def matrices(
         draw(generators()),
         dtype=draw(st.sampled_from(VALUE_DTYPES)),
         index_dtype=draw(st.sampled_from(index_dtypes)),
-        spare=draw(st.sampled_from((0, 3))),
+        spare=draw(st.sampled_from(spares)),
     )
 
 

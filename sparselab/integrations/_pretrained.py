@@ -21,11 +21,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparselab.nn import sparsify
+from sparselab.nn import find_sparse, freeze, sparsify
 from sparselab.nn.follow.hosts import note
 from sparselab.nn.models.rules import Given, layers_of_saved
 from sparselab.nn.models.swap import replace, tied_head
 from sparselab.nn.models.weights import find_dense
+from sparselab.nn.storage.narrow import SCALES
 
 #: What transformers calls the two classes below, which are made for one call of ``from_pretrained``.
 _METHOD = "sparselab"
@@ -84,7 +85,7 @@ class _StandIn(nn.Module):
                 at._modules[part] = _StandIn(getattr(self.dense, part, nn.Module()))
             at = at._modules[part]  # type: ignore[assignment]
         if tensor.is_floating_point():
-            tensor = tensor.to(next(self.dense.parameters()).dtype)
+            tensor = tensor if last == SCALES else tensor.to(next(self.dense.parameters()).dtype)
             at._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:
             at._buffers[last] = tensor
@@ -166,6 +167,10 @@ def _sparse(name: str, stand_in: Any, rules: Mapping[str, Given]) -> nn.Module:
     with torch.random.fork_rng(devices=()):  # what a new layer draws is overwritten
         box = nn.ModuleDict({"layer": stand_in.dense.to_empty(device=device)})
         sparsify(box, {f"layer.{part}".rstrip("."): rule for part, rule in rules.items()})
+    for part, layer in find_sparse(box["layer"]):
+        held = state.get(f"{part}.{layer.storage.parameter}".lstrip("."))
+        if held is not None and held.dtype is torch.int8:
+            freeze(layer, torch.int8)
     try:
         box["layer"].load_state_dict(state)
     except RuntimeError as error:

@@ -11,7 +11,7 @@ Array = NDArray[Any]
 
 VALUE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 #: Arrays without entries, which tell a kernel the dtype of an address; uint16 are the bits of bfloat16.
-NONE_OF = {np.dtype(name): np.empty(0, name) for name in (np.float32, np.float64, np.uint16)}
+NONE_OF = {np.dtype(name): np.empty(0, name) for name in (np.float32, np.float64, np.uint16, np.int8)}
 INDEX_DTYPES = (np.dtype(np.uint16), np.dtype(np.int32), np.dtype(np.int64))
 
 

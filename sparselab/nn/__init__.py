@@ -40,6 +40,7 @@ from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.models.densify import densify
 from sparselab.nn.models.files import load_model, save_model
+from sparselab.nn.models.inference.freeze import freeze
 from sparselab.nn.models.materialize import materialize
 from sparselab.nn.models.memory import MemoryReport, memory_report
 from sparselab.nn.models.plan import SparsifyPlan
@@ -96,6 +97,7 @@ __all__ = [
     "densify",
     "fan_in_uniform_",
     "find_sparse",
+    "freeze",
     "load_model",
     "materialize",
     "measure_sparsity",

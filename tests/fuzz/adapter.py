@@ -230,6 +230,13 @@ def stored(layer: Any) -> Any:
     return layer.stored
 
 
+def can_be_narrow(layer: Any) -> bool:
+    """Whether it is a linear layer that can be frozen in few bits."""
+    kinds = ("SparseLinear", "FanInLinear", "BlockSparseLinear")
+    takes = type(layer).__name__ in kinds and "weights" in inspect.signature(layer.freeze).parameters
+    return takes and stored(layer).dtype.itemsize <= 4
+
+
 def block_of(layer: Any) -> tuple[int, int]:
     """Rows and columns of one connection."""
     return tuple(getattr(owner(layer), "block_shape", (1, 1)))  # type: ignore[return-value]

@@ -178,6 +178,26 @@ def freeze(case: Case, state: State) -> None:
     state.layer.requires_grad_(True)
 
 
+def freeze_narrow(case: Case, state: State) -> None:
+    """Frozen in few bits, a copy computes with the weights that these stand for, and so does its own copy."""
+    layer = state.layer
+    if not adapter.can_be_narrow(layer) or not bool(layer.in_use.isfinite().all()):
+        raise Skipped
+    dtype = case.pick((torch.int8, torch.bfloat16))
+    case.note(f"{state.kind} freeze", str(dtype))
+    frozen = copy.deepcopy(layer)
+    case.valid(lambda: frozen.freeze(weights=dtype))
+    wide = copy.deepcopy(frozen).freeze(weights=torch.float32)
+    x = draw_input(case, wide)
+    twin = LayerTwin(wide)
+    outcome = twin.outcome(wide, x)
+    for each in (frozen, pickle.loads(pickle.dumps(frozen))):
+        twin.expect_output(wide, x, case.valid(lambda each=each: each(x)), outcome)
+    other = copy.deepcopy(wide).freeze(weights=dtype)
+    case.valid(lambda: other.load_state_dict(frozen.state_dict()))
+    twin.expect_output(wide, x, case.valid(lambda: other(x)), outcome)
+
+
 def write_topology(case: Case, state: State) -> None:
     """A topology buffer written over by the user: an error, or a right product of what it says now."""
     buffers = {name: t for name, t in adapter.topology_tensors(state.layer).items() if t.numel()}
@@ -274,8 +294,8 @@ def to_masked(case: Case, state: State) -> None:
 STEPS: list[tuple[Callable[[Case, State], None], float]] = [
     (train, 8), (train_odd, 3), (hostile, 1.5), (sized, 1), (infer, 4), (wrong_input, 2), (rewrite, 5),
     (rewrite_wrong, 2), (backward_after_rewrite, 0.5),
-    (write_weights, 1), (copies, 2), (load_wrong, 2), (freeze, 0.5), (write_topology, 0.5), (forward_mask, 1),
-    (short_saved_tensor, 1), (to_masked, 0.5),
+    (write_weights, 1), (copies, 2), (load_wrong, 2), (freeze, 0.5), (freeze_narrow, 0.5),
+    (write_topology, 0.5), (forward_mask, 1), (short_saved_tensor, 1), (to_masked, 0.5),
 ]  # fmt: skip
 _WEIGHTS = np.array([weight for _, weight in STEPS])
 _WEIGHTS /= _WEIGHTS.sum()

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from sparselab import SparseLinear, SparseMultiheadAttention, densify, sparsify
+from sparselab import SparseLinear, SparseMultiheadAttention, densify, freeze, sparsify
 from sparselab.nn import find_sparse
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -123,6 +123,23 @@ def test_every_kind_of_layer(tmp_path, kind):
         assert layers[name].stored.requires_grad
     again(tokens())[0].square().sum().backward()
     assert all(layer.stored.grad is not None for name, layer in layers.items() if "pooler" not in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "masked"])
+def test_layers_frozen_in_int8(tmp_path, kind, dtype):
+    model = freeze(bert({"*": {"layer": kind, **KINDS[kind]}}), torch.int8)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, dtype=dtype)
+    layers = dict(find_sparse(again))
+    for name, layer in find_sparse(model):
+        # Neither is cast to the dtype of the model.
+        assert torch.equal(layers[name].weight_values, layer.weight_values)
+        assert torch.equal(layers[name].weight_scales, layer.weight_scales)
+    if dtype is torch.float32:
+        assert same(model, again)
+        assert torch.equal(logits(model), logits(again))
+    assert logits(again).dtype is dtype
 
 
 def test_reading_draws_nothing(tmp_path):

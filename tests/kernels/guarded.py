@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
+from sparselab.kernels.arrays import address
+from sparselab.kernels.cpu import narrow as weights_to_numbers
 from sparselab.kernels.cpu.amx import gradient as unit_gradient
 from sparselab.kernels.cpu.amx import product as unit_product
 from sparselab.kernels.cpu.amx.gradient import sample_blocks
@@ -32,10 +34,12 @@ from sparselab.kernels.cpu.csr import spmm as row_spmm
 from sparselab.kernels.cpu.csr import spmm_t as row_spmm_t
 from sparselab.kernels.cpu.csr.lookup import add_up, look_up
 from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
+from sparselab.kernels.cpu.csr.skinny import matrix
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
 from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
 from tests.guards import guarded, room
+from tests.kernels import narrow
 
 Array = np.ndarray[Any, Any]
 
@@ -67,10 +71,9 @@ def guard_scratch(front: bool) -> None:
 
     rows, blocks = (row_spmm, row_sddmm_dw, row_skinny), (block_spmm, block_sddmm_dw, block_skinny)
     direct = block_direct, block_direct_dw
-    for module in (*rows, *blocks, *direct, unit_product, unit_gradient):
+    for module in (*rows, *blocks, *direct, unit_product, unit_gradient, weights_to_numbers):
         module.scratch = scratch  # type: ignore[attr-defined]
-    for turning in (row_spmm_t, block_direct):
-        turning.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
+    row_spmm_t.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
 
 
 def run(drawn: SparseMatrix, topologies: list[Topology], tokens: int, order: str, front: bool) -> None:
@@ -156,6 +159,38 @@ def run_cast(shape: tuple[int, int], tokens: int, order: str, front: bool) -> No
         np.testing.assert_array_equal(out, right)
 
 
+def run_narrow(shape: tuple[int, int], tokens: int, dtype: str, order: str, front: bool) -> None:
+    """Few tokens with weights in bfloat16 and int8, and these made float32."""
+    rng = np.random.default_rng(0)
+    X = np.asarray(rng.standard_normal((shape[1], tokens)), np.float32, order=order)  # type: ignore[call-overload]
+    bias = np.ones(shape[0], np.float32)
+    for block in ((1, 1), *BLOCKS):
+        blocks = BlockCSR.random(shape, 0.5, block, 0)
+        rows, end = blocks.topology.blocks.rows, blocks.indptr[1:]
+        stored = narrow.draw(rng, dtype, blocks.values.size, shape[0])
+
+        def few(
+            s: Any, x: Array, b: Array, i: Array, p: Array, q: Array, y: Array, block: Any = block
+        ) -> None:
+            operands = address(b), narrow.FLOAT32, matrix(x), matrix(y), 2
+            if block != (1, 1):
+                block_skinny.multiply_skinny_blocks(s.weights, i, p, block, *operands)
+            elif tokens <= row_skinny.MOST_TOKENS:
+                row_skinny.multiply_skinny(s.weights, i, p[:-1], q, *operands)
+
+        def all_of(
+            s: Any, x: Array, b: Array, i: Array, p: Array, q: Array, y: Array, block: Any = block
+        ) -> None:
+            weights_to_numbers.expand(s.weights, p[:-1], q, block, shape[0], 2, y)
+
+        for product, size in ((few, (shape[0], tokens)), (all_of, blocks.values.size)):
+            right, out = np.zeros(size, np.float32), guarded(np.zeros(size, np.float32), front=front)
+            operands = stored, X, bias, rows.indices, rows.indptr, end
+            product(*operands, right)
+            product(*(guard_plan(each, front) for each in operands), out)
+            np.testing.assert_array_equal(out, right)
+
+
 def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, int], front: bool) -> None:
     """Products of dense blocks in bfloat16."""
     rng = np.random.default_rng(0)
@@ -200,6 +235,9 @@ def main(side: str, overrun: bool) -> None:
         run(blocks, [blocks.topology, blocks.topology.blocks], tokens, order, front)
     for shape, tokens, order in itertools.product(SIZES, (1, 9, 33, 65, 193), "CF"):
         run_cast(shape, tokens, order, front)
+    for shape, tokens, dtype, order in itertools.product(SIZES, TOKENS, narrow.NARROW, "CF"):
+        if tokens <= block_skinny.MOST_BLOCK_TOKENS:
+            run_narrow(shape, tokens, dtype, order, front)
     for shape, tokens, block in itertools.product(SIZES, TOKENS, ((16, 16), (32, 32), (16, 48))):
         if has_matrix_unit():
             run_by_matrix_unit(shape, tokens, block, front)

@@ -22,6 +22,7 @@ class UniTuple(Type):
 boolean: Type
 int64: Type
 float32: Type
+int8: Type
 uint16: Type
 float64: Type
 intp: Type

@@ -37,3 +37,17 @@ def first_not_below(ascending, bound):  # type: ignore[no-untyped-def]
         else:
             high = middle
     return low
+
+
+@jit
+def rows_of_worker(worker, n_workers, begin, end):  # type: ignore[no-untyped-def]
+    """Rows of one worker; workers have equally many connections, not rows."""
+    n_rows = len(begin)
+    if n_rows == 0:
+        return 0, 0
+    low, span = begin[0], end[n_rows - 1] - begin[0]
+    first = first_not_below(begin, low + span * worker // n_workers) if worker > 0 else 0
+    last = (
+        first_not_below(begin, low + span * (worker + 1) // n_workers) if worker + 1 < n_workers else n_rows
+    )
+    return first, last

@@ -211,11 +211,7 @@ class SparseLayer(nn.Module):
     @property
     def in_use(self) -> Tensor:
         """The weights, with 0 for what `forward_mask` leaves out; their gradient reaches all of them."""
-        values: Tensor = getattr(self, self.storage.parameter)
-        mask = self._buffers["forward_mask"]
-        if mask is None:
-            return values
-        return without_unused(values, mask)
+        return used_weights(self)
 
     def _fit_forward_mask(self, saved: Tensor | None) -> None:
         """Make room for a saved mask, or forget the mask if none was saved."""
@@ -359,6 +355,13 @@ class SparseLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A hook belongs to the algorithm that set it, and plans to the tensors: a copy has neither.
         return {**self.__dict__, "storage": copy.copy(self.storage)}
+
+
+def used_weights(layer: SparseLayer) -> Tensor:
+    """`SparseLayer.in_use`, of weights that are a Parameter or computed."""
+    values: Tensor = getattr(layer, layer.storage.parameter)
+    mask = layer._buffers["forward_mask"]
+    return values if mask is None else without_unused(values, mask)
 
 
 def weight_of(layer: Any) -> Tensor:

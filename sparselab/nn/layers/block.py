@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -223,7 +224,8 @@ class BlockSparseLinear(LinearLayer):
 
     def _matrix(self) -> PaddedCSR:
         topology, slots = self.storage.entries(self)
-        return PaddedCSR.of(topology, self._blocks().values.reshape(-1)[slots])
+        # An index of one entry would be a number to NumPy as long as it is a tensor.
+        return PaddedCSR.of(topology, self._blocks().values.reshape(-1)[np.asarray(slots)])
 
     def reset_parameters(self) -> None:
         """Draw as many blocks anew, at random, and new weights and biases.

@@ -22,6 +22,7 @@ from sparselab.nn.storage.base import draw_seed
 from sparselab.nn.storage.checks import check_dtype, warn_if_none
 from sparselab.nn.storage.compressed import Compressed
 from sparselab.nn.storage.entries import largest_positions
+from sparselab.nn.storage.narrow import check_state, find_narrow
 from sparselab.nn.weight.view import SparseWeight, is_weight_of, weight_view
 from sparselab.nn.weight.writing import refuse_to_write
 
@@ -101,6 +102,11 @@ class CompressedLayer(SparseLayer):
             refuse_to_write(self.weight, "layer.weight = ...")
         super().register_parameter(name, param)
 
+    def __dir__(self) -> list[str]:
+        # torch.jit asks for all of these; there is no Parameter if the weights are frozen or computed.
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return names if self.storage.parameter in self._parameters else [n for n in names if n != "stored"]
+
     def topology(self) -> TensorTopology:
         """The topology that the layer has now, with its plans."""
         return self.storage.topology(self)
@@ -151,12 +157,15 @@ class CompressedLayer(SparseLayer):
         new: Any = self.dense_type(**settings, bias=self.bias is not None, device="meta", dtype=values.dtype)
         new.weight = nn.Parameter(self.weight.detach().to_dense(), values.requires_grad)
         if self.bias is not None:
-            new.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+            bias = self.bias.detach().to(values.dtype, copy=True)
+            new.bias = nn.Parameter(bias, self.bias.requires_grad)
         return new.train(self.training)
 
     def reset_parameters(self) -> None:
         """Draw a new random topology of the same count, and new weights and biases."""
         storage = self.storage
+        if find_narrow(self) is not None:
+            storage.held(self)  # says that it is frozen
         with connections_replaced(self):
             storage.set_positions(self, storage.draw(self, np.random.default_rng(draw_seed())))
         self.forward_mask = None
@@ -166,25 +175,52 @@ class CompressedLayer(SparseLayer):
     def _connect(self, positions: Tensor, weights: Tensor | None) -> None:
         self.storage.connect(self, positions, weights)
 
-    def freeze(self: Layer) -> Layer:
+    def freeze(self: Layer, weights: torch.dtype | None = None) -> Layer:
         """Let go of what only training needs, in place, and return the layer itself.
 
         That is: ``requires_grad`` of `weight_values` and `bias`, their gradients, the `gradient_hook` of an
         algorithm (which must take no more steps), and the plans of the backward passes. The plan of the
         forward pass stays. A gradient by x can still be had; its plan is then made anew, and kept.
 
+        Parameters
+        ----------
+        weights : torch.bfloat16, torch.int8 or torch.float32, optional
+            Hold the weights of a linear layer in these few bits, rounded to nearest, and in no others: in
+            int8 with a float32 scale for each output, ``weight_scales``. `weight_values` is a buffer then,
+            which is neither trained nor cast (by ``half()``, say). Inputs of float32, bfloat16 and float16
+            are taken, outputs have their dtype, sums are float32. `weight` and `to_dense` give the rounded
+            weights in float32; a state loads into layers that are frozen so, too. float32 makes a Parameter
+            of them again. Weights that a `forward_mask` leaves out become 0. By default they stay as they
+            are.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If weights is another dtype, the layer is no linear one, is of float64, or computes its weights,
+            or they are infinite or NaN. Nothing has been changed then.
+
         Examples
         --------
         >>> from sparselab import SparseLinear
         >>> SparseLinear(64, 32).freeze().weight_values.requires_grad
         False
+        >>> SparseLinear(64, 32).freeze(weights=torch.int8)
+        SparseLinear(in_features=64, out_features=32, bias=True, sparsity=0.8999, nnz=205, weights=int8)
         """
+        if weights is not None:
+            self._set_weights(weights)
         self.requires_grad_(False)
         self.zero_grad(set_to_none=True)
         self.gradient_hook = None
         if not self.indices.is_meta:
             self.topology().keep_forward()
         return self
+
+    def _set_weights(self, dtype: torch.dtype) -> None:
+        raise TypeError(
+            f"weights of a {type(self).__name__} must stay as they are, got {dtype}; SparseLinear, "
+            "FanInLinear and BlockSparseLinear can be frozen in torch.bfloat16 or torch.int8"
+        )
 
     def forget_origin(self) -> None:
         """Let the layer be no copy of another one any more, nor another one a copy of it.
@@ -238,8 +274,9 @@ class CompressedLayer(SparseLayer):
         """Load into whatever topology this layer has now: the saved one is checked and replaces it."""
         storage = self.storage
         saved = {name: state_dict.get(prefix + name) for name in storage.saved}
-        computed = storage.parameter not in self._parameters
+        computed = storage.parameter not in self._parameters and find_narrow(self) is None
         try:
+            check_state(self, state_dict, prefix)
             if computed and saved["indices"] is not None:  # what they are computed from is loaded elsewhere
                 saved[storage.parameter] = getattr(self, storage.parameter).detach()
                 if saved["indices"].shape != self.indices.shape:

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.kernels.arrays import n_connections
-from sparselab.nn.layers.base import Layer
+from sparselab.nn.layers.base import Layer, used_weights
 from sparselab.nn.layers.compressed import CompressedLayer
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.ops.casting import cast_linear, casting_topology
 from sparselab.nn.ops.checks import in_float32
+from sparselab.nn.ops.contract import Narrow
 from sparselab.nn.ops.cpu.variants import Variant
 from sparselab.nn.ops.inputs.tokens import by_matrix
 from sparselab.nn.ops.linear import linear
+from sparselab.nn.ops.narrow.linear import narrow_linear
 from sparselab.nn.ops.tools.nodes import is_node, node_of
 from sparselab.nn.ops.topologies import TensorTopology
 from sparselab.nn.storage.checks import (
@@ -27,11 +29,23 @@ from sparselab.nn.storage.checks import (
     under_autocast,
 )
 from sparselab.nn.storage.compressed import Compressed
+from sparselab.nn.storage.narrow import (
+    SCALES,
+    as_integers,
+    find_narrow,
+    hold,
+    made_weights,
+    narrow_word,
+    weights_of,
+)
+from sparselab.nn.storage.narrow import check_tokens as check_narrow_tokens
 from sparselab.nn.storage.patterns import Pattern, read_edges, read_pattern
 
 
 class LinearLayer(CompressedLayer):
     """What linear layers have in common, whatever their connections are."""
+
+    tensor_names = (*CompressedLayer.tensor_names, SCALES)
 
     def forward(self, input: Tensor) -> Tensor:
         """``x W^T + b``.
@@ -39,8 +53,9 @@ class LinearLayer(CompressedLayer):
         Parameters
         ----------
         input : (..., in_features), the dtype of `weight_values`
-            Under CPU autocast any floating dtype; the product is then computed in the dtype of
-            `weight_values`, and returned in that of autocast, unless it is float64. Also a sparse vector or
+            Of a layer that is frozen in bfloat16 or int8: float32, bfloat16 or float16. Under CPU autocast
+            any floating dtype; the product is then computed in the dtype of `weight_values`, and returned in
+            that of autocast, unless it is float64. Also a sparse vector or
             matrix (COO, CSR, ...), which gets no gradient: its stored entries alone are multiplied where that
             is faster, else 8 MiB of its rows are made dense at a time. Or a jagged nested tensor.
 
@@ -59,11 +74,14 @@ class LinearLayer(CompressedLayer):
         if is_node(input):
             return node_of(self, input)  # type: ignore[no-any-return]
         if torch.is_autocast_enabled("cpu"):
-            return self._under_autocast(input)
+            narrow = find_narrow(self)
+            return self._under_autocast(input) if narrow is None else self._multiply_narrow(input, narrow)
         # Where they are, unless something computes them: torch's own look-up takes a microsecond each.
         parameters: Any = self._parameters
         values = parameters.get("weight_values")
         if values is None or self._buffers["forward_mask"] is not None:
+            if (narrow := find_narrow(self)) is not None:
+                return self._multiply_narrow(input, narrow)
             values = self.in_use
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         return self._multiply(input, values, bias)
@@ -74,6 +92,38 @@ class LinearLayer(CompressedLayer):
         if x.ndim == 2:
             return linear(x, values, bias, self)
         return by_matrix(x, lambda tokens: linear(tokens, values, bias, self))
+
+    def _multiply_narrow(self, input: Tensor, narrow: Narrow) -> Tensor:
+        """``x W^T + b`` with narrow weights, in the dtype of x or of autocast."""
+        if not torch.is_autocast_enabled("cpu"):
+            x = check_narrow_tokens(input, narrow, self.in_features)
+            return self._narrow_product(x, narrow, x.dtype)
+        out = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            x = input.float() if isinstance(input, Tensor) and input.dtype is torch.float64 else input
+            return self._narrow_product(check_narrow_tokens(x, narrow, self.in_features), narrow, out)
+
+    def _narrow_product(self, x: Tensor, narrow: Narrow, out: torch.dtype) -> Tensor:
+        parameters: Any = self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        if x.ndim == 2:
+            return narrow_linear(x, narrow, bias, self, out)
+        return by_matrix(x, lambda tokens: narrow_linear(tokens, narrow, bias, self, out))
+
+    @property
+    def in_use(self) -> Tensor:
+        """The weights, as of `SparseLayer`; of a layer that is frozen in few bits what they stand for."""
+        narrow = find_narrow(self)
+        return used_weights(self) if narrow is None else weights_of(self, narrow)
+
+    def _set_weights(self, dtype: torch.dtype) -> None:
+        hold(self, dtype, made_weights(self, dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if find_narrow(self) is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with as_integers(self):
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _under_autocast(self, input: Tensor) -> Tensor:
         values, bias = self.in_use, self.bias
@@ -90,6 +140,10 @@ class LinearLayer(CompressedLayer):
         """Every way to compute the output for x (tokens, in_features), by the name of its variant."""
         # One of its own: what only one of the ways needs is not kept.
         topology = TensorTopology(*self.topology_arguments())
+        narrow = find_narrow(self)
+        if narrow is not None and hasattr(topology.products, "narrow_ways"):
+            bias = None if self.bias is None else self.bias.detach().float()
+            return topology.products.narrow_ways(topology, narrow, x, bias)  # type: ignore[no-any-return]
         operands = self.in_use.detach(), x, self.bias
         values, x, bias = in_float32(*operands) or operands
         return topology.products.ways(topology, values, x, bias)  # type: ignore[no-any-return]
@@ -111,6 +165,10 @@ class LinearLayer(CompressedLayer):
         """
         topology = self.topology()
         return topology.products.variant(topology, operation, n_tokens)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        dtype = narrow_word(self)
+        return super().extra_repr() + ("" if dtype is None else f", weights={dtype}")
 
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` with the same outputs, mode and trainability."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.nn.layers.base import SparseLayer, find_sparse
+from sparselab.nn.storage.narrow import find_narrow
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ def memory_report(
     Returns
     -------
     MemoryReport
-        ``parameters_live`` and ``parameters_dense``: trainable numbers that exist, and those of the same
-        model with dense layers. ``weight_bytes``: parameters and buffers (which hold the topology);
-        ``dense_weight_bytes``: the same for dense layers. ``gradient_bytes``, ``plan_bytes`` and
-        ``optimizer_bytes``: what exists at the time of the call, so call it after a training step.
+        ``parameters_live`` and ``parameters_dense``: trainable numbers that exist, or were that before
+        layers were frozen, and those of the same model with dense layers. ``weight_bytes``: parameters and
+        buffers (which hold the topology, and frozen weights); ``dense_weight_bytes``: the same for dense
+        layers. ``gradient_bytes``, ``plan_bytes`` and ``optimizer_bytes``: what exists at the time of the
+        call, so call it after a training step.
 
     Notes
     -----
@@ -70,10 +72,12 @@ def memory_report(
     parameters = list(model.parameters())
     weights = _bytes([*parameters, *model.buffers()])
     sparse = [layer for _, layer in find_sparse(model)]
-    extra_positions = sum(math.prod(layer.shape) - layer.in_use.numel() for layer in sparse)
-    dense_bytes = sum(math.prod(layer.shape) * layer.in_use.itemsize for layer in sparse)
+    numbers = [(math.prod(layer.shape), *_numbers(layer)) for layer in sparse]
+    extra_positions = sum(size - count for size, count, _ in numbers)
+    dense_bytes = sum(size * itemsize for size, _, itemsize in numbers)
     own_bytes = _bytes([tensor for layer in sparse for tensor in _weight_tensors(layer)])
-    live = sum(parameter.numel() for parameter in parameters)
+    narrow = [held.values for layer in sparse if (held := find_narrow(layer)) is not None]
+    live = sum(each.numel() for each in (*parameters, *narrow))
     return MemoryReport(
         parameters_live=live,
         parameters_dense=live + extra_positions,
@@ -83,6 +87,15 @@ def memory_report(
         plan_bytes=sum(layer.plan_bytes() for layer in sparse),
         optimizer_bytes=_bytes([tensor for each in optimizers for tensor in _tensors(each.state)]),
     )
+
+
+def _numbers(layer: SparseLayer) -> tuple[int, int]:
+    """How many weights a layer holds, and the bytes that a dense layer has for each."""
+    narrow = find_narrow(layer)
+    if narrow is not None:  # of which a dense layer is made in float32
+        return narrow.values.numel(), torch.float32.itemsize
+    held = layer.in_use
+    return held.numel(), held.itemsize
 
 
 def _weight_tensors(layer: SparseLayer) -> Iterator[Tensor]:

@@ -148,7 +148,7 @@ def _kind(name: str, layer: LinearLayer) -> tuple[Any, ...]:
 def _measure(layer: LinearLayer, n_tokens: int) -> dict[str, float]:
     """Median microseconds of each variant, timed in turns."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(n_tokens, layer.in_features, generator=random).to(layer.weight_values.dtype)
+    x = torch.randn(n_tokens, layer.in_features, generator=random).to(layer.weight.dtype)
     runs = layer.ways(x)
     for run in runs.values():
         run()  # compiles, and makes the plan

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sparselab.kernels.layouts.topology import Topology
+from sparselab.nn.ops.cpu.memory import in_order
 from sparselab.nn.ops.cpu.variants import Measured, Variant
 from sparselab.nn.ops.inputs.sparse import TokenRows
 
@@ -55,6 +56,45 @@ class LinearProducts(Protocol):
 
     def keep_forward(self, topology: OnTensors) -> None:
         """Let go of what only backward passes need; it is made anew if it is needed."""
+
+
+class Narrow(NamedTuple):
+    """The weights of a frozen layer in bfloat16, or in int8 with a scale for each output.
+
+    Attributes
+    ----------
+    values : (connections, block_out, block_in)
+        A weight of output i is ``scales[i] * values``, or the value itself without scales.
+    scales : float32 (out_features,), or None
+        Of int8; 0 for an output that has no weight but 0.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+
+    def in_order(self) -> Narrow:
+        """The same, copied where entries do not lie in C order."""
+        if self.values.is_contiguous() and (self.scales is None or self.scales.is_contiguous()):
+            return self
+        return Narrow(in_order(self.values), None if self.scales is None else in_order(self.scales))
+
+
+class NarrowProducts(Protocol):
+    """The forward product with narrow weights; operands have been checked, and sums are float32."""
+
+    def narrow_product(
+        self, topology: OnTensors, narrow: Narrow, x: Tensor, bias: Tensor | None, variant: str | None,
+        out: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """``x W^T + b`` of tokens in float32 or bfloat16, returned in either; the bias is float32."""
+
+    def widen(self, topology: OnTensors, narrow: Narrow) -> Tensor:
+        """The weights in float32, a new tensor."""
+
+    def narrow_ways(
+        self, topology: OnTensors, narrow: Narrow, x: Tensor, bias: Tensor | None
+    ) -> dict[str, Callable[[], Tensor]]:
+        """Every way to compute `narrow_product`, by the name of its variant."""
 
 
 class ConvolutionProducts(Protocol):

@@ -135,6 +135,13 @@ class Storage(abc.ABC):
             If the layer computes its weights (as under a parametrization) and has none of that name.
         """
         parameter = layer._parameters.get(self.parameter)
+        if parameter is None and self.parameter in layer._buffers:
+            dtype = str(layer._buffers[self.parameter].dtype).removeprefix("torch.")
+            raise TypeError(
+                f"{self.parameter} must be a Parameter of the layer, got weights that are frozen in {dtype}, "
+                "which are neither trained nor written to; layer.freeze(weights=torch.float32) makes a "
+                "Parameter of them again"
+            )
         if parameter is None:
             raise TypeError(
                 f"{self.parameter} must be a Parameter of the layer, got one that is computed; remove its "

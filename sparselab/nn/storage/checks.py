@@ -125,7 +125,8 @@ def check_rows(
     if indices.dtype not in (torch.uint16, torch.int32, torch.int64) or indices.ndim != 1:
         raise TypeError(f"indices must be uint16, int32 or int64 of one dimension, got {_kind(indices)}")
     expected = len(indices), *block_shape
-    if not values.is_floating_point() or values.shape != expected:
+    is_number = values.is_floating_point() or values.dtype is torch.int8  # of a layer that is frozen so
+    if not is_number or values.shape != expected:
         raise TypeError(f"weight_values must be floating point of shape {expected}, got {_kind(values)}")
     begin = indptr.numpy()
     if begin[0] != 0:

@@ -22,6 +22,7 @@ from sparselab.nn.storage.base import Storage, as_positions
 from sparselab.nn.storage.checks import check_rows
 from sparselab.nn.storage.entries import move_slots, repeated
 from sparselab.nn.storage.init import fan_in_uniform_
+from sparselab.nn.storage.narrow import find_narrow, make_room
 
 let_sizes_change(("weight_values", "indices", "forward_mask"))
 
@@ -164,8 +165,8 @@ class Compressed(Storage):
     @torch.no_grad()
     def connect(self, layer: Any, positions: Tensor, weights: Tensor | None) -> None:
         """Replace the topology and the weights, by default with fresh ones."""
-        self.set_positions(layer, positions.cpu().numpy())
         held = self.held(layer)
+        self.set_positions(layer, positions.cpu().numpy())
         layer.forward_mask = held.grad = None
         if weights is None:
             self.draw_weights(layer)
@@ -198,15 +199,18 @@ class Compressed(Storage):
         """Make room for so many connections; what Parameter, gradient and columns held is lost."""
         if nnz == layer.indices.shape[0]:
             return
-        held = self.held(layer)
+        held = self.held(layer) if find_narrow(layer) is None else None
         with torch.inference_mode(False):
-            values = held.data.new_empty((nnz, *self.block_shape))
-            other = torch.float64 if values.dtype == torch.float32 else torch.float32
-            held.grad = None
-            # A graph that is still alive (the user holds a loss) holds the node that accumulates this
-            # parameter's gradient, and the node remembers the shape. Torch replaces it for another dtype.
-            held.data = values.new_empty(0, dtype=other)
-            held.data = values
+            if held is None:
+                make_room(layer, nnz)
+            else:
+                values = held.data.new_empty((nnz, *self.block_shape))
+                other = torch.float64 if values.dtype == torch.float32 else torch.float32
+                held.grad = None
+                # A graph that is still alive (the user holds a loss) holds the node that accumulates this
+                # parameter's gradient, and the node remembers the shape. Torch replaces it for another dtype.
+                held.data = values.new_empty(0, dtype=other)
+                held.data = values
             # Both anew, so that a state which was taken before stays what it was; their graphs are told.
             layer.indptr.add_(0)
             layer.indices = layer.indices.new_empty(nnz)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from sparselab.nn.storage.narrow import find_narrow
 from sparselab.nn.weight.writing import Writable, refuse_to_write
 
 
@@ -39,7 +40,10 @@ class Described(Writable):
     @property
     def _held(self) -> Tensor:
         """What dtype, device and requires_grad are those of, without computing anything if possible."""
-        held = self.layer._parameters.get(self.layer.storage.parameter) if self._copied is None else None
+        layer = self.layer
+        held = layer._parameters.get(layer.storage.parameter) if self._copied is None else None
+        if held is None and self._copied is None and (narrow := find_narrow(layer)) is not None:
+            return narrow.values.new_empty(0, dtype=torch.float32)
         return self.values() if held is None else held
 
     @property
@@ -107,7 +111,7 @@ class Described(Writable):
         if self._detached or self._copied is not None:
             if requires_grad != self.requires_grad:
                 raise TypeError("requires_grad must be set on layer.weight itself, got a weight made of it")
-        else:
+        elif requires_grad != self.requires_grad:
             self.layer.stored.requires_grad_(requires_grad)
         return self
 

@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+#: Dtypes of weights that are narrower than the numbers they stand for.
+NARROW = "uint16", "int8"
+
 
 def kernels() -> dict[str, Any]:
     """The compiled functions with the loops that matter, by name."""
@@ -25,6 +28,7 @@ def kernels() -> dict[str, Any]:
     from sparselab.kernels.cpu.bsr import spmm as _block_spmm
     from sparselab.kernels.cpu.conv import shifted as _shifted
     from sparselab.kernels.cpu.csr import sddmm_dw as _sddmm_dw
+    from sparselab.kernels.cpu.csr import skinny as _skinny
     from sparselab.kernels.cpu.csr import spmm as _spmm
 
     return {
@@ -32,6 +36,7 @@ def kernels() -> dict[str, Any]:
         "sddmm_dw": _sddmm_dw._sample_rectangles,
         "multiply_shifted": _shifted._multiply_windows,
         "sample_shifted": _shifted._sample_windows,
+        "skinny": _skinny._multiply_skinny,
         "block skinny": _block_skinny._multiply_skinny_blocks,
         "block gather": _block_spmm._gather_tiles,
         "block scatter": _block_spmm._scatter_tiles,
@@ -42,8 +47,12 @@ def kernels() -> dict[str, Any]:
 
 
 def run_kernels(dtype: str) -> None:
-    """Call each of the `kernels`."""
+    """Call each of the `kernels`; those for few tokens alone if weights are narrow."""
     import numpy as np
+
+    if dtype in NARROW:
+        run_narrow(dtype)
+        return
 
     from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
     from sparselab.kernels.cpu.bsr import direct as _direct
@@ -64,6 +73,7 @@ def run_kernels(dtype: str) -> None:
     _shifted.sample_shifted(
         W.indices, begin, W.indptr[1:], starts, sums, planes, n_tokens, np.zeros(W.nnz, dtype)
     )
+    spmm(W, X[:, :1])
     blocks = BlockCSR.random((16, 300), 0.5, (4, 1), 0, dtype=dtype)
     Y = spmm(blocks, X)
     spmm(blocks, X[:, :1])
@@ -76,18 +86,39 @@ def run_kernels(dtype: str) -> None:
     _direct_gradient.sample_direct(plan, batch, batch, values.copy())
 
 
+def run_narrow(dtype: str) -> None:
+    """Call the kernels for few tokens with weights of few bits."""
+    import numpy as np
+
+    from sparselab.kernels import BlockCSR, PaddedCSR
+    from sparselab.kernels.arrays import address
+    from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
+    from sparselab.kernels.cpu.csr.skinny import matrix, multiply_skinny
+    from tests.kernels.narrow import FLOAT32, draw
+
+    W, blocks = PaddedCSR.random((16, 300), 0.8, 0), BlockCSR.random((16, 300), 0.5, (4, 1), 0)
+    X, Y, bias = np.ones((300, 3), np.float32), np.empty((16, 3), np.float32), np.zeros(16, np.float32)
+    operands = address(bias), FLOAT32, matrix(X), matrix(Y), 1
+    few, several = (draw(np.random.default_rng(0), dtype, each.values.size, 16) for each in (W, blocks))
+    rows, grid = W.topology.rows, blocks.topology.blocks.rows
+    multiply_skinny(few.weights, rows.indices, rows.indptr[:-1], rows.indptr[1:], *operands)
+    multiply_skinny_blocks(several.weights, grid.indices, grid.indptr, blocks.block_shape, *operands)
+
+
 def record(file: str) -> None:
     """Write the types that each kernel is called with."""
     import numba
 
     numba.set_num_threads(1)
     found: dict[tuple[str, str], Any] = {}
-    for dtype in ("float32", "float64"):
+    for dtype in ("float32", "float64", *NARROW):
         before = {name: set(kernel.nopython_signatures) for name, kernel in kernels().items()}
         run_kernels(dtype)
         for name, kernel in kernels().items():
-            (signature,) = set(kernel.nopython_signatures) - before[name]
-            found[name, dtype] = signature.args
+            new = set(kernel.nopython_signatures) - before[name]
+            if new or dtype not in NARROW:
+                (signature,) = new
+                found[name, dtype] = signature.args
     Path(file).write_bytes(pickle.dumps(found))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.cpu.assembly import Loop, innermost_loops
+from tests.kernels.cpu.lower import NARROW
 from tests.kernels.process import run_python
 from tests.shared import once, usual
 
@@ -37,6 +38,13 @@ N_LOOPS = {
     "block direct": 1, "block direct gradient": 2,
 }  # fmt: skip
 KERNELS = (*N_LOOPS, "block skinny")
+
+
+#: What makes four numbers of four weights, by the dtype of the weights.
+CONVERSION = {
+    "int8": r"\b(vcvtdq2ps\s.*%xmm\d+$|scvtf(\.4s\s|\s+v\d+\.4s,))",
+    "uint16": r"\b(vpslld\s.*%xmm\d+$|shll(\.4s\s|\s+v\d+\.4s,))",
+}
 
 
 class Listings:
@@ -115,6 +123,40 @@ def test_few_tokens_of_blocks_are_multiplied_in_vectors(
         assert loop.count(ANY_FMA) == loop.count(ANY_VECTOR_FMA) >= 1
         assert not loop.count(r"^\s+(call|bl)")
         assert not loop.spills
+
+
+@pytest.mark.parametrize("dtype", [usual(dtype == "int8", dtype) for dtype in NARROW])
+@pytest.mark.parametrize(
+    ("width", "target"),
+    [
+        (16, NEOVERSE),
+        usual(False, 16, APPLE),
+        usual(False, 32, HASWELL),
+        (64, SKYLAKE),
+        usual(False, 64, ZEN4),
+    ],
+)
+def test_few_tokens_of_narrow_weights_are_converted_in_vectors(
+    listings: Listings, width: int, target: str, dtype: str
+) -> None:
+    names = "skinny", "block skinny"
+    for kernel in names:
+        loops = listings.loops(width, kernel, dtype, target, kernels=names)
+        # Not those over rows, which multiply by a scale.
+        inner = [loop for loop in loops if loop.count(ANY_VECTOR_FMA)]
+        assert inner
+        for loop in inner:
+            assert not loop.count(r"^\s+(call|bl)")
+            assert not loop.spills
+    # Four connections are converted by one operation, for two sizes of vectors of tokens.
+    four = [
+        loop
+        for loop in listings.loops(width, "skinny", dtype, target, kernels=names)
+        if loop.count(CONVERSION[dtype]) == 1 and loop.count(ANY_FMA) in (4, 8, 16)
+    ]
+    assert len(four) >= 2
+    for loop in four:
+        assert loop.count(ANY_FMA) == loop.count(ANY_VECTOR_FMA)
 
 
 @pytest.mark.parametrize("target", [NEOVERSE, APPLE, HASWELL], ids=["neoverse-n1", "apple-m1", "haswell"])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselab import MaskedLinear, SparseLinear
+from sparselab import BlockSparseLinear, MaskedLinear, SparseLinear
 from sparselab.kernels import PaddedCSR
 from tests.kernels.process import run_python
 from tests.strategies import matrices
@@ -42,6 +42,11 @@ def test_exports_and_round_trips(matrix: PaddedCSR, layer: type[SparseLinear], z
         again = layer.from_pattern(pattern, bias=False, dtype=torch.float64)
         assert torch.equal(again.positions(), source.positions())
         assert torch.equal(again.stored, source.stored)
+
+
+def test_a_layer_of_one_weight_that_is_a_block() -> None:
+    layer = BlockSparseLinear(1, 1, bias=False, sparsity=0.0, block_shape=(2, 2))
+    assert layer.to_scipy().toarray().tolist() == layer.to_dense().weight.tolist()
 
 
 @pytest.mark.parametrize("columns", [65_536, 65_537, 200_000])

@@ -20,7 +20,7 @@ from sparselab.kernels.cpu.bsr.plan import BlockPlan
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
-from sparselab.kernels.cpu.runtime.memory import scratch, scratch_of_values
+from sparselab.kernels.cpu.runtime.memory import aligned_empty, scratch
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.transpose import transpose8
@@ -196,7 +196,7 @@ def multiply_direct(values: Array, plan: BlockPlan, X: Array, Y: Array, bias: Ar
     workers = worker_count(work)
     weights = values
     if not plan.transposed and plan.width > 1:
-        weights = scratch_of_values(len(values), values.dtype)[: len(values)]
+        weights = aligned_empty(len(values), values.dtype)
         launch(_turn_blocks, workers, values, plan.height, plan.width, weights)
     offsets = np.zeros((len(plan.indptr) - 1) * plan.height, values.dtype)
     if bias is not None:

@@ -69,8 +69,8 @@ def product(topology: BlockTopology, values: Array, X: Array, Y: Array, bias: Ar
         return
     rows = topology.blocks.rows
     multiply_skinny_blocks(
-        address(weights), rows.indices, rows.indptr, topology.block_shape, address(offsets), offsets,
-        matrix(X), matrix(Y), worker_count(),
+        (address(weights), weights, 0), rows.indices, rows.indptr, topology.block_shape, address(offsets),
+        offsets, matrix(X), matrix(Y), worker_count(),
     )  # fmt: skip
 
 

@@ -6,6 +6,9 @@ are tokens. For one token, or two one after the other, they are columns if a blo
 so that the weights are loaded as vectors too. No plan is needed, and nothing is packed but the tokens, which
 stay in the first two caches. The weights are read where they are, once: 4 bytes each, and 2 for the column of
 a block. The bandwidth at which they arrive is the limit for one token, the multiply-adds are for many.
+
+Weights of bfloat16 and int8 are converted when the tokens come to four rows of them (or one that is left
+over), into memory that stays in the first-level cache. Sums of the latter are multiplied by their scales.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.csr.skinny import Matrix, rows_of_worker
+from sparselab.kernels.cpu.csr.skinny import Matrix
+from sparselab.kernels.cpu.narrow import Weights, convert
+from sparselab.kernels.cpu.partition import rows_of_worker
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.target import CACHE_LINE
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import sum_of
+from sparselab.kernels.cpu.simd.narrow import is_narrow, is_scaled, load_weights, moved, numbers_of
 from sparselab.kernels.cpu.simd.vectors import (
     add,
     fma,
@@ -47,9 +53,15 @@ _MIN_PART = 32_768
 
 
 @jit
+def _output(values, scales, bias, row, total):  # type: ignore[no-untyped-def]
+    """Of the sum of a row."""
+    return get(scales, row) * total + get(bias, row) if is_scaled(values) else total + get(bias, row)
+
+
+@jit
 def _columns(values, place, tile, column, total):  # type: ignore[no-untyped-def]
     """`total` plus weights times inputs, column by column."""
-    return fma(load_unaligned(values, place, total), load_unaligned(tile, column, total), total)
+    return fma(load_weights(values, place, total), load_unaligned(tile, column, total), total)
 
 
 @jit
@@ -88,7 +100,7 @@ def _dot(values, start, indices, first, end, size, width, x, like):  # type: ign
 
 @jit
 def _one_token(  # type: ignore[no-untyped-def]
-    first, last, values, indices, indptr, height, width, bias, x, y, start, step, n_rows
+    first, last, values, scales, indices, indptr, height, width, bias, x, y, start, step, n_rows
 ):
     """Block rows first : last for one token x; its outputs are ``y[start + row * step]``."""
     size, like = height * width, quarter_line(x)
@@ -97,14 +109,14 @@ def _one_token(  # type: ignore[no-untyped-def]
         row, bottom = r * height, min((r + 1) * height, n_rows)
         for at in range(0, (bottom - row) // 4 * 4 * width, 4 * width):
             a, b, c, d = _dots_of_four(values, at, indices, k0, k1, size, width, x, like)
-            put(y, start + row * step, a + get(bias, row))
-            put(y, start + (row + 1) * step, b + get(bias, row + 1))
-            put(y, start + (row + 2) * step, c + get(bias, row + 2))
-            put(y, start + (row + 3) * step, d + get(bias, row + 3))
+            put(y, start + row * step, _output(values, scales, bias, row, a))
+            put(y, start + (row + 1) * step, _output(values, scales, bias, row + 1, b))
+            put(y, start + (row + 2) * step, _output(values, scales, bias, row + 2, c))
+            put(y, start + (row + 3) * step, _output(values, scales, bias, row + 3, d))
             row += 4
         while row < bottom:
             total = _dot(values, (row - r * height) * width, indices, k0, k1, size, width, x, like)
-            put(y, start + row * step, total + get(bias, row))
+            put(y, start + row * step, _output(values, scales, bias, row, total))
             row += 1
 
 
@@ -164,68 +176,74 @@ def _sum(values, start, indices, first, end, size, width, tile, sums, like):  # 
 
 @jit
 def _some_tokens(  # type: ignore[no-untyped-def]
-    first, last, values, indices, indptr, height, width, bias, tile, n_tokens, sums,
-    y, start, y_strides, n_rows, like,
+    first, last, values, scales, indices, indptr, height, width, bias, tile, n_tokens, sums,
+    y, start, y_strides, n_rows, spare, like,
 ):  # fmt: skip
     """Block rows first : last for the tokens of a tile."""
     size, lanes = height * width, lanes_of(like)
     for r in range(first, last):
         k0, k1 = indptr[r], indptr[r + 1]
+        converted = moved(spare, -k0 * size)
+        if is_narrow(values):
+            convert(values, k0 * size, k1 * size, converted)
+        weights = numbers_of(values, converted)
         row, bottom = r * height, min((r + 1) * height, n_rows)
         while row < bottom:
             at, together = (row - r * height) * width, 4 if row + 4 <= bottom else 1
             if together == 4:
-                _sums_of_four(values, at, indices, k0, k1, size, width, tile, sums, like)
+                _sums_of_four(weights, at, indices, k0, k1, size, width, tile, sums, like)
             else:
-                _sum(values, at, indices, k0, k1, size, width, tile, sums, like)
+                _sum(weights, at, indices, k0, k1, size, width, tile, sums, like)
             for i in range(together):
                 for t in range(n_tokens):
-                    total = get(sums, i * lanes + t) + get(bias, row + i)
+                    total = _output(values, scales, bias, row + i, get(sums, i * lanes + t))
                     put(y, start + (row + i) * y_strides[0] + t * y_strides[1], total)
             row += together
 
 
 @jit
 def _multiply_skinny_blocks(  # type: ignore[no-untyped-def]
-    worker, n_workers, values_at, indices, indptr, height, width, bias_at, like,
+    worker, n_workers, values_at, bits, scales_at, indices, indptr, height, width, bias_at, like,
     x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
 ):  # fmt: skip
     if spread(worker, n_workers):
         return
-    values, bias = view_at(values_at, like), view_at(bias_at, like)
+    values, scales, bias = view_at(values_at, bits), view_at(scales_at, like), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
     first, last = rows_of_worker(worker, n_workers, indptr[:-1], indptr[1:])
     items = 4 * lanes_of(whole_line(like))
     sums, tile = work[worker, :items], work[worker, items:]
+    spare = tile[(n_columns + width) * lanes :]
     for token0 in range(0, n_tokens, lanes):
         tokens, start = min(lanes, n_tokens - token0), token0 * y_strides[1]
         pack(x, token0 * x_strides[1], x_strides[0], x_strides[1], n_columns, tokens, tile, lanes)
         tile[n_columns * lanes : (n_columns + width) * lanes] = 0
         if lanes == 1:
             _one_token(
-                first, last, values, indices, indptr, height, width, bias, tile,
+                first, last, values, scales, indices, indptr, height, width, bias, tile,
                 y, start, y_strides[0], n_rows,
             )  # fmt: skip
         elif lanes == lanes_of(half_line(like)):
             _some_tokens(
-                first, last, values, indices, indptr, height, width, bias, tile, tokens, sums,
-                y, start, y_strides, n_rows, half_line(like),
+                first, last, values, scales, indices, indptr, height, width, bias, tile, tokens, sums,
+                y, start, y_strides, n_rows, spare, half_line(like),
             )  # fmt: skip
         else:
             _some_tokens(
-                first, last, values, indices, indptr, height, width, bias, tile, tokens, sums,
-                y, start, y_strides, n_rows, whole_line(like),
+                first, last, values, scales, indices, indptr, height, width, bias, tile, tokens, sums,
+                y, start, y_strides, n_rows, spare, whole_line(like),
             )  # fmt: skip
 
 
 def multiply_skinny_blocks(
-    values_at: int, indices: Array, indptr: Array, block_shape: tuple[int, int], bias_at: int, like: Array,
+    weights: Weights, indices: Array, indptr: Array, block_shape: tuple[int, int], bias_at: int, like: Array,
     X: Matrix, Y: Matrix, n_threads: int,
 ) -> None:  # fmt: skip
     """``Y = W X + b`` for 1 to `MOST_BLOCK_TOKENS` tokens, with the rows and the blocks of a `BlockCSR`.
 
     All else is as for `multiply_skinny`.
     """
+    values_at, bits, scales_at = weights
     x_at, x_strides, (n_columns, n_tokens), _ = X
     y_at, y_strides, (n_rows, _), _ = Y
     if n_rows * n_tokens == 0:
@@ -237,8 +255,10 @@ def multiply_skinny_blocks(
     else:
         lanes = line // 2 if n_tokens <= line // 2 else line
     n_workers = min(n_threads, 1 + len(indices) * height * width // _MIN_PART)
-    work = scratch(n_workers, 4 * line + (n_columns + width) * lanes, like.dtype)
+    # Room for the weights of a block row that has every column.
+    spare = 0 if lanes == 1 or bits.dtype == like.dtype else height * (n_columns + width)
+    work = scratch(n_workers, 4 * line + (n_columns + width) * lanes + spare, like.dtype)
     launch(
-        _multiply_skinny_blocks, n_workers, values_at, indices, indptr, height, width, bias_at, like,
-        x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
+        _multiply_skinny_blocks, n_workers, values_at, bits, scales_at, indices, indptr, height, width,
+        bias_at, like, x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
     )  # fmt: skip

@@ -23,7 +23,7 @@ def product(topology: RowTopology, values: Array, X: Array, Y: Array, bias: Arra
         return
     begin = rows.indptr[:-1]
     multiply_skinny(
-        address(weights), weights, rows.indices, begin, begin + rows.row_nnz, address(offsets), offsets,
+        (address(weights), weights, 0), rows.indices, begin, begin + rows.row_nnz, address(offsets), offsets,
         matrix(X), matrix(Y), worker_count(),
     )  # fmt: skip
 

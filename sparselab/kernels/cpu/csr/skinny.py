@@ -2,7 +2,8 @@
 
 A whole tile would spend most of its arithmetic on padding. Here a row's sums are one narrow vector (or one
 number) that walks the row's connections once, in four independent chains, and no plan is needed. The limit is
-the bandwidth at which values and columns arrive, since each is used once.
+the bandwidth at which values and columns arrive, since each is used once. Weights of bfloat16 and int8 are
+converted in registers, and rows of the latter multiplied by their scales when they are summed.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import NONE_OF, Array, address, strides
-from sparselab.kernels.cpu.partition import first_not_below
+from sparselab.kernels.cpu.narrow import Weights
+from sparselab.kernels.cpu.partition import rows_of_worker
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.narrow import four_weights, is_scaled
 from sparselab.kernels.cpu.simd.vectors import (
     add,
     fma,
@@ -44,39 +47,39 @@ _MIN_PART = 16_384
 
 
 @jit
-def rows_of_worker(worker, n_workers, begin, end):  # type: ignore[no-untyped-def]
-    """Rows of one worker; workers have equally many connections, not rows."""
-    n_rows = len(begin)
-    if n_rows == 0:
-        return 0, 0
-    low, span = begin[0], end[n_rows - 1] - begin[0]
-    first = first_not_below(begin, low + span * worker // n_workers) if worker > 0 else 0
-    last = (
-        first_not_below(begin, low + span * (worker + 1) // n_workers) if worker + 1 < n_workers else n_rows
-    )
-    return first, last
+def _start(values, bias, i):  # type: ignore[no-untyped-def]
+    """What the sum of row i begins with: its bias, unless it is to be multiplied by a scale."""
+    return bias.dtype.type(0) if is_scaled(values) else get(bias, i)
 
 
 @jit
-def _one_token(values, indices, begin, end, bias, first, last, x, step, y, y_step):  # type: ignore[no-untyped-def]
+def _finish(values, scales, bias, i, total):  # type: ignore[no-untyped-def]
+    """The output of row i, of its sum."""
+    return get(scales, i) * total + get(bias, i) if is_scaled(values) else total
+
+
+@jit
+def _one_token(values, scales, indices, begin, end, bias, first, last, x, step, y, y_step):  # type: ignore[no-untyped-def]
     """Rows first : last for one token: each is a dot with gathered inputs."""
     for i in range(first, last):
-        total = get(bias, i)
+        total = _start(values, bias, i)
         if step == 1:
             for k in range(begin[i], end[i]):
                 total += weight(values, k) * get(x, np.int64(get(indices, k)))
         else:
             for k in range(begin[i], end[i]):
                 total += weight(values, k) * get(x, np.int64(get(indices, k)) * step)
-        put(y, i * y_step, total)
+        put(y, i * y_step, _finish(values, scales, bias, i, total))
 
 
 @jit
-def _two_tokens(values, indices, begin, end, bias, first, last, x, x_strides, y, y_strides):  # type: ignore[no-untyped-def]
+def _two_tokens(  # type: ignore[no-untyped-def]
+    values, scales, indices, begin, end, bias, first, last, x, x_strides, y, y_strides
+):
     """The same for two."""
     step, other = x_strides
     for i in range(first, last):
-        a = b = get(bias, i)
+        a = b = _start(values, bias, i)
         if step == 1:
             for k in range(begin[i], end[i]):
                 j = np.int64(get(indices, k))
@@ -87,8 +90,8 @@ def _two_tokens(values, indices, begin, end, bias, first, last, x, x_strides, y,
                 j = np.int64(get(indices, k)) * step
                 a += weight(values, k) * get(x, j)
                 b += weight(values, k) * get(x, other + j)
-        put(y, i * y_strides[0], a)
-        put(y, i * y_strides[0] + y_strides[1], b)
+        put(y, i * y_strides[0], _finish(values, scales, bias, i, a))
+        put(y, i * y_strides[0] + y_strides[1], _finish(values, scales, bias, i, b))
 
 
 @jit
@@ -98,10 +101,11 @@ def _row_sum(values, indices, k, end, tile, start):  # type: ignore[no-untyped-d
     a, b = start, splat(tile.dtype.type(0), start)
     c, d = b, b
     while k + 4 <= end:
-        a = fma(weight(values, k), load(tile, np.int64(get(indices, k)) * width, a), a)
-        b = fma(weight(values, k + 1), load(tile, np.int64(get(indices, k + 1)) * width, a), b)
-        c = fma(weight(values, k + 2), load(tile, np.int64(get(indices, k + 2)) * width, a), c)
-        d = fma(weight(values, k + 3), load(tile, np.int64(get(indices, k + 3)) * width, a), d)
+        four = four_weights(values, k, start)
+        a = fma(four[0], load(tile, np.int64(get(indices, k)) * width, a), a)
+        b = fma(four[1], load(tile, np.int64(get(indices, k + 1)) * width, a), b)
+        c = fma(four[2], load(tile, np.int64(get(indices, k + 2)) * width, a), c)
+        d = fma(four[3], load(tile, np.int64(get(indices, k + 3)) * width, a), d)
         k += 4
     while k < end:
         a = fma(weight(values, k), load(tile, np.int64(get(indices, k)) * width, a), a)
@@ -111,7 +115,7 @@ def _row_sum(values, indices, k, end, tile, start):  # type: ignore[no-untyped-d
 
 @jit
 def _some_tokens(  # type: ignore[no-untyped-def]
-    values, indices, begin, end, bias, first, last,
+    values, scales, indices, begin, end, bias, first, last,
     x, x_strides, n_columns, y, y_strides, n_tokens, memory, zeros,
 ):  # fmt: skip
     """Rows first : last for some tokens: all of X is packed, one vector of tokens to a row of the tile."""
@@ -119,51 +123,54 @@ def _some_tokens(  # type: ignore[no-untyped-def]
     line, tile = memory[:width], memory[width:]
     pack(x, 0, x_strides[0], x_strides[1], n_columns, n_tokens, tile, width)
     for i in range(first, last):
-        start = splat(get(bias, i), zeros)
+        start = splat(_start(values, bias, i), zeros)
         store(line, 0, _row_sum(values, indices, begin[i], end[i], tile, start))
         for t in range(n_tokens):
-            put(y, i * y_strides[0] + t * y_strides[1], get(line, t))
+            total = _finish(values, scales, bias, i, get(line, t))
+            put(y, i * y_strides[0] + t * y_strides[1], total)
 
 
 @jit
 def _multiply_skinny(  # type: ignore[no-untyped-def]
-    worker, n_workers, values_at, bits, indices, begin, end, bias_at, like,
+    worker, n_workers, values_at, bits, scales_at, indices, begin, end, bias_at, like,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
     if spread(worker, n_workers):
         return
-    values, bias = view_at(values_at, bits), view_at(bias_at, like)
+    values, scales, bias = view_at(values_at, bits), view_at(scales_at, like), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
     first, last = rows_of_worker(worker, n_workers, begin, end)
     if n_tokens <= _BY_ROWS:
         if n_tokens == 1:
-            _one_token(values, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0])
+            _one_token(
+                values, scales, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0]
+            )
         else:
-            _two_tokens(values, indices, begin, end, bias, first, last, x, x_strides, y, y_strides)
+            _two_tokens(values, scales, indices, begin, end, bias, first, last, x, x_strides, y, y_strides)
     elif n_tokens <= 8:
         _some_tokens(
-            values, indices, begin, end, bias, first, last,
+            values, scales, indices, begin, end, bias, first, last,
             x, x_strides, n_columns, y, y_strides, n_tokens, work[worker], zeros8(like),
         )  # fmt: skip
     else:
         _some_tokens(
-            values, indices, begin, end, bias, first, last,
+            values, scales, indices, begin, end, bias, first, last,
             x, x_strides, n_columns, y, y_strides, n_tokens, work[worker], zeros16(like),
         )  # fmt: skip
 
 
 @jit
 def _multiply_wide(  # type: ignore[no-untyped-def]
-    worker, n_workers, values_at, bits, indices, begin, end, bias_at, like,
+    worker, n_workers, values_at, bits, scales_at, indices, begin, end, bias_at, like,
     x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
 ):  # fmt: skip
     """The same for 17 to 32 tokens; by itself, so that who has no such products does not compile it."""
     if spread(worker, n_workers):
         return
-    values, bias = view_at(values_at, bits), view_at(bias_at, like)
+    values, scales, bias = view_at(values_at, bits), view_at(scales_at, like), view_at(bias_at, like)
     first, last = rows_of_worker(worker, n_workers, begin, end)
     _some_tokens(
-        values, indices, begin, end, bias, first, last, view_at(x_at, like), x_strides, n_columns,
+        values, scales, indices, begin, end, bias, first, last, view_at(x_at, like), x_strides, n_columns,
         view_at(y_at, like), y_strides, n_tokens, work[worker], zeros_twice16(like),
     )  # fmt: skip
 
@@ -188,16 +195,17 @@ _EMPTY = {np.dtype(name): np.empty((0, 0), name) for name in (np.float32, np.flo
 
 
 def multiply_skinny(
-    values_at: int, bits: Array, indices: Array, begin: Array, end: Array, bias_at: int, like: Array,
-    X: Matrix, Y: Matrix, n_threads: int,
+    weights: Weights, indices: Array, begin: Array, end: Array, bias_at: int, like: Array, X: Matrix,
+    Y: Matrix, n_threads: int,
 ) -> None:  # fmt: skip
     """``Y = W X + b`` for 1 to `MOST_TOKENS` tokens, where row i of W is the slots ``begin[i] : end[i]``.
 
     X ``(columns, tokens)`` and Y ``(rows, tokens)`` may have any strides (in items). The weights and the bias
-    are contiguous at the two addresses, of the dtypes of the arrays `bits` and `like`, whose contents are not
-    read; `like` has the dtype of X and Y, `bits` the same or uint16 for bfloat16. Nothing is checked; Y is
-    overwritten and overlaps nothing.
+    are contiguous at their addresses. The array `like`, whose contents are not read, has the dtype of X, Y
+    and the bias. The weights have the same, or, beside float32, are uint16, the bits of bfloat16, or int8.
+    Nothing is checked; Y is overwritten and overlaps nothing.
     """
+    values_at, bits, scales_at = weights
     x_at, x_strides, (n_columns, n_tokens), _ = X
     y_at, y_strides, (n_rows, _), _ = Y
     if n_rows * n_tokens == 0:
@@ -209,6 +217,6 @@ def multiply_skinny(
         width = 8 if n_tokens <= 8 else 16 if n_tokens <= 16 else 32
         work = scratch(n_workers, (n_columns + 1) * width, like.dtype)
     launch(
-        _multiply_wide if n_tokens > 16 else _multiply_skinny, n_workers, values_at, bits, indices, begin,
-        end, bias_at, like, x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+        _multiply_wide if n_tokens > 16 else _multiply_skinny, n_workers, values_at, bits, scales_at, indices,
+        begin, end, bias_at, like, x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
     )  # fmt: skip

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array
-from sparselab.kernels.cpu.csr.skinny import Matrix, rows_of_worker, skinny_workers
+from sparselab.kernels.cpu.csr.skinny import Matrix, skinny_workers
+from sparselab.kernels.cpu.partition import rows_of_worker
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS

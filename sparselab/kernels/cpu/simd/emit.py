@@ -9,9 +9,11 @@ from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import register_model
+from numba.np.arrayobj import populate_array
 
 from sparselab.kernels.cpu.runtime.jit import FASTMATH
 
+I1 = ir.IntType(1)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 FLAGS = tuple(sorted(FASTMATH))
@@ -65,6 +67,20 @@ class Emit:
         array = self.context.make_array(self.signature.args[k])(self.context, self.builder, self.args[k])
         return array.data
 
+    def array(self, array_type: types.Array, pointer: Any) -> Any:
+        """A 1-D array of that type whose first element is at a pointer; its length is not known."""
+        array = self.context.make_array(array_type)(self.context, self.builder)
+        size = self.context.get_constant(types.intp, item_bytes(array_type.dtype))
+        populate_array(
+            array,
+            data=self.builder.bitcast(pointer, array.data.type),
+            shape=cgutils.pack_array(self.builder, [self.context.get_constant(types.intp, 1)]),
+            strides=cgutils.pack_array(self.builder, [size]),
+            itemsize=size,
+            meminfo=None,
+        )
+        return array._getvalue()
+
     def index(self, k: int) -> Any:
         """Integer argument k, widened to 64 bits."""
         return self.context.cast(self.builder, self.args[k], self.signature.args[k], types.intp)
@@ -84,6 +100,12 @@ class Emit:
     def shuffle(self, a: Any, b: Any, lanes: list[int]) -> Any:
         """The vector of these lanes of `a` and `b`, numbered through."""
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+    def splat(self, value: Any, lanes: int) -> Any:
+        """A vector of so many lanes, all of them `value`."""
+        undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+        one = self.builder.insert_element(undefined, value, ir.Constant(I32, 0))
+        return self.shuffle(one, undefined, [0] * lanes)
 
     def fmuladd(self, a: Any, b: Any, c: Any) -> Any:
         """``a * b + c``, in one operation where the CPU has one."""

@@ -13,10 +13,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from sparselab.kernels.cpu.runtime.target import CACHE_LINE, TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.simd.emit import FLAGS, I32, I64, Emit, Vector, is_array, item_bytes
+from sparselab.kernels.cpu.simd.narrow import number_type, numbers
 
 
 @intrinsic
@@ -37,18 +37,12 @@ def weight(_: Any, values: Any, index: Any) -> Any:
     """``values[index]`` as a number to multiply by; a uint16 array holds the bits of bfloat16 values."""
     if not (is_array(values) and isinstance(index, types.Integer)):
         return None
-    bits = values.dtype == types.uint16
-    result = types.float32 if bits else values.dtype
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        value = builder.load(emit.at(emit.data(0), emit.index(1)))
-        if bits:
-            value = builder.shl(builder.zext(value, I32), ir.Constant(I32, 16))
-            value = builder.bitcast(value, ir.FloatType())
-        return value
+        return numbers(builder, builder.load(emit.at(emit.data(0), emit.index(1))), values.dtype)
 
-    return result(values, index), codegen
+    return number_type(values.dtype)(values, index), codegen
 
 
 @intrinsic
@@ -78,17 +72,8 @@ def view_at(_: Any, address: Any, like: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        array = context.make_array(array_type)(context, builder)
-        size = context.get_constant(types.intp, item_bytes(array_type.dtype))
-        populate_array(
-            array,
-            data=builder.inttoptr(emit.index(0), array.data.type),
-            shape=cgutils.pack_array(builder, [context.get_constant(types.intp, 1)]),
-            strides=cgutils.pack_array(builder, [size]),
-            itemsize=size,
-            meminfo=None,
-        )
-        return array._getvalue()
+        item = context.get_data_type(array_type.dtype)
+        return emit.array(array_type, builder.inttoptr(emit.index(0), item.as_pointer()))
 
     return array_type(address, like), codegen
 
@@ -237,12 +222,6 @@ load, load_unaligned = _load(aligned=True), _load(aligned=False)
 store, store_unaligned = _store(aligned=True), _store(aligned=False)
 
 
-def _splat(emit: Emit, value: Any, vector: Vector) -> Any:
-    undefined = ir.Constant(vector.llvm, ir.Undefined)
-    one = emit.builder.insert_element(undefined, value, ir.Constant(I32, 0))
-    return emit.shuffle(one, undefined, [0] * vector.lanes)
-
-
 @intrinsic
 def splat(_: Any, value: Any, like: Any) -> Any:
     """A row like `like` whose every number is `value`."""
@@ -250,7 +229,7 @@ def splat(_: Any, value: Any, like: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        one = _splat(Emit(context, builder, signature, args), args[0], _vector(like))
+        one = Emit(context, builder, signature, args).splat(args[0], _vector(like).lanes)
         return _join(builder, [one] * getattr(like, "count", 1), like)
 
     return like(value, like), codegen
@@ -281,7 +260,9 @@ def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
         if a == b:
             factors = _split(builder, args[0], a)
         else:
-            factors = [args[0] if isinstance(a, Vector) else _splat(emit, args[0], _vector(b))] * len(rows)
+            factors = [args[0] if isinstance(a, Vector) else emit.splat(args[0], _vector(b).lanes)] * len(
+                rows
+            )
         return _join(builder, [emit.fmuladd(*each) for each in zip(factors, rows, totals, strict=True)], c)
 
     return c(a, b, c), codegen

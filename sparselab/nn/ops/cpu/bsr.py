@@ -7,19 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparselab.kernels.arrays import for_kernels
+from sparselab.kernels.arrays import Array, for_kernels
 from sparselab.kernels.cpu.bsr.plan import block_plan_key, plan_key, wants_transpose
 from sparselab.kernels.cpu.bsr.products import multiply, sample
 from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
+from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.block_csr import BlockTopology
-from sparselab.nn.ops.contract import OnTensors
+from sparselab.nn.ops.contract import Narrow, OnTensors
 from sparselab.nn.ops.cpu import narrow_blocks
-from sparselab.nn.ops.cpu.memory import LIKE, SUMMED, as_array, as_matrix, as_vector, zeros
+from sparselab.nn.ops.cpu.memory import (
+    LIKE,
+    SUMMED,
+    as_array,
+    as_matrix,
+    as_vector,
+    as_weights,
+    zeros,
+)
 from sparselab.nn.ops.cpu.narrow_blocks import is_native
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
@@ -61,13 +70,56 @@ def product(
         weights, rows = values.contiguous(), own.blocks.rows
         offsets = zeros(own.shape[0], dtype) if bias is None else bias.contiguous()
         multiply_skinny_blocks(
-            weights.data_ptr(), rows.indices, rows.indptr, own.block_shape,
+            (weights.data_ptr(), LIKE[values.dtype], 0), rows.indices, rows.indptr, own.block_shape,
             offsets.data_ptr(), LIKE[dtype], as_matrix(x), as_matrix(y), n_threads,
         )  # fmt: skip
         return y
     offset = None if bias is None else as_vector(bias)
     multiply(own, False, as_vector(values), as_array(x).T, as_array(y).T, offset)
     return y
+
+
+def narrow_product(
+    topology: OnTensors, narrow: Narrow, x: Tensor, bias: Tensor | None, variant: str | None,
+    out: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """As of single connections; and a matrix unit multiplies in bfloat16 where that is returned."""
+    own: BlockTopology = topology.own  # type: ignore[assignment]
+    n_threads, n_tokens = use_torch_threads(), len(x)
+    if variant is None and out is torch.bfloat16 and is_native(own.block_shape):
+        values = narrow.values if narrow.scales is None else widen(topology, narrow).to(out)
+        return narrow_blocks.product(own, values, x.to(out), bias)
+    if variant is None and topology.measured is not None:
+        variant = topology.measured.name(n_tokens)
+    if variant is None:
+        variant = choose_name("forward", n_tokens, density(own), BLOCKS)
+    held, rows = narrow.in_order(), own.blocks.rows
+    if variant != "skinny":
+        wide = _expanded(own, held)
+        values = torch.from_numpy(wide[: held.values.numel()]).view(topology.values_shape)
+        return product(topology, values, x, bias, variant, out)
+    dtype, n_rows = torch.float32, own.shape[0]
+    tokens, y = x if x.dtype is dtype else x.to(dtype), torch.empty((n_tokens, n_rows), dtype=dtype)
+    offsets = zeros(n_rows, dtype) if bias is None else bias.contiguous()
+    multiply_skinny_blocks(
+        as_weights(*held), rows.indices, rows.indptr, own.block_shape, offsets.data_ptr(), LIKE[dtype],
+        as_matrix(tokens), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens), LIKE[dtype]), n_threads,
+    )  # fmt: skip
+    return y if out is dtype else y.to(out)
+
+
+def widen(topology: OnTensors, narrow: Narrow) -> Tensor:
+    """Weights in float32, a new tensor."""
+    wide = torch.empty(topology.values_shape, dtype=torch.float32)
+    _expanded(topology.own, narrow.in_order(), as_vector(wide))
+    return wide
+
+
+def _expanded(own: Any, narrow: Narrow, out: Array | None = None) -> Array:
+    indptr = own.blocks.rows.indptr
+    return expand(
+        as_weights(*narrow), indptr[:-1], indptr[1:], own.block_shape, own.shape[0], use_torch_threads(), out
+    )
 
 
 def _product_of_chunks(
@@ -172,6 +224,14 @@ def ways(
 ) -> dict[str, Callable[[], Tensor]]:
     """Every way to compute `product`, by the name of its variant."""
     return {name: partial(product, topology, values, x, bias, name) for name in possible(len(x), BLOCKS)}
+
+
+def narrow_ways(
+    topology: OnTensors, narrow: Narrow, x: Tensor, bias: Tensor | None
+) -> dict[str, Callable[[], Tensor]]:
+    """Every way to compute `narrow_product`, by the name of its variant."""
+    names = possible(len(x), BLOCKS)
+    return {name: partial(narrow_product, topology, narrow, x, bias, name, x.dtype) for name in names}
 
 
 def keep_forward(topology: OnTensors) -> None:

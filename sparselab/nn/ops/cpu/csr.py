@@ -28,9 +28,19 @@ from sparselab.kernels.cpu.csr.skinny import multiply_skinny
 from sparselab.kernels.cpu.csr.skinny_dw import sample_skinny
 from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.csr.spmm_t import gather
+from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.padded_csr import RowTopology
-from sparselab.nn.ops.contract import OnTensors
-from sparselab.nn.ops.cpu.memory import LIKE, SUMMED, Cuts, as_matrix, as_vector, in_order, zeros
+from sparselab.nn.ops.contract import Narrow, OnTensors
+from sparselab.nn.ops.cpu.memory import (
+    LIKE,
+    SUMMED,
+    Cuts,
+    as_matrix,
+    as_vector,
+    as_weights,
+    in_order,
+    zeros,
+)
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
 
@@ -103,7 +113,7 @@ def product(
     offsets = zeros(n_rows, dtype) if bias is None else bias.contiguous()
     if variant == "skinny":
         multiply_skinny(
-            weights.data_ptr(), LIKE[values.dtype], rows.indices, rows.begin, rows.end,
+            (weights.data_ptr(), LIKE[values.dtype], 0), rows.indices, rows.begin, rows.end,
             offsets.data_ptr(), LIKE[dtype], X, Y, n_threads,
         )  # fmt: skip
         return y
@@ -119,6 +129,41 @@ def product(
         LIKE[dtype].dtype, cut,
     )  # fmt: skip
     return y
+
+
+def narrow_product(
+    topology: OnTensors, narrow: Narrow, x: Tensor, bias: Tensor | None, variant: str | None,
+    out: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``x W^T + b`` with weights in bfloat16 or int8: few tokens read them, for more they are expanded."""
+    rows: RowProducts = topology.kept or _rows(topology)
+    n_threads, n_tokens, n_rows = use_torch_threads(), len(x), rows.shape[0]
+    if variant is None and topology.measured is not None:
+        variant = topology.measured.name(n_tokens)
+    if variant is None:
+        variant = choose_name("forward", n_tokens, rows.density, SINGLE)
+    held = narrow.in_order()
+    if variant != "skinny":
+        wide = expand(as_weights(*held), rows.begin, rows.end, (1, 1), n_rows, n_threads)
+        values = torch.from_numpy(wide[: held.values.numel()]).view(topology.values_shape)
+        return product(topology, values, x, bias, variant, out)
+    dtype = torch.float32
+    tokens, y = x if x.dtype is dtype else x.to(dtype), torch.empty((n_tokens, n_rows), dtype=dtype)
+    offsets = zeros(n_rows, dtype) if bias is None else bias.contiguous()
+    multiply_skinny(
+        as_weights(*held), rows.indices, rows.begin, rows.end, offsets.data_ptr(), LIKE[dtype],
+        as_matrix(tokens), (y.data_ptr(), (1, n_rows), (n_rows, n_tokens), LIKE[dtype]), n_threads,
+    )  # fmt: skip
+    return y if out is dtype else y.to(out)
+
+
+def widen(topology: OnTensors, narrow: Narrow) -> Tensor:
+    """Weights in float32, a new tensor."""
+    rows: RowProducts = topology.kept or _rows(topology)
+    wide, held = torch.empty(topology.values_shape, dtype=torch.float32), narrow.in_order()
+    place, n_threads = as_vector(wide), use_torch_threads()
+    expand(as_weights(*held), rows.begin, rows.end, (1, 1), rows.shape[0], n_threads, place)
+    return wide
 
 
 def _product_of_blocks(rows: Rows, values: Tensor, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -158,7 +203,7 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens), LIKE[out])
     if variant == "skinny":
         multiply_skinny(
-            address(weights), like, plan.indices, plan.indptr[:-1], plan.indptr[1:],
+            (address(weights), like, 0), plan.indices, plan.indptr[:-1], plan.indptr[1:],
             offsets.data_ptr(), like, DY, DX, n_threads,
         )  # fmt: skip
         return dx
@@ -233,6 +278,14 @@ def ways(
 ) -> dict[str, Callable[[], Tensor]]:
     """Every way to compute `product`, by the name of its variant."""
     return {name: partial(product, topology, values, x, bias, name) for name in possible(len(x), SINGLE)}
+
+
+def narrow_ways(
+    topology: OnTensors, narrow: Narrow, x: Tensor, bias: Tensor | None
+) -> dict[str, Callable[[], Tensor]]:
+    """Every way to compute `narrow_product`, by the name of its variant."""
+    names = possible(len(x), SINGLE)
+    return {name: partial(narrow_product, topology, narrow, x, bias, name, x.dtype) for name in names}
 
 
 def keep_forward(topology: OnTensors) -> None:

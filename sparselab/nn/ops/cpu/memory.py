@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparselab.kernels.arrays import NONE_OF, Array
 from sparselab.kernels.cpu.csr.skinny import Matrix
+from sparselab.kernels.cpu.narrow import Weights
 
 Cut = TypeVar("Cut")
 
@@ -20,6 +21,7 @@ LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
     torch.float32: NONE_OF[np.dtype(np.float32)],
     torch.float64: NONE_OF[np.dtype(np.float64)],
     torch.bfloat16: NONE_OF[np.dtype(np.uint16)],
+    torch.int8: NONE_OF[np.dtype(np.int8)],
 }
 
 #: The dtype in which products of tokens are summed.
@@ -67,6 +69,11 @@ def as_vector(tensor: Tensor) -> Array:
     )
     # A reshaped vector may be one that is read with a stride.
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def as_weights(values: Tensor, scales: Tensor | None) -> Weights:
+    """Weights that are laid out in C order, and their scales, as kernels take them: by address."""
+    return values.data_ptr(), LIKE[values.dtype], 0 if scales is None else scales.data_ptr()
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from sparselab.nn.ops.conv.conv2d import conv2d_input_grad, conv2d_operator, conv2d_values_grad
 from sparselab.nn.ops.inputs.product import sparse_input, sparse_input_values_grad
 from sparselab.nn.ops.linear import linear_input_grad, linear_operator, linear_values_grad
+from sparselab.nn.ops.narrow.linear import narrow_operator
 
 Shape = Sequence[int]
 Formula = TypeVar("Formula", bound=Callable[..., int])
@@ -27,6 +28,11 @@ def _register(operator: Any) -> Callable[[Formula], Formula]:
 
 @_register(linear_operator)
 def _linear(x: Shape, values: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * x[0] * math.prod(values)
+
+
+@_register(narrow_operator)
+def _narrow_linear(x: Shape, values: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * x[0] * math.prod(values)
 
 

@@ -1,0 +1,1 @@
+"""What whole models are made before they only infer."""
