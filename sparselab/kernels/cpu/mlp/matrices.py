@@ -66,9 +66,14 @@ class SegmentMatrix(NamedTuple):
 Matrix = PanelMatrix | SegmentMatrix
 
 
-def tile_width(matrix: Matrix) -> int:
+def tokens_of_tile(is_blocks: bool) -> int:
     """Tokens of a tile, in float32."""
-    return VECTOR_BYTES // 4 * NR if isinstance(matrix, PanelMatrix) else TILE_BYTES // 4
+    return VECTOR_BYTES // 4 * NR if is_blocks else TILE_BYTES // 4
+
+
+def tile_width(matrix: Matrix) -> int:
+    """Tokens of a tile that this is multiplied with, in float32."""
+    return tokens_of_tile(isinstance(matrix, PanelMatrix))
 
 
 def most_rows(matrix: Matrix) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.simd.activations import activation, activation_and_gradient
-from sparselab.kernels.cpu.simd.vectors import lanes_of, load, put, store, zeros_register
+from sparselab.kernels.cpu.simd.vectors import lanes_of, load, put, store, stream, zeros_register
 
 
 class Tiling(NamedTuple):
@@ -39,7 +39,7 @@ def activate(kind, tile, first, last, saved, shift):  # type: ignore[no-untyped-
     for k in range(first, last, lanes_of(like)):
         x = load(tile, k, like)
         if shift >= 0:
-            store(saved, shift + k, x)
+            stream(saved, shift + k, x)
         store(tile, k, activation(kind, x))
 
 

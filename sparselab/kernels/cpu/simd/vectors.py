@@ -231,6 +231,23 @@ def _store(aligned: bool) -> Any:
     return store
 
 
+@intrinsic
+def stream(_: Any, array: Any, index: Any, vector: Any) -> Any:
+    """As `store` of one vector, past the caches: for what nobody reads soon, of whole cache lines."""
+    if not (is_array(array) and isinstance(index, types.Integer) and isinstance(vector, Vector)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        pointer = emit.at(emit.data(0), emit.index(1))
+        place = builder.bitcast(pointer, args[2].type.as_pointer())
+        stored = builder.store(args[2], place, align=_alignment(vector, True))
+        stored.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        return emit.nothing()
+
+    return types.void(array, index, vector), codegen
+
+
 #: ``load(array, index, like)`` and ``store(array, index, row)``: a row at ``array[index]``, a place that is
 #: aligned to the size of the row's vectors or to a cache line; the others work at any place.
 load, load_unaligned = _load(aligned=True), _load(aligned=False)
