@@ -13,7 +13,7 @@ from sparselab.kernels.cpu.csr import sddmm_dw as rows
 from sparselab.kernels.cpu.csr.plan import gradient_plan
 from sparselab.kernels.cpu.csr.skinny import matrix
 from sparselab.kernels.cpu.mlp.tiles import Tiling
-from sparselab.kernels.cpu.runtime.memory import aligned_empty, aligned_zeros
+from sparselab.kernels.cpu.runtime.memory import aligned_zeros
 from sparselab.kernels.layouts.block_csr import BlockTopology
 
 _FLOAT = np.dtype(np.float32)
@@ -62,9 +62,9 @@ class RowsGradient:
 class BlocksGradient:
     """The same at the blocks of a `BlockTopology`, 0 times a number where they reach beyond the matrix."""
 
-    def __init__(self, topology: BlockTopology, out: Array, sums: Array) -> None:
+    def __init__(self, topology: BlockTopology, out: Array, sums: Array, memory: Array) -> None:
         self.plan, self.out, self.sums = panel_plan(topology, False), out, sums
-        self.packed = out if self.plan.is_packed else aligned_empty(self.plan.packed_items, _FLOAT)
+        self.packed = out if self.plan.is_packed else memory[: self.plan.packed_items]
         self.packed.fill(0)
         self.partials = blocks.zero_partials(self.plan, sums)
 
@@ -90,7 +90,8 @@ class BlocksGradient:
 Gradient = RowsGradient | BlocksGradient
 
 
-def gradient_of(topology: Any, out: Array, sums: Array) -> Gradient:
-    """The gradient by a matrix with this topology."""
-    kind = BlocksGradient if isinstance(topology, BlockTopology) else RowsGradient
-    return kind(topology, out, sums)
+def gradient_of(topology: Any, out: Array, sums: Array, memory: Array) -> Gradient:
+    """The gradient by a matrix with this topology; `memory` as of `matrices.matrix_of`, till it is finished."""
+    if isinstance(topology, BlockTopology):
+        return BlocksGradient(topology, out, sums, memory)
+    return RowsGradient(topology, out, sums)

@@ -19,7 +19,6 @@ from sparselab.kernels.cpu.bsr.spmm import by_micro_panel, gather_panel, panel_g
 from sparselab.kernels.cpu.csr.plan import product_plan, transpose_plan
 from sparselab.kernels.cpu.csr.spmm import add_segments
 from sparselab.kernels.cpu.csr.spmm_t import gather_into
-from sparselab.kernels.cpu.runtime.memory import aligned_empty
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.simd.vectors import zeros_tile
 from sparselab.kernels.layouts.block_csr import BlockTopology
@@ -128,19 +127,31 @@ def _multiply_segments(matrix, g, tile, sums, place):  # type: ignore[no-untyped
             )  # fmt: skip
 
 
-def matrix_of(topology: Any, transposed: bool, values: Array, bias: Array | None = None) -> Matrix:
-    """W, or W^T if `transposed`, with the weights `values` (flat) and a bias, to multiply tiles with."""
+def ordered_items(topology: Any, transposed: bool) -> int:
+    """How many items `matrix_of` needs, at most, for weights in the order of a plan."""
+    if isinstance(topology, BlockTopology):
+        return panel_plan(topology, transposed).packed_items
+    return int(topology.capacity)
+
+
+def matrix_of(
+    topology: Any, transposed: bool, values: Array, memory: Array, bias: Array | None = None
+) -> Matrix:
+    """W, or W^T if `transposed`, with the weights `values` (flat) and a bias, to multiply tiles with.
+
+    It is as long of use as `memory`, of `ordered_items` on a cache line, where weights are put in order.
+    """
     rows = topology.shape[int(transposed)]
     offsets = np.zeros(rows, values.dtype) if bias is None else bias
     if isinstance(topology, BlockTopology):
-        return _of_blocks(panel_plan(topology, transposed), values, offsets)
-    return _of_rows(topology, transposed, values, offsets)
+        return _of_blocks(panel_plan(topology, transposed), values, memory, offsets)
+    return _of_rows(topology, transposed, values, memory, offsets)
 
 
-def _of_blocks(plan: PanelPlan, values: Array, bias: Array) -> PanelMatrix:
+def _of_blocks(plan: PanelPlan, values: Array, memory: Array, bias: Array) -> PanelMatrix:
     packed = values
     if not plan.is_packed:
-        packed = aligned_empty(plan.packed_items, values.dtype)
+        packed = memory[: plan.packed_items]
         pack_weights(values, plan, packed)
     group, _ = panel_group(plan)
     n = len(plan.indptr) - 1
@@ -151,10 +162,12 @@ def _of_blocks(plan: PanelPlan, values: Array, bias: Array) -> PanelMatrix:
     )  # fmt: skip
 
 
-def _of_rows(topology: RowTopology, transposed: bool, values: Array, bias: Array) -> SegmentMatrix:
+def _of_rows(
+    topology: RowTopology, transposed: bool, values: Array, memory: Array, bias: Array
+) -> SegmentMatrix:
     if transposed:
         plan = transpose_plan(topology)
-        weights, indices, segments = aligned_empty(len(plan.slots), values.dtype), plan.indices, plan.segments
+        weights, indices, segments = memory[: len(plan.slots)], plan.indices, plan.segments
         gather_into(address(values), values, plan.slots, weights)
     else:
         weights, indices, segments = values, topology.rows.indices, product_plan(topology)

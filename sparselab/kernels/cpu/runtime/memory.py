@@ -91,6 +91,11 @@ def scratch_of_values(n_items: int, dtype: np.dtype[Any]) -> Array:
     return row
 
 
+def scratch_of_weights(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
+    """As `scratch`, for several arrays of values in other orders at a time: in place of `scratch_of_values`."""
+    return _values.block(n_rows, row_items, dtype)
+
+
 def scratch_of_gradient(n_items: int, dtype: np.dtype[Any]) -> Array:
     """The same once more, for rows of a dense gradient, which are made by products that use either."""
     row: Array = _gradient.block(1, n_items, dtype)[0]

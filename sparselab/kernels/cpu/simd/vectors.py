@@ -152,9 +152,9 @@ def _join(builder: Any, vectors: list[Any], row: Any) -> Any:
     return vectors[0] if isinstance(row, Vector) else cgutils.pack_array(builder, vectors)
 
 
-#: ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they tell
+#: ``zeros4(array)``, ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they tell
 #: the functions below what to work on.
-zeros8, zeros16 = _zeros(8), _zeros(16)
+zeros4, zeros8, zeros16 = _zeros(4), _zeros(8), _zeros(16)
 
 #: A row of two such vectors of 16.
 zeros_twice16 = _zeros(16, registers=2)

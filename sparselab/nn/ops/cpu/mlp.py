@@ -5,17 +5,21 @@ Operands have been checked. Weights, biases and what is saved are of float32, to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.bsr import direct, direct_dw
 from sparselab.kernels.cpu.bsr.plan import wants_transpose
 from sparselab.kernels.cpu.mlp.backward import Passed, backward
 from sparselab.kernels.cpu.mlp.forward import forward
-from sparselab.kernels.cpu.mlp.gradients import gradient_of
-from sparselab.kernels.cpu.mlp.matrices import matrix_of, tokens_of_tile
+from sparselab.kernels.cpu.mlp.gradients import Gradient, gradient_of
+from sparselab.kernels.cpu.mlp.matrices import Matrix, matrix_of, ordered_items, tokens_of_tile
+from sparselab.kernels.cpu.runtime.memory import scratch_of_weights
 from sparselab.kernels.cpu.runtime.target import CACHE_LINE, TARGET
 from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.cpu import bsr, csr
@@ -78,8 +82,9 @@ def product(
     if saves:
         width = tokens_of_tile(up.topology.products is bsr)
         saved = torch.empty(-(-n_tokens // width) * width * up.topology.shape[0])
+    memory = _memory((up, down), (False,))
     forward(
-        *(_matrix(each, False) for each in (up, down)), activation, as_array(x).T, as_array(y).T,
+        *(_matrix(each, False, memory[k]) for k, each in enumerate((up, down))), activation, as_array(x).T, as_array(y).T,
         None if saved is None else as_vector(saved),
     )  # fmt: skip
     return y, saved
@@ -96,7 +101,7 @@ def gradients(
     if saved.data_ptr() % CACHE_LINE:  # a hook on saved tensors has put it elsewhere
         saved = saved.clone()
     found: list[Tensor | None] = [torch.empty_like(x) if needs[0] else None, None, None, None, None]
-    parts = []
+    memory, parts = _memory((up, down), (False, True)), list[Gradient | None]()
     for k, each in enumerate((up, down)):
         if not needs[1 + k]:
             parts.append(None)
@@ -104,9 +109,9 @@ def gradients(
         dvalues = found[1 + k] = torch.empty(each.topology.values_shape)
         dbias = torch.empty(each.topology.shape[0] if needs[3 + k] else 0)
         found[3 + k] = dbias if needs[3 + k] else None
-        parts.append(gradient_of(each.topology.own, as_vector(dvalues), as_vector(dbias)))
+        parts.append(gradient_of(each.topology.own, as_vector(dvalues), as_vector(dbias), memory[2 + k]))
     passed = Passed(
-        _matrix(up, True), _matrix(down, True), activation, as_vector(saved), as_array(x).T, as_array(grad).T
+        _matrix(up, True, memory[0]), _matrix(down, True, memory[1]), activation, as_vector(saved), as_array(x).T, as_array(grad).T
     )
     dx = found[0]
     backward(passed, None if dx is None else as_array(dx).T, *parts)
@@ -116,6 +121,12 @@ def gradients(
     return tuple(found)
 
 
-def _matrix(layer: Weights, transposed: bool):
+def _memory(layers: Sequence[Weights], transposed: Sequence[bool]) -> Array:
+    """Memory for weights of each layer in two orders at most, or their gradients; a row for each."""
+    items = max(ordered_items(each.topology.own, flag) for each in layers for flag in transposed)
+    return scratch_of_weights(len(layers) * 2, items, np.dtype(np.float32))
+
+
+def _matrix(layer: Weights, transposed: bool, memory: Array) -> Matrix:
     bias = None if layer.bias is None or transposed else as_vector(layer.bias)
-    return matrix_of(layer.topology.own, transposed, as_vector(layer.values), bias)
+    return matrix_of(layer.topology.own, transposed, as_vector(layer.values), memory, bias)
