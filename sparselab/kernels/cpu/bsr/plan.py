@@ -209,7 +209,9 @@ def _move_blocks(  # type: ignore[no-untyped-def]
                 rows = min(MR, height - row)
                 done = 0
                 if rows == MR:
-                    done = _move_panel(pack, values, block + row * row_step, row_step, column_step, width, packed, at)
+                    done = _move_panel(
+                        pack, values, block + row * row_step, row_step, column_step, width, packed, at
+                    )
                 for j in range(done, width):
                     inside = block + row * row_step + j * column_step
                     place = at + j * MR

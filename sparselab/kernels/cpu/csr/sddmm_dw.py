@@ -176,11 +176,11 @@ def add_products(
 ) -> None:  # fmt: skip
     """Add what some tokens give to the entries and to the partials, of which the sums are made anew.
 
-    The partials (8 * rows,), on a cache line, keep the sums of lanes from call to call; empty if there are to be none. A factor
-    that lies in tiles already, and begins with one, has `tiled` rows in each.
+    The partials (8 * rows,), on a cache line, keep the sums of lanes from call to call; they are empty if
+    there are to be none. A factor that lies in tiles already, and begins with one, has `tiled` rows in each.
     """
+    work = scratch(cut.n_workers, cut.items, partials.dtype)
     launch(
         _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles, DY[0], DY[3], DY[1], dy_tiled,
-        X[0], X[3], X[1], x_tiled, X[2][0], X[2][1], scratch(cut.n_workers, cut.items, partials.dtype), out_at,
-        partials, sums_at,
+        X[0], X[3], X[1], x_tiled, X[2][0], X[2][1], work, out_at, partials, sums_at,
     )  # fmt: skip

@@ -91,7 +91,7 @@ Gradient = RowsGradient | BlocksGradient
 
 
 def gradient_of(topology: Any, out: Array, sums: Array, memory: Array) -> Gradient:
-    """The gradient by a matrix with this topology; `memory` as of `matrices.matrix_of`, till it is finished."""
+    """The gradient by a matrix with this topology; `memory` as of `matrices.matrix_of`."""
     if isinstance(topology, BlockTopology):
         return BlocksGradient(topology, out, sums, memory)
     return RowsGradient(topology, out, sums)

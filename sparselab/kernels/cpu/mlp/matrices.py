@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import overload
+from numba import extending
 
 from sparselab.kernels.arrays import Array, address
 from sparselab.kernels.cpu.bsr.panels import MR, NR, wide_row
@@ -23,6 +23,9 @@ from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.simd.vectors import zeros_tile
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.kernels.layouts.padded_csr import RowTopology
+
+#: Numba's types do not export it.
+_overload: Any = extending.overload  # type: ignore[attr-defined]
 
 #: Rows that a product may write behind those of its group: of a micro-panel that has fewer.
 SPARE_ROWS = MR
@@ -90,14 +93,14 @@ def multiply_rows(matrix: Any, g: Any, tile: Any, sums: Any, place: Any) -> Any:
     raise NotImplementedError("only in compiled code")
 
 
-@overload(row_of)
+@_overload(row_of)
 def _row_of(matrix, array):  # type: ignore[no-untyped-def]
     if matrix.instance_class is PanelMatrix:
         return lambda matrix, array: wide_row(array)
     return lambda matrix, array: zeros_tile(array)
 
 
-@overload(multiply_rows)
+@_overload(multiply_rows)
 def _multiply_rows(matrix, g, tile, sums, place):  # type: ignore[no-untyped-def]
     return _multiply_panels if matrix.instance_class is PanelMatrix else _multiply_segments
 

@@ -92,7 +92,7 @@ def scratch_of_values(n_items: int, dtype: np.dtype[Any]) -> Array:
 
 
 def scratch_of_weights(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
-    """As `scratch`, for several arrays of values in other orders at a time: in place of `scratch_of_values`."""
+    """As `scratch_of_values`, and in the same memory, for several arrays at a time."""
     return _values.block(n_rows, row_items, dtype)
 
 

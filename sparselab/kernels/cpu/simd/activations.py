@@ -47,8 +47,9 @@ class _Numbers:
         """The number in every lane, if it is one."""
         if isinstance(number, _Numbers):
             return number
-        kind = self.value.type
-        return _Numbers(self.emit, ir.Constant(kind, [float(number)] * kind.count))
+        kind: Any = self.value.type
+        numbers: Any = [float(number)] * kind.count
+        return _Numbers(self.emit, ir.Constant(kind, numbers))
 
     def _apply(self, operation: str, a: Any, b: Any) -> _Numbers:
         return _Numbers(self.emit, getattr(self.emit.builder, operation)(self.of(a).value, self.of(b).value))
@@ -108,11 +109,12 @@ class _Numbers:
         )
         return self.where("<", _LOWEST, 0.0, rest.polynomial(_EXP) * scale)
 
-    def sigmoid(self) -> _Numbers:
-        """``1 / (1 + exp(-x))``."""
+    def sigmoid(self) -> tuple[_Numbers, _Numbers]:
+        """``1 / (1 + exp(-x))``, and 1 less that, neither of them a difference."""
         small = self.minus_magnitude().exp()
         upper = 1.0 / (small + 1.0)
-        return self.where("<", 0.0, small * upper, upper)
+        lower = small * upper
+        return self.where("<", 0.0, lower, upper), self.where("<", 0.0, upper, lower)
 
 
 def _relu(x: _Numbers, grad: _Numbers) -> tuple[_Numbers, _Numbers]:
@@ -130,14 +132,14 @@ def _gelu(x: _Numbers, grad: _Numbers) -> tuple[_Numbers, _Numbers]:
 def _gelu_tanh(x: _Numbers, grad: _Numbers) -> tuple[_Numbers, _Numbers]:
     twice = 2 * 0.7978845608028654
     square = x * x
-    gate = (x * square.fma(0.044715 * twice, twice)).sigmoid()
+    gate, rest = (x * square.fma(0.044715 * twice, twice)).sigmoid()
     slope = x * square.fma(3 * 0.044715 * twice, twice)
-    return x * gate, grad * (slope * gate).fma(1.0 - gate, gate)
+    return x * gate, grad * (slope * gate).fma(rest, gate)
 
 
 def _silu(x: _Numbers, grad: _Numbers) -> tuple[_Numbers, _Numbers]:
-    gate = x.sigmoid()
-    return x * gate, grad * gate * x.fma(1.0 - gate, 1.0)
+    gate, rest = x.sigmoid()
+    return x * gate, grad * gate * x.fma(rest, 1.0)
 
 
 _FUNCTIONS = {"relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}

@@ -152,8 +152,8 @@ def _join(builder: Any, vectors: list[Any], row: Any) -> Any:
     return vectors[0] if isinstance(row, Vector) else cgutils.pack_array(builder, vectors)
 
 
-#: ``zeros4(array)``, ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they tell
-#: the functions below what to work on.
+#: ``zeros4(array)``, ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As
+#: `like` they tell the functions below what to work on.
 zeros4, zeros8, zeros16 = _zeros(4), _zeros(8), _zeros(16)
 
 #: A row of two such vectors of 16.

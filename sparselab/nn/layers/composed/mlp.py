@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as modules
+from torch.nn.modules import module as _module
 
 from sparselab.kernels.cpu.simd.activations import ACTIVATIONS
 from sparselab.nn.layers.block import BlockSparseLinear
@@ -19,6 +19,8 @@ from sparselab.nn.ops.cpu.mlp import Weights, pays
 from sparselab.nn.ops.mlp.function import apply_activation, two_layers
 from sparselab.nn.ops.tracing import is_plain
 from sparselab.nn.storage.checks import check_bias, check_size
+
+_has_any_global_hook: Any = _module._has_any_global_hook
 
 _LAYERS: dict[str, type[LinearLayer]] = {
     "single": SparseLinear, "fan-in": FanInLinear, "block": BlockSparseLinear,
@@ -81,20 +83,20 @@ def _together(x: Any, up: Any, down: Any, activation: str) -> Tensor | None:
     out = _dtype_of_output(x, tensors)
     if out is None or x.shape[-1] != up.in_features or up.out_features != down.in_features:
         return None
-    layers = [Weights(each.topology(), each.weight_values, each.bias) for each in (up, down)]
-    if any(each.topology.is_watched or _misfits(each) for each in layers):
+    first, second = (Weights(each.topology(), each.weight_values, each.bias) for each in (up, down))
+    if any(each.topology.is_watched or _misfits(each) for each in (first, second)):
         return None
-    if not pays(layers[0].topology, layers[1].topology, math.prod(x.shape[:-1])):
+    if not pays(first.topology, second.topology, math.prod(x.shape[:-1])):
         return None
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     with torch.autocast("cpu", enabled=False):
-        y = two_layers(rows, *layers, activation, out)
+        y = two_layers(rows, first, second, activation, out)
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _is_ordinary(layer: nn.Module) -> bool:
     """Whether a module is a sparse linear layer that nobody sees being called, and that computes as usual."""
-    kind = type(layer)
+    kind: Any = type(layer)
     return (
         isinstance(layer, LinearLayer)
         and kind.forward is LinearLayer.forward
@@ -102,7 +104,7 @@ def _is_ordinary(layer: nn.Module) -> bool:
         and "forward" not in vars(layer)
         and not (
             layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-            or layer._backward_pre_hooks or modules._has_any_global_hook()
+            or layer._backward_pre_hooks or _has_any_global_hook()
         )
         and layer._parameters.get("weight_values") is not None
         and "bias" in layer._parameters
@@ -191,7 +193,10 @@ class SparseMLP(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        inputs, hidden = check_size("in_features", in_features), check_size("hidden_features", hidden_features)
+        inputs, hidden = (
+            check_size("in_features", in_features),
+            check_size("hidden_features", hidden_features),
+        )
         outputs = inputs if out_features is None else check_size("out_features", out_features)
         bias = check_bias(bias, f"SparseMLP({in_features}, {hidden_features}, {out_features}, {activation!r}")
         if activation not in ACTIVATIONS:

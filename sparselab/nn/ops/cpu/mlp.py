@@ -6,7 +6,7 @@ Operands have been checked. Weights, biases and what is saved are of float32, to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from sparselab.kernels.cpu.mlp.gradients import Gradient, gradient_of
 from sparselab.kernels.cpu.mlp.matrices import Matrix, matrix_of, ordered_items, tokens_of_tile
 from sparselab.kernels.cpu.runtime.memory import scratch_of_weights
 from sparselab.kernels.cpu.runtime.target import CACHE_LINE, TARGET
-from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.cpu import bsr, csr
 from sparselab.nn.ops.cpu.memory import as_array, as_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
+from sparselab.nn.ops.topologies import TensorTopology
 
 #: Tiles for each thread that repay it that the rows of a product are not shared out.
 _TILES_EACH = 2
@@ -36,12 +36,12 @@ _OPERATIONS = ("forward", "input_grad", "values_grad")
 class Weights(NamedTuple):
     """A layer as an operand: its topology, its weights and, if it has some, its biases."""
 
-    topology: OnTensors
+    topology: TensorTopology
     values: Tensor
     bias: Tensor | None
 
 
-def pays(up: OnTensors, down: OnTensors, n_tokens: int) -> bool:
+def pays(up: TensorTopology, down: TensorTopology, n_tokens: int) -> bool:
     """Whether layers with these topologies have the kernels, and so many tokens are faster by them."""
     products = up.products
     if products is not down.products or products not in (csr, bsr):
@@ -84,41 +84,68 @@ def product(
         saved = torch.empty(-(-n_tokens // width) * width * up.topology.shape[0])
     memory = _memory((up, down), (False,))
     forward(
-        *(_matrix(each, False, memory[k]) for k, each in enumerate((up, down))), activation, as_array(x).T, as_array(y).T,
-        None if saved is None else as_vector(saved),
+        _matrix(up, False, memory[0]), _matrix(down, False, memory[1]), activation, as_array(x).T,
+        as_array(y).T, None if saved is None else as_vector(saved),
     )  # fmt: skip
     return y, saved
 
 
+class Found(NamedTuple):
+    """Gradients, as far as they were asked for."""
+
+    x: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
 def gradients(
-    needs: tuple[bool, ...], grad: Tensor, x: Tensor, saved: Tensor, up: Weights, down: Weights, activation: str
-) -> tuple[Tensor | None, ...]:
-    """By x, in its dtype, the weights of both layers, and the biases of both, as far as they are needed.
+    needs: tuple[bool, ...], grad: Tensor, x: Tensor, saved: Tensor, up: Weights, down: Weights,
+    activation: str,
+) -> Found:  # fmt: skip
+    """By x, in its dtype, the weights of both layers, and the biases of both: those that `needs` names.
 
     Gradients by biases come with those by weights alone.
     """
     use_torch_threads()
     if saved.data_ptr() % CACHE_LINE:  # a hook on saved tensors has put it elsewhere
         saved = saved.clone()
-    found: list[Tensor | None] = [torch.empty_like(x) if needs[0] else None, None, None, None, None]
-    memory, parts = _memory((up, down), (False, True)), list[Gradient | None]()
-    for k, each in enumerate((up, down)):
-        if not needs[1 + k]:
-            parts.append(None)
-            continue
-        dvalues = found[1 + k] = torch.empty(each.topology.values_shape)
-        dbias = torch.empty(each.topology.shape[0] if needs[3 + k] else 0)
-        found[3 + k] = dbias if needs[3 + k] else None
-        parts.append(gradient_of(each.topology.own, as_vector(dvalues), as_vector(dbias), memory[2 + k]))
+    memory = _memory((up, down), (False, True))
     passed = Passed(
-        _matrix(up, True, memory[0]), _matrix(down, True, memory[1]), activation, as_vector(saved), as_array(x).T, as_array(grad).T
+        _matrix(up, True, memory[0]), _matrix(down, True, memory[1]), activation, as_vector(saved),
+        as_array(x).T, as_array(grad).T,
+    )  # fmt: skip
+    dx = torch.empty_like(x) if needs[0] else None
+    of_up = _WeightsGrad(up, needs[3], memory[2]) if needs[1] else None
+    of_down = _WeightsGrad(down, needs[4], memory[3]) if needs[2] else None
+    backward(
+        passed,
+        None if dx is None else as_array(dx).T,
+        of_up.gradient if of_up else None,
+        of_down.gradient if of_down else None,
     )
-    dx = found[0]
-    backward(passed, None if dx is None else as_array(dx).T, *parts)
-    for k, each in enumerate((up, down)):
-        if needs[1 + k] and each.topology.products is bsr:
-            bsr.without_outside(each.topology.own, found[1 + k])
-    return tuple(found)
+    dup, dup_bias = (None, None) if of_up is None else of_up.finished()
+    ddown, ddown_bias = (None, None) if of_down is None else of_down.finished()
+    return Found(dx, dup, ddown, dup_bias, ddown_bias)
+
+
+class _WeightsGrad:
+    """Gradients by the weights of a layer, and by its biases if that is wanted."""
+
+    def __init__(self, layer: Weights, with_bias: bool, memory: Array) -> None:
+        self.topology, self.with_bias = layer.topology, with_bias
+        self.values = torch.empty(self.topology.values_shape)
+        self.bias = torch.empty(self.topology.shape[0] if with_bias else 0)
+        outputs = as_vector(self.values), as_vector(self.bias)
+        self.gradient: Gradient = gradient_of(self.topology.own, *outputs, memory)
+
+    def finished(self) -> tuple[Tensor, Tensor | None]:
+        """Both, with zeros where blocks reach beyond the matrix."""
+        own: Any = self.topology.own
+        if self.topology.products is bsr:
+            bsr.without_outside(own, self.values)
+        return self.values, self.bias if self.with_bias else None
 
 
 def _memory(layers: Sequence[Weights], transposed: Sequence[bool]) -> Array:

@@ -90,9 +90,9 @@ class TwoLayersFunction(torch.autograd.Function):
         _refuse_misfits(ctx, grad, x, saved)
         needs = ctx.needs_input_grad[:5]
         layers = Weights(up, up_values, up_bias), Weights(down, down_values, None)
-        found = list(mlp.gradients(needs, grad, x, saved, *layers, ctx.activation))
+        found = mlp.gradients(needs, grad, x, saved, *layers, ctx.activation)
         if needs[4] and not needs[2]:
-            found[4] = grad.sum(0, dtype=torch.float32)
+            found = found._replace(down_bias=grad.sum(0, dtype=torch.float32))
         return *found, None, None, None, None
 
 
