@@ -33,9 +33,12 @@ from sparselab.kernels.cpu.csr import spmm_t as row_spmm_t
 from sparselab.kernels.cpu.csr.lookup import add_up, look_up
 from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
+from sparselab.kernels.cpu.mlp import backward as mlp_backward
+from sparselab.kernels.cpu.mlp import forward as mlp_forward
 from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
 from tests.guards import guarded, room
+from tests.kernels.two_layers import Block
 
 Array = np.ndarray[Any, Any]
 
@@ -69,6 +72,9 @@ def guard_scratch(front: bool) -> None:
     direct = block_direct, block_direct_dw
     for module in (*rows, *blocks, *direct, unit_product, unit_gradient):
         module.scratch = scratch  # type: ignore[attr-defined]
+    for module in (mlp_forward, mlp_backward):
+        module.scratch = scratch  # type: ignore[attr-defined]
+    mlp_backward.scratch_of_hidden = scratch  # type: ignore[attr-defined]
     for turning in (row_spmm_t, block_direct):
         turning.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
 
@@ -180,6 +186,17 @@ def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, in
         np.testing.assert_array_equal(out, right)
 
 
+def run_two_layers(kind: Any, sizes: tuple[int, int, int], tokens: int, front: bool) -> None:
+    """Two layers with a nonlinearity between them, both passes."""
+    block = Block(kind, sizes, tokens)
+    right = block.run("gelu")
+    for W in block.matrices:
+        guard_plans(W.topology, front)
+    found = block.run("gelu", lambda array: guarded(array, front=front))
+    for name, array in right.items():
+        np.testing.assert_array_equal(found[name], array, name)
+
+
 def main(side: str, overrun: bool) -> None:
     front = side == "front"
     if overrun:
@@ -203,6 +220,10 @@ def main(side: str, overrun: bool) -> None:
     for shape, tokens, block in itertools.product(SIZES, TOKENS, ((16, 16), (32, 32), (16, 48))):
         if has_matrix_unit():
             run_by_matrix_unit(shape, tokens, block, front)
+    for kind, sizes, tokens in itertools.product(
+        (None, (4, 4), (3, 3), (8, 4)), ((1, 1, 1), (9, 37, 14), (40, 130, 65)), (1, 63, 65, 200)
+    ):
+        run_two_layers(kind, sizes, tokens, front)
     print("no step over an edge")
 
 

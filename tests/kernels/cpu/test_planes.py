@@ -68,7 +68,9 @@ def test_every_window_is_found_at_a_shift(down, right, n):
 def test_images_in_channels_last_give_the_same_planes(down, right, n_channels, dtype, margin):
     (size, kernel, stride, padding, dilation) = zip(down, right, strict=True)
     grid = input_grid(size, kernel, stride, padding, dilation)
-    last = np.random.default_rng(0).standard_normal((2, *size, n_channels)).astype(dtype).transpose(0, 3, 1, 2)
+    last = (
+        np.random.default_rng(0).standard_normal((2, *size, n_channels)).astype(dtype).transpose(0, 3, 1, 2)
+    )
     tokens = plane_stride(2 * grid.tokens + grid.tail + margin, last.itemsize)
     planes, expected = (np.full((n_channels * len(grid.phases), tokens), np.nan, dtype) for _ in range(2))
     fill_planes(last, grid, planes, margin)

@@ -80,6 +80,8 @@ def tile_width(matrix: Matrix) -> int:
 
 def most_rows(matrix: Matrix) -> int:
     """Rows of the largest group, with those that may be written behind it."""
+    if isinstance(matrix, PanelMatrix):
+        return matrix.group * matrix.height + SPARE_ROWS  # also of a block that reaches beyond the matrix
     return int(np.diff(matrix.rows).max(initial=0)) + SPARE_ROWS
 
 
