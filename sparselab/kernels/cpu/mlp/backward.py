@@ -125,7 +125,7 @@ def backward(of: Passed, DX: Array | None, up: Gradient | None, down: Gradient |
         launch(
             _backward_tiles, n_workers, new_counter(), ACTIVATIONS.index(of.activation), of.down_t, of.up_t,
             rows, tiling, tile0, tile1, address(of.DY), NONE_OF[of.DY.dtype], strides(of.DY),
-            0 if DX is None else address(DX), NONE_OF[single], (0, 0) if DX is None else strides(DX),
+            0 if DX is None else address(DX), NONE_OF[single if DX is None else DX.dtype], (0, 0) if DX is None else strides(DX),
             n_tokens, address(of.saved), address(grads), address(values), scratch(n_workers, items, single),
         )  # fmt: skip
         tokens = slice(tile0 * width, tile1 * width)

@@ -107,7 +107,7 @@ def _is_ordinary(layer: nn.Module) -> bool:
             or layer._backward_pre_hooks or _has_any_global_hook()
         )
         and layer._parameters.get("weight_values") is not None
-        and "bias" in layer._parameters
+        and ("bias" in layer._parameters or layer.bias is None)
         and layer._buffers["forward_mask"] is None
     )  # fmt: skip
 

@@ -41,23 +41,29 @@ class Weights(NamedTuple):
     bias: Tensor | None
 
 
-def pays(up: TensorTopology, down: TensorTopology, n_tokens: int) -> bool:
-    """Whether layers with these topologies have the kernels, and so many tokens are faster by them."""
+def serves(up: TensorTopology, down: TensorTopology, n_tokens: int) -> bool:
+    """Whether there are kernels for layers with these topologies."""
     products = up.products
-    if products is not down.products or products not in (csr, bsr):
+    if products is not down.products or products not in (csr, bsr) or min(*up.shape, *down.shape) == 0:
         return False
-    is_blocks = products is bsr
-    width = tokens_of_tile(is_blocks)
-    if n_tokens < _TILES_EACH * width * use_torch_threads():
+    own: list[Any] = [up.own, down.own]
+    return products is csr or all(_by_panels(each.block_shape, n_tokens) for each in own)
+
+
+def pays(up: TensorTopology, down: TensorTopology, n_tokens: int) -> bool:
+    """Whether there are, and so many tokens are faster by them than by one layer after the other."""
+    if not serves(up, down, n_tokens):
         return False
-    if up.shape[0] * width * 4 > TARGET.cache_budget_bytes or min(*up.shape, *down.shape) == 0:
-        return False
-    if is_blocks and not all(_by_panels(each.own.block_shape, n_tokens) for each in (up, down)):
-        return False
-    return all(
-        products.variant(each, operation, n_tokens).name == "tiles"
-        for each in (up, down)
-        for operation in _OPERATIONS
+    products = up.products
+    width = tokens_of_tile(products is bsr)
+    return (
+        n_tokens >= _TILES_EACH * width * use_torch_threads()
+        and up.shape[0] * width * 4 <= TARGET.cache_budget_bytes
+        and all(
+            products.variant(each, operation, n_tokens).name == "tiles"
+            for each in (up, down)
+            for operation in _OPERATIONS
+        )
     )
 
 

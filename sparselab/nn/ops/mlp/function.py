@@ -36,7 +36,8 @@ def _activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:
     if name == "relu":
         return aten.threshold_backward(grad, x, 0)  # type: ignore[no-any-return]
     if name == "silu":
-        return aten.silu_backward(grad, x)  # type: ignore[no-any-return]
+        gate = x.sigmoid()
+        return grad * gate * (1 + x * (1 - gate))
     return aten.gelu_backward(grad, x, approximate="tanh" if name == "gelu_tanh" else "none")  # type: ignore[no-any-return]
 
 
