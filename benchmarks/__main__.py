@@ -189,9 +189,10 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "bags": bags.report, "blocks": blocks.report, "calls": calls.report, "compiled": compiled.report, "layouts": layouts.report,
-        "memory": run_memory, "models": models.report, "peers": peers.report, "revisions": revisions.report,
-        "startup": startup.report, "structure": structure.report, "updates": updates.report,
+        "bags": bags.report, "blocks": blocks.report, "calls": calls.report, "compiled": compiled.report,
+        "layouts": layouts.report, "memory": run_memory, "models": models.report, "peers": peers.report,
+        "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
+        "updates": updates.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)

@@ -6,7 +6,6 @@ import gc
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,9 +76,8 @@ def run(options: Namespace, shape: tuple[int, int, int], is_narrow: bool) -> lis
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(options.rounds + 3):
         for name, model in models.items():
-            call: Callable[[], None] = lambda model=model: step(model, x, dy, is_narrow)  # type: ignore[misc]
             start = time.perf_counter()
-            call()
+            step(model, x, dy, is_narrow)
             if turn >= 3:
                 seconds[name].append(time.perf_counter() - start)
     gc.collect()

@@ -98,6 +98,10 @@ def _tiles_of_part(n_tiles: int, width: int, together: int) -> int:
     return min(-(-wanted // together) * together, n_tiles)
 
 
+def _by_address(matrix: Array) -> tuple[int, Array, tuple[int, int]]:
+    return address(matrix), NONE_OF[matrix.dtype], strides(matrix)
+
+
 def backward(of: Passed, DX: Array | None, up: Gradient | None, down: Gradient | None) -> None:
     """Gradients by X, W and V, and by their biases, for at least one token, in float32.
 
@@ -115,6 +119,7 @@ def backward(of: Passed, DX: Array | None, up: Gradient | None, down: Gradient |
     rows = hidden_rows(of.down_t, of.up_t)
     n_workers = min(worker_count(), part)
     single = np.dtype(np.float32)
+    dx_at, dx_like, dx_strides = (0, NONE_OF[single], (0, 0)) if DX is None else _by_address(DX)
     items = (rows + of.down_t.padded + most_rows(of.up_t)) * width
     size = -(-part // tiling.together) * tiling.rows * tiling.stride
     # A gradient by blocks may read rows behind the last, of blocks that reach beyond the matrix.
@@ -125,8 +130,8 @@ def backward(of: Passed, DX: Array | None, up: Gradient | None, down: Gradient |
         launch(
             _backward_tiles, n_workers, new_counter(), ACTIVATIONS.index(of.activation), of.down_t, of.up_t,
             rows, tiling, tile0, tile1, address(of.DY), NONE_OF[of.DY.dtype], strides(of.DY),
-            0 if DX is None else address(DX), NONE_OF[single if DX is None else DX.dtype], (0, 0) if DX is None else strides(DX),
-            n_tokens, address(of.saved), address(grads), address(values), scratch(n_workers, items, single),
+            dx_at, dx_like, dx_strides, n_tokens, address(of.saved), address(grads), address(values),
+            scratch(n_workers, items, single),
         )  # fmt: skip
         tokens = slice(tile0 * width, tile1 * width)
         if up is not None:
