@@ -12,6 +12,7 @@ from rich.console import Console
 
 from benchmarks import (
     bags,
+    blocks,
     calls,
     compiled,
     data_parallel,
@@ -61,11 +62,27 @@ def parse_arguments() -> argparse.Namespace:
     for name, default in (("steps", 300), ("width", 256), ("tokens", 512), ("every", 30)):
         parallel.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     parallel.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
+    add_blocks(commands)
     add_models(commands)
     add_layouts(commands)
     add_turns(commands)
     add_source(commands)
     return parser.parse_args()
+
+
+def add_blocks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    together = commands.add_parser("blocks", help="time feed-forward blocks: layers together, apart, dense")
+    together.add_argument(
+        "--shapes", type=parse_shape, nargs="+", metavar="INxHIDDENxTOKENS", default=[(768, 3072, 2048)],
+        help="(default: 768x3072x2048)",
+    )  # fmt: skip
+    together.add_argument("--layers", nargs="+", choices=blocks.LAYERS, default=list(blocks.LAYERS))
+    together.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
+    )
+    together.add_argument("--sparsity", type=fraction, default=0.9)
+    together.add_argument("--rounds", type=positive, default=15)
+    together.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
 
 
 def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -178,7 +195,7 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "bags": bags.report, "calls": calls.report, "compiled": compiled.report,
+        "bags": bags.report, "blocks": blocks.report, "calls": calls.report, "compiled": compiled.report,
         "data_parallel": data_parallel.report, "layouts": layouts.report, "memory": run_memory,
         "models": models.report, "peers": peers.report, "revisions": revisions.report,
         "startup": startup.report, "structure": structure.report, "updates": updates.report,

@@ -5,6 +5,7 @@ from sparselab.nn.follow import replicas as _replicas  # noqa: F401 - what it re
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
 from sparselab.nn.layers.composed.attention import SparseMultiheadAttention
+from sparselab.nn.layers.composed.mlp import SparseMLP, feed_forward
 from sparselab.nn.layers.composed.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from sparselab.nn.layers.composed.tied import TiedLinear, TransposedLinear
 from sparselab.nn.layers.conv.masked import (
@@ -81,6 +82,7 @@ __all__ = [
     "SparseLSTM",
     "SparseLayer",
     "SparseLinear",
+    "SparseMLP",
     "SparseMultiheadAttention",
     "SparseRNN",
     "SparseWeight",
@@ -96,6 +98,7 @@ __all__ = [
     "copy_topology",
     "densify",
     "fan_in_uniform_",
+    "feed_forward",
     "find_sparse",
     "freeze",
     "load_model",

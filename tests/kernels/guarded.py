@@ -36,10 +36,13 @@ from sparselab.kernels.cpu.csr.lookup import add_up, look_up
 from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
 from sparselab.kernels.cpu.csr.skinny import matrix
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
+from sparselab.kernels.cpu.mlp import backward as mlp_backward
+from sparselab.kernels.cpu.mlp import forward as mlp_forward
 from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
 from tests.guards import guarded, room
 from tests.kernels import narrow
+from tests.kernels.two_layers import Block
 
 Array = np.ndarray[Any, Any]
 
@@ -74,6 +77,9 @@ def guard_scratch(front: bool) -> None:
     for module in (*rows, *blocks, *direct, unit_product, unit_gradient, weights_to_numbers):
         module.scratch = scratch  # type: ignore[attr-defined]
     row_spmm_t.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
+    for module in (mlp_forward, mlp_backward):
+        module.scratch = scratch  # type: ignore[attr-defined]
+    mlp_backward.scratch_of_hidden = scratch  # type: ignore[attr-defined]
 
 
 def run(drawn: SparseMatrix, topologies: list[Topology], tokens: int, order: str, front: bool) -> None:
@@ -215,6 +221,17 @@ def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, in
         np.testing.assert_array_equal(out, right)
 
 
+def run_two_layers(kind: Any, sizes: tuple[int, int, int], tokens: int, front: bool) -> None:
+    """Two layers with a nonlinearity between them, both passes."""
+    block = Block(kind, sizes, tokens)
+    right = block.run("gelu")
+    for W in block.matrices:
+        guard_plans(W.topology, front)
+    found = block.run("gelu", lambda array: guarded(array, front=front))
+    for name, array in right.items():
+        np.testing.assert_array_equal(found[name], array, name)
+
+
 def main(side: str, overrun: bool) -> None:
     front = side == "front"
     if overrun:
@@ -241,6 +258,10 @@ def main(side: str, overrun: bool) -> None:
     for shape, tokens, block in itertools.product(SIZES, TOKENS, ((16, 16), (32, 32), (16, 48))):
         if has_matrix_unit():
             run_by_matrix_unit(shape, tokens, block, front)
+    for kind, sizes, tokens in itertools.product(
+        (None, (4, 4), (3, 3), (8, 4)), ((1, 1, 1), (9, 37, 14), (40, 130, 65)), (1, 63, 65, 200)
+    ):
+        run_two_layers(kind, sizes, tokens, front)
     print("no step over an edge")
 
 

@@ -18,7 +18,8 @@ from sparselab.kernels.cpu.csr.plan import split_evenly
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.vectors import get, put
+from sparselab.kernels.cpu.simd.transpose import transpose4
+from sparselab.kernels.cpu.simd.vectors import get, load_unaligned, put, store_unaligned, zeros4
 from sparselab.kernels.layouts.block_csr import BlockTopology
 
 _MIN_PART = 1 << 14
@@ -168,6 +169,28 @@ def cut_rectangles(plan: BlockPlan | PanelPlan, n_workers: int, most_columns: in
 
 
 @jit
+def _move_panel(pack, values, first, row_step, column_step, width, packed, place):  # type: ignore[no-untyped-def]
+    """Move columns of `MR` rows of a block by vectors, and return how many of them."""
+    whole = 0
+    if row_step == 1:
+        whole, like = width, zeros4(packed)
+        for j in range(width):
+            inside = first + j * column_step
+            if pack:
+                store_unaligned(packed, place + j * MR, load_unaligned(values, inside, like))
+            else:
+                store_unaligned(values, inside, load_unaligned(packed, place + j * MR, like))
+    elif column_step == 1:
+        whole = width // MR * MR
+        for j in range(0, whole, MR):
+            if pack:
+                transpose4(values, first + j, row_step, packed, place + j * MR, MR)
+            else:
+                transpose4(packed, place + j * MR, MR, values, first + j, row_step)
+    return whole
+
+
+@jit
 def _move_blocks(  # type: ignore[no-untyped-def]
     worker, n_workers, pack, values, indptr, slots, height, width, row_step, column_step, packed
 ):
@@ -184,7 +207,12 @@ def _move_blocks(  # type: ignore[no-untyped-def]
             at = (indptr[r] * (panels - 1) + k) * width * MR
             for row in range(0, height, MR):
                 rows = min(MR, height - row)
-                for j in range(width):
+                done = 0
+                if rows == MR:
+                    done = _move_panel(
+                        pack, values, block + row * row_step, row_step, column_step, width, packed, at
+                    )
+                for j in range(done, width):
                     inside = block + row * row_step + j * column_step
                     place = at + j * MR
                     if not pack:

@@ -40,9 +40,14 @@ def gather(values_at: int, bits: Array, slots: Array, dtype: np.dtype[Any]) -> A
     bfloat16 is given as its bits in uint16. The array is lent until the next call in the same thread.
     """
     ordered = scratch_of_values(len(slots), dtype)
+    gather_into(values_at, bits, slots, ordered)
+    return ordered
+
+
+def gather_into(values_at: int, bits: Array, slots: Array, ordered: Array) -> None:
+    """As `gather`, into an array of at least as many entries."""
     n_workers = 1 if len(slots) < 2 * _MIN_PART else min(worker_count(), len(slots) // _MIN_PART)
     launch(_gather_values, n_workers, values_at, bits, slots, ordered)
-    return ordered
 
 
 def multiply_t(values: Array, plan: TransposePlan, DY: Array, DX: Array) -> None:

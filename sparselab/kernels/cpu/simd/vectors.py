@@ -137,9 +137,9 @@ def _join(builder: Any, vectors: list[Any], row: Any) -> Any:
     return vectors[0] if isinstance(row, Vector) else cgutils.pack_array(builder, vectors)
 
 
-#: ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they tell
-#: the functions below what to work on.
-zeros8, zeros16 = _zeros(8), _zeros(16)
+#: ``zeros4(array)``, ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As
+#: `like` they tell the functions below what to work on.
+zeros4, zeros8, zeros16 = _zeros(4), _zeros(8), _zeros(16)
 
 #: A row of two such vectors of 16.
 zeros_twice16 = _zeros(16, registers=2)
@@ -214,6 +214,23 @@ def _store(aligned: bool) -> Any:
         return types.void(array, index, row), codegen
 
     return store
+
+
+@intrinsic
+def stream(_: Any, array: Any, index: Any, vector: Any) -> Any:
+    """As `store` of one vector, past the caches: for what nobody reads soon, of whole cache lines."""
+    if not (is_array(array) and isinstance(index, types.Integer) and isinstance(vector, Vector)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        pointer = emit.at(emit.data(0), emit.index(1))
+        place = builder.bitcast(pointer, args[2].type.as_pointer())
+        stored = builder.store(args[2], place, align=_alignment(vector, True))
+        stored.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        return emit.nothing()
+
+    return types.void(array, index, vector), codegen
 
 
 #: ``load(array, index, like)`` and ``store(array, index, row)``: a row at ``array[index]``, a place that is

@@ -168,7 +168,7 @@ def values_grad(
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()
     if given is torch.bfloat16 and out is None and is_native(own.block_shape):
-        found = _without_outside(own, narrow_blocks.values_grad(own, grad, x)).to(given)
+        found = without_outside(own, narrow_blocks.values_grad(own, grad, x)).to(given)
         return found, grad.sum(0) if with_bias else grad.new_empty(0)
     dtype = SUMMED[given]
     out = given if out is None else out
@@ -190,11 +190,11 @@ def values_grad(
         sums = torch.empty(own.shape[0] if with_bias else 0, dtype=dtype)
         of_bias = as_vector(sums) if with_bias else None
         sample(own, as_array(grad).T, as_array(x).T, as_vector(result), of_bias)
-    _without_outside(own, result)
+    without_outside(own, result)
     return result, sums
 
 
-def _without_outside(own: BlockTopology, entries: Tensor) -> Tensor:
+def without_outside(own: BlockTopology, entries: Tensor) -> Tensor:
     """Entries of blocks, set to 0 in place where blocks reach beyond the matrix."""
     slots, outside = own.plan("outside on tensors", _outside)
     if len(slots):
