@@ -24,7 +24,7 @@ LAYERS = {"single": "sparse", "fan-in": "fan_in", "block": "block"}
 
 def timing(cfg: Config) -> dict[str, Any]:
     """When algorithms rewire."""
-    return {"update_freq": cfg.update_every, "stop": cfg.last, "seed": cfg.seed}
+    return {"update_freq": cfg.period, "stop": cfg.last, "seed": cfg.seed}
 
 
 def rewiring(cfg: Config) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def by_row(cfg: Config) -> dict[str, Any]:
 
 def rising(cfg: Config, start: float, end: float) -> dict[str, Any]:
     """A sparsity that rises over the first two thirds of the updates, and when that is."""
-    whole = cfg.last * 2 // 3 // cfg.update_every * cfg.update_every
+    whole = cfg.last * 2 // 3 // cfg.period * cfg.period
     schedule = sparselab.PolynomialSchedule(start, end, max(1, whole))
     return {"sparsity": schedule, "scope": "layer", **timing(cfg)}
 
@@ -153,7 +153,12 @@ class Config:
     @property
     def last(self) -> int:
         """The step from which on nothing is rewired."""
-        return max(1, round(self.last_update * self.steps))
+        return max(2, round(self.last_update * self.steps))
+
+    @property
+    def period(self) -> int:
+        """Steps from one update to the next, so few that there is one."""
+        return min(self.update_every, self.last - 1)
 
     def lr_factor(self, step: int) -> float:
         """Share of the peak rate at `step` (from 0): a linear rise, then half a cosine."""
@@ -168,10 +173,10 @@ class Config:
 
 
 def make_model(cfg: Config, vocabulary: int) -> GPT:
-    """The model of an arm: no dense weight of a layer that is sparse exists at any time."""
+    """The model of an arm; of a sparse one, no dense weight exists at any time."""
     torch.manual_seed(cfg.seed)
     shape = cfg.shape
-    with torch.device("meta"):
+    with torch.device("cpu" if cfg.arm == "masked" else "meta"):  # a mask must hold data
         model = GPT(vocabulary, cfg.context, shape.n_layer, shape.d_model, shape.d_ff, shape.n_head)
     if cfg.sparsities:
         start = ALGORITHMS[cfg.algorithm].start

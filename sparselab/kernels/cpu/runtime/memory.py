@@ -97,6 +97,11 @@ def scratch_of_gradient(n_items: int, dtype: np.dtype[Any]) -> Array:
     return row
 
 
+def scratch_bytes() -> int:
+    """Bytes of work memory that the calling thread holds."""
+    return sum(each.buffer.nbytes for each in (_scratch, _values, _gradient))
+
+
 def mapped_empty(n_items: int, dtype: np.dtype[Any]) -> Array:
     """Uninitialised 1-D array in memory pages of its own, for arrays that live long.
 
