@@ -40,11 +40,17 @@ from sparselab.nn.models.average import (
 from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.models.densify import densify
-from sparselab.nn.models.files import load_model, save_model
 from sparselab.nn.models.inference.freeze import freeze
 from sparselab.nn.models.materialize import materialize
 from sparselab.nn.models.memory import MemoryReport, memory_report
 from sparselab.nn.models.plan import SparsifyPlan
+from sparselab.nn.models.saved.checkpoint import (
+    CheckpointError,
+    RandomState,
+    load_checkpoint,
+    save_checkpoint,
+)
+from sparselab.nn.models.saved.files import load_model, save_model
 from sparselab.nn.models.tune import TuneReport, tune
 from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.ops.products import register_products
@@ -55,6 +61,7 @@ from sparselab.nn.weight.view import SparseWeight
 __all__ = [
     "AveragedModel",
     "BlockSparseLinear",
+    "CheckpointError",
     "CondensedLayer",
     "DenseLayer",
     "DenseType",
@@ -71,6 +78,7 @@ __all__ = [
     "MaskedConvTranspose3d",
     "MaskedLinear",
     "MemoryReport",
+    "RandomState",
     "SparseConv1d",
     "SparseConv2d",
     "SparseConv3d",
@@ -101,6 +109,7 @@ __all__ = [
     "feed_forward",
     "find_sparse",
     "freeze",
+    "load_checkpoint",
     "load_model",
     "materialize",
     "measure_sparsity",
@@ -110,6 +119,7 @@ __all__ = [
     "register_kind",
     "register_layout",
     "register_products",
+    "save_checkpoint",
     "save_model",
     "soft_update",
     "sparsify",

@@ -28,10 +28,10 @@ from sparselab.kernels.cpu.bsr import sddmm_dw as block_sddmm_dw
 from sparselab.kernels.cpu.bsr import skinny as block_skinny
 from sparselab.kernels.cpu.bsr import spmm as block_spmm
 from sparselab.kernels.cpu.bsr.plan import block_plan, panel_plan
+from sparselab.kernels.cpu.csr import order as row_order
 from sparselab.kernels.cpu.csr import sddmm_dw as row_sddmm_dw
 from sparselab.kernels.cpu.csr import skinny as row_skinny
 from sparselab.kernels.cpu.csr import spmm as row_spmm
-from sparselab.kernels.cpu.csr import spmm_t as row_spmm_t
 from sparselab.kernels.cpu.csr.lookup import add_up, look_up
 from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
 from sparselab.kernels.cpu.csr.skinny import matrix
@@ -72,11 +72,11 @@ def guard_scratch(front: bool) -> None:
         block[:] = 255  # NaN in float32 and float64
         return block.view(dtype).reshape(n_rows, stride // dtype.itemsize)
 
-    rows, blocks = (row_spmm, row_sddmm_dw, row_skinny), (block_spmm, block_sddmm_dw, block_skinny)
+    rows, blocks = (row_spmm, row_sddmm_dw, row_skinny, row_order), (block_spmm, block_sddmm_dw, block_skinny)
     direct = block_direct, block_direct_dw
     for module in (*rows, *blocks, *direct, unit_product, unit_gradient, weights_to_numbers):
         module.scratch = scratch  # type: ignore[attr-defined]
-    row_spmm_t.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
+    row_order.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
     for module in (mlp_forward, mlp_backward):
         module.scratch = scratch  # type: ignore[attr-defined]
     mlp_backward.scratch_of_hidden = scratch  # type: ignore[attr-defined]
@@ -119,8 +119,8 @@ def run_by_number(shape: tuple[int, int], tokens: int, dtype: Any, sparsity: flo
     calls: list[tuple[Callable[..., None], tuple[Any, ...], int]] = [
         (look_up, (numbers, W.indptr, W.indices, W.values, columns), tokens * columns),
         (add_up, (numbers, W.indptr, W.indices, dx.reshape(-1), columns), len(W.values)),
-        (multiply_sparse, (x, W.values, plan, bias), tokens * rows),
-        (sample_sparse, (x, plan, dy.reshape(-1), rows), len(W.values)),
+        (multiply_sparse, (x, W.values, W.topology.rows, plan, bias), tokens * rows),
+        (sample_sparse, (x, W.topology.rows, plan, dy.reshape(-1)), len(W.values)),
     ]
     for product, operands, size in calls:
         right, out = np.zeros(size, dtype), guarded(np.zeros(size, dtype), front=front)

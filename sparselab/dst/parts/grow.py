@@ -162,8 +162,9 @@ class GradientGrowth(Growth):
     ----------
     grad_accumulation : int
         The most backward passes in an optimizer step, if somebody knows that they are more than one. It need
-        not be given: the first update holds what G is made of until the step, and later ones go by what was
-        seen.
+        not be given: the first update holds what G is made of until the step, the tokens and output
+        gradients of all layers together, and later ones go by what was seen. Where that is too much memory,
+        ``algorithm.expect_passes(1)`` says that there is one.
 
     Notes
     -----
@@ -186,7 +187,7 @@ class GradientGrowth(Growth):
 
     def __init__(self, grad_accumulation: int = 1) -> None:
         self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)
-        self._passes = PassCount(self.grad_accumulation)
+        self._passes = PassCount(0 if self.grad_accumulation == 1 else self.grad_accumulation)
         self._collectors: dict[int, GradientCollector] = {}
 
     def prepare(self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None) -> None:
@@ -209,7 +210,10 @@ class GradientGrowth(Growth):
             collector.settle(parameters)
 
     def expect_passes(self, passes: int) -> None:
-        """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier."""
+        """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier.
+
+        After so many passes nothing is held any more, at the first update neither.
+        """
         self._passes.told = require_count("passes", passes, minimum=1)
 
     def _collector(

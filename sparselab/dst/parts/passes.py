@@ -29,19 +29,19 @@ class PassCount:
     Attributes
     ----------
     told : int
-        What somebody said; 1 means that nobody said more.
+        What somebody said; 0 if nobody did.
     learnt : int
         The most passes that a finished step had; 0 before the first.
     """
 
-    def __init__(self, told: int = 1) -> None:
+    def __init__(self, told: int = 0) -> None:
         self.told = told
         self.learnt = 0
 
     @property
     def expected(self) -> int | None:
         """Passes after which no other is expected; None while that is not known."""
-        return max(self.told, self.learnt) if self.told > 1 or self.learnt else None
+        return max(self.told, self.learnt) or None
 
     def learn(self, passes: int) -> None:
         """Take note of a finished step."""

@@ -27,18 +27,11 @@ def multiply(
 
     The values are flat. X and Y are as in `spmm.multiply`.
     """
-    if _are_batches(values.dtype, X, Y) and direct.serves(
-        topology.block_shape[int(transposed)], values.itemsize, X.shape[1]
-    ):
+    height = topology.block_shape[int(transposed)]
+    if direct.serves(height, values.itemsize, X.shape[1]) and _are_batches(values.dtype, X, Y):
         direct.multiply_direct(values, block_plan(topology, transposed), X, Y, bias)
     else:
         spmm.multiply(values, panel_plan(topology, transposed), transposed, X, Y, bias)
-
-
-def _samples_directly(topology: BlockTopology, DY: Array, X: Array, dtype: np.dtype[Any]) -> bool:
-    return direct_dw.serves(topology.block_shape, dtype.itemsize) and all(
-        each.strides[0] == each.itemsize for each in (DY, X)
-    )
 
 
 def sample(topology: BlockTopology, DY: Array, X: Array, out: Array, sums: Array | None = None) -> None:
@@ -47,7 +40,9 @@ def sample(topology: BlockTopology, DY: Array, X: Array, out: Array, sums: Array
     Also of those beyond the matrix: they are 0 times a number. If `sums` is given, it becomes
     ``sum_t DY[:, t]``.
     """
-    if _samples_directly(topology, DY, X, out.dtype):
+    if direct_dw.serves(topology.block_shape, out.itemsize) and all(
+        each.strides[0] == each.itemsize for each in (DY, X)
+    ):
         direct_dw.sample_direct(block_plan(topology, False), DY, X, out, sums)
         return
     plan = panel_plan(topology, False)

@@ -16,9 +16,9 @@ from sparselab.kernels.arrays import Array, address
 from sparselab.kernels.cpu.bsr.panels import MR, NR, wide_row
 from sparselab.kernels.cpu.bsr.plan import PanelPlan, pack_weights, panel_plan
 from sparselab.kernels.cpu.bsr.spmm import by_micro_panel, gather_panel, panel_group
+from sparselab.kernels.cpu.csr.order import into_order
 from sparselab.kernels.cpu.csr.plan import product_plan, transpose_plan
 from sparselab.kernels.cpu.csr.spmm import add_segments
-from sparselab.kernels.cpu.csr.spmm_t import gather_into
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.simd.vectors import zeros_tile
 from sparselab.kernels.layouts.block_csr import BlockTopology
@@ -172,8 +172,8 @@ def _of_rows(
 ) -> SegmentMatrix:
     if transposed:
         plan = transpose_plan(topology)
-        weights, indices, segments = memory[: len(plan.slots)], plan.indices, plan.segments
-        gather_into(address(values), values, plan.slots, weights)
+        weights, indices, segments = memory[: len(plan.indices)], plan.indices, plan.segments
+        into_order(address(values), values, topology.rows, plan.order, values.dtype, weights)
     else:
         weights, indices, segments = values, topology.rows.indices, product_plan(topology)
     columns = topology.shape[int(not transposed)]

@@ -107,6 +107,11 @@ def scratch_of_hidden(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Arra
     return _hidden.block(n_rows, row_items, dtype)
 
 
+def scratch_bytes() -> int:
+    """Bytes of work memory that the calling thread holds."""
+    return sum(each.buffer.nbytes for each in (_scratch, _values, _gradient, _hidden))
+
+
 def mapped_empty(n_items: int, dtype: np.dtype[Any]) -> Array:
     """Uninitialised 1-D array in memory pages of its own, for arrays that live long.
 

@@ -47,13 +47,16 @@ def weight(_: Any, values: Any, index: Any) -> Any:
 
 @intrinsic
 def put(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """``array[index] = value`` without the wrap-around of negative indices."""
-    if not (is_array(array) and isinstance(index, types.Integer) and value == array.dtype):
+    """``array[index] = value`` without the wrap-around of negative indices; integers of any width."""
+    if not (is_array(array) and isinstance(index, types.Integer)):
+        return None
+    if value != array.dtype and not all(isinstance(each, types.Integer) for each in (value, array.dtype)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        builder.store(args[2], emit.at(emit.data(0), emit.index(1)))
+        stored = context.cast(builder, args[2], value, array.dtype)
+        builder.store(stored, emit.at(emit.data(0), emit.index(1)))
         return emit.nothing()
 
     return types.void(array, index, value), codegen

@@ -25,10 +25,9 @@ from sparselab.kernels.cpu.conv.planes import (
     read_planes,
     whole_tiles,
 )
-from sparselab.kernels.cpu.conv.shifted import multiply_shifted, sample_shifted
+from sparselab.kernels.cpu.conv.shifted import PlanePlan, gather, multiply_shifted, sample_shifted
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows
-from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan, plan_shifted
-from sparselab.kernels.cpu.csr.spmm_t import gather
+from sparselab.kernels.cpu.csr.plan import Segments, plan_shifted
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
@@ -52,7 +51,7 @@ class ConvolutionPlans:
         rows, columns = topology.shape
         self.shape = rows, geometry.in_channels * geometry.elements
         self.indices = topology.rows.indices
-        self._transposed: TransposePlan | None = None
+        self._transposed: PlanePlan | None = None
         if geometry.groups > 1:
             # The matrix of all groups, each on its own channels.
             group = self._rows() // (rows // geometry.groups)
@@ -77,7 +76,7 @@ class ConvolutionPlans:
             self.begin, self.end - self.begin, self.indices, self.shape, self.geometry.elements
         )
 
-    def input_grad(self, grid: Grid) -> TransposePlan:
+    def input_grad(self, grid: Grid) -> PlanePlan:
         """Plan of the gradient by the input: rows are planes, columns are outputs times elements."""
         if self._transposed is None:
             # All grids of a geometry have the same phases.
@@ -94,7 +93,7 @@ class ConvolutionPlans:
         own = self.indices.nbytes if self.geometry.groups > 1 else 0
         return own + nbytes(self.__dict__.get("forward")) + nbytes(self._transposed)
 
-    def _transpose(self, phase: Array, n_phases: int) -> TransposePlan:
+    def _transpose(self, phase: Array, n_phases: int) -> PlanePlan:
         elements = self.geometry.elements
         channel, element = np.divmod(self.indices.astype(np.int64), elements)
         shape = self.geometry.in_channels * n_phases, self.shape[0] * elements
@@ -105,7 +104,7 @@ class ConvolutionPlans:
         indptr = np.zeros(shape[0] + 1, np.int64)
         np.cumsum(np.bincount(plane, minlength=shape[0]), out=indptr[1:])
         segments = plan_shifted(indptr[:-1], np.diff(indptr), indices, shape, elements)
-        return TransposePlan(indptr, indices, slots.astype(np.int32), segments)
+        return PlanePlan(indptr, indices, slots.astype(np.int32), segments)
 
 
 def product(
