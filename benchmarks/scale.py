@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -29,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 import sparselab
 from examples.gpt_model import GPT, PRESETS, Shape
 from examples.resident import give_back_freed_memory, peak_resident_bytes, resident_bytes
+from sparselab.bench.output import tables
 from sparselab.kernels.cpu.runtime.memory import scratch_bytes
 
 CONTEXT, SPARSITY = 256, 0.9
@@ -210,3 +213,41 @@ def run(names: list[str], sparsity: float, tokens: int, threads: int) -> list[di
         output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(output.stdout.splitlines()[-1]))
     return rows
+
+
+def report(names: list[str], tokens: int, threads: int, console: Console) -> list[dict[str, Any]]:
+    """Run and print: bytes per live weight by cause, and the phases of each model."""
+    found = run(names, SPARSITY, tokens, threads)
+    for row in found:
+        console.print(by_cause(row))
+        console.print(by_phase(row))
+    return found
+
+
+def by_cause(row: dict[str, Any]) -> Table:
+    """What a step has resident at its highest, by cause."""
+    title = (
+        f"{row['model']}: {row['live']:,} live of {row['dense']:,} parameters, {row['tokens']} tokens a "
+        f"step, at the highest moment of a step"
+    )
+    total = sum(row["causes"].values())
+    lines = [*row["causes"].items(), ("all of these", total), ("resident set", row["step_peak"])]
+    cells = [[cause, f"{n_bytes / 2**20:,.0f}", f"{n_bytes / row['live']:.2f}"] for cause, n_bytes in lines]
+    return tables.plain(title, ["cause", "MiB", "bytes per live weight"], cells)
+
+
+def by_phase(row: dict[str, Any]) -> Table:
+    """Seconds and resident set from building to loading."""
+    cells = [
+        [
+            each["phase"],
+            f"{each['seconds']:.2f}",
+            f"{each['peak'] / 2**20:,.0f}",
+            f"{each['resident'] / 2**20:,.0f}",
+        ]
+        for each in row["phases"]
+    ]
+    title = (
+        f"{row['model']}: peak {row['peak'] / 2**30:.2f} GiB, checkpoint {row['file_bytes'] / 1e6:,.0f} MB"
+    )
+    return tables.plain(title, ["phase", "seconds", "resident at most, MiB", "at its end"], cells)
