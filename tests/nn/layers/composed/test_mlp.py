@@ -235,7 +235,7 @@ def test_copies_and_states(kind: str) -> None:
 
 
 @of_two_kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_autocast(kind: str, dtype: torch.dtype) -> None:
     block = make(kind)
     x = torch.randn(70, 12).to(dtype).requires_grad_()
