@@ -51,8 +51,16 @@ _row = zero_registers(2)
 
 
 def serves(height: int, itemsize: int, n_tokens: int) -> bool:
-    """Whether block rows are whole rows of vectors, there are registers enough, and a group of tokens."""
-    return VECTOR_BYTES != 32 and height * itemsize % (2 * VECTOR_BYTES) == 0 and n_tokens >= TOKENS
+    """Whether block rows are whole rows of vectors, there are registers enough, and a group of tokens.
+
+    And whole groups of eight rows, which are turned together.
+    """
+    return (
+        VECTOR_BYTES != 32
+        and height % 8 == 0
+        and height * itemsize % (2 * VECTOR_BYTES) == 0
+        and n_tokens >= TOKENS
+    )
 
 
 @jit
