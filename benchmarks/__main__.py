@@ -162,8 +162,9 @@ def main() -> None:
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
         "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "layouts": layouts.report,
-        "memory": memory.report, "models": models.report, "peers": peers.report, "revisions": revisions.report,
-        "startup": startup.report, "structure": structure.report, "updates": updates.report,
+        "memory": memory.report, "models": models.report, "peers": peers.report,
+        "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
+        "updates": updates.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)
