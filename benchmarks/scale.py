@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -30,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import sparselab
 from examples.gpt_model import GPT, PRESETS, Shape
-from examples.resident import give_back_freed_memory, peak_resident_bytes, resident_bytes
+from examples.resident import peak_resident_bytes, resident_bytes
 from sparselab.bench.output import tables
 from sparselab.kernels.cpu.runtime.memory import scratch_bytes
 
@@ -143,7 +142,6 @@ def free_heap_bytes() -> int:
 def measure(name: str, sparsity: float, tokens: int, threads: int) -> dict[str, Any]:
     """In a fresh process: the life of one model."""
     torch.set_num_threads(threads)
-    give_back_freed_memory()
     small = Trainer(Shape(1, 64, 1), sparsity, tokens)
     for _ in range(UPDATE + 1):
         small.step()  # loads the code, which is not the model's
@@ -209,7 +207,7 @@ def run(names: list[str], sparsity: float, tokens: int, threads: int) -> list[di
             print(f"{name}: does not fit here", file=sys.stderr)
             continue
         call = f"scale.measure({name!r}, {sparsity}, {tokens}, {threads})"
-        code = f"import json; from benchmarks import scale; print(json.dumps({call}))"
+        code = f"import examples.small_heap, json; from benchmarks import scale; print(json.dumps({call}))"
         output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(output.stdout.splitlines()[-1]))
     return rows
@@ -224,30 +222,25 @@ def report(names: list[str], tokens: int, threads: int, console: Console) -> lis
     return found
 
 
-def by_cause(row: dict[str, Any]) -> Table:
+def by_cause(row: dict[str, Any]) -> str:
     """What a step has resident at its highest, by cause."""
-    title = (
-        f"{row['model']}: {row['live']:,} live of {row['dense']:,} parameters, {row['tokens']} tokens a "
-        f"step, at the highest moment of a step"
-    )
-    total = sum(row["causes"].values())
-    lines = [*row["causes"].items(), ("all of these", total), ("resident set", row["step_peak"])]
-    cells = [[cause, f"{n_bytes / 2**20:,.0f}", f"{n_bytes / row['live']:.2f}"] for cause, n_bytes in lines]
+    sizes = f"{row['live']:,} live of {row['dense']:,} parameters, {row['tokens']} tokens a step"
+    lines = {**row["causes"], "all of these": sum(row["causes"].values()), "resident set": row["step_peak"]}
+    cells = [[cause, mebibytes(size), f"{size / row['live']:.2f}"] for cause, size in lines.items()]
+    title = f"{row['model']}: {sizes}, at the highest moment of a step"
     return tables.plain(title, ["cause", "MiB", "bytes per live weight"], cells)
 
 
-def by_phase(row: dict[str, Any]) -> Table:
+def by_phase(row: dict[str, Any]) -> str:
     """Seconds and resident set from building to loading."""
     cells = [
-        [
-            each["phase"],
-            f"{each['seconds']:.2f}",
-            f"{each['peak'] / 2**20:,.0f}",
-            f"{each['resident'] / 2**20:,.0f}",
-        ]
+        [each["phase"], f"{each['seconds']:.2f}", mebibytes(each["peak"]), mebibytes(each["resident"])]
         for each in row["phases"]
     ]
-    title = (
-        f"{row['model']}: peak {row['peak'] / 2**30:.2f} GiB, checkpoint {row['file_bytes'] / 1e6:,.0f} MB"
-    )
-    return tables.plain(title, ["phase", "seconds", "resident at most, MiB", "at its end"], cells)
+    whole = f"peak {row['peak'] / 2**30:.2f} GiB, checkpoint {row['file_bytes'] / 1e6:,.0f} MB"
+    columns = ["phase", "seconds", "resident at most, MiB", "at its end"]
+    return tables.plain(f"{row['model']}: {whole}", columns, cells)
+
+
+def mebibytes(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f}"

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import small_heap  # noqa: F401 - before torch
 import torch
 from downloads import write_atomically
 from gpt_arms import Config, add_options, attach_algorithm, make_model, make_optimizer, read_config
@@ -28,7 +29,7 @@ from gpt_data import Tokens, load_tokens
 from gpt_model import GPT, Past
 from options import at_least_one
 from ranks import Ranks, join_ranks
-from resident import give_back_freed_memory, peak_resident_bytes, resident_bytes
+from resident import peak_resident_bytes, resident_bytes
 from text import TextError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -282,7 +283,6 @@ def resume_run(out: Path, ranks: Ranks) -> Run:
 
 def main(options: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(options)
-    give_back_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     ranks = join_ranks()

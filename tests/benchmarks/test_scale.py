@@ -17,7 +17,6 @@ from examples.gpt_model import Shape
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scale.PRESETS, "tiny", Shape(1, 32, 2))
     monkeypatch.setattr(scale, "CONTEXT", 16)
-    monkeypatch.setattr(scale, "give_back_freed_memory", lambda: True)  # for the whole process
 
 
 def test_live_tensors_are_those_that_are_there_at_once() -> None:
