@@ -14,6 +14,7 @@ from benchmarks import (
     bags,
     calls,
     compiled,
+    frozen,
     layouts,
     memory,
     models,
@@ -57,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     rewired.add_argument("--sparsity", type=float, default=0.9)
     add_models(commands)
     add_layouts(commands)
+    add_frozen(commands)
     add_turns(commands)
     add_source(commands)
     return parser.parse_args()
@@ -87,6 +89,20 @@ def add_layouts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     each.add_argument("--rounds", type=positive, default=15, help="timed steps (default: %(default)s)")
     each.add_argument("--epochs", type=positive, default=3, help="on MNIST (default: %(default)s)")
     each.add_argument("--steps", type=positive, default=300, help="on the text (default: %(default)s)")
+
+
+def add_frozen(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    each = commands.add_parser(
+        "frozen", help="time few tokens, accuracy and bytes of layers frozen in few bits"
+    )
+    each.add_argument("--parts", nargs="+", choices=frozen.PARTS, default=frozen.PARTS, help="(default: all)")
+    each.add_argument(
+        "--layouts", nargs="+", choices=list(layouts.LAYOUTS)[1:], default=frozen.NAMES,
+        help="(default: %(default)s)",
+    )  # fmt: skip
+    each.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
+    each.add_argument("--epochs", type=positive, default=3, help="on MNIST (default: %(default)s)")
+    each.add_argument("--seed", type=positive, default=1, help="(default: %(default)s)")
 
 
 def add_turns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -172,9 +188,10 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "layouts": layouts.report,
-        "memory": run_memory, "models": models.report, "peers": peers.report, "revisions": revisions.report,
-        "startup": startup.report, "structure": structure.report, "updates": updates.report,
+        "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "frozen": frozen.report,
+        "layouts": layouts.report, "memory": run_memory, "models": models.report, "peers": peers.report,
+        "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
+        "updates": updates.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)
