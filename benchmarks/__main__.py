@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from benchmarks import (
     bags,
+    blocks,
     calls,
     compiled,
+    data_parallel,
     frozen,
     layouts,
     memory,
     models,
     peers,
     revisions,
+    scale,
     startup,
     structure,
     updates,
@@ -28,7 +30,6 @@ from benchmarks.turns import TurnError
 from sparselab.bench.contenders.linear import SHAPES
 from sparselab.bench.measure import machine
 from sparselab.bench.options import block_shape
-from sparselab.bench.output import tables
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -46,8 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     commands = parser.add_subparsers(dest="command", required=True)
-    bytes_of = commands.add_parser("memory", help="bytes and resident set of training steps")
-    bytes_of.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.9, 0.95])
+    add_memory(commands)
     start = commands.add_parser("startup", help="seconds of imports, first forward pass, compiling")
     start.add_argument("--processes", type=positive, default=3, help="of each (default: %(default)s)")
     words = commands.add_parser("bags", help="time bags of words in CSR through a first layer")
@@ -56,12 +56,45 @@ def parse_arguments() -> argparse.Namespace:
     for name, default in (("width", 1024), ("tokens", 64), ("updates", 20)):
         rewired.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     rewired.add_argument("--sparsity", type=float, default=0.9)
+    parallel = commands.add_parser("data_parallel", help="bytes that replicas send, and what they learn")
+    parallel.add_argument("--ranks", type=positive, nargs="+", default=[2, 4], help="(default: %(default)s)")
+    for name, default in (("steps", 300), ("width", 256), ("tokens", 512), ("every", 30)):
+        parallel.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
+    parallel.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
+    add_blocks(commands)
     add_models(commands)
     add_layouts(commands)
     add_frozen(commands)
     add_turns(commands)
     add_source(commands)
     return parser.parse_args()
+
+
+def add_blocks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    together = commands.add_parser("blocks", help="time feed-forward blocks: layers together, apart, dense")
+    together.add_argument(
+        "--shapes", type=parse_shape, nargs="+", metavar="INxHIDDENxTOKENS", default=[(768, 3072, 2048)],
+        help="(default: 768x3072x2048)",
+    )  # fmt: skip
+    together.add_argument("--layers", nargs="+", choices=blocks.LAYERS, default=list(blocks.LAYERS))
+    together.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
+    )
+    together.add_argument("--sparsity", type=fraction, default=0.9)
+    together.add_argument("--rounds", type=positive, default=15)
+    together.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+
+
+def add_memory(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bytes_of = commands.add_parser("memory", help="bytes and resident set of training steps, and by cause")
+    bytes_of.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.9, 0.95])
+    bytes_of.add_argument(
+        "--models", nargs="*", choices=scale.PRESETS, default=list(scale.PRESETS),
+        help="GPTs to look at by cause, at 90%% (default: those that fit)",
+    )  # fmt: skip
+    bytes_of.add_argument(
+        "--tokens", type=positive, default=1024, help="of their steps (default: %(default)s)"
+    )
 
 
 def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -160,27 +193,6 @@ def fraction(text: str) -> float:
     return value
 
 
-def run_memory(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    found = memory.run(options.sparsity, options.threads)
-    dense = found[0]
-    rows = []
-    for row in found:
-        name = row["arm"] if row["arm"] == "dense" else f"sparse {row['sparsity']:.0%}"
-        shares = (
-            f"{row[key] / 2**20:.1f} ({row[key] / dense[key]:.0%})"
-            for key in ("weight_bytes", "training_bytes", "rss_growth")
-        )
-        rows.append([name, *shares])
-    console.print(
-        tables.plain(
-            "MiB after three AdamW steps (and share of dense)",
-            ["arm", "weights", "training state", "resident set growth"],
-            rows,
-        )
-    )
-    return found
-
-
 def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(options.threads)
@@ -188,8 +200,9 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
-        "bags": bags.report, "calls": calls.report, "compiled": compiled.report, "frozen": frozen.report,
-        "layouts": layouts.report, "memory": run_memory, "models": models.report, "peers": peers.report,
+        "bags": bags.report, "blocks": blocks.report, "calls": calls.report, "compiled": compiled.report,
+        "data_parallel": data_parallel.report, "frozen": frozen.report, "layouts": layouts.report,
+        "memory": memory.report, "models": models.report, "peers": peers.report,
         "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
         "updates": updates.report,
     }  # fmt: skip

@@ -1,17 +1,24 @@
-"""Memory of a training step, twice: bytes of the tensors, and resident set of a fresh process."""
+"""Memory of a training step, twice: bytes of the tensors, and resident set of a fresh process.
+
+Of a stack of layers here, and by cause of whole models in `benchmarks.scale`.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
 from torch import nn
 
 import sparselab
+from benchmarks import scale
+from sparselab.bench.output import tables
 
 WIDTH, HIDDEN, LAYERS, TOKENS, STEPS = 1024, 4096, 4, 256, 3
 
@@ -63,3 +70,20 @@ def run(sparsities: list[float], threads: int) -> list[dict[str, Any]]:
         output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         rows.append({**json.loads(output.stdout), "sparsity": sparsity})
     return rows
+
+
+def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
+    """The subcommand: run, print tables; returns the rows for ``--json``."""
+    found = run(options.sparsity, options.threads)
+    dense = found[0]
+    rows = []
+    for row in found:
+        name = row["arm"] if row["arm"] == "dense" else f"sparse {row['sparsity']:.0%}"
+        shares = (
+            f"{row[key] / 2**20:.1f} ({row[key] / dense[key]:.0%})"
+            for key in ("weight_bytes", "training_bytes", "rss_growth")
+        )
+        rows.append([name, *shares])
+    columns = ["arm", "weights", "training state", "resident set growth"]
+    console.print(tables.plain("MiB after three AdamW steps (and share of dense)", columns, rows))
+    return [*found, *scale.report(options.models, options.tokens, options.threads, console)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparselab
-from examples.gpt import GPT
+from examples.gpt_model import GPT
 from sparselab.bench.measure.timing import Timing, interleave
 
 VOCABULARY = 65

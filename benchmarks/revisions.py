@@ -60,7 +60,7 @@ class Model:
     def compare(self, drivers: Mapping[str, Driver], folder: Path, n_turns: int, calls: int) -> Timings:
         """Milliseconds by operation and driver."""
         contest = Contest(drivers)
-        source = str(ROOT / "examples" / "gpt.py")
+        source = str(ROOT / "examples" / "gpt_model.py")
         for name in drivers:
             contest.ask(name, "load_model", source=source, size=asdict(self.size), rules=SPARSITY)
         return contest.time(["training step"], n_turns, calls, str(self))

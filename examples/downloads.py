@@ -9,8 +9,11 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -110,11 +113,20 @@ def download(remote: Remote) -> bytes:
 
 def write_atomically(target: Path, data: bytes) -> None:
     """Write `data` so that other processes see either the whole file or none."""
+    with whole_file(target) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is at `target` once the block has ended without an error, and not before."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
+            file.flush()
+            os.fsync(handle)
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpt import GPT, initial_std
+from gpt_model import GPT, initial_std
 from options import at_least_one, changed
 from resident import peak_resident_bytes, resident_bytes
 from text import Text, TextError, load_text

@@ -47,6 +47,7 @@ from sparselab.dst.parts.select import (
     Selection,
     UpdateContext,
 )
+from sparselab.dst.replicas import Ranks, Replicas
 from sparselab.dst.schedules.schedule import (
     ConstantSchedule,
     CosineSchedule,
@@ -106,8 +107,10 @@ __all__ = [
     "PolynomialSchedule",
     "Prune",
     "RandomGrowth",
+    "Ranks",
     "Redistribution",
     "RelativeImportance",
+    "Replicas",
     "RigL",
     "RowBudget",
     "RowSelection",

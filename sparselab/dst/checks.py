@@ -7,8 +7,6 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
-
 
 def require_finite(name: str, value: object, expected: str = "a number") -> None:
     """Raise TypeError unless `value` is a number, ValueError unless it is finite."""
@@ -42,13 +40,4 @@ def require_of_blocks(name: str, block_shape: tuple[int, int], parts: Iterable[A
         raise TypeError(
             f"{name} cannot rewire a layer of blocks of {block_shape} weights: {', '.join(unable)} looks at "
             f"single weights. SET, RigL, GMP, GraNet and MEST can"
-        )
-
-
-def require_one_process(name: str) -> None:
-    """Raise RuntimeError if several processes would rewire replicas of a model, each by its gradient."""
-    if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
-        raise RuntimeError(
-            f"the process of {name} must be the only process of its group, got a world of {world}: each "
-            f"would rewire its replica by its own gradient. Attach Static, or train in one process"
         )

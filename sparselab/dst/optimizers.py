@@ -19,6 +19,27 @@ def held_ids(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
+def shard_of(optimizer: Any) -> torch.optim.Optimizer | None:
+    """What steps the Parameters of this process, and has their state, in a ``ZeroRedundancyOptimizer``.
+
+    None for other optimizers.
+    """
+    inner = getattr(optimizer, "optim", None)
+    is_sharded = hasattr(optimizer, "consolidate_state_dict")
+    return inner if is_sharded and isinstance(inner, torch.optim.Optimizer) else None
+
+
+def require_shards_apart(optimizer: Any) -> None:
+    """Raise RuntimeError if a ``ZeroRedundancyOptimizer`` could not follow Parameters of other sizes."""
+    for setting in ("parameters_as_bucket_view", "_overlap_with_ddp"):
+        if hasattr(optimizer, "consolidate_state_dict") and getattr(optimizer, setting, False):
+            raise RuntimeError(
+                f"a {type(optimizer).__name__} of layers that are rewired must not be made with "
+                f"{setting.removeprefix('_')}=True, which binds Parameters to places in one memory that they "
+                f"leave when their sizes change; leave it out"
+            )
+
+
 def call_while_alive(owner: object, method: str, register: Callable[..., RemovableHandle]) -> None:
     """Call a method with every optimizer of the process that steps, for as long as its owner lives.
 

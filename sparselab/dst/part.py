@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from sparselab.dst.replicas import Ranks
 from sparselab.dst.view import LayerView
 from sparselab.nn.layers.base import SparseLayer
 
@@ -38,6 +39,24 @@ class Part:
 
     def detach(self, layers: Iterable[SparseLayer]) -> None:
         """Forget all layers, and leave nothing behind on them."""
+
+    def meet(self, views: Sequence[LayerView], ranks: Ranks) -> None:
+        """Bring together what several processes know of the layers that an update may change.
+
+        Called first of all in an update, and only where there are several: in all of them, for the same
+        layers. Whatever an update depends on must be the same in all processes from then on. Weights, their
+        gradient and topologies are; what a part has seen of a process's own share of the batch is not.
+
+        Parameters
+        ----------
+        views : sequence of LayerView
+            Of all layers that are trained.
+        ranks : Ranks
+            What the processes exchange numbers by.
+        """
+
+    def consolidate(self, ranks: Ranks) -> None:
+        """Bring together what is in `state_dict`, if processes keep their own part of it; as `meet`."""
 
     def reason_to_skip(self, view: LayerView) -> str:
         """Why the layer cannot be updated now; empty if it can."""

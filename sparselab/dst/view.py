@@ -55,6 +55,8 @@ class LayerView:
     group, state : mapping
         Settings of the optimizer that trains the layer, and what it keeps for the weights; both are empty
         while none is known. Read only.
+    agreed : dict
+        What parts of the algorithm have found together with other processes, by names of theirs.
     """
 
     index: int
@@ -63,6 +65,7 @@ class LayerView:
     layer: SparseLayer
     group: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
+    agreed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def grid(self) -> tuple[int, int]:

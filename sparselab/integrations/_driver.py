@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparselab.dst import DynamicSparsityAlgorithm, Group, Monitor, SparsityAlgorithm
+from sparselab.dst import DynamicSparsityAlgorithm, Group, Monitor, Replicas, SparsityAlgorithm
 
 
 class Driver:
@@ -20,9 +20,13 @@ class Driver:
     algorithm : SparsityAlgorithm or Group
     monitored : bool
         Whether to watch it with a `Monitor`.
+    replicas : Replicas or None
+        As of `SparsityAlgorithm.attach`.
     """
 
-    def __init__(self, algorithm: SparsityAlgorithm | Group, monitored: bool) -> None:
+    def __init__(
+        self, algorithm: SparsityAlgorithm | Group, monitored: bool, replicas: Replicas | None
+    ) -> None:
         if not isinstance(algorithm, (SparsityAlgorithm, Group)):
             raise TypeError(
                 f"algorithm must be a sparsity algorithm or a Group, got {type(algorithm).__name__}"
@@ -30,6 +34,7 @@ class Driver:
         self.algorithm = algorithm
         self.monitor: Monitor | None = None
         self._monitored = monitored
+        self._replicas = replicas
         self._handle: RemovableHandle | None = None
         self._passes: int | None = None
         self._seen = 0
@@ -67,7 +72,7 @@ class Driver:
             _check_passes(self._algorithms(), passes)
         self._leave_another(model)
         fresh = not self.algorithm.layers
-        self.algorithm.attach(model)
+        self.algorithm.attach(model, replicas=self._replicas)
         try:
             optimizer = self._the_optimizer(optimizers)
         except ValueError:
@@ -119,6 +124,11 @@ class Driver:
         self.algorithm.advance()
         if cut_short and self._passes is not None:
             self.algorithm.expect_passes(self._passes)
+
+    def consolidate(self) -> None:
+        """Before a checkpoint is written, in all processes: bring together what each keeps for itself."""
+        if self.algorithm.layers:
+            self.algorithm.consolidate()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the algorithm and of the monitor, in plain values and tensors."""

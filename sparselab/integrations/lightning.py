@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparselab.dst import Group, Monitor, SparsityAlgorithm, Static
+from sparselab.dst import Group, Monitor, Replicas, SparsityAlgorithm, Static
+from sparselab.dst.replicas import ALL_REPLICAS
 from sparselab.integrations._driver import Driver
 from sparselab.nn import AveragedModel, copy_topology
 
@@ -34,6 +35,8 @@ class SparsityCallback(Callback):  # type: ignore[misc]
     monitor : bool
         Whether to watch the updates with a `Monitor` and to log its numbers, at the steps of the updates, to
         the Trainer's loggers.
+    replicas : Replicas or None
+        Of several processes, as of `SparsityAlgorithm.attach`; by default those of the strategy "ddp".
 
     Raises
     ------
@@ -55,8 +58,14 @@ class SparsityCallback(Callback):  # type: ignore[misc]
     >>> lightning.Trainer(callbacks=[callback]).fit(module, batches)  # doctest: +SKIP
     """
 
-    def __init__(self, algorithm: SparsityAlgorithm | Group, *, monitor: bool = False) -> None:
-        self._driver = Driver(algorithm, monitor)
+    def __init__(
+        self,
+        algorithm: SparsityAlgorithm | Group,
+        *,
+        monitor: bool = False,
+        replicas: Replicas | None = ALL_REPLICAS,
+    ) -> None:
+        self._driver = Driver(algorithm, monitor, replicas)
         self._saved: dict[str, Any] | None = None
 
     @property
@@ -100,7 +109,8 @@ class SparsityCallback(Callback):  # type: ignore[misc]
         self._driver.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the algorithm and the monitor."""
+        """What a checkpoint holds of the algorithm and the monitor; Lightning asks in all processes."""
+        self._driver.consolidate()
         return self._driver.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from sparselab.dst import Group, Monitor, SparsityAlgorithm
+from sparselab.dst import Group, Monitor, Replicas, SparsityAlgorithm
 from sparselab.dst.monitor.monitor import ScalarWriter
+from sparselab.dst.replicas import ALL_REPLICAS
 from sparselab.integrations._driver import Driver
 from sparselab.nn.layers.base import find_sparse
 
@@ -51,6 +52,9 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     resume_from : path, optional
         The checkpoint that ``Trainer.train`` is told to resume from, where it is not in the Trainer's
         ``output_dir``: callbacks are not told.
+    replicas : Replicas or None
+        Of several processes, as of `SparsityAlgorithm.attach`; by default those among which the Trainer
+        shares its batches out.
 
     Raises
     ------
@@ -77,8 +81,9 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         monitor: bool = False,
         writer: ScalarWriter | None = None,
         resume_from: str | os.PathLike[str] | None = None,
+        replicas: Replicas | None = ALL_REPLICAS,
     ) -> None:
-        self._driver = Driver(algorithm, monitor or writer is not None)
+        self._driver = Driver(algorithm, monitor or writer is not None, replicas)
         self._writer = writer
         self._resume_from = resume_from
 
@@ -116,7 +121,10 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state into the checkpoint's folder: all of it or nothing."""
-        if state.is_hyper_param_search or not state.is_world_process_zero:
+        if state.is_hyper_param_search:
+            return
+        self._driver.consolidate()
+        if not state.is_world_process_zero:
             return
         path = _folder(args, state) / FILE
         unfinished = path.with_suffix(".unfinished")

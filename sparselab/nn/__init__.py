@@ -5,6 +5,7 @@ from sparselab.nn.follow import replicas as _replicas  # noqa: F401 - what it re
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
 from sparselab.nn.layers.composed.attention import SparseMultiheadAttention
+from sparselab.nn.layers.composed.mlp import SparseMLP, feed_forward
 from sparselab.nn.layers.composed.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from sparselab.nn.layers.composed.tied import TiedLinear, TransposedLinear
 from sparselab.nn.layers.conv.masked import (
@@ -29,15 +30,27 @@ from sparselab.nn.layers.linear import SparseLinear
 from sparselab.nn.layers.masked import MaskedLinear
 from sparselab.nn.layers.starts.brf import brf_
 from sparselab.nn.layers.starts.constant_fan_in import constant_fan_in_
-from sparselab.nn.models.average import AveragedModel, average, copy_topology, soft_update
+from sparselab.nn.models.average import (
+    AveragedModel,
+    average,
+    average_over_ranks,
+    copy_topology,
+    soft_update,
+)
 from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.models.densify import densify
-from sparselab.nn.models.files import load_model, save_model
 from sparselab.nn.models.inference.freeze import freeze
 from sparselab.nn.models.materialize import materialize
 from sparselab.nn.models.memory import MemoryReport, memory_report
 from sparselab.nn.models.plan import SparsifyPlan
+from sparselab.nn.models.saved.checkpoint import (
+    CheckpointError,
+    RandomState,
+    load_checkpoint,
+    save_checkpoint,
+)
+from sparselab.nn.models.saved.files import load_model, save_model
 from sparselab.nn.models.tune import TuneReport, tune
 from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.ops.products import register_products
@@ -48,6 +61,7 @@ from sparselab.nn.weight.view import SparseWeight
 __all__ = [
     "AveragedModel",
     "BlockSparseLinear",
+    "CheckpointError",
     "CondensedLayer",
     "DenseLayer",
     "DenseType",
@@ -64,6 +78,7 @@ __all__ = [
     "MaskedConvTranspose3d",
     "MaskedLinear",
     "MemoryReport",
+    "RandomState",
     "SparseConv1d",
     "SparseConv2d",
     "SparseConv3d",
@@ -75,6 +90,7 @@ __all__ = [
     "SparseLSTM",
     "SparseLayer",
     "SparseLinear",
+    "SparseMLP",
     "SparseMultiheadAttention",
     "SparseRNN",
     "SparseWeight",
@@ -83,14 +99,17 @@ __all__ = [
     "TransposedLinear",
     "TuneReport",
     "average",
+    "average_over_ranks",
     "brf_",
     "condense",
     "constant_fan_in_",
     "copy_topology",
     "densify",
     "fan_in_uniform_",
+    "feed_forward",
     "find_sparse",
     "freeze",
+    "load_checkpoint",
     "load_model",
     "materialize",
     "measure_sparsity",
@@ -100,6 +119,7 @@ __all__ = [
     "register_kind",
     "register_layout",
     "register_products",
+    "save_checkpoint",
     "save_model",
     "soft_update",
     "sparsify",

@@ -33,7 +33,13 @@ FLOORS = (
     ("sparselab.nn.layers",),
     ("sparselab.nn.models",),
     ("sparselab.nn",),
-    ("sparselab.dst.checks", "sparselab.dst.optimizers", "sparselab.dst.view", "sparselab.dst.part"),
+    (
+        "sparselab.dst.checks",
+        "sparselab.dst.optimizers",
+        "sparselab.dst.replicas",
+        "sparselab.dst.view",
+        "sparselab.dst.part",
+    ),
     ("sparselab.dst.schedules",),
     ("sparselab.dst.budget",),
     ("sparselab.dst.parts",),
@@ -65,11 +71,15 @@ FORBIDDEN = {
     "sparselab/bench": {"sparselab.dst", "sparselab.integrations"},
     "sparselab/integrations": {"sparselab.bench"},
 }
-#: The doors through which algorithms reach layers and their gradients, and keep torch's compiler out of
-#: hooks; the one by which pruning makes layers, and the list of dense layers that budgets are shared out to.
+#: The doors through which algorithms reach layers, their gradients and their replicas in other processes,
+#: and keep torch's compiler out of hooks; the one by which pruning makes layers, and the list of dense layers
+#: that budgets are shared out to.
 DOORS = {
     "sparselab/dst": {
+        "sparselab.nn.follow.checksums",
         "sparselab.nn.follow.optimizers",
+        "sparselab.nn.follow.reducer",
+        "sparselab.nn.follow.replicas",
         "sparselab.nn.follow.state_move",
         "sparselab.nn.storage.entries",
         "sparselab.nn.layers.base",

@@ -11,7 +11,7 @@ from torch import Tensor
 import sparselab
 from benchmarks import models
 from benchmarks.models import Size
-from examples.gpt import GPT
+from examples.gpt_model import GPT
 
 TINY = Size(n_layer=1, d_model=32, d_ff=64, n_head=2, context=8, batch=2)
 

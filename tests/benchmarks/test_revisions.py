@@ -139,7 +139,7 @@ def test_layers_blocks_and_models_are_timed(name: str, tmp_path: Path) -> None:
 
 
 def load_model(session: driver.Session, size: Size) -> dict[str, Any]:
-    source = str(revisions.ROOT / "examples" / "gpt.py")
+    source = str(revisions.ROOT / "examples" / "gpt_model.py")
     return session.load_model(source, asdict(size), models.SPARSITY)
 
 

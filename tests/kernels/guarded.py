@@ -21,29 +21,33 @@ from sparselab.kernels.cpu import narrow as weights_to_numbers
 from sparselab.kernels.cpu.amx import gradient as unit_gradient
 from sparselab.kernels.cpu.amx import product as unit_product
 from sparselab.kernels.cpu.amx.gradient import sample_blocks
-from sparselab.kernels.cpu.amx.plan import tile_plan
 from sparselab.kernels.cpu.amx.product import multiply_blocks
+from sparselab.kernels.cpu.bsr import direct as block_direct
+from sparselab.kernels.cpu.bsr import direct_dw as block_direct_dw
 from sparselab.kernels.cpu.bsr import sddmm_dw as block_sddmm_dw
 from sparselab.kernels.cpu.bsr import skinny as block_skinny
 from sparselab.kernels.cpu.bsr import spmm as block_spmm
-from sparselab.kernels.cpu.bsr.plan import panel_plan
+from sparselab.kernels.cpu.bsr.plan import block_plan, panel_plan
+from sparselab.kernels.cpu.csr import order as row_order
 from sparselab.kernels.cpu.csr import sddmm_dw as row_sddmm_dw
 from sparselab.kernels.cpu.csr import skinny as row_skinny
 from sparselab.kernels.cpu.csr import spmm as row_spmm
-from sparselab.kernels.cpu.csr import spmm_t as row_spmm_t
 from sparselab.kernels.cpu.csr.lookup import add_up, look_up
 from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
 from sparselab.kernels.cpu.csr.skinny import matrix
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
+from sparselab.kernels.cpu.mlp import backward as mlp_backward
+from sparselab.kernels.cpu.mlp import forward as mlp_forward
 from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
 from tests.guards import guarded, room
 from tests.kernels import narrow
+from tests.kernels.two_layers import Block
 
 Array = np.ndarray[Any, Any]
 
 SIZES = ((1, 1), (3, 7), (9, 33), (40, 513), (130, 65))
-BLOCKS = ((4, 1), (1, 8), (4, 4), (3, 5))
+BLOCKS = ((4, 1), (1, 8), (4, 4), (3, 5), (32, 32))
 TOKENS = (1, 2, 3, 6, 8, 15, 16, 17, 32, 33, 65)
 BLOCK_TOKENS = (1, 2, 3, 9, 25, 193)
 
@@ -68,10 +72,14 @@ def guard_scratch(front: bool) -> None:
         block[:] = 255  # NaN in float32 and float64
         return block.view(dtype).reshape(n_rows, stride // dtype.itemsize)
 
-    rows, blocks = (row_spmm, row_sddmm_dw, row_skinny), (block_spmm, block_sddmm_dw, block_skinny)
-    for module in (*rows, *blocks, unit_product, unit_gradient, weights_to_numbers):
+    rows, blocks = (row_spmm, row_sddmm_dw, row_skinny, row_order), (block_spmm, block_sddmm_dw, block_skinny)
+    direct = block_direct, block_direct_dw
+    for module in (*rows, *blocks, *direct, unit_product, unit_gradient, weights_to_numbers):
         module.scratch = scratch  # type: ignore[attr-defined]
-    row_spmm_t.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
+    row_order.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
+    for module in (mlp_forward, mlp_backward):
+        module.scratch = scratch  # type: ignore[attr-defined]
+    mlp_backward.scratch_of_hidden = scratch  # type: ignore[attr-defined]
 
 
 def run(drawn: SparseMatrix, topologies: list[Topology], tokens: int, order: str, front: bool) -> None:
@@ -111,8 +119,8 @@ def run_by_number(shape: tuple[int, int], tokens: int, dtype: Any, sparsity: flo
     calls: list[tuple[Callable[..., None], tuple[Any, ...], int]] = [
         (look_up, (numbers, W.indptr, W.indices, W.values, columns), tokens * columns),
         (add_up, (numbers, W.indptr, W.indices, dx.reshape(-1), columns), len(W.values)),
-        (multiply_sparse, (x, W.values, plan, bias), tokens * rows),
-        (sample_sparse, (x, plan, dy.reshape(-1), rows), len(W.values)),
+        (multiply_sparse, (x, W.values, W.topology.rows, plan, bias), tokens * rows),
+        (sample_sparse, (x, W.topology.rows, plan, dy.reshape(-1)), len(W.values)),
     ]
     for product, operands, size in calls:
         right, out = np.zeros(size, dtype), guarded(np.zeros(size, dtype), front=front)
@@ -195,7 +203,7 @@ def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, in
     blocks = BlockCSR.random(shape, 0.5, block, 0).topology
     values = rng.integers(0, 1 << 14, blocks.nnz * block[0] * block[1]).astype(np.uint16)
     X, DY = (rng.integers(0, 1 << 14, (tokens, n)).astype(np.uint16) for n in shape[::-1])
-    plan, turned = tile_plan(blocks, False), tile_plan(blocks, True)
+    plan, turned = block_plan(blocks, False), block_plan(blocks, True)
 
     def by_token(out: Array) -> Array:
         return out.reshape(tokens, -1)
@@ -211,6 +219,17 @@ def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, in
         product(values, operands, DY, X, right)
         product(*(guard_plan(each, front) for each in (values, operands, DY, X)), out)
         np.testing.assert_array_equal(out, right)
+
+
+def run_two_layers(kind: Any, sizes: tuple[int, int, int], tokens: int, front: bool) -> None:
+    """Two layers with a nonlinearity between them, both passes."""
+    block = Block(kind, sizes, tokens)
+    right = block.run("gelu")
+    for W in block.matrices:
+        guard_plans(W.topology, front)
+    found = block.run("gelu", lambda array: guarded(array, front=front))
+    for name, array in right.items():
+        np.testing.assert_array_equal(found[name], array, name)
 
 
 def main(side: str, overrun: bool) -> None:
@@ -239,6 +258,10 @@ def main(side: str, overrun: bool) -> None:
     for shape, tokens, block in itertools.product(SIZES, TOKENS, ((16, 16), (32, 32), (16, 48))):
         if has_matrix_unit():
             run_by_matrix_unit(shape, tokens, block, front)
+    for kind, sizes, tokens in itertools.product(
+        (None, (4, 4), (3, 3), (8, 4)), ((1, 1, 1), (9, 37, 14), (40, 130, 65)), (1, 63, 65, 200)
+    ):
+        run_two_layers(kind, sizes, tokens, front)
     print("no step over an edge")
 
 

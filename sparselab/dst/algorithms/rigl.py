@@ -50,7 +50,7 @@ class RigL(DynamicSparsityAlgorithm):
     The selection is exact and layer-wide; see `GradientGrowth` for how G is formed. The update follows the
     optimizer step, where the paper puts it in place of the step, and weights are ranked after it. A layer
     that no backward pass reached, or whose gradient is not finite, keeps its topology; ``last_update`` says
-    so. The gradient is that of this process alone.
+    so. Where several processes hold replicas, the gradient is the mean over all of them; see `Replicas`.
 
     The paper's settings are the defaults with `stop` at three quarters of the training. Those of Liu et al.,
     "Do we actually need dense over-parameterization?" (ICML 2021), explore longer, with updates further apart

@@ -13,6 +13,7 @@ from sparselab.dst.budget.targets import Exchange, annealed, by_rows
 from sparselab.dst.checks import require_finite
 from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
+from sparselab.dst.parts.agreed import Meeting, Operands
 from sparselab.dst.parts.dense_gradient import GradientSummary, summarise
 from sparselab.dst.parts.drop import Scores, lowest
 from sparselab.dst.parts.grow import GradientGrowth
@@ -331,6 +332,7 @@ class FanInCollector(GradientCollector):
     """
 
     fan_in: Array
+    needs_all = True  # for the weights of the backward pass
 
     def __init__(
         self,
@@ -354,17 +356,18 @@ class FanInCollector(GradientCollector):
         super()._reset()
         self._magnitudes = None
 
-    def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
+    def _form(self, layer: SparseLayer, operands: Operands, others: Meeting | None = None) -> GradientSummary:
         W, dtype = as_matrix(layer), layer.stored.dtype
+        form = summarise if others is None else others.summarise
         k = self._most()
         if not isinstance(k, np.ndarray):
-            summary = summarise(operands, W, layer.shape, k, dtype)
+            summary = form(operands, W, layer.shape, k, dtype)
             if not summary.finite:
                 return summary
             weights = magnitudes(layer) if self._magnitudes is None else self._magnitudes
             k = self._decide(salient_per_row(W, weights, summary, k))
         self.fan_in = k
-        return summarise(operands, W, layer.shape, k, dtype)
+        return form(operands, W, layer.shape, k, dtype)
 
 
 def magnitudes(layer: SparseLayer) -> Magnitudes:

@@ -15,8 +15,10 @@ from sparselab.dst.checks import require_count
 from sparselab.dst.engine.describe import arguments, as_text, differences, plain
 from sparselab.dst.engine.driven import Driven, StepHandle
 from sparselab.dst.part import Part
+from sparselab.dst.replicas import ALL_REPLICAS, Replicas
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.view import UpdateReport
+from sparselab.nn.follow.replicas import declare_replicas, unwrapped
 from sparselab.nn.layers.base import SparseLayer, find_sparse, is_sparse
 
 # Which algorithm a layer belongs to. Neither is kept alive by it, and copies of a layer belong to nobody.
@@ -52,6 +54,8 @@ class SparsityAlgorithm(Driven):
         What the algorithm is made of: told of every layer, and saved with it.
     last_update : tuple of UpdateReport, or None
         What the last update did to each layer; None before the first.
+    replicas : Replicas or None
+        What was said of other processes when it was attached.
 
     Raises
     ------
@@ -71,6 +75,7 @@ class SparsityAlgorithm(Driven):
         self._names: list[str] = []
         self._step = 0
         self.last_update: tuple[UpdateReport, ...] | None = None
+        self.replicas: Replicas | None = ALL_REPLICAS
 
     @property
     def layers(self) -> tuple[SparseLayer, ...]:
@@ -91,7 +96,13 @@ class SparsityAlgorithm(Driven):
         given = ", ".join(f"{name}={as_text(value)}" for name, value in arguments(self).items())
         return f"{type(self).__name__}({given}) of {len(self._layers)} layers after {self._step} steps"
 
-    def attach(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> StepHandle | None:
+    def attach(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        replicas: Replicas | None = ALL_REPLICAS,
+    ) -> StepHandle | None:
         """Attach every sparse layer of a model, by name, and optionally step along with an optimizer.
 
         Either all of it happens or nothing. Attaching a layer again changes nothing.
@@ -101,6 +112,9 @@ class SparsityAlgorithm(Driven):
         model : torch.nn.Module
         optimizer : torch.optim.Optimizer, optional
             Steps the algorithm after each of its steps from now on; calling `step` is an error then.
+        replicas : Replicas or None
+            Where several processes train: who holds replicas of the model, by default whom its
+            ``DistributedDataParallel`` says. None: nobody, each process trains a model of its own.
 
         Returns
         -------
@@ -131,7 +145,7 @@ class SparsityAlgorithm(Driven):
         >>> algorithm.names, algorithm.steps_done
         (('0',), 1)
         """
-        found = list(find_sparse(model))
+        found = list(find_sparse(model := unwrapped(model)))
         if not found:
             raise ValueError(
                 f"model must have sparse layers for {type(self).__name__} to attach to, got a "
@@ -142,7 +156,7 @@ class SparsityAlgorithm(Driven):
         optimizer = self._check_optimizer(optimizer, found)
         if optimizer is not None:
             self._check_follows(optimizer, [layer for _, layer in found])
-        self._attach(found)
+        self._attach(found, replicas)
         return self._drive(optimizer)
 
     def __call__(self, module: torch.nn.Module) -> None:
@@ -161,7 +175,7 @@ class SparsityAlgorithm(Driven):
         """
         if is_sparse(module):
             self._check_new([("", module)])
-            self._attach([("", module)])
+            self._attach([("", module)], self.replicas)
 
     def _check_follows(self, optimizer: Optimizer, layers: Iterable[SparseLayer]) -> None:
         """Raise RuntimeError if state that an optimizer keeps could not follow the connections."""
@@ -215,8 +229,10 @@ class SparsityAlgorithm(Driven):
                     f"assign=True)"
                 )
 
-    def _attach(self, pairs: Sequence[tuple[str, SparseLayer]]) -> None:
+    def _attach(self, pairs: Sequence[tuple[str, SparseLayer]], replicas: Replicas | None) -> None:
         """Attach layers that have been checked, or name those that are attached."""
+        self.replicas = replicas
+        declare_replicas([layer for _, layer in pairs], replicas and replicas.process_group)
         for name, layer in pairs:
             for index, known in enumerate(self._layers):
                 if layer is known:
@@ -245,8 +261,10 @@ class SparsityAlgorithm(Driven):
         for layer in self._layers:
             layer.storage.follower = None
             _owners.pop(layer, None)
+        declare_replicas(self._layers, None)
         self._layers.clear()
         self._names.clear()
+        self.replicas = ALL_REPLICAS
 
     def reset(self) -> None:
         """`detach`, and begin anew at step 0: the same settings for another model, such as the next fold."""
@@ -275,6 +293,9 @@ class SparsityAlgorithm(Driven):
 
     def expect_passes(self, passes: int) -> None:
         """Say how many backward passes make a step; nothing to do where no gradient is looked at."""
+
+    def consolidate(self) -> None:
+        """Bring together what each of several processes keeps for itself; see `DynamicSparsityAlgorithm`."""
 
     def advance(self) -> None:
         """Do what `step` does, whoever asks."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -15,15 +13,18 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparselab.dst.budget.targets import Budget, Exchange
-from sparselab.dst.checks import require_count, require_of_blocks, require_one_process
+from sparselab.dst.checks import require_count, require_of_blocks
+from sparselab.dst.engine.asking import NOTHING, MostGrowth, warn_if_stuck
 from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.describe import setting
 from sparselab.dst.engine.optimizer_state import OptimizerTracker
+from sparselab.dst.engine.together import CommonUpdate, settings_of
 from sparselab.dst.parts.drop import DropScore, Magnitude
 from sparselab.dst.parts.grow import Growth, RandomGrowth
 from sparselab.dst.parts.grown import GrownValue, as_grown_value, check_grown_state
 from sparselab.dst.parts.redistribute import Redistribution
 from sparselab.dst.parts.select import Selection, UpdateContext, as_selection
+from sparselab.dst.replicas import Ranks, find_ranks
 from sparselab.dst.schedules.schedule import Schedule
 from sparselab.dst.schedules.when import UpdateSchedule, when_to_update
 from sparselab.dst.view import LayerUpdate, LayerView, UpdateReport
@@ -32,9 +33,6 @@ from sparselab.nn.follow.state_move import GrownState, StateMove
 from sparselab.nn.layers.base import SparseLayer
 
 UpdateHook = Callable[["DynamicSparsityAlgorithm"], None]
-
-#: Why layers may be left alone for good.
-_EXPECTED = "frozen", "finished"
 
 
 class DynamicSparsityAlgorithm(SparsityAlgorithm):
@@ -189,7 +187,6 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
                 f"updates would be lost to its rounding. Keep them in float32, and compute in bfloat16 under "
                 f"torch.autocast"
             )
-        require_one_process(type(self).__name__)
         self.budget.check(layer)
 
     def track(self, optimizer: Optimizer) -> None:
@@ -247,6 +244,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def advance(self) -> None:
         """Do what `step` does, whoever asks."""
+        self._find_ranks()
         super().advance()
         if self.is_update_step(self._step):
             for hook in list(self._hooks.values()):
@@ -273,7 +271,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         self._tracker.watch()
         self.grow.begin(step, self._seed)
         due = self.is_update_step(step)
-        self.grow.prepare(self._layers, _MostGrowth(self, step) if due else None)
+        self.grow.prepare(self._layers, MostGrowth(self, step) if due else None)
 
     def _most_growth(self, step: int, index: int) -> int | Array:
         """The most that layer number `index`, or each of its rows, can grow at the end of `step`."""
@@ -292,8 +290,35 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         ]
 
     def _update(self, step: int) -> None:
-        self._check_apart(list(zip(self.names, self._layers, strict=True)), ())
+        if (ranks := self._find_ranks()) is None:
+            self._rewire_all(self.views(step))
+            return
+        layers = dict(zip(self.names, self._layers, strict=True))
+        settings = settings_of(self._config(), self._layers, self.stream)
+        common = CommonUpdate(ranks, step, type(self).__name__, settings, layers)
         views = self.views(step)
+        trained = [view for view in views if view.layer.stored.requires_grad]
+        for part in self.parts.values() if trained else ():
+            part.meet(trained, ranks)
+        self._rewire_all(views)
+        common.finish()
+
+    def _find_ranks(self) -> Ranks | None:
+        """The processes that take each step alike; None if this one is alone."""
+        return find_ranks(type(self).__name__, self._layers, self.replicas)
+
+    def consolidate(self) -> None:
+        """Bring together what each process keeps for itself of what is saved; all must call it.
+
+        Before one of them saves `state_dict`, where that is to resume exactly. Only averages of the gradient
+        (`SNFS`) are kept so; of all other algorithms the state is the same in all processes.
+        """
+        if (ranks := self._find_ranks()) is not None:
+            for part in self.parts.values():
+                part.consolidate(ranks)
+
+    def _rewire_all(self, views: Sequence[LayerView]) -> None:
+        self._check_apart(list(zip(self.names, self._layers, strict=True)), ())
         if self.redistribute is not None:
             self.redistribute.check([view for view in views if view.layer.stored.requires_grad])
         reasons = [self._reason_to_skip(view) for view in views]
@@ -303,7 +328,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         for update in self.selection.select(self.context(active)) if active else ():
             index = update.view.index
             reports[index] = self._rewire(update, moves[index])
-        _warn_if_stuck(type(self).__name__, self.last_update or (), reports)
+        warn_if_stuck(type(self).__name__, self.last_update or (), reports)
         self.last_update = tuple(reports)
 
     def context(self, views: Sequence[LayerView]) -> UpdateContext:
@@ -322,7 +347,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         layer, drop, n_kept = update.view.layer, update.drop, update.n_kept
         grow = self.grow.checked_choice(update) if update.n_grow else np.empty(0, np.int64)
         if not drop.size and not grow.size:
-            return UpdateReport(nnz=layer.nnz)
+            return UpdateReport(nnz=layer.nnz, skipped=NOTHING)
         source = layer.rewrite(torch.from_numpy(drop), torch.from_numpy(grow))
         move.apply(source, self.grown_state)
         for part in self.parts.values():
@@ -347,33 +372,3 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
 
     def _config(self) -> dict[str, Any]:
         return {**super()._config(), "selection": self.selection.describe()}
-
-
-class _MostGrowth:
-    """What asks an algorithm how much a layer can grow: held by the layer, which must not keep it alive."""
-
-    def __init__(self, algorithm: DynamicSparsityAlgorithm | None, step: int) -> None:
-        self._reference = None if algorithm is None else weakref.ref(algorithm)
-        self._step = step
-
-    @property
-    def _algorithm(self) -> DynamicSparsityAlgorithm | None:
-        return None if self._reference is None else self._reference()
-
-    def __call__(self, index: int) -> int | Array:
-        algorithm = self._algorithm
-        return 0 if algorithm is None else algorithm._most_growth(self._step, index)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _MostGrowth:
-        return _MostGrowth(copy.deepcopy(self._algorithm, memo), self._step)
-
-
-def _warn_if_stuck(name: str, before: Sequence[UpdateReport], now: Sequence[UpdateReport]) -> None:
-    """Warn if two updates, one after the other, have left alone every layer that is trained."""
-    reasons = [report.skipped for report in now if report.skipped not in _EXPECTED]
-    if reasons and before and all(report.skipped for report in (*before, *now)):
-        warnings.warn(
-            f"{name} has rewired no layer at its last two updates: {reasons[0]}. `last_update` tells of each "
-            "layer; growth by gradient looks at what backward() adds to .grad between two optimizer steps",
-            stacklevel=2,
-        )

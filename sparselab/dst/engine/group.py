@@ -11,7 +11,9 @@ from torch.optim.optimizer import Optimizer
 from sparselab._names import Key, first_keys, listed, match, matcher, told
 from sparselab.dst.engine.base import SparsityAlgorithm
 from sparselab.dst.engine.driven import Driven, StepHandle
+from sparselab.dst.replicas import ALL_REPLICAS, Replicas
 from sparselab.dst.view import UpdateReport
+from sparselab.nn.follow.replicas import unwrapped
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 
 
@@ -87,7 +89,13 @@ class Group(Driven):
         """The attached layers of all algorithms."""
         return tuple(layer for algorithm in self for layer in algorithm.layers)
 
-    def attach(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> StepHandle | None:
+    def attach(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        replicas: Replicas | None = ALL_REPLICAS,
+    ) -> StepHandle | None:
         """Attach every algorithm to its layers, and optionally step along with an optimizer.
 
         Either all of it happens or nothing. What the algorithms draw at random differs from one to the other,
@@ -98,6 +106,8 @@ class Group(Driven):
         model : torch.nn.Module
         optimizer : torch.optim.Optimizer, optional
             Steps the group after each of its steps from now on; calling `step` is an error then.
+        replicas : Replicas or None
+            As of `SparsityAlgorithm.attach`.
 
         Returns
         -------
@@ -110,7 +120,7 @@ class Group(Driven):
             If a key is the first match of no sparse layer, or as `SparsityAlgorithm.attach` of one of
             them.
         """
-        layers = dict(find_sparse(model))
+        layers = dict(find_sparse(model := unwrapped(model)))
         first = first_keys(match("algorithms", self._algorithms, layers, "model's sparse layers"))
         chosen: dict[Key, list[tuple[str, SparseLayer]]] = {key: [] for key in self._algorithms}
         for name, layer in layers.items():
@@ -132,7 +142,7 @@ class Group(Driven):
                 algorithm._check_follows(optimizer, [layer for _, layer in chosen[key]])
         for stream, (key, algorithm) in enumerate(self._algorithms.items()):
             algorithm.stream = stream
-            algorithm._attach(chosen[key])
+            algorithm._attach(chosen[key], replicas)
         return self._drive(optimizer)
 
     def detach(self) -> None:
@@ -157,6 +167,11 @@ class Group(Driven):
         """Tell all algorithms; see `DynamicSparsityAlgorithm.expect_passes`."""
         for algorithm in self:
             algorithm.expect_passes(passes)
+
+    def consolidate(self) -> None:
+        """In every algorithm; see `DynamicSparsityAlgorithm.consolidate`."""
+        for algorithm in self:
+            algorithm.consolidate()
 
     def _check_stepped(self) -> None:
         for algorithm in self:

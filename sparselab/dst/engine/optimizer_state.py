@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sparselab.dst.optimizers import call_while_alive, held_ids
+from sparselab.dst.optimizers import call_while_alive, held_ids, require_shards_apart, shard_of
 from sparselab.nn.follow.optimizers import is_reported, note_step
 from sparselab.nn.follow.state_move import StateMove, group_of
 from sparselab.nn.layers.base import SparseLayer
@@ -92,6 +92,8 @@ class OptimizerTracker:
             )
         if not is_reported(optimizer):
             note_step(optimizer)
+        if (shard := shard_of(optimizer)) is not None:
+            self.add(shard)
         self._n_notes += 1
         self._optimizers[optimizer] = self._n_notes
 
@@ -116,6 +118,8 @@ class OptimizerTracker:
         RuntimeError
             If the optimizer keeps, or is known to keep, other state for one of these layers that is trained.
         """
+        if self._moving():
+            require_shards_apart(optimizer)
         for layer in layers if self._moving() else ():
             if layer.stored.requires_grad:
                 StateMove(layer, [optimizer])
@@ -210,7 +214,7 @@ class OptimizerTracker:
         weights = layer.stored
         for optimizer in sorted(self._optimizers, key=self._optimizers.__getitem__, reverse=True):
             if (group := group_of(optimizer, weights)) is not None:
-                return group, optimizer.state.get(weights, {})
+                return group, (shard_of(optimizer) or optimizer).state.get(weights, {})
         return {}, {}
 
     def plan_move(self, layer: SparseLayer) -> StateMove:

@@ -7,7 +7,7 @@ is follows ``.grad``: it is what a dense layer with the same weights would have 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,7 @@ def summarise(
     k: int | Array,
     dtype: torch.dtype,
     block_shape: tuple[int, int] = (1, 1),
+    average: Callable[[torch.Tensor], Any] | None = None,
 ) -> GradientSummary:
     """Form G, the sum over `operands`, block by block and keep what growth needs; nothing if `k` is 0.
 
@@ -100,6 +101,8 @@ def summarise(
         Precision of G.
     block_shape : (int, int)
         Of the connections. Where these are blocks, the norms of the blocks of G stand for its entries.
+    average : callable, optional
+        Makes each block of rows the mean of those of several processes, in place.
 
     Notes
     -----
@@ -127,6 +130,8 @@ def summarise(
         block = buffer[: stop - row]
         for i, each in enumerate(operands):
             each.add_rows(row, block, beta=min(i, 1))
+        if average is not None:
+            average(block if operands else block.zero_())
         top.push(row // n_out, (block if block_shape == (1, 1) else block_norms(block, block_shape)).numpy())
         if not top.finite:
             return GradientSummary(False, top.live_scores, np.empty(0, np.int64), top.live_scores[:0])

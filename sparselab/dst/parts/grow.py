@@ -7,17 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 
 from sparselab.dst.checks import require_count
 from sparselab.dst.part import Part
+from sparselab.dst.parts.agreed import Meeting
 from sparselab.dst.parts.dense_gradient import GradientSummary
 from sparselab.dst.parts.passes import GradientCollector, PassCount
+from sparselab.dst.replicas import Ranks
 from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.layouts.sampling import sample_distinct
 from sparselab.kernels.rewiring.positions import kept_positions, skip_kept
 from sparselab.kernels.rewiring.rows import sample_rows
 from sparselab.nn.layers.base import SparseLayer
+from sparselab.nn.ops.operands import GradientOperands, LinearOperands
 
 
 class Growth(Part, abc.ABC):
@@ -158,8 +162,9 @@ class GradientGrowth(Growth):
     ----------
     grad_accumulation : int
         The most backward passes in an optimizer step, if somebody knows that they are more than one. It need
-        not be given: the first update holds what G is made of until the step, and later ones go by what was
-        seen.
+        not be given: the first update holds what G is made of until the step, the tokens and output
+        gradients of all layers together, and later ones go by what was seen. Where that is too much memory,
+        ``algorithm.expect_passes(1)`` says that there is one.
 
     Notes
     -----
@@ -172,6 +177,9 @@ class GradientGrowth(Growth):
     4 MiB: O(nnz) memory beside one block, and the time of one dense weight gradient. If that pass turns out
     not to be the last one, the layer's update is skipped, with a warning that names `grad_accumulation`.
     Ties go to the lower position.
+
+    Where several processes hold replicas, G is the mean over them, formed when all of them meet at the
+    update: until then each holds the inputs of its layers and the gradients of their outputs.
     """
 
     by_row = True
@@ -179,7 +187,7 @@ class GradientGrowth(Growth):
 
     def __init__(self, grad_accumulation: int = 1) -> None:
         self.grad_accumulation = require_count("grad_accumulation", grad_accumulation, minimum=1)
-        self._passes = PassCount(self.grad_accumulation)
+        self._passes = PassCount(0 if self.grad_accumulation == 1 else self.grad_accumulation)
         self._collectors: dict[int, GradientCollector] = {}
 
     def prepare(self, layers: Sequence[SparseLayer], most: Callable[[int], int | Array] | None) -> None:
@@ -202,13 +210,44 @@ class GradientGrowth(Growth):
             collector.settle(parameters)
 
     def expect_passes(self, passes: int) -> None:
-        """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier."""
+        """In place of `grad_accumulation`, from the step under way on: its end may be later or earlier.
+
+        After so many passes nothing is held any more, at the first update neither.
+        """
         self._passes.told = require_count("passes", passes, minimum=1)
 
     def _collector(
         self, layer: SparseLayer, index: int, most: Callable[[], int | Array]
     ) -> GradientCollector:
         return GradientCollector(layer, most, self._passes)
+
+    def meet(self, views: Sequence[LayerView], ranks: Ranks) -> None:
+        """Form the gradients of all processes, of the layers of which each knows its part."""
+        offers = [self._offer(view) for view in views]
+        known = [(-1 if each is None else len(each), _is_plain(each or ())) for each in offers]
+        table = ranks.numbers(np.array(known, np.int64).reshape(-1)).reshape(ranks.size, -1, 2)
+        counts = [each.n_tokens for offer in offers for each in offer or ()]
+        tokens = ranks.lists(torch.tensor(counts, dtype=torch.int64))
+        ends = np.cumsum(np.maximum(table[:, :, 0], 0), axis=1)
+        for number, (view, offer) in enumerate(zip(views, offers, strict=True)):
+            collector, n_operands = self._collectors.get(view.index), table[:, number, 0]
+            if collector is None or offer is None or (n_operands < 0).any():
+                if collector is not None:
+                    unknown = ranks.named(np.flatnonzero(n_operands < 0))
+                    collector.give_up(f"the gradient is not known in {unknown}")
+            elif collector.needs_all and (n_operands == 0).any() and n_operands.any():
+                collector.give_up(f"no gradient in {ranks.named(np.flatnonzero(n_operands == 0))}")
+            elif n_operands.any():
+                of_ranks = [
+                    each[end - n : end].numpy()
+                    for each, end, n in zip(tokens, ends[:, number], n_operands, strict=True)
+                ]
+                plain = bool(table[:, number, 1].all())
+                collector.meet(Meeting(ranks, view.index % ranks.size, of_ranks, plain), offer)
+
+    def _offer(self, view: LayerView) -> list[GradientOperands] | None:
+        collector = self._collectors.get(view.index)
+        return None if collector is None else collector.offer()
 
     def gradient(self, view: LayerView) -> GradientSummary:
         """What this step has shown of the dense gradient of a layer that `reason_to_skip` passed."""
@@ -231,6 +270,11 @@ class GradientGrowth(Growth):
         self._collectors[update.view.index].let_go()
         k = update.n_grow if update.row_grow is None else update.row_grow
         return summary.best(update.view.matrix, update.drop, k)
+
+
+def _is_plain(operands: Iterable[GradientOperands]) -> bool:
+    """Whether all operands are two matrices whose product is the gradient."""
+    return all(isinstance(each, LinearOperands) for each in operands)
 
 
 def random_free(rng: np.random.Generator, kept: Array, n_positions: int, k: int) -> Array:

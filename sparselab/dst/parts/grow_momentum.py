@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from sparselab.dst.checks import require_count, require_finite
 from sparselab.dst.parts.grow import GradientGrowth, Growth
 from sparselab.dst.parts.passes import PassWatcher
+from sparselab.dst.replicas import Ranks
 from sparselab.dst.view import LayerUpdate, LayerView
 from sparselab.kernels.arrays import Array
 from sparselab.kernels.rewiring.topk import StreamedTopK
@@ -31,18 +33,26 @@ class GradientAverage(PassWatcher):
     ----------
     entries : tensor, (out_features, in_features), or None
         M; None until a gradient has come.
+    is_partial : bool
+        Whether M has what only this process of several has seen.
 
     Notes
     -----
     G is the sum over the passes that are in ``.grad`` at the step: what was cleared before is forgotten. It
     lies beside M, as large, from the first pass of a step to its end.
+
+    Of several processes each averages the gradient of its own part of the batch. The mean of their averages
+    is the average of their mean, so they need not meet before somebody looks at it.
     """
 
     def __init__(self, layer: SparseLayer, momentum: float) -> None:
         self.shape = layer.shape
         self.dtype = torch.promote_types(layer.stored.dtype, torch.float32)
         self.entries: torch.Tensor | None = None
+        self.is_partial = False
         self._momentum = momentum
+        #: Whether M has been moved on in this step.
+        self._is_taken_in = False
         #: G so far.
         self._sum: torch.Tensor | None = None
         super().__init__(layer)
@@ -54,8 +64,28 @@ class GradientAverage(PassWatcher):
 
     def start_step(self) -> None:
         """The next gradient is that of a new optimizer step."""
-        self.take_in()
-        self._settled = False
+        if not self.take_in() and not self._is_taken_in and self._is_replicated():
+            self._fade()
+        self._settled = self._is_taken_in = False
+
+    @torch.no_grad()
+    def _fade(self) -> None:
+        """``M <- momentum * M``, if other processes have seen a gradient in this step, and this one none."""
+        layer = self._layer()
+        grad = None if layer is None else layer.stored.grad
+        if self.entries is not None and grad is not None and bool(grad.any()):
+            self.entries.mul_(self._momentum)
+            self.is_partial = True
+
+    def meet(self, ranks: Ranks) -> None:
+        """Let M be the mean over processes, of which those that have none count as 0."""
+        if ranks.numbers([self.entries is not None]).any():
+            if self.entries is None:
+                layer = self._layer()
+                place = None if layer is None else layer.stored.device
+                self.entries = torch.zeros(self.shape, dtype=self.dtype, device=place)
+            ranks.mean_(self.entries)
+        self.is_partial = False
 
     @torch.no_grad()
     def take_in(self) -> bool:
@@ -65,6 +95,8 @@ class GradientAverage(PassWatcher):
         if gradient is None:
             return False
         self.entries = gradient if self.entries is None else self.entries.mul_(self._momentum).add_(gradient)
+        self._is_taken_in = True
+        self.is_partial = self._is_replicated()
         return True
 
     def _begins(self, parameter: torch.Tensor) -> None:
@@ -163,6 +195,19 @@ class MomentumGrowth(Growth):
         for average in self._averages.values():
             average.settle(parameters)
 
+    def meet(self, views: Sequence[LayerView], ranks: Ranks) -> None:
+        """Average what each process has averaged, and form the gradients of the other layers together."""
+        for view in views:
+            if (average := self._averages.get(view.index)) is not None:
+                average.take_in()
+                average.meet(ranks)
+        self._gradient.meet([view for view in views if view.index not in self._averages], ranks)
+
+    def consolidate(self, ranks: Ranks) -> None:
+        """Average what each process has averaged since the last update."""
+        for average in self._averages.values():
+            average.meet(ranks)
+
     def reason_to_skip(self, view: LayerView) -> str:
         """Why the layer cannot grow now; empty if it can."""
         if view.index not in self._averages:
@@ -196,7 +241,19 @@ class MomentumGrowth(Growth):
         self._gradient.detach(layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, by the number of their layer."""
+        """The averages, by the number of their layer.
+
+        Warns
+        -----
+        UserWarning
+            If each process has a part of them.
+        """
+        if any(average.is_partial for average in self._averages.values()):
+            warnings.warn(
+                "what is saved are averages of the gradient of this process alone since the last update, of "
+                "several; to resume exactly, call consolidate() of the algorithm in all of them before",
+                stacklevel=2,
+            )
         return {
             str(index): average.entries.clone()
             for index, average in self._averages.items()

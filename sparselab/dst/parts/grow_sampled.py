@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sparselab.dst.checks import require_count, require_finite
+from sparselab.dst.parts.agreed import Meeting, Operands
 from sparselab.dst.parts.dense_gradient import GradientSummary
 from sparselab.dst.parts.grow import GradientGrowth
 from sparselab.dst.parts.passes import GradientCollector, PassCount
@@ -107,20 +108,24 @@ class _SampleCollector(GradientCollector):
         super().__init__(layer, most, passes)
 
     @torch.no_grad()
-    def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
+    def _form(self, layer: SparseLayer, operands: Operands, others: Meeting | None = None) -> GradientSummary:
         rows, columns = layer.shape
         if 2 * layer.nnz >= rows * columns:
-            whole = super()._form(layer, operands)
+            whole = super()._form(layer, operands, others)
             return _Sample(whole.finite, whole.live_scores[:0], whole.free_positions, whole.free_scores)
         dtype = layer.stored.dtype
         operands = [each.to(dtype) for each in operands]
         nothing = np.empty(0, torch.empty(0, dtype=dtype).numpy().dtype)
-        if not all(each.is_finite() for each in operands):
+        finite = all(each.is_finite() for each in operands)
+        if not (finite if others is None else others.all(finite)):
             return _Sample(False, nothing, np.empty(0, np.int64), nothing)
         n_sample = math.ceil(self._growth.gamma * layer.nnz) if self._most() else 0
-        weights = _activity(operands, layer.shape, self._growth.sampler, self._rng)
+        weights = _activity(operands, layer.shape, self._growth.sampler, self._rng, others)
         positions = _draw(self._rng, as_matrix(layer), n_sample, *weights)
-        scores = np.abs(sum(each.sampled(positions) for each in operands))
+        if others is None:
+            scores = np.abs(sum(each.sampled(positions) for each in operands))
+        else:
+            scores = others.scores_at(operands, positions, layer.shape, dtype)
         return _Sample(bool(np.isfinite(scores).all()), nothing, positions, scores)
 
 
@@ -134,16 +139,30 @@ class _Sample(GradientSummary):
 
 
 def _activity(
-    operands: Sequence[GradientOperands], shape: tuple[int, int], sampler: Sampler, rng: np.random.Generator
+    operands: Sequence[GradientOperands],
+    shape: tuple[int, int],
+    sampler: Sampler,
+    rng: np.random.Generator,
+    together: Meeting | None = None,
 ) -> tuple[Totals, Totals]:
     """How likely each row and each column is to be drawn, up to a factor."""
     rows, columns = (np.zeros(length) for length in shape)
-    for each in operands:
-        signs = 2.0 * rng.integers(0, 2, each.n_tokens) - 1 if sampler == "graest" else None
-        if sampler != "uniform":
-            by_row, by_column = each.totals(signs)
+    if sampler == "uniform":
+        return rows, columns
+    own = np.array([each.n_tokens for each in operands], np.int64)
+    tokens, rank = ([own], 0) if together is None else (together.tokens, together.ranks.rank)
+    for number in range(max(map(len, tokens))):
+        # One sign for each token of the whole batch, of which a process has a part.
+        parts = [int(each[number]) if number < len(each) else 0 for each in tokens]
+        signs, before = None, sum(parts[:rank])
+        if sampler == "graest":
+            signs = 2.0 * rng.integers(0, 2, sum(parts))[before : before + parts[rank]] - 1
+        if number < len(operands):
+            by_row, by_column = operands[number].totals(signs)
             rows += by_row
             columns += by_column
+    if together is not None:
+        rows, columns = (together.sum(each) for each in (rows, columns))
     return np.abs(rows), np.abs(columns)
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sparselab.dst.parts.agreed import Meeting, Operands
 from sparselab.dst.parts.dense_gradient import GradientSummary, summarise
 from sparselab.kernels.arrays import Array
+from sparselab.nn.follow.replicas import is_replicated
 from sparselab.nn.layers.base import SparseLayer, as_matrix
 from sparselab.nn.ops.operands import GradientOperands
 from sparselab.nn.ops.tracing import uncompiled
@@ -27,19 +29,19 @@ class PassCount:
     Attributes
     ----------
     told : int
-        What somebody said; 1 means that nobody said more.
+        What somebody said; 0 if nobody did.
     learnt : int
         The most passes that a finished step had; 0 before the first.
     """
 
-    def __init__(self, told: int = 1) -> None:
+    def __init__(self, told: int = 0) -> None:
         self.told = told
         self.learnt = 0
 
     @property
     def expected(self) -> int | None:
         """Passes after which no other is expected; None while that is not known."""
-        return max(self.told, self.learnt) if self.told > 1 or self.learnt else None
+        return max(self.told, self.learnt) or None
 
     def learn(self, passes: int) -> None:
         """Take note of a finished step."""
@@ -151,7 +153,21 @@ class PassWatcher(abc.ABC):
         self._waiting[task].append(operands)
 
     def _forget(self, task: int) -> None:
+        """At the end of a pass."""
         self._waiting.pop(task, None)
+        if self._grad is not None and self._is_replicated():
+            # After torch's own callback, which puts the mean over processes there, maybe as another tensor.
+            torch.autograd.Variable._execution_engine.queue_callback(self._look_again)
+
+    def _look_again(self) -> None:
+        layer = self._layer()
+        if layer is not None and self._grad is not None and layer.stored.grad is not None:
+            self._note(layer.stored.grad)
+
+    def _is_replicated(self) -> bool:
+        """Whether other processes have a part of the gradient."""
+        layer = self._layer()
+        return layer is not None and is_replicated(layer)
 
     def _arrived(self, parameter: Tensor) -> None:
         operands = self._waiting.pop(torch._C._current_graph_task_id(), [])
@@ -218,7 +234,13 @@ class GradientCollector(PassWatcher):
 
     If a further pass adds to the same ``.grad`` after that, the gradient cannot be known any more: there is
     no summary, and `reason` says why.
+
+    Where other processes hold replicas of the layer, operands are held until all of them meet at the update:
+    what is exchanged within backward passes is torch's, and passes need not be the same in all processes.
     """
+
+    #: Whether each process must have seen a part of the gradient; if not, those that have not add nothing.
+    needs_all = False
 
     def __init__(self, layer: SparseLayer, most: Callable[[], int | Array], passes: PassCount) -> None:
         self._most = most
@@ -267,7 +289,7 @@ class GradientCollector(PassWatcher):
                 f"{self.passes_seen - 1}"
             )
             self._warn()
-        elif not self.reason and self.passes_seen == self._passes.expected:
+        elif not self.reason and self.passes_seen == self._passes.expected and not self._is_replicated():
             self._finish([*self._operands(), *operands])
         elif not self.reason:
             self._hold(operands)
@@ -308,9 +330,29 @@ class GradientCollector(PassWatcher):
         self.arrive()
         if self.passes_seen:
             self._note_topology()
-        if self._summary is None and self._held and not self.reason:
+        if self._summary is None and self._held and not self.reason and not self._is_replicated():
             self._finish(self._operands())
         return self._summary
+
+    def offer(self) -> list[GradientOperands] | None:
+        """What was seen of the gradient by this process, to meet with; None if that does not tell it."""
+        if self.summary() is not None and not self.reason:
+            self.let_go()
+            self.reason = "the gradient was formed before anybody said that other processes have a part of it"
+        operands = [] if self.reason else self._operands()
+        return None if self.reason else operands
+
+    def give_up(self, reason: str) -> None:
+        """Know no gradient, because another process does not."""
+        self.let_go()
+        self.reason = self.reason or reason
+
+    def meet(self, together: Meeting, operands: Sequence[GradientOperands]) -> None:
+        """Form the summary of the gradient of all processes."""
+        layer = self._layer()
+        self._held = []
+        if layer is not None:
+            self._summary = self._form(layer, operands, together)
 
     def _note_topology(self) -> None:
         """Let go of what was seen if the connections have been replaced since the first pass."""
@@ -333,8 +375,9 @@ class GradientCollector(PassWatcher):
         if layer is not None and not self.reason:
             self._summary = self._form(layer, operands)
 
-    def _form(self, layer: SparseLayer, operands: Sequence[GradientOperands]) -> GradientSummary:
-        return summarise(
+    def _form(self, layer: SparseLayer, operands: Operands, others: Meeting | None = None) -> GradientSummary:
+        form = summarise if others is None else others.summarise
+        return form(
             operands, as_matrix(layer), layer.shape, self._most(), layer.stored.dtype, layer.block_shape
         )
 

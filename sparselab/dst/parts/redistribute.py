@@ -13,6 +13,7 @@ import torch
 
 from sparselab.dst.budget.allocate import apportion
 from sparselab.dst.part import Part
+from sparselab.dst.replicas import Ranks
 from sparselab.dst.view import LayerUpdate, LayerView
 
 
@@ -102,9 +103,17 @@ class ByMomentum(ByWeight):
     2019, section 3.2.
     """
 
+    def meet(self, views: Sequence[LayerView], ranks: Ranks) -> None:
+        """Take the mean over processes: where each keeps the state of some layers, the others have none."""
+        own = [None if view.momentum is None else _mean_magnitude(view.momentum) for view in views]
+        sums = torch.tensor([[each is not None, each or 0] for each in own], dtype=torch.float64)
+        ranks.sum_(sums)
+        for view, (known, total) in zip(views, sums.tolist(), strict=True):
+            view.agreed["momentum"] = total / known if known else None
+
     def check(self, views: Sequence[LayerView]) -> None:
         """Raise RuntimeError if no layer has a momentum."""
-        if views and all(view.momentum is None for view in views):
+        if views and all(_momentum(view) is None for view in views):
             raise RuntimeError(
                 "ByMomentum shares connections out by the optimizer's momentum, but no optimizer is known "
                 "that keeps one for the sparse layers. Train with momentum (SGD(..., momentum=0.9), Adam, "
@@ -114,14 +123,23 @@ class ByMomentum(ByWeight):
 
     def reason_to_skip(self, view: LayerView) -> str:
         """Why the layer cannot be weighed now; empty if it can."""
-        if view.momentum is None:
+        if (momentum := _momentum(view)) is None:
             return "no momentum"
-        return "" if np.isfinite(_mean_magnitude(view.momentum)) else "momentum is not finite"
+        return "" if np.isfinite(momentum) else "momentum is not finite"
 
     def weight(self, update: LayerUpdate) -> float:
         """Mean magnitude."""
-        assert update.view.momentum is not None
-        return _mean_magnitude(update.view.momentum)
+        momentum = _momentum(update.view)
+        assert momentum is not None
+        return momentum
+
+
+def _momentum(view: LayerView) -> float | None:
+    """Mean magnitude of the momentum of a layer, or of its replicas; None if nobody keeps one."""
+    if "momentum" in view.agreed:
+        agreed: float | None = view.agreed["momentum"]
+        return agreed
+    return None if view.momentum is None else _mean_magnitude(view.momentum)
 
 
 def _mean_magnitude(entries: torch.Tensor) -> float:

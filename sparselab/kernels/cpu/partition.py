@@ -8,7 +8,7 @@ from sparselab.kernels.arrays import Array, Rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import worker_count
 
-_MIN_PART = 1 << 16
+_MIN_PART = 1 << 14
 
 
 def split_rows(W: Rows) -> Array:

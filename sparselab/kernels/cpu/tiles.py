@@ -90,11 +90,15 @@ def unpack(tile, width, n_rows, n_tokens, y, start, row_stride, token_stride):  
 
 
 @jit
-def add_tokens(tile, n_rows, width, partial):  # type: ignore[no-untyped-def]
-    """Add the tokens of each tile row to the 8 lanes that `partial` has for it."""
+def add_tokens(tile, first, n_rows, width, length, partial, row0):  # type: ignore[no-untyped-def]
+    """Add tokens of tile rows to the 8 lanes that `partial` has for each of `n_rows`, from `row0` on.
+
+    The rows are `width` numbers each, from row `first` on; `length` of these count, which are whole lanes.
+    """
     like = zeros8(tile)
     for r in range(n_rows):
-        total = load(partial, r * 8, like)
-        for t in range(r * width, (r + 1) * width, 8):
+        total = load(partial, (row0 + r) * 8, like)
+        at = (first + r) * width
+        for t in range(at, at + length, 8):
             total = add(total, load(tile, t, like))
-        store(partial, r * 8, total)
+        store(partial, (row0 + r) * 8, total)

@@ -15,7 +15,7 @@ from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 
-_MIN_PART = 1 << 16
+_MIN_PART = 1 << 15
 
 
 @jit

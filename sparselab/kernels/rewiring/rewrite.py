@@ -11,7 +11,7 @@ from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get
 
-_MIN_PART = 1 << 16
+_MIN_PART = 1 << 14
 
 
 @jit

@@ -10,12 +10,9 @@ saved, copied or made dense, it looks whether its weights were written to since.
 from __future__ import annotations
 
 import weakref
-import zlib
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from sparselab.nn.follow.checksums import of_connections, of_weights
 from sparselab.nn.follow.optimizers import is_stepped
 
 _ADVICE = (
@@ -23,9 +20,6 @@ _ADVICE = (
     "sparselab.average or sparselab.AveragedModel, which go by position. If all of this was meant, tell the "
     "layer so: layer.forget_origin()"
 )
-
-#: Weights that are looked at: an average changes nearly all.
-_SAMPLE = 4096
 
 
 class Kin:
@@ -46,7 +40,7 @@ class Kin:
     def settle(self, layer: Any) -> None:
         """Take connections and weights of the layer for what they should be."""
         self._tensors = [weakref.ref(each) for each in _tensors(layer)]
-        self._stamp, self._checksum = layer.storage.stamp(layer), _checksum(layer)
+        self._stamp, self._checksum = layer.storage.stamp(layer), of_connections(layer)
         #: Of the weights, when a relative got other connections.
         self._noted: tuple[Any, int] | None = None
 
@@ -65,7 +59,7 @@ class Kin:
     def note(self, layer: Any) -> None:
         """Note the weights, but for those that were noted before."""
         if self._noted is None:
-            self._noted = _sample(layer)
+            self._noted = of_weights(layer)
 
     def check(self, layer: Any) -> None:
         """Raise RuntimeError if the weights were mixed with those of other connections."""
@@ -78,7 +72,7 @@ class Kin:
             self._stamp, self._noted = stamp, None
             return
         if stamp != self._stamp:
-            self._stamp, found = stamp, _checksum(layer)
+            self._stamp, found = stamp, of_connections(layer)
             if found is None:  # moved to the device meta, which says nothing
                 self._checksum = None
             elif self._checksum not in (None, found):
@@ -93,12 +87,12 @@ class Kin:
             self._check_weights(layer)
 
     def _check_weights(self, layer: Any) -> None:
-        now = _sample(layer)
+        now = of_weights(layer)
         assert self._noted is not None
         if now is None or now[0] != self._noted[0]:  # in another dtype, or somewhere else
             self._noted = now
         elif now != self._noted:
-            if any(_checksum(other) != self._checksum for other in self._others(layer)):
+            if any(of_connections(other) != self._checksum for other in self._others(layer)):
                 raise RuntimeError(
                     f"the weights of {_name(layer)} were written to after a copy or the original of it had "
                     f"got other connections: {_ADVICE}"
@@ -132,33 +126,8 @@ def _is_trained(layer: Any) -> bool:
     return held is not None and (held.grad is not None or is_stepped(held))
 
 
-def _checksum(layer: Any) -> int | None:
-    """Of the connections; None on the device meta."""
-    found = 0
-    for name in layer.storage.pattern:
-        tensor = layer._buffers[name]
-        if tensor.is_meta:
-            return None
-        found = _hash(tensor, found)
-    return found
-
-
-def _sample(layer: Any) -> tuple[Any, int] | None:
-    """Dtype and a checksum of some weights; None if they are computed, or on the device meta."""
-    held = layer._parameters.get(layer.storage.parameter)
-    if held is None or held.is_meta:
-        return None
-    flat = held.detach().reshape(-1)
-    return held.dtype, _hash(flat[:: max(1, len(flat) // _SAMPLE)])
-
-
-def _hash(tensor: Tensor, start: int = 0) -> int:
-    tensor = tensor.detach().cpu().contiguous()
-    return zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, start) if tensor.numel() else start
-
-
 def _equal(layer: Any, other: Any) -> bool:
-    return _checksum(layer) == _checksum(other) and _sample(layer) == _sample(other)
+    return of_connections(layer) == of_connections(other) and of_weights(layer) == of_weights(other)
 
 
 def _name(layer: Any) -> str:

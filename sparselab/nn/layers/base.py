@@ -62,6 +62,7 @@ class SparseLayer(nn.Module):
 
     def __init__(self, storage: Storage) -> None:
         super().__init__()
+        use_torch_threads()  # kernels draw connections, and their first use would change torch's count
         self.storage = storage
         self.out_features, self.in_features = storage.shape
         self.register_buffer("forward_mask", None)

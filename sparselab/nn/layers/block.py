@@ -13,8 +13,9 @@ from sparselab.kernels.arrays import n_connections
 from sparselab.kernels.layouts.block_csr import check_block_shape
 from sparselab.nn.layers.kinds import LayerKind, State, register_kind
 from sparselab.nn.layers.linear import LinearLayer, require_linear
-from sparselab.nn.ops.cpu.narrow_blocks import is_native
+from sparselab.nn.ops.cpu.narrow_blocks import is_native, pays
 from sparselab.nn.ops.cutting import cut
+from sparselab.nn.ops.tracing import is_plain
 from sparselab.nn.storage.blocks import Blocks
 from sparselab.nn.storage.checks import (
     check_bias,
@@ -182,7 +183,14 @@ class BlockSparseLinear(LinearLayer):
     def _under_autocast(self, input: Tensor) -> Tensor:
         autocast, weights = torch.get_autocast_dtype("cpu"), self.in_use
         if not (
-            autocast is torch.bfloat16 and weights.dtype is torch.float32 and is_native(self.block_shape)
+            autocast is torch.bfloat16
+            and weights.dtype is torch.float32
+            and is_native(self.block_shape)
+            # A compiled graph serves any number of tokens.
+            and (
+                not is_plain(input, weights)
+                or pays(weights.numel(), input.numel() // max(self.in_features, 1))
+            )
         ):
             return super()._under_autocast(input)
         values, bias = weights.to(autocast), None if self.bias is None else self.bias.to(autocast)

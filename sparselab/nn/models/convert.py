@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from sparselab._names import Keys
+from sparselab._names import Keys, listed
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.kinds import find_kind
 from sparselab.nn.models.dense import choose, select
@@ -201,6 +201,12 @@ def find_linear(model: nn.Module, include: Keys = "*", exempt: Keys = ()) -> dic
     TypeError, ValueError
         As `sparsify` does for its keys and layers; `exempt` must match too. And if no layer is left.
     """
+    sparse = [name for name, _ in find_sparse(model)]
+    if sparse and not find_dense(model):
+        raise ValueError(
+            f"model must have dense layers, got sparse ones only: {listed(sparse)}. sparselab.GMP prunes "
+            f"them further while they train, and sparselab.densify(model) makes them dense again"
+        )
     choice = select(model, include, exempt)
     if not choice.layers:
         left = "; ".join(map(str, choice.left))

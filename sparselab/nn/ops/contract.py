@@ -103,7 +103,7 @@ class ConvolutionProducts(Protocol):
     def product(
         self, topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Any
     ) -> Tensor:
-        """The convolution of images, contiguous."""
+        """The convolution of images, in channels_last if they are."""
 
     def input_grad(
         self, topology: OnTensors, values: Tensor, grad: Tensor, geometry: Any, size: tuple[int, int]

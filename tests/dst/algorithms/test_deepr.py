@@ -83,7 +83,7 @@ def test_the_pull_is_towards_zero_and_ends_what_it_carries_across():
     optimizer = start(layer, algorithm := DeepR(temperature=0.0, l1=0.5), lr=1.0)
     positions = layer.positions().tolist()
     assert list(weights(layer).values()) == [0.5, -0.5, 0.0, 0.0, 0.5, -0.5]
-    assert algorithm.last_update == (UpdateReport(nnz=6),)
+    assert algorithm.last_update == (UpdateReport(nnz=6, skipped="there was nothing to drop or to grow"),)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
     algorithm.step()
     assert algorithm.last_update[0].dropped == algorithm.last_update[0].grown == 2
@@ -99,7 +99,7 @@ def test_a_zero_weight_gets_a_random_sign():
     start(layer, algorithm := DeepR(temperature=0.0, l1=0.0))
     assert 300 < signs(algorithm).count(1) < 500
     assert 0 not in signs(algorithm)
-    assert algorithm.last_update == (UpdateReport(nnz=800),)
+    assert algorithm.last_update == (UpdateReport(nnz=800, skipped="there was nothing to drop or to grow"),)
 
 
 def test_draws_depend_on_seed_layer_and_step_only():

@@ -290,7 +290,7 @@ def test_nothing_is_formed_when_nothing_is_dropped(monkeypatch):
     layer.apply(algorithm)
     backward(layer, *operands(0))
     algorithm.step()
-    assert algorithm.last_update == (UpdateReport(nnz=170),)
+    assert algorithm.last_update == (UpdateReport(nnz=170, skipped="there was nothing to drop or to grow"),)
 
 
 def test_operands_are_not_copied_once_the_number_of_passes_is_known(monkeypatch):

@@ -127,6 +127,14 @@ def test_misuse_is_named_before_anything_happens(settings, error, message, call)
     assert all(type(model[i]) is nn.Linear for i in (0, 2, 4))
 
 
+def test_a_model_that_is_sparse_already_is_said_to_be_so():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    prune(model, 0.5)
+    expected = r"model must have dense layers, got sparse ones only: 0\. sparselab.GMP prunes them further"
+    with pytest.raises(ValueError, match=expected):
+        prune(model, 0.75)
+
+
 def test_a_layer_that_cannot_be_sparse_is_named_before_the_training():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"torch.float16, got torch.complex64"):

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from sparselab import MaskedLinear, RigL, SparseLinear
@@ -263,6 +264,23 @@ def test_nothing_is_held_of_passes_that_do_not_count():
     assert not any(reference() is not None for reference in references)
     algorithm.step()
     assert algorithm.last_update[0].skipped == "no gradient"
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_first_update_holds_nothing_until_the_step_if_it_is_told_of_one_pass(told):
+    torch.manual_seed(0)
+    layer = SparseLinear(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
+    layer.apply(algorithm := RigL(update_freq=1, drop_fraction=FRACTION))
+    if told:
+        algorithm.expect_passes(1)
+    x, target = batch(0)
+    hidden = x.requires_grad_().sin()
+    memory = StorageWeakRef(hidden.untyped_storage())
+    (layer(hidden) - target).square().mean().backward()
+    del hidden
+    assert memory.expired() == told
+    algorithm.step()
+    assert algorithm.last_update[0].grown > 0
 
 
 def test_a_gradient_older_than_the_step_is_not_guessed():

@@ -21,6 +21,8 @@ NARROW = "uint16", "int8"
 
 def kernels() -> dict[str, Any]:
     """The compiled functions with the loops that matter, by name."""
+    from sparselab.kernels.cpu.bsr import direct as _direct
+    from sparselab.kernels.cpu.bsr import direct_dw as _direct_gradient
     from sparselab.kernels.cpu.bsr import sddmm_dw as _block_gradient
     from sparselab.kernels.cpu.bsr import skinny as _block_skinny
     from sparselab.kernels.cpu.bsr import spmm as _block_spmm
@@ -39,6 +41,8 @@ def kernels() -> dict[str, Any]:
         "block gather": _block_spmm._gather_tiles,
         "block scatter": _block_spmm._scatter_tiles,
         "block gradient": _block_gradient._sample_blocks,
+        "block direct": _direct._multiply,
+        "block direct gradient": _direct_gradient._sample,
     }
 
 
@@ -51,6 +55,9 @@ def run_kernels(dtype: str) -> None:
         return
 
     from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
+    from sparselab.kernels.cpu.bsr import direct as _direct
+    from sparselab.kernels.cpu.bsr import direct_dw as _direct_gradient
+    from sparselab.kernels.cpu.bsr.plan import block_plan
     from sparselab.kernels.cpu.conv import shifted as _shifted
     from sparselab.kernels.cpu.conv.planes import whole_tiles
     from sparselab.kernels.cpu.csr.plan import plan_shifted
@@ -72,6 +79,11 @@ def run_kernels(dtype: str) -> None:
     spmm(blocks, X[:, :1])
     spmm_t(blocks, Y)
     sddmm_dw(blocks, Y, X)
+    wide = BlockCSR.random((64, 64), 0.5, (64, 64), 0, dtype=dtype)
+    values, batch = wide.values.reshape(-1), np.ones((70, 64), dtype).T
+    plan = block_plan(wide.topology, False)
+    _direct.multiply_direct(values, plan, batch, batch.copy("K"))
+    _direct_gradient.sample_direct(plan, batch, batch, values.copy())
 
 
 def run_narrow(dtype: str) -> None:

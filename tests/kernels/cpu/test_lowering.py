@@ -31,10 +31,11 @@ ANY_VECTOR_FMA = rf"{VECTOR_FMA[16]}|\bvfmadd\w+p[sd]\s"
 
 #: Loops with multiply-adds: two rows, the rest of the longer, one row; whole groups of dots, the others; the
 #: connections of one row; the tokens of eight connections; a wide and a narrow row of tokens of a strip; a
-#: wide one; three columns of a strip.
+#: wide one; three columns of a strip; the columns of a block; its tokens, for two vectors and for one.
 N_LOOPS = {
     "spmm": 3, "sddmm_dw": 2, "multiply_shifted": 1, "sample_shifted": 1,
     "block gather": 2, "block scatter": 1, "block gradient": 1,
+    "block direct": 1, "block direct gradient": 2,
 }  # fmt: skip
 KERNELS = (*N_LOOPS, "block skinny")
 
@@ -99,6 +100,9 @@ def test_innermost_loops_work_on_vector_registers(
     listings: Listings, width: int, target: str, kernel: str, dtype: str
 ) -> None:
     loops = listings.loops(width, kernel, dtype, target)
+    if (width, kernel) == (32, "block direct"):
+        assert any(loop.spills for loop in loops)  # which is why it serves no layer there
+        return
     assert len(loops) >= N_LOOPS[kernel]
     for loop in loops:
         assert loop.count(ANY_FMA) == loop.count(VECTOR_FMA[width]) >= 2

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sparselab.kernels.cpu.amx import gradient, product
-from sparselab.kernels.cpu.amx.plan import fits, tile_plan
+from sparselab.kernels.cpu.amx.plan import fits
+from sparselab.kernels.cpu.bsr.plan import block_plan
 from sparselab.kernels.cpu.runtime import matrix_unit
 from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.layouts.block_csr import BlockCSR
@@ -52,7 +53,9 @@ def test_products(shape: Any, block: Any, n_tokens: int) -> None:
         M = dense.T if transposed else dense
         X = to_bits(rng.standard_normal((n_tokens, M.shape[1] + 3)))[:, :-3]
         Y = np.full((n_tokens, M.shape[0]), 0x7FC0, np.uint16)
-        product.multiply_blocks(values, tile_plan(W.topology, transposed), X, Y, None if transposed else bias)
+        product.multiply_blocks(
+            values, block_plan(W.topology, transposed), X, Y, None if transposed else bias
+        )
         exact = from_bits(X) @ M.T + (0 if transposed else bias)
         terms = np.abs(from_bits(X)) @ np.abs(M.T) + 4
         assert (np.abs(from_bits(Y) - exact) <= 2**-8 * np.abs(exact) + 2**-20 * terms).all()
@@ -66,7 +69,7 @@ def test_gradients(shape: Any, block: Any, n_tokens: int) -> None:
     W, values, _ = drawn(shape, block)
     X, DY = (to_bits(rng.standard_normal((n_tokens, n))) for n in shape[::-1])
     out = np.full(values.size, np.nan, np.float32)
-    gradient.sample_blocks(tile_plan(W.topology, False), DY, X, out)
+    gradient.sample_blocks(block_plan(W.topology, False), DY, X, out)
     exact, terms = from_bits(DY).T @ from_bits(X), np.abs(from_bits(DY)).T @ np.abs(from_bits(X))
     found = out.reshape(W.values.shape)
     assert not np.isnan(found).any()
@@ -87,8 +90,8 @@ def test_the_same_bits_for_any_number_of_workers(monkeypatch: pytest.MonkeyPatch
         for module in (product, gradient):
             monkeypatch.setattr(module, "worker_count", lambda work=None, n=n_workers: n)
         Y, out = np.empty((700, 160), np.uint16), np.empty(values.size, np.float32)
-        product.multiply_blocks(values, tile_plan(W.topology, False), X, Y)
-        gradient.sample_blocks(tile_plan(W.topology, False), DY, X, out)
+        product.multiply_blocks(values, block_plan(W.topology, False), X, Y)
+        gradient.sample_blocks(block_plan(W.topology, False), DY, X, out)
         results.append((Y.tobytes(), out.tobytes()))
     assert results[0] == results[1] == results[2]
 
@@ -100,7 +103,7 @@ def test_nan_and_infinity_pass_through(bad: float) -> None:
     X = to_bits(np.ones((40, 64)))
     X[3, 5] = to_bits(np.array([bad]))[0]
     Y = np.empty((40, 64), np.uint16)
-    product.multiply_blocks(values, tile_plan(W.topology, False), X, Y)
+    product.multiply_blocks(values, block_plan(W.topology, False), X, Y)
     finite = np.isfinite(from_bits(Y))
     assert finite[np.arange(40) != 3].all()
     assert (finite[3] == (dense[:, 5] == 0)).all()
@@ -111,9 +114,9 @@ def test_without_a_unit_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     W, values, _ = drawn((32, 32), (16, 16))
     X = np.zeros((1, 32), np.uint16)
     with pytest.raises(RuntimeError, match="AMX"):
-        product.multiply_blocks(values, tile_plan(W.topology, False), X, X.copy())
+        product.multiply_blocks(values, block_plan(W.topology, False), X, X.copy())
     with pytest.raises(RuntimeError, match="AMX"):
-        gradient.sample_blocks(tile_plan(W.topology, False), X, X, np.empty(values.size, np.float32))
+        gradient.sample_blocks(block_plan(W.topology, False), X, X, np.empty(values.size, np.float32))
 
 
 def test_blocks_that_fit() -> None:

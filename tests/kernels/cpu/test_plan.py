@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given
 
 from sparselab.kernels import PaddedCSR, rewrite
+from sparselab.kernels.arrays import address
 from sparselab.kernels.cpu import partition as _shares
+from sparselab.kernels.cpu.csr import order as _order
 from sparselab.kernels.cpu.csr import plan as _plan
+from sparselab.kernels.cpu.csr.order import into_order, out_of_order
 from sparselab.kernels.cpu.csr.plan import Segments, gradient_plan, product_plan, transpose_plan
 from sparselab.kernels.cpu.runtime.target import TARGET
 from tests import strategies
@@ -26,8 +29,10 @@ Segment = tuple[int, int, int]
 
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_plan, _shares):
+    for module in (_plan, _shares, _order):
         monkeypatch.setattr(module, "_MIN_PART", 4)
+    monkeypatch.setattr(_order, "_MIN_RANGE", 4)
+    monkeypatch.setattr(_order, "_PER_COLUMN", 0)
 
 
 def slow_segments(W: PaddedCSR, block: int, chunk_rows: Array) -> list[list[list[Segment]]]:
@@ -69,7 +74,9 @@ def plans(W: PaddedCSR, n_threads: int) -> list[Any]:
 
 
 def arrays(plan: Any) -> list[Array]:
-    return [part for part in plan if isinstance(part, np.ndarray)]
+    if isinstance(plan, np.ndarray):
+        return [plan]
+    return [each for part in plan for each in arrays(part)] if isinstance(plan, tuple) else []
 
 
 @given(W=strategies.matrices(sizes=(1, 9, 33, 300)))
@@ -80,7 +87,14 @@ def test_plans_are_those_of_plain_loops(W: PaddedCSR) -> None:
     order = np.argsort(W.indices[W.live_slots()], kind="stable")
     rows = np.repeat(np.arange(W.shape[0]), W.row_nnz)
     np.testing.assert_array_equal(transposed.indices, rows[order])
-    np.testing.assert_array_equal(transposed.slots, W.live_slots()[order])
+    slots = np.arange(len(W.values)).astype(np.float64)
+    W_rows, places = W.topology.rows, transposed.order
+    turned = into_order(address(slots), slots, W_rows, places, slots.dtype)[: W.nnz]
+    np.testing.assert_array_equal(turned, W.live_slots()[order])
+    back = np.full(len(W.values), -1.0)
+    out_of_order(turned.copy(), W_rows, places, back)
+    np.testing.assert_array_equal(back[W.live_slots()], W.live_slots())
+    np.testing.assert_array_equal(np.delete(back, W.live_slots()), -1.0)
     assert_segments(W.transpose(), transposed.segments)
     for one, two in zip(plans(W, 1), (forward, gradient, transposed), strict=True):
         for first, second in zip(arrays(one), arrays(two), strict=True):
@@ -99,6 +113,19 @@ def test_wrong_segments_are_seen() -> None:
     ):
         with pytest.raises((AssertionError, ValueError)):
             assert_segments(W, wrong)
+
+
+def test_an_order_has_several_ranges() -> None:
+    W = PaddedCSR.random((40, 30), 0.5, 0)
+    assert len(transpose_plan(W.topology).order.first) > 4
+
+
+def test_a_transpose_of_a_large_layer_costs_less_than_four_bytes_per_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    W = PaddedCSR.random((2048, 1024), 0.9, 0)
+    assert sum(each.nbytes for each in arrays(transpose_plan(W.topology))) < 4 * W.nnz
 
 
 @pytest.mark.parametrize("kind", sorted(PATTERNS))

@@ -62,6 +62,28 @@ def test_every_window_is_found_at_a_shift(down, right, n):
     assert seen.all() == grid.is_onto(size)
 
 
+@pytest.mark.any_width
+@settings(max_examples=60, deadline=None)
+@given(axes(), axes(), st.sampled_from([3, 8, 16]), st.sampled_from(DTYPES), st.integers(0, 2))
+def test_images_in_channels_last_give_the_same_planes(down, right, n_channels, dtype, margin):
+    (size, kernel, stride, padding, dilation) = zip(down, right, strict=True)
+    grid = input_grid(size, kernel, stride, padding, dilation)
+    last = (
+        np.random.default_rng(0).standard_normal((2, *size, n_channels)).astype(dtype).transpose(0, 3, 1, 2)
+    )
+    tokens = plane_stride(2 * grid.tokens + grid.tail + margin, last.itemsize)
+    planes, expected = (np.full((n_channels * len(grid.phases), tokens), np.nan, dtype) for _ in range(2))
+    fill_planes(last, grid, planes, margin)
+    fill_planes(np.ascontiguousarray(last), grid, expected, margin)
+    np.testing.assert_array_equal(planes, expected)
+    base = np.full((2, *size, n_channels), -77, dtype)
+    first = np.full((2, n_channels, *size), -77, dtype)
+    filled = np.random.default_rng(1).standard_normal(planes.shape).astype(dtype)
+    read_planes(base.transpose(0, 3, 1, 2), grid, filled)
+    read_planes(first, grid, filled)
+    np.testing.assert_array_equal(base.transpose(0, 3, 1, 2), first)
+
+
 def test_planes_begin_at_a_margin_and_are_read_into_any_strides():
     grid = output_grid(input_grid((4, 5), (3, 3), (1, 1), (1, 1), (1, 1)))
     x = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)

@@ -41,10 +41,10 @@ def test_products(dtype: Any, index: Any, n_workers: int, n: int, monkeypatch: p
     for each in (*x, grad, bias, values):
         each.flags.writeable = False
     out, found = np.full(n * 7, np.nan, dtype), np.full(len(values), np.nan, dtype)
-    multiply_sparse(x, values, plan, bias, out)
+    multiply_sparse(x, values, W.topology.rows, plan, bias, out)
     expected = dense(x, 11) @ W.to_dense().T + bias
     np.testing.assert_allclose(out.reshape(n, 7), expected, rtol=1e-5, atol=1e-5)
-    sample_sparse(x, plan, grad.reshape(-1), 7, found)
+    sample_sparse(x, W.topology.rows, plan, grad.reshape(-1), found)
     expected = (grad.astype(np.float64).T @ dense(x, 11)).reshape(-1)[W.positions()]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -58,8 +58,8 @@ def test_sums_do_not_depend_on_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     for n_workers in (1, 3):
         monkeypatch.setattr(sparse_input, "worker_count", lambda work, n=n_workers: n)
         y, dw = np.empty(6000, np.float32), np.empty(W.nnz, np.float32)
-        multiply_sparse(x, W.values, plan, np.zeros(30, np.float32), y)
-        sample_sparse(x, plan, grad, 30, dw)
+        multiply_sparse(x, W.values, W.topology.rows, plan, np.zeros(30, np.float32), y)
+        sample_sparse(x, W.topology.rows, plan, grad, dw)
         results.append((y.tobytes(), dw.tobytes()))
     assert results[0] == results[1]
 
@@ -72,7 +72,7 @@ def test_read_only_operands_compile_nothing() -> None:
         x, bias = tokens(5, 11, np.float32, np.int64, rng), np.zeros(7, np.float32)
         for each in (*x, bias):
             each.flags.writeable = flag
-        multiply_sparse(x, W.values, plan, bias, np.empty(35, np.float32))
-        sample_sparse(x, plan, np.ones(35, np.float32), 7, np.empty(W.nnz, np.float32))
+        multiply_sparse(x, W.values, W.topology.rows, plan, bias, np.empty(35, np.float32))
+        sample_sparse(x, W.topology.rows, plan, np.ones(35, np.float32), np.empty(W.nnz, np.float32))
         counts.append([len(each.signatures) for each in (sparse_input._multiply, sparse_input._sample)])
     assert counts[0] == counts[1]

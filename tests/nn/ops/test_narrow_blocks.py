@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparselab import BlockSparseLinear, RigL
+from sparselab.nn.layers import block as block_layer
 from sparselab.nn.ops.cpu.narrow_blocks import is_native
 
 pytestmark = pytest.mark.skipif(
@@ -31,7 +32,8 @@ def pair(block: Any, how: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("how", ["parameters", "autocast"])
 @pytest.mark.parametrize("shape", [(100,), (3, 50, 100), (0, 100), (40, 100)])
-def test_outputs_and_gradients(block: Any, how: str, shape: Any) -> None:
+def test_outputs_and_gradients(block: Any, how: str, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_layer, "pays", lambda n_weights, n_tokens: True)
     layer, wide = pair(block, how)
     x = torch.randn(shape).bfloat16()
     ours = x.detach().to(layer.weight_values.dtype).requires_grad_()
@@ -48,6 +50,23 @@ def test_outputs_and_gradients(block: Any, how: str, shape: Any) -> None:
     for mine, other in zip(layer.parameters(), wide.parameters(), strict=True):
         assert mine.grad.dtype is mine.dtype
         torch.testing.assert_close(mine.grad.float(), other.grad, rtol=2**-6, atol=4e-2)
+
+
+@pytest.mark.parametrize(("n_tokens", "native"), [(16, False), (32_768, True)])
+def test_little_work_is_done_in_float32(n_tokens: int, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, layer = pair((16, 16), "autocast")
+    assert (layer.weight_values.numel() * n_tokens >= 12_000_000) is native
+    dtypes = []
+    multiply = layer._multiply
+    monkeypatch.setattr(
+        layer,
+        "_multiply",
+        lambda x, values, bias: (dtypes.append(values.dtype), multiply(x, values, bias))[1],
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(n_tokens, 100))
+    assert y.dtype is torch.bfloat16
+    assert dtypes == ([torch.bfloat16] if native else [])
 
 
 def test_strides_of_any_kind() -> None:
@@ -79,7 +98,8 @@ def test_growth_under_autocast_sees_the_gradient() -> None:
     assert layer.weight_values.dtype is torch.float32
 
 
-def test_a_compiled_model_computes_the_same() -> None:
+def test_a_compiled_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_layer, "pays", lambda n_weights, n_tokens: True)
     layer, _ = pair((16, 16), "autocast")
     x = torch.randn(40, 100)
     with torch.autocast("cpu", torch.bfloat16):

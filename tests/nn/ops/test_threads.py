@@ -129,6 +129,21 @@ print(torch.get_num_threads())
 """
 
 
+DRAWN = """
+import torch
+torch.set_num_threads(1)
+from sparselab import FanInLinear, SparseLinear
+SparseLinear(24, 40)
+torch.get_num_threads()  # from now on torch does not set it anew
+FanInLinear(24, 16, sparsity=0.5)
+print(torch.get_num_threads())
+"""
+
+
+def test_drawing_connections_leaves_torch_s_thread_count() -> None:
+    assert run_python("-c", DRAWN, OMP_NUM_THREADS="1").split() == ["1"]
+
+
 @pytest.mark.parametrize("start", ["thread.start(); thread.join()", "work()"])
 def test_the_first_use_leaves_torch_s_thread_count(start: str) -> None:
     assert run_python("-c", FIRST_USE.format(start=start)).split() == ["1", "1"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array, address
-from sparselab.kernels.cpu.amx.plan import TilePlan
 from sparselab.kernels.cpu.amx.tiles import (
     PANEL,
     STRIP,
@@ -33,6 +32,7 @@ from sparselab.kernels.cpu.amx.tiles import (
     store10,
     store11,
 )
+from sparselab.kernels.cpu.bsr.plan import BlockPlan
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
@@ -152,14 +152,14 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
     release()
 
 
-def sample_blocks(plan: TilePlan, DY: Array, X: Array, out: Array) -> None:
+def sample_blocks(plan: BlockPlan, DY: Array, X: Array, out: Array) -> None:
     """``sum_t dY[t, i] X[t, j]`` for every entry of every block, written to `out`.
 
     Entries beyond the matrix are 0 times a number, which a NaN or infinity makes NaN.
 
     Parameters
     ----------
-    plan : TilePlan
+    plan : BlockPlan
         Of W.
     DY, X : uint16 arrays, (tokens, rows) and (tokens, columns)
         The bits of bfloat16. The features of a token lie together.

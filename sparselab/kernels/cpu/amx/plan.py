@@ -1,68 +1,29 @@
-"""How the matrix unit walks a matrix of dense blocks, and its weights in the order of that walk.
+"""The weights of a matrix of dense blocks in the order in which the matrix unit walks it.
 
 The matrix walked, M, is W or its transpose. A *strip* is 16 rows of a block row, as many as a tile of sums
 has; two strips make a *panel*, which is computed together, and a last strip may be alone. Along a panel the
-columns of a block are cut into steps of `depth`, the entries of one instruction.
+columns of a block are cut into steps, the entries of one instruction.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
-
 import numpy as np
 
-from sparselab.kernels.arrays import Array, index_dtype
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.amx.tiles import PANEL, STRIP
+from sparselab.kernels.cpu.bsr.plan import BlockPlan
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_empty
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put
-from sparselab.kernels.layouts.block_csr import BlockTopology
 
 _MIN_PART = 1 << 14
-
-
-class TilePlan(NamedTuple):
-    """Block rows of M: row r is the blocks ``indptr[r] : indptr[r + 1]``.
-
-    Block k is slot ``slots[k]`` of W, and its first column ``columns[k]``.
-    """
-
-    transposed: bool
-    shape: tuple[int, int]
-    height: int
-    width: int
-    depth: int
-    indptr: Array
-    slots: Array
-    columns: Array
-
-    @property
-    def n_columns(self) -> int:
-        """Columns of M with those that its last blocks have beyond it."""
-        return -(-self.shape[1] // self.width) * self.width
 
 
 def fits(block_shape: tuple[int, int]) -> bool:
     """Whether blocks of this shape, and of its transpose, are whole tiles."""
     return all(size % STRIP == 0 for size in block_shape)
-
-
-def tile_plan(topology: BlockTopology, transposed: bool) -> TilePlan:
-    """The plan of products with W, or with W^T."""
-    return topology.plan(("cpu", "tiles", transposed), partial(_make, transposed=transposed))
-
-
-def _make(W: BlockTopology, transposed: bool) -> TilePlan:
-    M, slots = W.transposed() if transposed else (W, np.arange(W.nnz))
-    height, width = M.block_shape
-    columns = M.blocks.indices.astype(np.int64) * width
-    return TilePlan(
-        transposed, M.shape, height, width, step_depth(width), M.blocks.rows.indptr,
-        slots.astype(index_dtype(W.nnz)), columns.astype(index_dtype(M.shape[1] + width)),
-    )  # fmt: skip
 
 
 def step_depth(width: int) -> int:
@@ -92,10 +53,11 @@ def _pack_blocks(  # type: ignore[no-untyped-def]
                             at += 2
 
 
-def pack_blocks(values: Array, plan: TilePlan) -> Array:
+def pack_blocks(values: Array, plan: BlockPlan) -> Array:
     """The blocks (flat, the bits of bfloat16) as tiles of pairs, in the order in which a panel needs them."""
     packed = aligned_empty(len(plan.slots) * plan.height * plan.width, values.dtype)
     steps = (1, plan.height) if plan.transposed else (plan.width, 1)
     n_workers = max(1, min(worker_count(), len(packed) // _MIN_PART))
-    launch(_pack_blocks, n_workers, values, plan.slots, plan.height, plan.width, plan.depth, *steps, packed)
+    depth = step_depth(plan.width)
+    launch(_pack_blocks, n_workers, values, plan.slots, plan.height, plan.width, depth, *steps, packed)
     return packed

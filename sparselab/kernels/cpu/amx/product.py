@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array, address
-from sparselab.kernels.cpu.amx.plan import TilePlan, pack_blocks
+from sparselab.kernels.cpu.amx.plan import pack_blocks, step_depth
 from sparselab.kernels.cpu.amx.tiles import (
     PANEL,
     STRIP,
@@ -33,6 +33,7 @@ from sparselab.kernels.cpu.amx.tiles import (
     zero10,
     zero11,
 )
+from sparselab.kernels.cpu.bsr.plan import BlockPlan
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
@@ -144,14 +145,14 @@ def _multiply_blocks(  # type: ignore[no-untyped-def]
     release()
 
 
-def multiply_blocks(values: Array, plan: TilePlan, X: Array, Y: Array, bias: Array | None = None) -> None:
+def multiply_blocks(values: Array, plan: BlockPlan, X: Array, Y: Array, bias: Array | None = None) -> None:
     """``Y = X M^T + b`` with float32 sums; bfloat16 as its bits in uint16.
 
     Parameters
     ----------
     values : array, flat
         The blocks of W.
-    plan : TilePlan
+    plan : BlockPlan
         Of M.
     X : array, (tokens, columns)
         The columns of a token lie together.
@@ -178,14 +179,15 @@ def multiply_blocks(values: Array, plan: TilePlan, X: Array, Y: Array, bias: Arr
     if bias is not None:
         offsets[:n_rows] = bias
     packed = pack_blocks(values, plan)
-    told = configuration(plan.depth)
+    depth = step_depth(plan.width)
+    told = configuration(depth)
     copies = plan.n_columns != X.shape[1]
     columns = plan.n_columns if copies or n_tokens % TOKENS else 1
     sums = np.empty((n_workers, TOKENS * PANEL), np.float32)
     lines = np.empty((n_workers, STRIP), np.uint16)
     launch(
         _multiply_blocks, n_workers, new_counter(), address(told), address(packed), parts, plan.indptr,
-        plan.columns, plan.height, plan.width, plan.depth, n_rows, X.shape[1], address(X),
+        plan.columns, plan.height, plan.width, depth, n_rows, X.shape[1], address(X),
         X.strides[0] // 2, n_tokens, copies, offsets, address(Y), Y.strides[0] // 2,
         scratch(n_workers, TOKENS * columns, np.dtype(np.uint16)), lines, sums,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How the block kernels walk a matrix of dense blocks: in micro-panels.
+"""How kernels walk a matrix of dense blocks: block by block, or in micro-panels.
 
 A *micro-panel* is `MR` rows of a block row, which have the same columns: a loaded row of tokens serves as
 many multiply-adds. A product gathers along the micro-panels of its own matrix, or scatters along those of the
@@ -14,13 +14,55 @@ import numpy as np
 
 from sparselab.kernels.arrays import Array, index_dtype
 from sparselab.kernels.cpu.bsr.panels import MR
+from sparselab.kernels.cpu.csr.plan import split_evenly
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.vectors import get, put
+from sparselab.kernels.cpu.simd.transpose import transpose4
+from sparselab.kernels.cpu.simd.vectors import get, load_unaligned, put, store_unaligned, zeros4
 from sparselab.kernels.layouts.block_csr import BlockTopology
 
 _MIN_PART = 1 << 14
+
+
+class BlockPlan(NamedTuple):
+    """The blocks of M, which is W or its transpose: block row r has ``indptr[r] : indptr[r + 1]``.
+
+    Block k is slot ``slots[k]`` of W, and its first column ``columns[k]``.
+    """
+
+    transposed: bool
+    shape: tuple[int, int]
+    height: int
+    width: int
+    indptr: Array
+    slots: Array
+    columns: Array
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of M with those that its last blocks have beyond it."""
+        return -(-self.shape[1] // self.width) * self.width
+
+
+def block_plan_key(transposed: bool) -> tuple[str, str, bool]:
+    """Key of the `BlockPlan` of W, or of W^T, among the plans of a topology."""
+    return "cpu", "blocks", transposed
+
+
+def block_plan(topology: BlockTopology, transposed: bool) -> BlockPlan:
+    """The plan of products with W, or with W^T."""
+    return topology.plan(block_plan_key(transposed), partial(_make_block_plan, transposed=transposed))
+
+
+def _make_block_plan(W: BlockTopology, transposed: bool) -> BlockPlan:
+    M, slots = W.transposed() if transposed else (W, np.arange(W.nnz))
+    height, width = M.block_shape
+    columns = M.blocks.indices.astype(np.int64) * width
+    return BlockPlan(
+        transposed, M.shape, height, width, M.blocks.rows.indptr, slots.astype(index_dtype(W.nnz)),
+        columns.astype(index_dtype(M.shape[1] + width)),
+    )  # fmt: skip
 
 
 class PanelPlan(NamedTuple):
@@ -100,6 +142,54 @@ def wants_transpose(block_shape: tuple[int, int], transposed: bool) -> bool:
     return transposed == gathers
 
 
+def cut_rectangles(plan: BlockPlan | PanelPlan, n_workers: int, most_columns: int) -> tuple[Array, int]:
+    """Rectangles ``(block row 0, block row 1, panel 0, panel 1)``, one row each, and blocks across a panel.
+
+    The parts of a gradient that workers compute: the longer side of the matrix is cut first. A panel has at
+    most so many columns, if those of a block are no more.
+    """
+    rows, blocks = len(plan.indptr) - 1, max(plan.n_columns // plan.width, 1)
+    if plan.shape[0] >= plan.shape[1]:
+        row_parts = min(n_workers, rows)
+        column_parts = min(-(-n_workers // row_parts), blocks)
+    else:
+        column_parts = min(n_workers, blocks)
+        row_parts = min(-(-n_workers // column_parts), rows)
+    wanted = max(-(-plan.n_columns // (column_parts * most_columns)), 1) * column_parts
+    panel_blocks = -(-blocks // wanted)
+    panels = -(-blocks // panel_blocks)
+    column_parts = min(column_parts, panels)
+    row_edges, panel_edges = split_evenly(rows, row_parts), split_evenly(panels, column_parts)
+    rectangles = [
+        (row_edges[i], row_edges[i + 1], panel_edges[j], panel_edges[j + 1])
+        for i in range(row_parts)
+        for j in range(column_parts)
+    ]
+    return np.array(rectangles, np.int64), panel_blocks
+
+
+@jit
+def _move_panel(pack, values, first, row_step, column_step, width, packed, place):  # type: ignore[no-untyped-def]
+    """Move columns of `MR` rows of a block by vectors, and return how many of them."""
+    whole = 0
+    if row_step == 1:
+        whole, like = width, zeros4(packed)
+        for j in range(width):
+            inside = first + j * column_step
+            if pack:
+                store_unaligned(packed, place + j * MR, load_unaligned(values, inside, like))
+            else:
+                store_unaligned(values, inside, load_unaligned(packed, place + j * MR, like))
+    elif column_step == 1:
+        whole = width // MR * MR
+        for j in range(0, whole, MR):
+            if pack:
+                transpose4(values, first + j, row_step, packed, place + j * MR, MR)
+            else:
+                transpose4(packed, place + j * MR, MR, values, first + j, row_step)
+    return whole
+
+
 @jit
 def _move_blocks(  # type: ignore[no-untyped-def]
     worker, n_workers, pack, values, indptr, slots, height, width, row_step, column_step, packed
@@ -117,7 +207,12 @@ def _move_blocks(  # type: ignore[no-untyped-def]
             at = (indptr[r] * (panels - 1) + k) * width * MR
             for row in range(0, height, MR):
                 rows = min(MR, height - row)
-                for j in range(width):
+                done = 0
+                if rows == MR:
+                    done = _move_panel(
+                        pack, values, block + row * row_step, row_step, column_step, width, packed, at
+                    )
+                for j in range(done, width):
                     inside = block + row * row_step + j * column_step
                     place = at + j * MR
                     if not pack:

@@ -10,16 +10,17 @@ come from the third level, once a panel.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from sparselab.kernels.arrays import NONE_OF, Array, address, strides
 from sparselab.kernels.cpu.bsr.panels import DOT_COLUMNS, MR
-from sparselab.kernels.cpu.bsr.plan import PanelPlan, unpack_weights
-from sparselab.kernels.cpu.csr.plan import split_evenly
+from sparselab.kernels.cpu.bsr.plan import PanelPlan, cut_rectangles, unpack_weights
 from sparselab.kernels.cpu.partition import first_not_below
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
-from sparselab.kernels.cpu.runtime.memory import aligned_empty, scratch
+from sparselab.kernels.cpu.runtime.memory import aligned_empty, aligned_zeros, scratch
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import add_sums
@@ -28,8 +29,8 @@ from sparselab.kernels.cpu.tiles import add_tokens, pack
 
 #: Bytes of the tokens of a KC block, and from one row of it to the next: rows at multiples of a power of two
 #: would lie in the same banks of a cache.
-_KC_BYTES = 768
-_STRIDE_BYTES = 832
+KC_BYTES = 768
+STRIDE_BYTES = 832
 
 #: Most columns of a panel, 312 KiB of the second-level cache.
 _PANEL_COLUMNS = 384
@@ -42,7 +43,7 @@ def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, out, p
     The step from token to token is an argument, because LLVM would unroll a loop whose length it can tell,
     and then reload an address for every operand.
     """
-    stride = _STRIDE_BYTES // panel.itemsize
+    stride = STRIDE_BYTES // panel.itemsize
     zero = zeros_register(panel)
     end = place + (last - k) * MR
     while k < last:
@@ -67,7 +68,7 @@ def _panel_dots(rows, at, panel, columns, k, last, column0, length, step, out, p
 @jit
 def _pack_rows(x, x_strides, token0, tokens, row0, row1, height, n_rows, target):  # type: ignore[no-untyped-def]
     """Pack the rows of micro-panels; those that blocks do not have, and missing tokens, become zeros."""
-    stride = _STRIDE_BYTES // target.itemsize
+    stride = STRIDE_BYTES // target.itemsize
     padded = (height + MR - 1) // MR * MR
     together = row1 - row0 if padded == height else 1
     for r in range(row0, row1, together):
@@ -92,72 +93,60 @@ def _cut_columns(columns, indptr, block_width, panel_columns, rectangle, cuts): 
 @jit
 def _sample_blocks(  # type: ignore[no-untyped-def]
     worker, n_workers, rectangles, panel_columns, columns, indptr, height, block_width, n_rows, n_columns,
-    r_at, r_like, r_strides, c_at, c_like, c_strides, n_tokens, step, most_rows, work, cut_places, out, sums,
+    r_at, r_like, r_strides, r_tiled, c_at, c_like, c_strides, c_tiled, n_tokens, step, work, cut_places, out,
+    partial, sums,
 ):  # fmt: skip
-    """Compute the worker's rectangles, one after the other; those that begin a row also write its sum."""
+    """Compute the worker's rectangles, one after the other; those that begin a row also write its sum.
+
+    A factor that lies in KC blocks already has `tiled` rows in each, else 0.
+    """
     if spread(worker, n_workers):
         return
     memory, cuts = work[worker], cut_places[worker]
-    stride, kc = _STRIDE_BYTES // memory.itemsize, _KC_BYTES // memory.itemsize
+    stride, kc = STRIDE_BYTES // memory.itemsize, KC_BYTES // memory.itemsize
     panel, rows = memory[: panel_columns * stride], memory[panel_columns * stride :]
-    partial = memory[(panel_columns + most_rows) * stride :]
     y, x = view_at(r_at, r_like), view_at(c_at, c_like)
     panels = (height + MR - 1) // MR
+    each = panels * MR
+    if r_tiled > 0:
+        rows, each = view_at(r_at, memory), height
+    if c_tiled > 0:
+        panel = view_at(c_at, memory)
     n = len(rectangles)
     for i in range(worker * n // n_workers, (worker + 1) * n // n_workers):
         row0, row1, panel0, panel1 = rectangles[i, 0], rectangles[i, 1], rectangles[i, 2], rectangles[i, 3]
         wants_sums = len(sums) > 0 and panel0 == 0
-        panel_rows = (row1 - row0) * panels * MR
-        partial[: panel_rows * 8] = 0
+        panel_rows = (row1 - row0) * each
         _cut_columns(columns, indptr, block_width, panel_columns, rectangles[i], cuts)
         for token0 in range(0, n_tokens, kc):
             tokens = min(kc, n_tokens - token0)
             length = (tokens + step - 1) // step * step
-            _pack_rows(y, r_strides, token0, tokens, row0, row1, height, n_rows, rows)
+            first_row = token0 // kc * r_tiled + row0 * height
+            if r_tiled == 0:
+                first_row = 0
+                _pack_rows(y, r_strides, token0, tokens, row0, row1, height, n_rows, rows)
             if wants_sums:
-                add_tokens(rows, panel_rows, stride, partial)
+                add_tokens(rows, first_row, panel_rows, stride, length, partial, row0 * each)
             for p in range(panel0, panel1):
                 column0 = p * panel_columns
                 width = min(panel_columns, n_columns - column0)
-                start = column0 * c_strides[0] + token0 * c_strides[1]
-                pack(x, start, c_strides[0], c_strides[1], width, tokens, panel, stride)
-                panel[width * stride :] = 0
+                origin = -(token0 // kc) * c_tiled
+                if c_tiled == 0:
+                    origin = column0
+                    start = column0 * c_strides[0] + token0 * c_strides[1]
+                    pack(x, start, c_strides[0], c_strides[1], width, tokens, panel, stride)
+                    panel[width * stride :] = 0
                 for r in range(row0, row1):
                     first, end = indptr[r] * block_width, indptr[r + 1] * block_width
                     k0, k1 = cuts[r - row0, p - panel0], cuts[r - row0, p + 1 - panel0]
                     for s in range(panels):
                         place = (first * panels + s * (end - first) + k0 - first) * MR
-                        at = ((r - row0) * panels + s) * MR * stride
-                        _panel_dots(rows, at, panel, columns, k0, k1, column0, length, step, out, place)
+                        at = (first_row + (r - row0) * each + s * MR) * stride
+                        _panel_dots(rows, at, panel, columns, k0, k1, origin, length, step, out, place)
         if wants_sums:
             for row in range(row0 * height, min(row1 * height, n_rows)):
-                at = (row // height - row0) * panels * MR + row % height
+                at = row // height * each + row % height
                 sums[row] = partial[at * 8 : at * 8 + 8].sum()
-
-
-def _cut(plan: PanelPlan, n_workers: int) -> tuple[Array, int]:
-    """Rectangles ``(block row 0, block row 1, panel 0, panel 1)``, one row each, and blocks across a panel.
-
-    The longer side of the matrix is cut first.
-    """
-    rows, blocks = len(plan.indptr) - 1, max(plan.n_columns // plan.width, 1)
-    if plan.shape[0] >= plan.shape[1]:
-        row_parts = min(n_workers, rows)
-        column_parts = min(-(-n_workers // row_parts), blocks)
-    else:
-        column_parts = min(n_workers, blocks)
-        row_parts = min(-(-n_workers // column_parts), rows)
-    wanted = max(-(-plan.n_columns // (column_parts * _PANEL_COLUMNS)), 1) * column_parts
-    panel_blocks = -(-blocks // wanted)
-    panels = -(-blocks // panel_blocks)
-    column_parts = min(column_parts, panels)
-    row_edges, panel_edges = split_evenly(rows, row_parts), split_evenly(panels, column_parts)
-    rectangles = [
-        (row_edges[i], row_edges[i + 1], panel_edges[j], panel_edges[j + 1])
-        for i in range(row_parts)
-        for j in range(column_parts)
-    ]
-    return np.array(rectangles, np.int64), panel_blocks
 
 
 def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None = None) -> None:
@@ -169,26 +158,55 @@ def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None =
     beyond the matrix are 0 times a number, which a NaN or infinity makes NaN.
     """
     sums = np.empty(0, out.dtype) if sums is None else sums
-    n_rows, n_columns = plan.shape
     n_tokens = R.shape[1]
     if n_tokens == 0 or (len(plan.slots) == 0 and sums.size == 0):
         out.fill(0)
         sums.fill(0)
         return
-    rectangles, panel_blocks = _cut(plan, worker_count(plan.work(n_tokens)))
-    most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.panels_per_row * MR
-    panel_columns = panel_blocks * plan.width
-    items = (panel_columns + most_rows) * (_STRIDE_BYTES // out.itemsize) + most_rows * 8
-    work = scratch(len(rectangles), items, out.dtype)
-    n_rows_and_panels = (rectangles[:, 1::2] - rectangles[:, ::2]).max(0)
-    cuts = np.empty((len(rectangles), n_rows_and_panels[0], n_rows_and_panels[1] + 1), np.int64)
     packed = out if plan.is_packed else aligned_empty(plan.packed_items, out.dtype)
     packed.fill(0)
-    launch(
-        _sample_blocks, len(rectangles), rectangles, panel_columns, plan.columns, plan.indptr, plan.height,
-        plan.width, n_rows, n_columns, address(R), NONE_OF[R.dtype], strides(R),
-        address(C), NONE_OF[C.dtype], strides(C), n_tokens, VECTOR_BYTES // out.itemsize, most_rows, work,
-        cuts, packed, sums,
-    )  # fmt: skip
+    add_products(plan, factor(R), factor(C), n_tokens, packed, zero_partials(plan, sums), sums)
     if not plan.is_packed:
         unpack_weights(packed, plan, out)
+
+
+class Factor(NamedTuple):
+    """A matrix by its address, and how many rows it has in each KC block; 0 if it must be packed."""
+
+    at: int
+    like: Array
+    strides: tuple[int, int]
+    tiled: int
+
+
+def factor(matrix: Array) -> Factor:
+    """A matrix of any strides."""
+    return Factor(address(matrix), NONE_OF[matrix.dtype], strides(matrix), 0)
+
+
+def zero_partials(plan: PanelPlan, sums: Array) -> Array:
+    """Where `add_products` keeps the sums of lanes from call to call, if there are to be any."""
+    rows = (len(plan.indptr) - 1) * plan.panels_per_row * MR
+    return aligned_zeros(rows * 8 if sums.size else 0, sums.dtype)
+
+
+def add_products(
+    plan: PanelPlan, R: Factor, C: Factor, n_tokens: int, packed: Array, partials: Array, sums: Array
+) -> None:
+    """Add what so many tokens give to the entries, in the order of the plan, and to the partials.
+
+    `sums`, unless it is empty, becomes what is in the partials then.
+    """
+    n_rows, n_columns = plan.shape
+    rectangles, panel_blocks = cut_rectangles(plan, worker_count(plan.work(n_tokens)), _PANEL_COLUMNS)
+    most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.panels_per_row * MR
+    panel_columns = panel_blocks * plan.width
+    items = (panel_columns + most_rows) * (STRIDE_BYTES // packed.itemsize)
+    work = scratch(len(rectangles), items, packed.dtype)
+    n_rows_and_panels = (rectangles[:, 1::2] - rectangles[:, ::2]).max(0)
+    cuts = np.empty((len(rectangles), n_rows_and_panels[0], n_rows_and_panels[1] + 1), np.int64)
+    launch(
+        _sample_blocks, len(rectangles), rectangles, panel_columns, plan.columns, plan.indptr, plan.height,
+        plan.width, n_rows, n_columns, *R, *C, n_tokens, VECTOR_BYTES // packed.itemsize, work, cuts, packed,
+        partials, sums,
+    )  # fmt: skip

@@ -40,7 +40,7 @@ _GROUP_ROWS = 64
 
 
 @jit
-def _gather_panel(weights, at, columns, first, count, tile, bias, row, sums, sums_row, like):  # type: ignore[no-untyped-def]
+def gather_panel(weights, at, columns, first, count, tile, bias, row, sums, sums_row, like):  # type: ignore[no-untyped-def]
     """Four rows of sums: the micro-panel's `count` columns, of which `columns` has the first at `first`."""
     width = lanes_of(like)
     s0 = splat(get(bias, row), like)
@@ -97,7 +97,7 @@ def _gather_tile(  # type: ignore[no-untyped-def]
             first = indptr[r] * block_width
             count = (indptr[r + 1] - indptr[r]) * block_width
             for s in range(panels):
-                _gather_panel(
+                gather_panel(
                     weights, (first * panels + s * count) * MR, columns, first, count, tile,
                     bias, (r * panels + s) * MR, sums, at, like,
                 )  # fmt: skip
@@ -221,12 +221,12 @@ def _gather(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) ->
     # Each part of the rows packs the tokens again.
     edges = cut_rows(plan.indptr, 1 if n_tiles >= 4 * workers else 2 * workers)
     n_workers = min(workers, n_tiles * (len(edges) - 1))
-    group, panel_rows = _group(plan)
+    group, panel_rows = panel_group(plan)
     work = scratch(n_workers, (plan.n_columns + panel_rows) * width, weights.dtype)
     launch(
         _gather_tiles, n_workers, new_counter(), edges, int(narrow), group, weights, plan.columns,
         plan.indptr, plan.height, plan.width, *plan.shape, plan.n_columns, address(X), NONE_OF[X.dtype],
-        strides(X), n_tokens, _by_micro_panel(bias, plan), address(Y), NONE_OF[Y.dtype], strides(Y), work,
+        strides(X), n_tokens, by_micro_panel(bias, plan), address(Y), NONE_OF[Y.dtype], strides(Y), work,
     )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def _scatter(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) -
     width = VECTOR_BYTES // weights.itemsize * NR
     n_tokens = X.shape[1]
     n_workers = min(worker_count(plan.work(n_tokens)), -(-n_tokens // width))
-    group, panel_rows = _group(plan)
+    group, panel_rows = panel_group(plan)
     work = scratch(n_workers, (plan.n_columns + panel_rows) * width, weights.dtype)
     launch(
         _scatter_tiles, n_workers, new_counter(), group, weights, plan.columns, plan.indptr, plan.height,
@@ -243,13 +243,13 @@ def _scatter(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) -
     )  # fmt: skip
 
 
-def _group(plan: PanelPlan) -> tuple[int, int]:
+def panel_group(plan: PanelPlan) -> tuple[int, int]:
     """Block rows that are packed or unpacked together, and their rows in panels."""
     group = max(1, _GROUP_ROWS // plan.height) if plan.height % MR == 0 else 1
     return group, group * plan.panels_per_row * MR
 
 
-def _by_micro_panel(bias: Array, plan: PanelPlan) -> Array:
+def by_micro_panel(bias: Array, plan: PanelPlan) -> Array:
     """The bias of each row of the panels, 0 for those that do not exist."""
     n = len(plan.indptr) - 1
     rows = np.zeros((n, plan.panels_per_row * MR), bias.dtype)

@@ -22,6 +22,7 @@ from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.target import CACHE_LINE, TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.transpose import transpose8
 from sparselab.kernels.cpu.simd.vectors import get, put, view_at
 
 Pair = tuple[int, int]
@@ -136,6 +137,48 @@ def _copy(source, at, step, target, to, target_step, count):  # type: ignore[no-
 
 
 @jit
+def _move_eight(fill, x, at, across, planes, inside, plane_step, count):  # type: ignore[no-untyped-def]
+    """Copy a row of pixels between eight channels, which lie together in the images, and their planes."""
+    whole = count // 8 * 8
+    for k in range(0, whole, 8):
+        if fill:
+            transpose8(x, at + k * across, across, planes, inside + k, plane_step)
+        else:
+            transpose8(planes, inside + k, plane_step, x, at + k * across, across)
+    for k in range(whole, count):
+        for c in range(8):
+            if fill:
+                put(planes, inside + c * plane_step + k, get(x, at + k * across + c))
+            else:
+                put(x, at + k * across + c, get(planes, inside + c * plane_step + k))
+
+
+@jit
+def _move_channels(  # type: ignore[no-untyped-def]
+    worker, n_workers, fill, x_at, strides, n_images, phases, step, rows, pitch, planes, stride, margin
+):
+    """As `_move_pixels`, for images whose channels lie together, a multiple of eight of them."""
+    if spread(worker, n_workers):
+        return
+    x = view_at(x_at, planes)
+    per_channel = len(phases)
+    n_groups = len(planes) // stride // per_channel // 8
+    across = step[1] * strides[3]
+    for group in range(worker * n_groups // n_workers, (worker + 1) * n_groups // n_workers):
+        first = group * 8 * per_channel * stride
+        if fill:
+            planes[first : first + 8 * per_channel * stride] = 0
+        for n in range(n_images):
+            for f in range(per_channel):
+                phase = phases[f]
+                for a in range(phase[1]):
+                    inside = first + f * stride + margin + (n * rows + phase[0] + a) * pitch + phase[3]
+                    outside = n * strides[0] + group * 8
+                    outside += (phase[2] + a * step[0]) * strides[2] + phase[5] * strides[3]
+                    _move_eight(fill, x, outside, across, planes, inside, per_channel * stride, phase[4])
+
+
+@jit
 def _move_pixels(  # type: ignore[no-untyped-def]
     worker, n_workers, fill, x_at, strides, n_images, phases, step, rows, pitch, planes, stride, margin
 ):
@@ -176,8 +219,10 @@ def read_planes(images: Array, grid: Grid, planes: Array) -> None:
 
 def _move(fill: bool, images: Array, grid: Grid, planes: Array, margin: int) -> None:
     strides = tuple(step // images.itemsize for step in images.strides)
+    n_channels = images.shape[1]
+    together = strides[1] == 1 and strides[3] > 1 and n_channels > 0 and n_channels % 8 == 0
+    kernel, parts = (_move_channels, n_channels // 8) if together else (_move_pixels, len(planes))
     launch(
-        _move_pixels, min(worker_count(planes.size), len(planes)), fill,
-        address(images), strides, len(images), grid.phases, grid.step, grid.rows,
-        grid.pitch, planes.reshape(-1), planes.shape[1], margin,
+        kernel, min(worker_count(planes.size), parts), fill, address(images), strides, len(images),
+        grid.phases, grid.step, grid.rows, grid.pitch, planes.reshape(-1), planes.shape[1], margin,
     )  # fmt: skip

@@ -14,6 +14,8 @@ value and column.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from sparselab.kernels.arrays import Array
@@ -21,6 +23,7 @@ from sparselab.kernels.cpu.csr.plan import Segments, product_groups
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
+from sparselab.kernels.cpu.runtime.memory import scratch_of_values
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import add_sums
@@ -33,6 +36,7 @@ from sparselab.kernels.cpu.simd.vectors import (
     splat,
     store_unaligned,
     tile_width,
+    view_at,
     weight,
     zeros_register,
     zeros_tile,
@@ -43,6 +47,41 @@ _DOTS = 8
 
 #: Bytes of a row of DY that a worker goes along before it turns to the next row.
 _LONG_TILE_BYTES = 4096
+
+_MIN_PART = 16384
+
+
+class PlanePlan(NamedTuple):
+    """The order of the gradient by planes: connections plane by plane, and the segments of these rows.
+
+    Row p is the connections ``indptr[p] : indptr[p + 1]``. Connection k has column ``indices[k]`` (an output
+    and an element) and the value in slot ``slots[k]``.
+    """
+
+    indptr: Array
+    indices: Array
+    slots: Array
+    segments: Segments
+
+
+@jit
+def _gather_values(worker, n_workers, values_at, bits, slots, out):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
+        return
+    n, values = len(slots), view_at(values_at, bits)
+    for k in range(worker * n // n_workers, (worker + 1) * n // n_workers):
+        out[k] = weight(values, np.int64(get(slots, k)))
+
+
+def gather(values_at: int, bits: Array, slots: Array, dtype: np.dtype[Any]) -> Array:
+    """The values at an address, of the dtype of `bits`, in the order of the slots, and what lies behind them.
+
+    bfloat16 is given as its bits in uint16. The array is lent until the next call in the same thread.
+    """
+    ordered = scratch_of_values(len(slots), dtype)
+    n_workers = 1 if len(slots) < 2 * _MIN_PART else min(worker_count(), len(slots) // _MIN_PART)
+    launch(_gather_values, n_workers, values_at, bits, slots, ordered)
+    return ordered
 
 
 @jit

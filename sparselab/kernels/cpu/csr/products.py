@@ -30,7 +30,7 @@ def product(topology: RowTopology, values: Array, X: Array, Y: Array, bias: Arra
 
 def product_t(topology: RowTopology, values: Array, DY: Array, DX: Array) -> None:
     """``DX = W^T DY``."""
-    spmm_t.multiply_t(for_kernels(values), transpose_plan(topology), DY, DX)
+    spmm_t.multiply_t(for_kernels(values), topology.rows, transpose_plan(topology), DY, DX)
 
 
 def gradient(topology: RowTopology, DY: Array, X: Array, dW: Array) -> None:

@@ -20,7 +20,7 @@ from sparselab.kernels.cpu.csr.plan import Segments, gradient_rectangles
 from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
-from sparselab.kernels.cpu.runtime.memory import scratch
+from sparselab.kernels.cpu.runtime.memory import aligned_zeros, scratch
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
@@ -57,10 +57,13 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
 
 @jit
 def _sample_rectangles(  # type: ignore[no-untyped-def]
-    worker, n_workers, indices, plan, rectangles, dy_at, dy_like, dy_strides,
-    x_at, x_like, x_strides, n_columns, n_tokens, most_rows, work, out_at, sums_at,
+    worker, n_workers, indices, plan, rectangles, dy_at, dy_like, dy_strides, dy_tiled,
+    x_at, x_like, x_strides, x_tiled, n_columns, n_tokens, work, out_at, partial, sums_at,
 ):  # fmt: skip
-    """Compute the worker's rectangles, one after the other; those that begin a row also write its sum."""
+    """Compute the worker's rectangles, one after the other; those that begin a row also write its sum.
+
+    A factor that lies in tiles already has `tiled` rows in each, else 0.
+    """
     if spread(worker, n_workers):
         return
     memory = work[worker]
@@ -68,7 +71,10 @@ def _sample_rectangles(  # type: ignore[no-untyped-def]
     rest = memory[:_REST]
     x_tile = memory[_REST : _REST + plan.block_columns * width]
     dy_tile = memory[_REST + plan.block_columns * width :]
-    partial = memory[_REST + (plan.block_columns + most_rows) * width :]
+    if x_tiled > 0:
+        x_tile = view_at(x_at, memory)
+    if dy_tiled > 0:
+        dy_tile = view_at(dy_at, memory)
     x, dy = view_at(x_at, x_like), view_at(dy_at, dy_like)
     out, sums = view_at(out_at, memory), view_at(sums_at, memory)
     n = len(rectangles)
@@ -76,27 +82,32 @@ def _sample_rectangles(  # type: ignore[no-untyped-def]
         chunk0, chunk1 = rectangles[r, 0], rectangles[r, 1]
         row0, row1 = plan.chunk_rows[chunk0], plan.chunk_rows[chunk1]
         wants_sums = sums_at != 0 and rectangles[r, 2] == 0
-        partial[: (row1 - row0) * 8] = 0
         for token0 in range(0, n_tokens, width):
             tokens = min(width, n_tokens - token0)
-            first = row0 * dy_strides[0] + token0 * dy_strides[1]
-            pack(dy, first, dy_strides[0], dy_strides[1], row1 - row0, tokens, dy_tile, width)
+            row_origin = -(token0 // width) * dy_tiled
+            if dy_tiled == 0:
+                row_origin = row0
+                first = row0 * dy_strides[0] + token0 * dy_strides[1]
+                pack(dy, first, dy_strides[0], dy_strides[1], row1 - row0, tokens, dy_tile, width)
             if wants_sums:
-                add_tokens(dy_tile, row1 - row0, width, partial)
+                add_tokens(dy_tile, row0 - row_origin, row1 - row0, width, width, partial, row0)
             for b in range(rectangles[r, 2], rectangles[r, 3]):
                 column0 = b * plan.block_columns
                 columns = min(plan.block_columns, n_columns - column0)
-                first = column0 * x_strides[0] + token0 * x_strides[1]
-                pack(x, first, x_strides[0], x_strides[1], columns, tokens, x_tile, width)
+                origin = -(token0 // width) * x_tiled
+                if x_tiled == 0:
+                    origin = column0
+                    first = column0 * x_strides[0] + token0 * x_strides[1]
+                    pack(x, first, x_strides[0], x_strides[1], columns, tokens, x_tile, width)
                 for c in range(chunk0, chunk1):
                     p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
                     _add_segments(
                         indices, plan.row, plan.start, plan.length, p, q,
-                        dy_tile, row0, x_tile, column0, rest, out,
+                        dy_tile, row_origin, x_tile, origin, rest, out,
                     )  # fmt: skip
         if wants_sums:
             for i in range(row0, row1):
-                put(sums, i, partial[(i - row0) * 8 : (i - row0 + 1) * 8].sum())
+                put(sums, i, partial[i * 8 : (i + 1) * 8].sum())
 
 
 class GradientCut(NamedTuple):
@@ -108,15 +119,12 @@ class GradientCut(NamedTuple):
         From `gradient_rectangles`.
     n_workers : int
         Workers.
-    most_rows : int
-        Rows of the highest rectangle.
     items : int
         Scratch of each worker.
     """
 
     rectangles: Array
     n_workers: int
-    most_rows: int
     items: int
 
 
@@ -127,8 +135,8 @@ def cut_gradient(plan: Segments, shape: tuple[int, int], n_tokens: int, itemsize
     workers = worker_count((plan.n_connections + sum(shape)) * n_tiles * width)
     rectangles = gradient_rectangles(plan, n_tiles, workers, itemsize + index_dtype(shape[1]).itemsize)
     most_rows = int((plan.chunk_rows[rectangles[:, 1]] - plan.chunk_rows[rectangles[:, 0]]).max())
-    items = _REST + plan.block_columns * width + most_rows * (width + 8)
-    return GradientCut(rectangles, min(workers, len(rectangles)), most_rows, items)
+    items = _REST + plan.block_columns * width + most_rows * width
+    return GradientCut(rectangles, min(workers, len(rectangles)), items)
 
 
 def sample(
@@ -158,8 +166,21 @@ def sample_cut(
     All are of `dtype`; or DY and X of bfloat16, by its bits in uint16, where that is float32. The address of
     the sums is 0 if there are to be none.
     """
-    work = scratch(cut.n_workers, cut.items, dtype)
+    partials = aligned_zeros(DY[2][0] * 8 if sums_at else 0, dtype)
+    add_products(indices, plan, DY, X, out_at, partials, sums_at, cut)
+
+
+def add_products(
+    indices: Array, plan: Segments, DY: Matrix, X: Matrix, out_at: int, partials: Array, sums_at: int,
+    cut: GradientCut, dy_tiled: int = 0, x_tiled: int = 0,
+) -> None:  # fmt: skip
+    """Add what some tokens give to the entries and to the partials, of which the sums are made anew.
+
+    The partials (8 * rows,), on a cache line, keep the sums of lanes from call to call; they are empty if
+    there are to be none. A factor that lies in tiles already, and begins with one, has `tiled` rows in each.
+    """
+    work = scratch(cut.n_workers, cut.items, partials.dtype)
     launch(
-        _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles,
-        DY[0], DY[3], DY[1], X[0], X[3], X[1], X[2][0], X[2][1], cut.most_rows, work, out_at, sums_at,
+        _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles, DY[0], DY[3], DY[1], dy_tiled,
+        X[0], X[3], X[1], x_tiled, X[2][0], X[2][1], work, out_at, partials, sums_at,
     )  # fmt: skip

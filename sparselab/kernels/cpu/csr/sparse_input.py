@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, address, for_kernels
+from sparselab.kernels.arrays import Array, Rows, address, for_kernels
+from sparselab.kernels.cpu.csr.order import into_order, out_of_order
 from sparselab.kernels.cpu.csr.plan import TransposePlan
-from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
@@ -63,16 +63,9 @@ def _sample(worker, n_workers, starts, columns, entries, begin, indices, grad, n
                     put(sums, k, get(sums, k) + factor * get(grad, at + np.int64(get(indices, k))))
 
 
-@jit
-def _scatter(worker, n_workers, sums, slots, out):  # type: ignore[no-untyped-def]
-    if spread(worker, n_workers):
-        return
-    n = len(slots)
-    for k in range(worker * n // n_workers, (worker + 1) * n // n_workers):
-        put(out, np.int64(get(slots, k)), get(sums, k))
-
-
-def multiply_sparse(x: SparseTokens, values: Array, plan: TransposePlan, offset: Array, out: Array) -> None:
+def multiply_sparse(
+    x: SparseTokens, values: Array, W: Rows, plan: TransposePlan, offset: Array, out: Array
+) -> None:
     """Write ``X W^T + b`` to `out`, flat (tokens * rows,).
 
     Parameters
@@ -80,6 +73,7 @@ def multiply_sparse(x: SparseTokens, values: Array, plan: TransposePlan, offset:
     x : SparseTokens
     values : array, (slots,)
         Of W, in the dtype of the entries of X.
+    W : Rows
     plan : TransposePlan
         Of W.
     offset : array, (rows,)
@@ -87,7 +81,7 @@ def multiply_sparse(x: SparseTokens, values: Array, plan: TransposePlan, offset:
     out : array
     """
     n_tokens = len(x.starts) - 1
-    weights = gather(address(values), values, plan.slots, out.dtype)
+    weights = into_order(address(values), values, W, plan.order, out.dtype)
     n_workers = max(1, min(worker_count(_work(x, plan) + out.size), n_tokens))
     # Of about equal work: an entry costs its connections, a token its outputs.
     shares = np.arange(1, n_workers) * (len(x.columns) / n_workers)
@@ -98,28 +92,29 @@ def multiply_sparse(x: SparseTokens, values: Array, plan: TransposePlan, offset:
     )  # fmt: skip
 
 
-def sample_sparse(x: SparseTokens, plan: TransposePlan, grad: Array, n_rows: int, out: Array) -> None:
+def sample_sparse(x: SparseTokens, W: Rows, plan: TransposePlan, grad: Array, out: Array) -> None:
     """Write ``sum_t dY[t, i] X[t, j]`` at the connections (i, j) to `out`, (slots,).
 
     Parameters
     ----------
     x : SparseTokens
+    W : Rows
     plan : TransposePlan
         Of W.
     grad : array, flat (tokens * rows,)
         dY, in the dtype of the entries of X.
-    n_rows : int
     out : array
         Spare slots are left as they are.
     """
-    sums = np.zeros(len(plan.slots), out.dtype)
+    sums = np.zeros(W.nnz, out.dtype)
     n_workers = worker_count(_work(x, plan))
     launch(
-        _sample, n_workers, *map(for_kernels, x), plan.indptr, plan.indices, for_kernels(grad), n_rows, sums
-    )
-    launch(_scatter, worker_count(len(sums)), sums, plan.slots, out)
+        _sample, n_workers, *map(for_kernels, x), plan.indptr, plan.indices, for_kernels(grad), W.shape[0],
+        sums,
+    )  # fmt: skip
+    out_of_order(sums, W, plan.order, out)
 
 
 def _work(x: SparseTokens, plan: TransposePlan) -> int:
     """Multiply-adds, were all inputs alike."""
-    return len(x.columns) * len(plan.slots) // max(len(plan.indptr) - 1, 1)
+    return len(x.columns) * len(plan.indices) // max(len(plan.indptr) - 1, 1)

@@ -38,7 +38,7 @@ from sparselab.kernels.cpu.tiles import pack, unpack
 
 
 @jit
-def _add_segments(values, indices, row, start, length, p, q, x, column0, sums, row0, bias, begin):  # type: ignore[no-untyped-def]
+def add_segments(values, indices, row, start, length, p, q, x, column0, sums, row0, bias, begin):  # type: ignore[no-untyped-def]
     """Add the segments p : q, whose tokens are packed in `x` from `column0` on, to the tile rows of sums.
 
     Two segments at a time, because one tile row of sums is too few independent chains to hide the latency of
@@ -107,7 +107,7 @@ def _multiply_tiles(  # type: ignore[no-untyped-def]
             pack(x, first, x_strides[0], x_strides[1], columns, tokens, tile, width)
             for c in range(chunk0, chunk1):
                 p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
-                _add_segments(
+                add_segments(
                     values, indices, plan.row, plan.start, plan.length, p, q,
                     tile, column0, sums, row0, bias, b == 0,
                 )  # fmt: skip

@@ -68,7 +68,7 @@ class _Scratch(threading.local):
         self.buffer = mapped_empty(n_bytes, np.dtype(np.uint8))
 
 
-_scratch, _values, _gradient = _Scratch(), _Scratch(), _Scratch()
+_scratch, _values, _gradient, _hidden = _Scratch(), _Scratch(), _Scratch(), _Scratch()
 
 
 def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
@@ -91,10 +91,25 @@ def scratch_of_values(n_items: int, dtype: np.dtype[Any]) -> Array:
     return row
 
 
+def scratch_of_weights(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
+    """As `scratch_of_values`, and in the same memory, for several arrays at a time."""
+    return _values.block(n_rows, row_items, dtype)
+
+
 def scratch_of_gradient(n_items: int, dtype: np.dtype[Any]) -> Array:
     """The same once more, for rows of a dense gradient, which are made by products that use either."""
     row: Array = _gradient.block(1, n_items, dtype)[0]
     return row
+
+
+def scratch_of_hidden(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
+    """As `scratch`, beside the others, for what lies between two products of a backward pass."""
+    return _hidden.block(n_rows, row_items, dtype)
+
+
+def scratch_bytes() -> int:
+    """Bytes of work memory that the calling thread holds."""
+    return sum(each.buffer.nbytes for each in (_scratch, _values, _gradient, _hidden))
 
 
 def mapped_empty(n_items: int, dtype: np.dtype[Any]) -> Array:
@@ -115,6 +130,13 @@ def _map(n_bytes: int) -> mmap.mmap:
         return mmap.mmap(-1, n_bytes)
     # Python's default is memory that a child of `os.fork` shares: both would compute in the same scratch.
     return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def aligned_zeros(n_items: int, dtype: np.dtype[Any]) -> Array:
+    """Zeros in a 1-D array that starts on a cache line."""
+    zeros = aligned_empty(n_items, dtype)
+    zeros.fill(0)
+    return zeros
 
 
 def aligned_empty(n_items: int, dtype: np.dtype[Any]) -> Array:

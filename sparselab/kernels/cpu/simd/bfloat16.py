@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sparselab.kernels.cpu.simd.emit import I32, Emit, is_array
+from sparselab.kernels.cpu.simd.emit import I32, Emit, Vector, is_array, item_bytes
 
 _I16 = ir.IntType(16)
 
@@ -57,3 +57,21 @@ def put_number(_: Any, array: Any, index: Any, value: Any) -> Any:
         return emit.nothing()
 
     return types.void(array, index, value), codegen
+
+
+@intrinsic
+def load_numbers(_: Any, array: Any, index: Any, like: Any) -> Any:
+    """A vector like `like` from any place of an array of its dtype, or of the bits of bfloat16 (uint16)."""
+    if not (is_array(array) and isinstance(index, types.Integer) and isinstance(like, Vector)):
+        return None
+    is_narrow = array.dtype == types.uint16
+    if not (array.dtype == like.dtype or (is_narrow and like.dtype == types.float32)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        kind = ir.VectorType(_I16, like.lanes) if is_narrow else like.llvm
+        found = emit.load(emit.at(emit.data(0), emit.index(1)), kind, item_bytes(array.dtype))
+        return widen(builder, found) if is_narrow else found
+
+    return like(array, index, like), codegen

@@ -47,13 +47,16 @@ def weight(_: Any, values: Any, index: Any) -> Any:
 
 @intrinsic
 def put(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """``array[index] = value`` without the wrap-around of negative indices."""
-    if not (is_array(array) and isinstance(index, types.Integer) and value == array.dtype):
+    """``array[index] = value`` without the wrap-around of negative indices; integers of any width."""
+    if not (is_array(array) and isinstance(index, types.Integer)):
+        return None
+    if value != array.dtype and not all(isinstance(each, types.Integer) for each in (value, array.dtype)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        builder.store(args[2], emit.at(emit.data(0), emit.index(1)))
+        stored = context.cast(builder, args[2], value, array.dtype)
+        builder.store(stored, emit.at(emit.data(0), emit.index(1)))
         return emit.nothing()
 
     return types.void(array, index, value), codegen
@@ -137,9 +140,9 @@ def _join(builder: Any, vectors: list[Any], row: Any) -> Any:
     return vectors[0] if isinstance(row, Vector) else cgutils.pack_array(builder, vectors)
 
 
-#: ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As `like` they tell
-#: the functions below what to work on.
-zeros8, zeros16 = _zeros(8), _zeros(16)
+#: ``zeros4(array)``, ``zeros8(array)``, ``zeros16(array)``: vectors of so many zeros of the array's dtype. As
+#: `like` they tell the functions below what to work on.
+zeros4, zeros8, zeros16 = _zeros(4), _zeros(8), _zeros(16)
 
 #: A row of two such vectors of 16.
 zeros_twice16 = _zeros(16, registers=2)
@@ -216,6 +219,23 @@ def _store(aligned: bool) -> Any:
     return store
 
 
+@intrinsic
+def stream(_: Any, array: Any, index: Any, vector: Any) -> Any:
+    """As `store` of one vector, past the caches: for what nobody reads soon, of whole cache lines."""
+    if not (is_array(array) and isinstance(index, types.Integer) and isinstance(vector, Vector)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder, signature, args)
+        pointer = emit.at(emit.data(0), emit.index(1))
+        place = builder.bitcast(pointer, args[2].type.as_pointer())
+        stored = builder.store(args[2], place, align=_alignment(vector, True))
+        stored.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        return emit.nothing()
+
+    return types.void(array, index, vector), codegen
+
+
 #: ``load(array, index, like)`` and ``store(array, index, row)``: a row at ``array[index]``, a place that is
 #: aligned to the size of the row's vectors or to a cache line; the others work at any place.
 load, load_unaligned = _load(aligned=True), _load(aligned=False)
@@ -283,7 +303,7 @@ def next_item(_: Any, counter: Any) -> Any:
     return types.int64(counter), codegen
 
 
-def _prefetch(to_write: bool) -> Any:
+def _prefetch(to_write: bool, locality: int = 3) -> Any:
     @intrinsic
     def prefetch(_: Any, array: Any, index: Any) -> Any:
         if not (is_array(array) and isinstance(index, types.Integer)):
@@ -294,7 +314,7 @@ def _prefetch(to_write: bool) -> Any:
             pointer = builder.bitcast(emit.at(emit.data(0), emit.index(1)), ir.IntType(8).as_pointer())
             kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
             function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            builder.call(function, [pointer, *(ir.Constant(I32, k) for k in (int(to_write), 3, 1))])
+            builder.call(function, [pointer, *(ir.Constant(I32, k) for k in (int(to_write), locality, 1))])
             return emit.nothing()
 
         return types.void(array, index), codegen
@@ -303,5 +323,6 @@ def _prefetch(to_write: bool) -> Any:
 
 
 #: ``prefetch(array, index)`` and ``prefetch_to_write(array, index)``: ask for the cache line of
-#: ``array[index]``, which need not exist.
+#: ``array[index]``, which need not exist; `prefetch_far` for the second-level cache only.
 prefetch, prefetch_to_write = _prefetch(to_write=False), _prefetch(to_write=True)
+prefetch_far = _prefetch(to_write=False, locality=2)

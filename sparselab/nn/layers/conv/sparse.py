@@ -175,8 +175,8 @@ class SparseConv2d(SparseConvNd):
     -----
     ``nnz * outputs of an image * images`` multiply-adds for each product. The batch is never unfolded: chunks
     of images are laid out once, as planes with the zeros of the padding, in scratch of at most 8 MiB (or one
-    image of inputs and outputs), in which a window is a range of addresses. Any strides are read, so also
-    channels_last, which the output then gets by a copy.
+    image of inputs and outputs), in which a window is a range of addresses. Any strides are read;
+    outputs are in channels_last if the images are.
 
     Batches that are far from 8 MiB, or layers of few connections to an output, are quicker dense.
 

@@ -29,7 +29,7 @@ from sparselab.nn.ops.tracing import is_plain, is_transformed
 def product(
     topology: TensorTopology, x: Tensor, values: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """The convolution of images by W, contiguous.
+    """The convolution of images by W, in channels_last if the images are.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ def conv2d_operator(
     """See `product`; the geometry as `Geometry.numbers`."""
     require_strided(x=x, values=values, bias=bias, indptr=indptr, indices=indices)
     topology = find_topology(indptr, indices, sizes, layout)
-    return product(topology, x, values, bias, Geometry.of(geometry))
+    return product(topology, x, values, bias, Geometry.of(geometry)).contiguous()
 
 
 @torch.library.custom_op("sparselab::conv2d_input_grad", mutates_args=())
@@ -279,7 +279,7 @@ def conv2d_input_grad(
     """See `input_grad`."""
     require_strided(grad=grad, values=values, indptr=indptr, indices=indices)
     topology = find_topology(indptr, indices, sizes, layout)
-    return input_grad(topology, grad, values, Geometry.of(geometry), (height, width))
+    return input_grad(topology, grad, values, Geometry.of(geometry), (height, width)).contiguous()
 
 
 @torch.library.custom_op("sparselab::conv2d_values_grad", mutates_args=())

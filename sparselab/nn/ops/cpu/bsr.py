@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sparselab.kernels.arrays import Array, for_kernels
-from sparselab.kernels.cpu.bsr.plan import panel_plan, plan_key, wants_transpose
-from sparselab.kernels.cpu.bsr.sddmm_dw import sample
+from sparselab.kernels.cpu.bsr.plan import block_plan_key, plan_key, wants_transpose
+from sparselab.kernels.cpu.bsr.products import multiply, sample
 from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
-from sparselab.kernels.cpu.bsr.spmm import multiply
 from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.contract import Narrow, OnTensors
@@ -76,7 +75,7 @@ def product(
         )  # fmt: skip
         return y
     offset = None if bias is None else as_vector(bias)
-    multiply(as_vector(values), panel_plan(own, False), False, as_array(x).T, as_array(y).T, offset)
+    multiply(own, False, as_vector(values), as_array(x).T, as_array(y).T, offset)
     return y
 
 
@@ -154,7 +153,7 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
             weight = part.expand(values.detach(), own)
             torch.addmm(dx, grad[:, part.rows], weight, beta=min(part.rows.start, 1), out=dx)
         return dx
-    multiply(as_vector(values), panel_plan(own, True), True, as_array(grad).T, as_array(dx).T)
+    multiply(own, True, as_vector(values), as_array(grad).T, as_array(dx).T)
     return dx
 
 
@@ -169,7 +168,7 @@ def values_grad(
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()
     if given is torch.bfloat16 and out is None and is_native(own.block_shape):
-        found = _without_outside(own, narrow_blocks.values_grad(own, grad, x)).to(given)
+        found = without_outside(own, narrow_blocks.values_grad(own, grad, x)).to(given)
         return found, grad.sum(0) if with_bias else grad.new_empty(0)
     dtype = SUMMED[given]
     out = given if out is None else out
@@ -180,25 +179,22 @@ def values_grad(
     if dense and not (given is x.dtype is dtype):
         return values_grad(topology, grad.to(dtype), x.to(dtype), with_bias)
     result = torch.empty(topology.values_shape, dtype=dtype)
-    plan = panel_plan(own, False)
-    fused = with_bias and not plan.transposed and not dense
-    sums = torch.empty(own.shape[0] if fused else 0, dtype=dtype)
     if dense:
         for part in _chunks(own):
             columns = grad[:, part.rows]
             # With a place for the result, which autocast leaves alone.
             found = torch.mm(columns.T, x, out=x.new_empty((columns.shape[1], x.shape[1])))
             part.collect(found, result, own)
-    elif plan.transposed:
-        sample(plan, as_array(x).T, as_array(grad).T, as_vector(result))
+        sums = grad.sum(0, dtype=dtype) if with_bias else grad.new_empty(0)
     else:
-        of_bias = as_vector(sums) if fused else None
-        sample(plan, as_array(grad).T, as_array(x).T, as_vector(result), of_bias)
-    _without_outside(own, result)
-    return result, grad.sum(0, dtype=dtype) if with_bias and not fused else sums
+        sums = torch.empty(own.shape[0] if with_bias else 0, dtype=dtype)
+        of_bias = as_vector(sums) if with_bias else None
+        sample(own, as_array(grad).T, as_array(x).T, as_vector(result), of_bias)
+    without_outside(own, result)
+    return result, sums
 
 
-def _without_outside(own: BlockTopology, entries: Tensor) -> Tensor:
+def without_outside(own: BlockTopology, entries: Tensor) -> Tensor:
     """Entries of blocks, set to 0 in place where blocks reach beyond the matrix."""
     slots, outside = own.plan("outside on tensors", _outside)
     if len(slots):
@@ -239,10 +235,10 @@ def narrow_ways(
 
 
 def keep_forward(topology: OnTensors) -> None:
-    """Let go of the plan of products with W^T, unless it is the same; it is made anew if needed."""
+    """Let go of the plans of products with W^T, unless they are the same; they are made anew if needed."""
     own: BlockTopology = topology.own  # type: ignore[assignment]
-    along = wants_transpose(own.block_shape, False)
-    own.forget(lambda key: key != plan_key(not along))
+    backward = plan_key(not wants_transpose(own.block_shape, False)), block_plan_key(True)
+    own.forget(lambda key: key not in backward)
 
 
 def _outside(own: BlockTopology) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,9 @@ from sparselab.kernels.cpu.conv.planes import (
     read_planes,
     whole_tiles,
 )
-from sparselab.kernels.cpu.conv.shifted import multiply_shifted, sample_shifted
+from sparselab.kernels.cpu.conv.shifted import PlanePlan, gather, multiply_shifted, sample_shifted
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows
-from sparselab.kernels.cpu.csr.plan import Segments, TransposePlan, plan_shifted
-from sparselab.kernels.cpu.csr.spmm_t import gather
+from sparselab.kernels.cpu.csr.plan import Segments, plan_shifted
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
@@ -52,7 +51,7 @@ class ConvolutionPlans:
         rows, columns = topology.shape
         self.shape = rows, geometry.in_channels * geometry.elements
         self.indices = topology.rows.indices
-        self._transposed: TransposePlan | None = None
+        self._transposed: PlanePlan | None = None
         if geometry.groups > 1:
             # The matrix of all groups, each on its own channels.
             group = self._rows() // (rows // geometry.groups)
@@ -77,7 +76,7 @@ class ConvolutionPlans:
             self.begin, self.end - self.begin, self.indices, self.shape, self.geometry.elements
         )
 
-    def input_grad(self, grid: Grid) -> TransposePlan:
+    def input_grad(self, grid: Grid) -> PlanePlan:
         """Plan of the gradient by the input: rows are planes, columns are outputs times elements."""
         if self._transposed is None:
             # All grids of a geometry have the same phases.
@@ -94,7 +93,7 @@ class ConvolutionPlans:
         own = self.indices.nbytes if self.geometry.groups > 1 else 0
         return own + nbytes(self.__dict__.get("forward")) + nbytes(self._transposed)
 
-    def _transpose(self, phase: Array, n_phases: int) -> TransposePlan:
+    def _transpose(self, phase: Array, n_phases: int) -> PlanePlan:
         elements = self.geometry.elements
         channel, element = np.divmod(self.indices.astype(np.int64), elements)
         shape = self.geometry.in_channels * n_phases, self.shape[0] * elements
@@ -105,19 +104,19 @@ class ConvolutionPlans:
         indptr = np.zeros(shape[0] + 1, np.int64)
         np.cumsum(np.bincount(plane, minlength=shape[0]), out=indptr[1:])
         segments = plan_shifted(indptr[:-1], np.diff(indptr), indices, shape, elements)
-        return TransposePlan(indptr, indices, slots.astype(np.int32), segments)
+        return PlanePlan(indptr, indices, slots.astype(np.int32), segments)
 
 
 def product(
     topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """The convolution of x (n, in_channels, height, width), contiguous, in the dtype of x."""
+    """The convolution of x (n, in_channels, height, width), in the dtype and the memory format of x."""
     if x.dtype == torch.bfloat16:
         wide = None if bias is None else bias.detach().float()
         return product(topology, values, x.float(), wide, geometry).to(torch.bfloat16)
     use_torch_threads()
     plans, (grid, outputs) = _plans(topology, geometry), _grids(geometry, (x.shape[2], x.shape[3]))
-    y = x.new_empty((len(x), plans.shape[0], *grid.outputs))
+    y = _empty_like(x, (len(x), plans.shape[0], *grid.outputs))
     if plans.is_dense("forward", y):
         dense, images = dense_products(geometry, (x.shape[2], x.shape[3])), in_c_order(x.detach())
         for first, last, kernels in _kernels(values, plans, x):
@@ -140,12 +139,12 @@ def product(
 
 
 def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, geometry: Geometry, size: Pair) -> Tensor:
-    """The gradient by x (n, in_channels, height, width), in the dtype of dy."""
+    """The gradient by x (n, in_channels, height, width), in the dtype and the memory format of dy."""
     if grad.dtype == torch.bfloat16:
         return input_grad(topology, values, grad.float(), geometry, size).to(torch.bfloat16)
     use_torch_threads()
     plans, (grid, outputs) = _plans(topology, geometry), _grids(geometry, size)
-    dx = grad.new_empty((len(grad), geometry.in_channels, *size))
+    dx = _empty_like(grad, (len(grad), geometry.in_channels, *size))
     if not grid.is_onto(size):
         dx.zero_()
     if plans.is_dense("input_grad", grad):
@@ -197,6 +196,13 @@ def values_grad(topology: OnTensors, grad: Tensor, x: Tensor, geometry: Geometry
             plans.indices, plans.begin, plans.end, _starts(X, grid), DY, X, n_tokens, flat
         )  # fmt: skip
     return result
+
+
+def _empty_like(images: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Images of another shape, in channels_last if those are so."""
+    last = torch.channels_last
+    is_last = not images.is_contiguous() and images.is_contiguous(memory_format=last)
+    return torch.empty(shape, dtype=images.dtype, memory_format=last if is_last else torch.contiguous_format)
 
 
 def _kernels(values: Tensor, plans: ConvolutionPlans, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:

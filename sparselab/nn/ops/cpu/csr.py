@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparselab.kernels.arrays import Array, address
 from sparselab.kernels.cpu.csr.dense_rows import collect_rows, expand_rows
+from sparselab.kernels.cpu.csr.order import into_order
 from sparselab.kernels.cpu.csr.plan import (
     GRADIENT,
     PRODUCT_T,
@@ -27,7 +28,6 @@ from sparselab.kernels.cpu.csr.sddmm_dw import GradientCut, cut_gradient, sample
 from sparselab.kernels.cpu.csr.skinny import multiply_skinny
 from sparselab.kernels.cpu.csr.skinny_dw import sample_skinny
 from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
-from sparselab.kernels.cpu.csr.spmm_t import gather
 from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import Narrow, OnTensors
@@ -63,7 +63,7 @@ class RowProducts:
     """What the products of one topology read again and again, and their plans once they are made."""
 
     def __init__(self, topology: RowTopology) -> None:
-        rows = topology.rows
+        self.all = rows = topology.rows
         self.topology, self.shape, self.indices = topology, topology.shape, rows.indices
         self.begin, self.end = rows.indptr[:-1], rows.indptr[1:]
         self.density = topology.density
@@ -199,7 +199,7 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     if plan is None:
         plan = rows.transpose = transpose_plan(rows.topology)
     like, held, offsets = LIKE[dtype], in_order(values), zeros(n_columns, dtype)
-    weights = gather(held.data_ptr(), LIKE[values.dtype], plan.slots, like.dtype)
+    weights = into_order(held.data_ptr(), LIKE[values.dtype], rows.all, plan.order, like.dtype)
     DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens), LIKE[out])
     if variant == "skinny":
         multiply_skinny(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparselab.kernels.cpu.csr.plan import transpose_plan
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
+from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import OnTensors
 from sparselab.nn.ops.cpu.memory import as_vector, zero_vector
 from sparselab.nn.ops.cpu.threads import use_torch_threads
@@ -32,8 +33,8 @@ def product(topology: OnTensors, values: Tensor, rows: TokenRows, bias: Tensor |
     dtype, n_rows = rows.entries.dtype, topology.shape[0]
     y = torch.empty((len(rows.starts) - 1, n_rows), dtype=dtype)
     offset = zero_vector(n_rows, dtype) if bias is None else as_vector(bias)
-    plan = transpose_plan(topology.own)  # type: ignore[arg-type]
-    multiply_sparse(as_tokens(rows), as_vector(values), plan, offset, as_vector(y))
+    own: RowTopology = topology.own  # type: ignore[assignment]
+    multiply_sparse(as_tokens(rows), as_vector(values), own.rows, transpose_plan(own), offset, as_vector(y))
     return y
 
 
@@ -41,6 +42,6 @@ def values_grad(topology: OnTensors, grad: Tensor, rows: TokenRows) -> Tensor:
     """``sum_t dy[t, i] x[t, j]`` for each connection (i, j)."""
     use_torch_threads()
     found = torch.empty(topology.values_shape, dtype=grad.dtype)
-    plan = transpose_plan(topology.own)  # type: ignore[arg-type]
-    sample_sparse(as_tokens(rows), plan, as_vector(grad), topology.shape[0], as_vector(found))
+    own: RowTopology = topology.own  # type: ignore[assignment]
+    sample_sparse(as_tokens(rows), own.rows, transpose_plan(own), as_vector(grad), as_vector(found))
     return found

@@ -50,7 +50,8 @@ class SparseInputOperands(GradientOperands):
         n_rows = self.dy.shape[1]
         topology = RowTopology.from_positions((n_rows, self._rows.n_columns), positions)
         found = np.empty(topology.capacity, as_vector(self.x).dtype)
-        sample_sparse(as_tokens(self.rows), transpose_plan(topology), as_vector(self.dy), n_rows, found)
+        plan = transpose_plan(topology)
+        sample_sparse(as_tokens(self.rows), topology.rows, plan, as_vector(self.dy), found)
         return found
 
     def totals(self, signs: Totals | None) -> tuple[Totals, Totals]:

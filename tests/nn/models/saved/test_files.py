@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparselab import MaskedLinear, SparseLinear, load_model, save_model
-from sparselab.nn.models import files
+from sparselab.nn.models.saved import files
 from tests.nn.storage.test_state_dict import HOSTILE
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +52,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     library = _safetensors()
     tensors, tied = _collect(model)
     metadata = {"format": "pt", "sparselab_format": FORMAT, "tied": json.dumps(tied)}
-    place = Path(path)
-    unfinished = place.with_name(f"{place.name}.{uuid.uuid4().hex}.unfinished")
-    try:
+    with whole_file(path) as unfinished:
         library.torch.save_file(tensors, unfinished, metadata)
-        _flush(unfinished, os.O_RDWR)
-        os.replace(unfinished, place)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if os.name == "posix":
-        _flush(place.parent, os.O_RDONLY)
 
 
 def load_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -106,6 +100,21 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         raise
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write what becomes the file at `path`, all at once, when the block ends without an error."""
+    place = Path(path)
+    unfinished = place.with_name(f"{place.name}.{uuid.uuid4().hex}.unfinished")
+    try:
+        yield unfinished
+        _flush(unfinished, os.O_RDWR)
+        os.replace(unfinished, place)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if os.name == "posix":
+        _flush(place.parent, os.O_RDONLY)
 
 
 def _safetensors() -> Any:

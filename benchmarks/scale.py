@@ -1,0 +1,253 @@
+"""Where the memory of a large sparse GPT goes, by cause, beside the resident set of its process.
+
+Each model is built, trained, rewired, saved and loaded in a process of its own. Causes are those of the
+moment in a step at which most tensors are alive; together they must be what the process then has resident.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sparselab
+from examples.gpt_model import GPT, PRESETS, Shape
+from examples.resident import give_back_freed_memory, peak_resident_bytes, resident_bytes
+from sparselab.bench.output import tables
+from sparselab.kernels.cpu.runtime.memory import scratch_bytes
+
+CONTEXT, SPARSITY = 256, 0.9
+#: The step that rewires; the one before it is the one that is looked at.
+UPDATE = 5
+#: Bytes per live weight, and beside them, that a process may need at most; to tell what fits.
+MOST_PER_WEIGHT, MOST_BESIDE = 40, 1 << 30
+
+
+class LiveTensors(TorchDispatchMode):
+    """While it is entered, the most that new tensors took at once, and how much of that were gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.most = self.gradients = 0
+        self._model = model
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage(each) for each in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        new = [each for each in _tensors(out) if _storage(each) not in given | self._alive.keys()]
+        for each in new:
+            storage = each.untyped_storage()
+            self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        if new and self._total() > self.most:
+            self._alive = {place: kept for place, kept in self._alive.items() if not kept[0].expired()}
+            if (total := self._total()) > self.most:
+                self.most = total
+                self.gradients = sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
+        return out
+
+    def _total(self) -> int:
+        return sum(n_bytes for _, n_bytes in self._alive.values())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+
+
+class Trainer:
+    """A GPT, its AdamW and RigL, as ``examples/gpt.py`` trains them."""
+
+    def __init__(self, shape: Shape, sparsity: float, tokens: int) -> None:
+        with torch.device("meta"):
+            model = GPT(256, CONTEXT, shape.n_layer, shape.d_model, shape.d_ff, shape.n_head)
+        self.dense = sum(parameter.numel() for parameter in model.parameters())
+        self.model = sparselab.materialize(sparselab.sparsify(model, sparsity))
+        self.model.recompute = True
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.algorithm = sparselab.RigL(update_freq=UPDATE, stop=UPDATE + 1)
+        self.algorithm.attach(self.model, self.optimizer)
+        self.algorithm.expect_passes(1)
+        self._shape = max(1, tokens // CONTEXT), CONTEXT
+
+    def step(self) -> None:
+        """One step; gradients go at its end."""
+        x, y = torch.randint(256, (2, *self._shape))
+        F.cross_entropy(self.model(x).flatten(0, 1), y.flatten()).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Phases:
+    """What a process takes, phase by phase: seconds, and the resident set at its highest and at its end."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        clear = Path("/proc/self/clear_refs")
+        if clear.exists():
+            clear.write_text("5")  # the mark starts anew
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        peak = peak_resident_bytes() if clear.exists() else resident_bytes()
+        self.rows.append({"phase": name, "seconds": seconds, "peak": peak, "resident": resident_bytes()})
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return next(row for row in reversed(self.rows) if row["phase"] == name)
+
+
+class _Heap(ctypes.Structure):
+    """What ``mallinfo2`` of glibc (2.33) returns; see its manual page."""
+
+    _fields_ = (
+        *((f"other{n}", ctypes.c_size_t) for n in range(8)),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    )
+
+
+def free_heap_bytes() -> int:
+    """What the C library holds of freed memory, where it tells."""
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform.startswith("linux") else None
+    if ask is None:
+        return 0
+    ask.restype = _Heap
+    return int(ask().fordblks)
+
+
+def measure(name: str, sparsity: float, tokens: int, threads: int) -> dict[str, Any]:
+    """In a fresh process: the life of one model."""
+    torch.set_num_threads(threads)
+    give_back_freed_memory()
+    small = Trainer(Shape(1, 64, 1), sparsity, tokens)
+    for _ in range(UPDATE + 1):
+        small.step()  # loads the code, which is not the model's
+    del small
+    gc.collect()
+    phases, code = Phases(), resident_bytes()
+    with phases("build"):
+        trainer = Trainer(PRESETS[name], sparsity, tokens)
+    for step in range(1, UPDATE + 3):
+        with phases(
+            {1: "first step", UPDATE: "step with an update", UPDATE + 1: "step after it"}.get(step, "step")
+        ):
+            trainer.step()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {name: getattr(trainer, name) for name in ("model", "optimizer", "algorithm")}
+        with phases("save"):
+            sparselab.save_checkpoint(f"{folder}/last", **parts)
+        file_bytes = Path(folder, "last").stat().st_size
+        with phases("load"):
+            sparselab.load_checkpoint(f"{folder}/last", **parts)
+    with phases("first step again"):
+        trainer.step()  # plans were made anew
+    return {
+        "model": name, "sparsity": sparsity, "tokens": tokens, "threads": threads,
+        "live": sum(parameter.numel() for parameter in trainer.model.parameters()), "dense": trainer.dense,
+        "file_bytes": file_bytes, "phases": phases.rows, "peak": max(row["peak"] for row in phases.rows),
+        "step_peak": phases["step"]["peak"], "causes": causes(trainer, code),
+    }  # fmt: skip
+
+
+def causes(trainer: Trainer, code: int) -> dict[str, int]:
+    """Bytes by cause at the highest moment of a step."""
+    freed = free_heap_bytes()
+    with LiveTensors(trainer.model) as seen:
+        trainer.step()
+    report = sparselab.memory_report(trainer.model, trainer.optimizer)
+    connections = sum(buffer.nbytes for buffer in trainer.model.buffers())
+    return {
+        "weights": report.weight_bytes - connections,
+        "connections": connections,
+        "moments of AdamW": report.optimizer_bytes,
+        "plans of kernels": report.plan_bytes,
+        "gradients": seen.gradients,
+        "activations and temporaries": seen.most - seen.gradients,
+        "scratch of kernels": scratch_bytes(),
+        "freed, not given back": freed,
+        "code, before the model": code,
+    }
+
+
+def fits(name: str, sparsity: float) -> bool:
+    """Whether a model surely has room now."""
+    shape = PRESETS[name]
+    live = 12 * shape.n_layer * shape.d_model**2 * (1 - sparsity)
+    return bool(live * MOST_PER_WEIGHT + MOST_BESIDE < psutil.virtual_memory().available)
+
+
+def run(names: list[str], sparsity: float, tokens: int, threads: int) -> list[dict[str, Any]]:
+    """One fresh process for each model that fits."""
+    rows = []
+    for name in names:
+        if not fits(name, sparsity):
+            print(f"{name}: does not fit here", file=sys.stderr)
+            continue
+        call = f"scale.measure({name!r}, {sparsity}, {tokens}, {threads})"
+        code = f"import json; from benchmarks import scale; print(json.dumps({call}))"
+        output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(output.stdout.splitlines()[-1]))
+    return rows
+
+
+def report(names: list[str], tokens: int, threads: int, console: Console) -> list[dict[str, Any]]:
+    """Run and print: bytes per live weight by cause, and the phases of each model."""
+    found = run(names, SPARSITY, tokens, threads)
+    for row in found:
+        console.print(by_cause(row))
+        console.print(by_phase(row))
+    return found
+
+
+def by_cause(row: dict[str, Any]) -> Table:
+    """What a step has resident at its highest, by cause."""
+    title = (
+        f"{row['model']}: {row['live']:,} live of {row['dense']:,} parameters, {row['tokens']} tokens a "
+        f"step, at the highest moment of a step"
+    )
+    total = sum(row["causes"].values())
+    lines = [*row["causes"].items(), ("all of these", total), ("resident set", row["step_peak"])]
+    cells = [[cause, f"{n_bytes / 2**20:,.0f}", f"{n_bytes / row['live']:.2f}"] for cause, n_bytes in lines]
+    return tables.plain(title, ["cause", "MiB", "bytes per live weight"], cells)
+
+
+def by_phase(row: dict[str, Any]) -> Table:
+    """Seconds and resident set from building to loading."""
+    cells = [
+        [
+            each["phase"],
+            f"{each['seconds']:.2f}",
+            f"{each['peak'] / 2**20:,.0f}",
+            f"{each['resident'] / 2**20:,.0f}",
+        ]
+        for each in row["phases"]
+    ]
+    title = (
+        f"{row['model']}: peak {row['peak'] / 2**30:.2f} GiB, checkpoint {row['file_bytes'] / 1e6:,.0f} MB"
+    )
+    return tables.plain(title, ["phase", "seconds", "resident at most, MiB", "at its end"], cells)

@@ -1,0 +1,1 @@
+"""Two layers with a nonlinearity between them, tile by tile."""

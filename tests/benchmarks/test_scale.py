@@ -1,0 +1,74 @@
+"""Memory by cause, on a model small enough to test."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks import scale
+from examples.gpt_model import Shape
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scale.PRESETS, "tiny", Shape(1, 32, 2))
+    monkeypatch.setattr(scale, "CONTEXT", 16)
+    monkeypatch.setattr(scale, "give_back_freed_memory", lambda: True)  # for the whole process
+
+
+def test_live_tensors_are_those_that_are_there_at_once() -> None:
+    model = nn.Linear(10, 10, bias=False)
+    with scale.LiveTensors(model) as seen:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            gone = torch.ones(500)
+            del gone
+        view = kept[:10]
+    assert seen.most == 6000
+    assert (seen.gradients, view.numel()) == (0, 10)
+
+
+def test_gradients_at_the_highest_moment_are_told_apart() -> None:
+    model = nn.Linear(100, 100, bias=False)
+    with scale.LiveTensors(model) as seen:
+        model(torch.ones(1, 100)).sum().backward()
+        more = torch.zeros(100_000)
+    assert seen.gradients == 40_000
+    assert seen.most >= 440_000 == more.nbytes + seen.gradients
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_model_is_looked_at_from_building_to_loading() -> None:
+    row = scale.measure("tiny", 0.5, 32, torch.get_num_threads())
+    assert row["live"] < row["dense"]
+    phases = [each["phase"] for each in row["phases"]]
+    assert phases == [
+        "build", "first step", "step", "step", "step", "step with an update", "step after it", "step", "save",
+        "load", "first step again",
+    ]  # fmt: skip
+    assert all(each["peak"] > 0 for each in row["phases"])
+    assert row["file_bytes"] > 3 * 4 * row["live"]
+    causes = row["causes"]
+    assert causes["weights"] == 4 * row["live"]
+    assert causes["moments of AdamW"] == pytest.approx(2 * causes["weights"], rel=0.01)
+    assert causes["activations and temporaries"] > 0
+    assert causes["code, before the model"] > 1 << 26
+    out = io.StringIO()
+    console = Console(file=out, width=150)
+    console.print(scale.by_cause(row), scale.by_phase(row))
+    assert "plans of kernels" in out.getvalue()
+    assert "step with an update" in out.getvalue()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_does_not_fit_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scale.fits("tiny", 0.9)
+    monkeypatch.setattr(scale, "MOST_BESIDE", 1 << 60)
+    assert scale.run(["tiny"], 0.9, 32, 1) == []
+    assert "tiny: does not fit here" in capsys.readouterr().err
