@@ -15,6 +15,7 @@ from benchmarks import (
     calls,
     compiled,
     data_parallel,
+    frozen,
     layouts,
     memory,
     models,
@@ -63,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add_blocks(commands)
     add_models(commands)
     add_layouts(commands)
+    add_frozen(commands)
     add_turns(commands)
     add_source(commands)
     return parser.parse_args()
@@ -120,6 +122,20 @@ def add_layouts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     each.add_argument("--rounds", type=positive, default=15, help="timed steps (default: %(default)s)")
     each.add_argument("--epochs", type=positive, default=3, help="on MNIST (default: %(default)s)")
     each.add_argument("--steps", type=positive, default=300, help="on the text (default: %(default)s)")
+
+
+def add_frozen(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    each = commands.add_parser(
+        "frozen", help="time few tokens, accuracy and bytes of layers frozen in few bits"
+    )
+    each.add_argument("--parts", nargs="+", choices=frozen.PARTS, default=frozen.PARTS, help="(default: all)")
+    each.add_argument(
+        "--layouts", nargs="+", choices=list(layouts.LAYOUTS)[1:], default=frozen.NAMES,
+        help="(default: %(default)s)",
+    )  # fmt: skip
+    each.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
+    each.add_argument("--epochs", type=positive, default=3, help="on MNIST (default: %(default)s)")
+    each.add_argument("--seed", type=positive, default=1, help="(default: %(default)s)")
 
 
 def add_turns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -185,9 +201,10 @@ def main() -> None:
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
         "bags": bags.report, "blocks": blocks.report, "calls": calls.report, "compiled": compiled.report,
-        "data_parallel": data_parallel.report, "layouts": layouts.report, "memory": memory.report,
-        "models": models.report, "peers": peers.report, "revisions": revisions.report,
-        "startup": startup.report, "structure": structure.report, "updates": updates.report,
+        "data_parallel": data_parallel.report, "frozen": frozen.report, "layouts": layouts.report,
+        "memory": memory.report, "models": models.report, "peers": peers.report,
+        "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
+        "updates": updates.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -44,6 +44,8 @@ class Layout(NamedTuple):
     scope: Literal["layer", "row"] = "layer"
 
 
+Result = TypeVar("Result")
+
 #: Trains a network of a layout from a seed, under a name for the progress bar, and says how well it did.
 Learn = Callable[[Layout, int, str], float]
 
@@ -62,13 +64,25 @@ def digits(sparsity: float, epochs: int) -> Learn:
     MissingDataError
         If there are no images.
     """
+    train = trained_digits(sparsity, epochs)
+    return lambda layout, seed, name: accuracy(*train(layout, seed, name))
+
+
+def trained_digits(sparsity: float, epochs: int) -> Callable[[Layout, int, str], tuple[nn.Sequential, Any]]:
+    """Learn MNIST as `digits` does, and return the network and the images.
+
+    Raises
+    ------
+    MissingDataError
+        If there are no images.
+    """
     settings = dataclasses.replace(DIGITS, epochs=epochs)
     try:
         images = load_digits(mean=settings.mean, std=settings.std)
     except DataError as error:
         raise MissingDataError(str(error)) from None
 
-    def learn(layout: Layout, seed: int, name: str) -> float:
+    def train(layout: Layout, seed: int, name: str) -> tuple[nn.Sequential, Any]:
         cfg = dataclasses.replace(settings, seed=seed)
         model, algorithm = perceptron(layout, sparsity), None
         if layout.rule is not None:
@@ -76,9 +90,21 @@ def digits(sparsity: float, epochs: int) -> Learn:
             algorithm = sparselab.RigL(scope=layout.scope, **mnist.rewiring(cfg, steps))
             model.apply(algorithm)
         mnist.train(cfg, images, model, algorithm, name)
-        return float(mnist.accuracy(model, images.test_x, images.test_y))
+        if algorithm is not None:
+            algorithm.detach()
+        return model, images
 
-    return seeded(learn)
+    return seeded(train)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Any, batch: int | None = None) -> float:
+    """Share of the test images that are told right, all together or in batches of so many."""
+    x, y = images.test_x, images.test_y
+    if batch is None:
+        return float(mnist.accuracy(model, x, y))
+    answers = torch.cat([model(part).argmax(1) for part in x.split(batch)])
+    return (answers == y).double().mean().item()
 
 
 def perceptron(layout: Layout, sparsity: float) -> nn.Sequential:
@@ -122,10 +148,10 @@ def text(sparsity: float, steps: int) -> Learn:
     return seeded(learn)
 
 
-def seeded(learn: Learn) -> Learn:
+def seeded(learn: Callable[[Layout, int, str], Result]) -> Callable[[Layout, int, str], Result]:
     """The same, all draws from torch's generator made from the seed, which is then left as it was."""
 
-    def run(layout: Layout, seed: int, name: str) -> float:
+    def run(layout: Layout, seed: int, name: str) -> Result:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return learn(layout, seed, name)

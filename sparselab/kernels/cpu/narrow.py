@@ -29,8 +29,9 @@ from sparselab.kernels.cpu.simd.vectors import (
 )
 
 #: Address and dtype of contiguous weights, the latter as an array whose contents are not read, and the
-#: address of the scales of rows, which are float32 and which only weights of int8 have (else 0).
-Weights = tuple[int, Array, int]
+#: address of the float32 scales of rows, which only weights of int8 have: 0 for bfloat16. It is None for
+#: numbers, so that what converts is not compiled for them.
+Weights = tuple[int, Array, int | None]
 
 #: Weights that are worth a thread of their own.
 _MIN_PART = 65_536

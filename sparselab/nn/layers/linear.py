@@ -198,7 +198,7 @@ class SparseLinear(LinearLayer):
     ----------
     weight_values : Parameter, (nnz, 1, 1)
         Weights of the live connections, row by row, columns ascending. There are no spare slots, so weight
-        decay, noise and clipping touch live weights only.
+        decay, noise and clipping touch live weights only. A buffer in a layer that is frozen in few bits.
     indptr : int64 buffer, (out_features + 1,)
         ``weight_values[indptr[i] : indptr[i + 1]]`` are the weights of output i.
     indices : uint16, int32 or int64 buffer, (nnz,)
@@ -219,9 +219,9 @@ class SparseLinear(LinearLayer):
 
     Notes
     -----
-    6 bytes per connection at inference in float32, 4 in bfloat16 (``layer.to(torch.bfloat16)``); about 8 more
-    with the plans that training keeps. The plans are
-    derived from the topology when they are needed and are neither saved nor copied.
+    6 bytes per connection at inference in float32, 4 in bfloat16, 3 in int8 (see `freeze`); about 8 more with
+    the plans that training keeps. The plans are derived from the topology when they are needed and are
+    neither saved nor copied.
 
     In every kind of layer the Parameter has three dimensions, (connections, outputs and inputs of one): code
     that finds what decays by ``p.ndim >= 2`` finds it, and optimizers for matrices (`torch.optim.Muon`),

@@ -361,6 +361,21 @@ def test_what_computes_a_frozen_weight_of_a_subclass_is_not_wrong_in_silence() -
         layer(torch.randn(2, 64))
 
 
+@every_kind
+@every_dtype
+def test_in_inference_mode(kind: str, dtype: torch.dtype) -> None:
+    layer = KINDS[kind](61, 43)
+    with torch.inference_mode():
+        frozen = copy.deepcopy(layer).freeze(weights=dtype)
+        for tokens in (1, 9, 70):
+            x = torch.randn(tokens, 61)
+            y = frozen(x)
+            assert y.is_inference()
+            assert_right(frozen, x, y)
+        frozen.load_state_dict(KINDS[kind](61, 43).freeze(weights=dtype).state_dict())
+        assert_right(frozen, x, frozen(x))
+
+
 @every_dtype
 def test_a_frozen_layer_forgets_neither_mode_nor_hooks(dtype: torch.dtype) -> None:
     layer, x = SparseLinear(64, 48).eval(), torch.randn(5, 64)

@@ -64,7 +64,7 @@ def product(topology: BlockTopology, values: Array, X: Array, Y: Array, bias: Ar
         return
     rows = topology.blocks.rows
     multiply_skinny_blocks(
-        (address(weights), weights, 0), rows.indices, rows.indptr, topology.block_shape, address(offsets),
+        (address(weights), weights, None), rows.indices, rows.indptr, topology.block_shape, address(offsets),
         offsets, matrix(X), matrix(Y), worker_count(),
     )  # fmt: skip
 

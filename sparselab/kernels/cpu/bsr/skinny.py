@@ -25,7 +25,7 @@ from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.target import CACHE_LINE
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import sum_of
-from sparselab.kernels.cpu.simd.narrow import is_narrow, is_scaled, load_weights, moved, numbers_of
+from sparselab.kernels.cpu.simd.narrow import is_scaled, load_weights, moved, numbers_of
 from sparselab.kernels.cpu.simd.vectors import (
     add,
     fma,
@@ -53,9 +53,11 @@ _MIN_PART = 32_768
 
 
 @jit
-def _output(values, scales, bias, row, total):  # type: ignore[no-untyped-def]
+def _output(values, scales_at, bias, row, total):  # type: ignore[no-untyped-def]
     """Of the sum of a row."""
-    return get(scales, row) * total + get(bias, row) if is_scaled(values) else total + get(bias, row)
+    if scales_at is not None:
+        total = get(view_at(scales_at, bias), row) * total if is_scaled(values) else total
+    return total + get(bias, row)
 
 
 @jit
@@ -100,7 +102,7 @@ def _dot(values, start, indices, first, end, size, width, x, like):  # type: ign
 
 @jit
 def _one_token(  # type: ignore[no-untyped-def]
-    first, last, values, scales, indices, indptr, height, width, bias, x, y, start, step, n_rows
+    first, last, values, scales_at, indices, indptr, height, width, bias, x, y, start, step, n_rows
 ):
     """Block rows first : last for one token x; its outputs are ``y[start + row * step]``."""
     size, like = height * width, quarter_line(x)
@@ -109,14 +111,14 @@ def _one_token(  # type: ignore[no-untyped-def]
         row, bottom = r * height, min((r + 1) * height, n_rows)
         for at in range(0, (bottom - row) // 4 * 4 * width, 4 * width):
             a, b, c, d = _dots_of_four(values, at, indices, k0, k1, size, width, x, like)
-            put(y, start + row * step, _output(values, scales, bias, row, a))
-            put(y, start + (row + 1) * step, _output(values, scales, bias, row + 1, b))
-            put(y, start + (row + 2) * step, _output(values, scales, bias, row + 2, c))
-            put(y, start + (row + 3) * step, _output(values, scales, bias, row + 3, d))
+            put(y, start + row * step, _output(values, scales_at, bias, row, a))
+            put(y, start + (row + 1) * step, _output(values, scales_at, bias, row + 1, b))
+            put(y, start + (row + 2) * step, _output(values, scales_at, bias, row + 2, c))
+            put(y, start + (row + 3) * step, _output(values, scales_at, bias, row + 3, d))
             row += 4
         while row < bottom:
             total = _dot(values, (row - r * height) * width, indices, k0, k1, size, width, x, like)
-            put(y, start + row * step, _output(values, scales, bias, row, total))
+            put(y, start + row * step, _output(values, scales_at, bias, row, total))
             row += 1
 
 
@@ -176,7 +178,7 @@ def _sum(values, start, indices, first, end, size, width, tile, sums, like):  # 
 
 @jit
 def _some_tokens(  # type: ignore[no-untyped-def]
-    first, last, values, scales, indices, indptr, height, width, bias, tile, n_tokens, sums,
+    first, last, values, scales_at, indices, indptr, height, width, bias, tile, n_tokens, sums,
     y, start, y_strides, n_rows, spare, like,
 ):  # fmt: skip
     """Block rows first : last for the tokens of a tile."""
@@ -184,7 +186,7 @@ def _some_tokens(  # type: ignore[no-untyped-def]
     for r in range(first, last):
         k0, k1 = indptr[r], indptr[r + 1]
         converted = moved(spare, -k0 * size)
-        if is_narrow(values):
+        if scales_at is not None:
             convert(values, k0 * size, k1 * size, converted)
         weights = numbers_of(values, converted)
         row, bottom = r * height, min((r + 1) * height, n_rows)
@@ -196,7 +198,7 @@ def _some_tokens(  # type: ignore[no-untyped-def]
                 _sum(weights, at, indices, k0, k1, size, width, tile, sums, like)
             for i in range(together):
                 for t in range(n_tokens):
-                    total = _output(values, scales, bias, row + i, get(sums, i * lanes + t))
+                    total = _output(values, scales_at, bias, row + i, get(sums, i * lanes + t))
                     put(y, start + (row + i) * y_strides[0] + t * y_strides[1], total)
             row += together
 
@@ -208,7 +210,7 @@ def _multiply_skinny_blocks(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if spread(worker, n_workers):
         return
-    values, scales, bias = view_at(values_at, bits), view_at(scales_at, like), view_at(bias_at, like)
+    values, bias = view_at(values_at, bits), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
     first, last = rows_of_worker(worker, n_workers, indptr[:-1], indptr[1:])
     items = 4 * lanes_of(whole_line(like))
@@ -220,17 +222,17 @@ def _multiply_skinny_blocks(  # type: ignore[no-untyped-def]
         tile[n_columns * lanes : (n_columns + width) * lanes] = 0
         if lanes == 1:
             _one_token(
-                first, last, values, scales, indices, indptr, height, width, bias, tile,
+                first, last, values, scales_at, indices, indptr, height, width, bias, tile,
                 y, start, y_strides[0], n_rows,
             )  # fmt: skip
         elif lanes == lanes_of(half_line(like)):
             _some_tokens(
-                first, last, values, scales, indices, indptr, height, width, bias, tile, tokens, sums,
+                first, last, values, scales_at, indices, indptr, height, width, bias, tile, tokens, sums,
                 y, start, y_strides, n_rows, spare, half_line(like),
             )  # fmt: skip
         else:
             _some_tokens(
-                first, last, values, scales, indices, indptr, height, width, bias, tile, tokens, sums,
+                first, last, values, scales_at, indices, indptr, height, width, bias, tile, tokens, sums,
                 y, start, y_strides, n_rows, spare, whole_line(like),
             )  # fmt: skip
 

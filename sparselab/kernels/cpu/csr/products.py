@@ -23,8 +23,8 @@ def product(topology: RowTopology, values: Array, X: Array, Y: Array, bias: Arra
         return
     begin = rows.indptr[:-1]
     multiply_skinny(
-        (address(weights), weights, 0), rows.indices, begin, begin + rows.row_nnz, address(offsets), offsets,
-        matrix(X), matrix(Y), worker_count(),
+        (address(weights), weights, None), rows.indices, begin, begin + rows.row_nnz, address(offsets),
+        offsets, matrix(X), matrix(Y), worker_count(),
     )  # fmt: skip
 
 

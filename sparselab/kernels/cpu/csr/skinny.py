@@ -53,13 +53,16 @@ def _start(values, bias, i):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _finish(values, scales, bias, i, total):  # type: ignore[no-untyped-def]
+def _finish(values, scales_at, bias, i, total):  # type: ignore[no-untyped-def]
     """The output of row i, of its sum."""
-    return get(scales, i) * total + get(bias, i) if is_scaled(values) else total
+    if scales_at is not None:
+        scales = view_at(scales_at, bias)
+        total = get(scales, i) * total + get(bias, i) if is_scaled(values) else total
+    return total
 
 
 @jit
-def _one_token(values, scales, indices, begin, end, bias, first, last, x, step, y, y_step):  # type: ignore[no-untyped-def]
+def _one_token(values, scales_at, indices, begin, end, bias, first, last, x, step, y, y_step):  # type: ignore[no-untyped-def]
     """Rows first : last for one token: each is a dot with gathered inputs."""
     for i in range(first, last):
         total = _start(values, bias, i)
@@ -69,12 +72,12 @@ def _one_token(values, scales, indices, begin, end, bias, first, last, x, step, 
         else:
             for k in range(begin[i], end[i]):
                 total += weight(values, k) * get(x, np.int64(get(indices, k)) * step)
-        put(y, i * y_step, _finish(values, scales, bias, i, total))
+        put(y, i * y_step, _finish(values, scales_at, bias, i, total))
 
 
 @jit
 def _two_tokens(  # type: ignore[no-untyped-def]
-    values, scales, indices, begin, end, bias, first, last, x, x_strides, y, y_strides
+    values, scales_at, indices, begin, end, bias, first, last, x, x_strides, y, y_strides
 ):
     """The same for two."""
     step, other = x_strides
@@ -90,8 +93,8 @@ def _two_tokens(  # type: ignore[no-untyped-def]
                 j = np.int64(get(indices, k)) * step
                 a += weight(values, k) * get(x, j)
                 b += weight(values, k) * get(x, other + j)
-        put(y, i * y_strides[0], _finish(values, scales, bias, i, a))
-        put(y, i * y_strides[0] + y_strides[1], _finish(values, scales, bias, i, b))
+        put(y, i * y_strides[0], _finish(values, scales_at, bias, i, a))
+        put(y, i * y_strides[0] + y_strides[1], _finish(values, scales_at, bias, i, b))
 
 
 @jit
@@ -115,7 +118,7 @@ def _row_sum(values, indices, k, end, tile, start):  # type: ignore[no-untyped-d
 
 @jit
 def _some_tokens(  # type: ignore[no-untyped-def]
-    values, scales, indices, begin, end, bias, first, last,
+    values, scales_at, indices, begin, end, bias, first, last,
     x, x_strides, n_columns, y, y_strides, n_tokens, memory, zeros,
 ):  # fmt: skip
     """Rows first : last for some tokens: all of X is packed, one vector of tokens to a row of the tile."""
@@ -126,7 +129,7 @@ def _some_tokens(  # type: ignore[no-untyped-def]
         start = splat(_start(values, bias, i), zeros)
         store(line, 0, _row_sum(values, indices, begin[i], end[i], tile, start))
         for t in range(n_tokens):
-            total = _finish(values, scales, bias, i, get(line, t))
+            total = _finish(values, scales_at, bias, i, get(line, t))
             put(y, i * y_strides[0] + t * y_strides[1], total)
 
 
@@ -137,24 +140,24 @@ def _multiply_skinny(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if spread(worker, n_workers):
         return
-    values, scales, bias = view_at(values_at, bits), view_at(scales_at, like), view_at(bias_at, like)
+    values, bias = view_at(values_at, bits), view_at(bias_at, like)
     x, y = view_at(x_at, like), view_at(y_at, like)
     first, last = rows_of_worker(worker, n_workers, begin, end)
     if n_tokens <= _BY_ROWS:
         if n_tokens == 1:
             _one_token(
-                values, scales, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0]
+                values, scales_at, indices, begin, end, bias, first, last, x, x_strides[0], y, y_strides[0]
             )
         else:
-            _two_tokens(values, scales, indices, begin, end, bias, first, last, x, x_strides, y, y_strides)
+            _two_tokens(values, scales_at, indices, begin, end, bias, first, last, x, x_strides, y, y_strides)
     elif n_tokens <= 8:
         _some_tokens(
-            values, scales, indices, begin, end, bias, first, last,
+            values, scales_at, indices, begin, end, bias, first, last,
             x, x_strides, n_columns, y, y_strides, n_tokens, work[worker], zeros8(like),
         )  # fmt: skip
     else:
         _some_tokens(
-            values, scales, indices, begin, end, bias, first, last,
+            values, scales_at, indices, begin, end, bias, first, last,
             x, x_strides, n_columns, y, y_strides, n_tokens, work[worker], zeros16(like),
         )  # fmt: skip
 
@@ -167,10 +170,10 @@ def _multiply_wide(  # type: ignore[no-untyped-def]
     """The same for 17 to 32 tokens; by itself, so that who has no such products does not compile it."""
     if spread(worker, n_workers):
         return
-    values, scales, bias = view_at(values_at, bits), view_at(scales_at, like), view_at(bias_at, like)
+    values, bias = view_at(values_at, bits), view_at(bias_at, like)
     first, last = rows_of_worker(worker, n_workers, begin, end)
     _some_tokens(
-        values, scales, indices, begin, end, bias, first, last, view_at(x_at, like), x_strides, n_columns,
+        values, scales_at, indices, begin, end, bias, first, last, view_at(x_at, like), x_strides, n_columns,
         view_at(y_at, like), y_strides, n_tokens, work[worker], zeros_twice16(like),
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ def multiply_t(values: Array, W: Rows, plan: TransposePlan, DY: Array, DX: Array
         offsets = np.zeros(DX.shape[0], DX.dtype)
         begin, end = plan.indptr[:-1], plan.indptr[1:]
         multiply_skinny(
-            (address(transposed), transposed, 0), plan.indices, begin, end, address(offsets), offsets,
+            (address(transposed), transposed, None), plan.indices, begin, end, address(offsets), offsets,
             matrix(DY), matrix(DX), worker_count(),
         )  # fmt: skip
     else:

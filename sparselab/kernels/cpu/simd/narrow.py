@@ -37,26 +37,16 @@ def numbers(builder: Any, stored: Any, dtype: types.Type) -> Any:
     return _NARROW[dtype](builder, stored) if dtype in _NARROW else stored
 
 
-def _whether(asked: Any) -> Any:
-    """An intrinsic that says something of an array's dtype, as a constant of the compiled code."""
+@intrinsic
+def is_scaled(_: Any, values: Any) -> Any:
+    """Whether rows of these weights have scales, as a constant of the compiled code."""
+    if not is_array(values):
+        return None
 
-    @intrinsic
-    def whether(_: Any, values: Any) -> Any:
-        if not is_array(values):
-            return None
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(I1, int(values.dtype == types.int8))
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return ir.Constant(I1, int(asked(values.dtype)))
-
-        return types.boolean(values), codegen
-
-    return whether
-
-
-#: ``is_narrow(values)`` and ``is_scaled(values)``: whether weights must be converted, and whether rows have
-#: scales.
-is_narrow = _whether(lambda dtype: dtype in _NARROW)
-is_scaled = _whether(lambda dtype: dtype == types.int8)
+    return types.boolean(values), codegen
 
 
 @intrinsic

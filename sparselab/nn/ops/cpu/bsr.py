@@ -70,7 +70,7 @@ def product(
         weights, rows = values.contiguous(), own.blocks.rows
         offsets = zeros(own.shape[0], dtype) if bias is None else bias.contiguous()
         multiply_skinny_blocks(
-            (weights.data_ptr(), LIKE[values.dtype], 0), rows.indices, rows.indptr, own.block_shape,
+            (weights.data_ptr(), LIKE[values.dtype], None), rows.indices, rows.indptr, own.block_shape,
             offsets.data_ptr(), LIKE[dtype], as_matrix(x), as_matrix(y), n_threads,
         )  # fmt: skip
         return y

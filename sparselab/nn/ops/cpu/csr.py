@@ -113,8 +113,8 @@ def product(
     offsets = zeros(n_rows, dtype) if bias is None else bias.contiguous()
     if variant == "skinny":
         multiply_skinny(
-            (weights.data_ptr(), LIKE[values.dtype], 0), rows.indices, rows.begin, rows.end,
-            offsets.data_ptr(), LIKE[dtype], X, Y, n_threads,
+            (weights.data_ptr(), LIKE[values.dtype], None if values.dtype is dtype else 0), rows.indices,
+            rows.begin, rows.end, offsets.data_ptr(), LIKE[dtype], X, Y, n_threads,
         )  # fmt: skip
         return y
     plan = rows.forward
@@ -203,7 +203,7 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     DY, DX = as_matrix(grad), (dx.data_ptr(), (1, n_columns), (n_columns, n_tokens), LIKE[out])
     if variant == "skinny":
         multiply_skinny(
-            (address(weights), like, 0), plan.indices, plan.indptr[:-1], plan.indptr[1:],
+            (address(weights), like, None), plan.indices, plan.indptr[:-1], plan.indptr[1:],
             offsets.data_ptr(), like, DY, DX, n_threads,
         )  # fmt: skip
         return dx

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sparselab
 from sparselab import (
@@ -19,6 +20,7 @@ from sparselab import (
     SparseEmbedding,
     SparseGRU,
     SparseLinear,
+    SparseMLP,
     SparseMultiheadAttention,
     TiedLinear,
     freeze,
@@ -223,6 +225,27 @@ def test_tools_that_write_weights_say_that_they_are_frozen(dtype: torch.dtype) -
         with pytest.raises(TypeError, match=r"frozen in (int8|bfloat16), which are neither trained nor"):
             tool()
     assert all(torch.equal(frozen.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@every_dtype
+@pytest.mark.parametrize("layer", ["single", "fan-in", "block"])
+def test_feed_forward_blocks(layer: str, dtype: torch.dtype) -> None:
+    settings = {"block_shape": (4, 4)} if layer == "block" else {}
+    block = SparseMLP(64, 128, layer=layer, sparsity=0.7, **settings)
+    for tokens in (3, 300):  # few, and so many that the layers would be computed together
+        x = torch.randn(tokens, 64)
+        expected = block(x)
+        frozen = freeze(copy.deepcopy(block), dtype)
+        torch.testing.assert_close(frozen(x), expected, rtol=0.05, atol=0.02)
+        torch.testing.assert_close(frozen(x), frozen.down.to_dense()(F.gelu(frozen.up.to_dense()(x))))
+
+
+@every_dtype
+def test_checkpoints(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, other, tokens = freeze(Model(), dtype), freeze(Model(0.5), dtype), torch.randint(20, (3, 7))
+    sparselab.save_checkpoint(tmp_path / "run", model=model)
+    sparselab.load_checkpoint(tmp_path / "run", model=other)
+    assert torch.equal(other(tokens), model(tokens))
 
 
 @every_dtype
