@@ -49,7 +49,7 @@ class Size:
 
 
 #: Projections without biases, an output head of its own, dense embeddings, norms and head. The first two are
-#: those whose times the other project named sparselab has published; 124M is GPT-2 small but for its vocabulary.
+#: those whose times the other project named sparselab has published; 124M is GPT-2 small, vocabulary aside.
 SIZES = {
     "10M": Size(n_layer=6, d_model=384, d_ff=1536, n_head=6, context=128, batch=16),
     "40M": Size(n_layer=8, d_model=640, d_ff=2560, n_head=10, context=128, batch=8),

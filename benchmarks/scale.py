@@ -36,8 +36,9 @@ from sparselab.kernels.cpu.runtime.memory import scratch_bytes
 CONTEXT, SPARSITY = 256, 0.9
 #: The step that rewires; the one before it is the one that is looked at.
 UPDATE = 5
-#: Bytes per live weight, and beside them, that a process may need at most; to tell what fits.
-MOST_PER_WEIGHT, MOST_BESIDE = 40, 1 << 30
+#: Bytes per live weight, of sparse models and of dense ones, and beside them, that a process may need at
+#: most; to tell what fits.
+MOST_PER_WEIGHT, MOST_PER_DENSE_WEIGHT, MOST_BESIDE = 40, 17, 1 << 30
 
 
 class LiveTensors(TorchDispatchMode):
@@ -76,18 +77,19 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Trainer:
-    """A GPT, its AdamW and RigL, as ``examples/gpt.py`` trains them."""
+    """A GPT, its AdamW and RigL, as ``examples/gpt.py`` trains them; dense without a sparsity."""
 
-    def __init__(self, shape: Shape, sparsity: float, tokens: int) -> None:
-        with torch.device("meta"):
+    def __init__(self, shape: Shape, sparsity: float | None, tokens: int) -> None:
+        with torch.device("meta" if sparsity else "cpu"):
             model = GPT(256, CONTEXT, shape.n_layer, shape.d_model, shape.d_ff, shape.n_head)
         self.dense = sum(parameter.numel() for parameter in model.parameters())
-        self.model = sparselab.materialize(sparselab.sparsify(model, sparsity))
+        self.model = sparselab.materialize(sparselab.sparsify(model, sparsity)) if sparsity else model
         self.model.recompute = True
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.algorithm = sparselab.RigL(update_freq=UPDATE, stop=UPDATE + 1)
-        self.algorithm.attach(self.model, self.optimizer)
-        self.algorithm.expect_passes(1)
+        if sparsity:
+            self.algorithm = sparselab.RigL(update_freq=UPDATE, stop=UPDATE + 1)
+            self.algorithm.attach(self.model, self.optimizer)
+            self.algorithm.expect_passes(1)
         self._shape = max(1, tokens // CONTEXT), CONTEXT
 
     def step(self) -> None:
@@ -168,8 +170,29 @@ def measure(name: str, sparsity: float, tokens: int, threads: int) -> dict[str, 
         "model": name, "sparsity": sparsity, "tokens": tokens, "threads": threads,
         "live": sum(parameter.numel() for parameter in trainer.model.parameters()), "dense": trainer.dense,
         "file_bytes": file_bytes, "phases": phases.rows, "peak": max(row["peak"] for row in phases.rows),
-        "step_peak": phases["step"]["peak"], "causes": causes(trainer, code),
+        "step_peak": phases["step"]["peak"], "step_seconds": phases["step"]["seconds"],
+        "tensors": training_bytes(trainer), "causes": causes(trainer, code),
     }  # fmt: skip
+
+
+def measure_dense(name: str, tokens: int, threads: int) -> dict[str, Any]:
+    """In a fresh process: what the same model takes dense, at the highest moment of its third step."""
+    torch.set_num_threads(threads)
+    phases, trainer = Phases(), Trainer(PRESETS[name], None, tokens)
+    for _ in range(3):
+        with phases("step"):
+            trainer.step()
+    return {
+        "tensors": training_bytes(trainer), "step_peak": phases["step"]["peak"],
+        "step_seconds": phases["step"]["seconds"],
+    }  # fmt: skip
+
+
+def training_bytes(trainer: Trainer) -> int:
+    """Of weights, their gradients, what kernels need to know of them, and the optimizer's state."""
+    report = sparselab.memory_report(trainer.model, trainer.optimizer)
+    gradients = sum(parameter.nbytes for parameter in trainer.model.parameters())
+    return report.weight_bytes + report.plan_bytes + report.optimizer_bytes + gradients
 
 
 def causes(trainer: Trainer, code: int) -> dict[str, int]:
@@ -192,34 +215,58 @@ def causes(trainer: Trainer, code: int) -> dict[str, int]:
     }
 
 
-def fits(name: str, sparsity: float) -> bool:
+def fits(name: str, density: float, most_per_weight: int) -> bool:
     """Whether a model surely has room now."""
     shape = PRESETS[name]
-    live = 12 * shape.n_layer * shape.d_model**2 * (1 - sparsity)
-    return bool(live * MOST_PER_WEIGHT + MOST_BESIDE < psutil.virtual_memory().available)
+    live = 12 * shape.n_layer * shape.d_model**2 * density
+    return bool(live * most_per_weight + MOST_BESIDE < psutil.virtual_memory().available)
 
 
 def run(names: list[str], sparsity: float, tokens: int, threads: int) -> list[dict[str, Any]]:
-    """One fresh process for each model that fits."""
+    """One fresh process for each model that fits; its row has `dense_arm` where that fits, too."""
     rows = []
     for name in names:
-        if not fits(name, sparsity):
+        if not fits(name, 1 - sparsity, MOST_PER_WEIGHT):
             print(f"{name}: does not fit here", file=sys.stderr)
             continue
-        call = f"scale.measure({name!r}, {sparsity}, {tokens}, {threads})"
-        code = f"import examples.small_heap, json; from benchmarks import scale; print(json.dumps({call}))"
-        output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-        rows.append(json.loads(output.stdout.splitlines()[-1]))
+        row = alone(f"measure({name!r}, {sparsity}, {tokens}, {threads})")
+        if fits(name, 1.0, MOST_PER_DENSE_WEIGHT):
+            row["dense_arm"] = alone(f"measure_dense({name!r}, {tokens}, {threads})")
+        else:
+            print(f"{name}: does not fit here dense", file=sys.stderr)
+        rows.append(row)
     return rows
 
 
+def alone(call: str) -> dict[str, Any]:
+    """What a call of a function of this module returns in a process of its own."""
+    code = f"import examples.small_heap, json; from benchmarks import scale; print(json.dumps(scale.{call}))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(output.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
 def report(names: list[str], tokens: int, threads: int, console: Console) -> list[dict[str, Any]]:
-    """Run and print: bytes per live weight by cause, and the phases of each model."""
+    """Run and print: bytes per live weight by cause, the phases of each model, and all beside dense ones."""
     found = run(names, SPARSITY, tokens, threads)
     for row in found:
         console.print(by_cause(row))
         console.print(by_phase(row))
+    console.print(beside_dense(found))
     return found
+
+
+def beside_dense(rows: list[dict[str, Any]]) -> str:
+    """Tensors and resident set in a step, and the share of the dense ones."""
+    cells = []
+    for row in rows:
+        dense = row.get("dense_arm")
+        cells.append([row["model"], f"{row['dense']:,}", f"{row['live']:,}"])
+        for key in ("tensors", "step_peak"):
+            share = f"{row[key] / dense[key]:.0%}" if dense else ""
+            cells[-1] += [mebibytes(dense[key]) if dense else "does not fit", mebibytes(row[key]), share]
+    columns = ["model", "parameters", "live"]
+    columns += ["tensors, dense, MiB", "sparse", "share", "resident, dense, MiB", "sparse", "share"]
+    return tables.plain("Trained dense and sparse, activations recomputed in both", columns, cells)
 
 
 def by_cause(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import sparselab.nn.ops.tools.flops  # noqa: F401 - what it registers with torch
 from sparselab.nn.follow import replicas as _replicas  # noqa: F401 - what it registers with torch
+from sparselab.nn.follow.compression import TopKCompression
 from sparselab.nn.layers.base import SparseLayer, find_sparse
 from sparselab.nn.layers.block import BlockSparseLinear
 from sparselab.nn.layers.composed.attention import SparseMultiheadAttention
@@ -96,6 +97,7 @@ __all__ = [
     "SparseWeight",
     "SparsifyPlan",
     "TiedLinear",
+    "TopKCompression",
     "TransposedLinear",
     "TuneReport",
     "average",

@@ -64,10 +64,31 @@ def test_a_model_is_looked_at_from_building_to_loading() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+def test_the_same_model_dense() -> None:
+    dense = scale.measure_dense("tiny", 32, torch.get_num_threads())
+    n = scale.Trainer(scale.PRESETS["tiny"], None, 32).dense
+    assert dense["tensors"] == pytest.approx(16 * n, rel=0.01)
+    row = {
+        "model": "tiny",
+        "dense": n,
+        "live": n // 2,
+        "tensors": 8 * n,
+        "step_peak": dense["step_peak"] // 4,
+    }
+    lines = scale.beside_dense([row | {"dense_arm": dense}, row]).splitlines()
+    assert ("50%" in lines[-2], "25%" in lines[-2], "does not fit" in lines[-2]) == (True, True, False)
+    assert "does not fit" in lines[-1]
+
+
+@pytest.mark.usefixtures("tiny")
 def test_what_does_not_fit_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert scale.fits("tiny", 0.9)
+    assert scale.fits("tiny", 0.1, scale.MOST_PER_WEIGHT)
+    monkeypatch.setattr(scale, "alone", lambda call: {"called": call})
+    monkeypatch.setattr(scale, "MOST_PER_DENSE_WEIGHT", 1 << 50)
+    assert scale.run(["tiny"], 0.9, 32, 1) == [{"called": "measure('tiny', 0.9, 32, 1)"}]
+    assert "tiny: does not fit here dense" in capsys.readouterr().err
     monkeypatch.setattr(scale, "MOST_BESIDE", 1 << 60)
     assert scale.run(["tiny"], 0.9, 32, 1) == []
-    assert "tiny: does not fit here" in capsys.readouterr().err
+    assert "tiny: does not fit here\n" in capsys.readouterr().err
