@@ -103,8 +103,12 @@ def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for command, names in ((whole, ["10M", "40M"]), (under, ["10M"])):
         command.add_argument("--models", nargs="+", choices=models.SIZES, default=names)
         command.add_argument("--rounds", type=positive, default=21)
-        command.add_argument("--batch", type=positive, help="texts per step (default: 16 for 10M, 8 for 40M)")
-        command.add_argument("--context", type=positive, help="tokens per text (default: 128)")
+        command.add_argument(
+            "--batch", type=positive, help=f"texts per step (default: {models.usual('batch')})"
+        )
+        command.add_argument(
+            "--context", type=positive, help=f"tokens per text (default: {models.usual('context')})"
+        )
     whole.add_argument("--fused", action="store_true", help="torch's fused AdamW in both arms")
     whole.add_argument("--bfloat16", action="store_true", help="both arms under autocast in bfloat16")
     whole.add_argument(

@@ -242,6 +242,11 @@ def _bytes(model: nn.Module) -> int:
     return sparselab.memory_report(model).weight_bytes
 
 
+def usual(what: str) -> str:
+    """The batch or the context of each size, in words."""
+    return ", ".join(f"{getattr(size, what)} for {name}" for name, size in SIZES.items())
+
+
 def sizes(names: Sequence[str], batch: int | None, context: int | None) -> dict[str, Size]:
     """The named sizes, with another batch or context for those that are given."""
     chosen = {}

@@ -170,8 +170,8 @@ def measure(name: str, sparsity: float, tokens: int, threads: int) -> dict[str, 
         "model": name, "sparsity": sparsity, "tokens": tokens, "threads": threads,
         "live": sum(parameter.numel() for parameter in trainer.model.parameters()), "dense": trainer.dense,
         "file_bytes": file_bytes, "phases": phases.rows, "peak": max(row["peak"] for row in phases.rows),
-        "step_peak": phases["step"]["peak"], "step_seconds": phases["step"]["seconds"],
-        "tensors": training_bytes(trainer), "causes": causes(trainer, code),
+        "step_peak": phases["step"]["peak"], "tensors": training_bytes(trainer),
+        "causes": causes(trainer, code),
     }  # fmt: skip
 
 
@@ -182,17 +182,13 @@ def measure_dense(name: str, tokens: int, threads: int) -> dict[str, Any]:
     for _ in range(3):
         with phases("step"):
             trainer.step()
-    return {
-        "tensors": training_bytes(trainer), "step_peak": phases["step"]["peak"],
-        "step_seconds": phases["step"]["seconds"],
-    }  # fmt: skip
+    return {"tensors": training_bytes(trainer), "step_peak": phases["step"]["peak"]}
 
 
 def training_bytes(trainer: Trainer) -> int:
     """Of weights, their gradients, what kernels need to know of them, and the optimizer's state."""
-    report = sparselab.memory_report(trainer.model, trainer.optimizer)
-    gradients = sum(parameter.nbytes for parameter in trainer.model.parameters())
-    return report.weight_bytes + report.plan_bytes + report.optimizer_bytes + gradients
+    gradients = sum(parameter.nbytes for parameter in trainer.model.parameters())  # which a step lets go
+    return sparselab.memory_report(trainer.model, trainer.optimizer).training_bytes + gradients
 
 
 def causes(trainer: Trainer, code: int) -> dict[str, int]:
@@ -251,7 +247,8 @@ def report(names: list[str], tokens: int, threads: int, console: Console) -> lis
     for row in found:
         console.print(by_cause(row))
         console.print(by_phase(row))
-    console.print(beside_dense(found))
+    if found:
+        console.print(beside_dense(found))
     return found
 
 

@@ -121,7 +121,7 @@ class TopKCompression:
     def _choose(self, parameter: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and entries to send of a gradient; the others are held back."""
         n = gradient.numel()
-        if n <= self.whole_below or self.density == 1:
+        if self._is_whole(parameter):
             return torch.arange(n), gradient.reshape(-1).clone()
         held = self._held_of(parameter).entries.view(-1)
         held += gradient.reshape(-1)
@@ -129,6 +129,10 @@ class TopKCompression:
         sent = held[chosen]
         held[chosen] = 0
         return chosen, sent
+
+    def _is_whole(self, parameter: Tensor) -> bool:
+        """Whether all of a gradient is sent, and nothing is ever held back."""
+        return parameter.numel() <= self.whole_below or self.density == 1
 
     def _gather(self, ours: Tensor) -> tuple[list[Tensor], torch.futures.Future[Any]]:
         theirs = [torch.empty_like(ours) for _ in range(dist.get_world_size(self._group))]
@@ -159,7 +163,7 @@ class TopKCompression:
         """Bring together what the processes hold back; all must call it, before one saves `state_dict`."""
         found = {}
         for parameter in self._module.parameters():
-            if parameter.requires_grad and parameter.numel() > self.whole_below and self.density < 1:
+            if parameter.requires_grad and not self._is_whole(parameter):
                 entries = self._held_of(parameter).entries
                 theirs = [torch.empty_like(entries) for _ in range(dist.get_world_size(self._group))]
                 dist.all_gather(theirs, entries, self._group)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparselab import SET, BlockSparseLinear, RigL, SparseLinear, TopKCompression
 from tests.dst.ranks import run_ranks
+from tests.nn.storage.test_rewrite import free_positions
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -96,15 +97,9 @@ def followed(rank: int) -> bool:
     layer: Any = model.module[0]
     before = _by_position(compression, layer, rank)
     assert any(before.values())
-    layer.rewrite(torch.arange(20), _absent(layer)[:30])  # another number, too
+    layer.rewrite(torch.arange(20), free_positions(layer, 30))  # another number, too
     after = _by_position(compression, layer, rank)
     return len(after) == layer.nnz and after == {each: before.get(each, 0.0) for each in after}
-
-
-def _absent(layer: Any) -> Tensor:
-    there = torch.zeros(layer.in_features * layer.out_features, dtype=torch.bool)
-    there[layer.positions()] = True
-    return (~there).nonzero()[:, 0]
 
 
 def _by_position(compression: TopKCompression, layer: Any, rank: int) -> dict[int, float]:
