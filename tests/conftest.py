@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from sparselab.kernels.cpu.runtime import launch as _launch
+
+# Threads of OpenMP spin while they wait for the next loop. With small tensors, and a worker process on each core,
+# that is most of what they do. The runtime reads this when it is loaded; processes that tests start inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The same examples each time; --hypothesis-profile thorough (make test-all) tries more of them.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
