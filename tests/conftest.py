@@ -11,8 +11,8 @@ from hypothesis import settings
 
 from sparselab.kernels.cpu.runtime import launch as _launch
 
-# Threads of OpenMP spin while they wait for the next loop. With small tensors, and a worker process on each core,
-# that is most of what they do. The runtime reads this when it is loaded; processes that tests start inherit it.
+# Threads of OpenMP spin while they wait for the next loop. With small tensors, and a worker process on each
+# core, that is most of what they do. The runtime reads this when it is loaded, in processes of tests as well.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The same examples each time; --hypothesis-profile thorough (make test-all) tries more of them.
