@@ -1,9 +1,9 @@
 """Runs the products on memory between forbidden pages: ``python -m tests.kernels.guarded SIDE HOW``.
 
 Operands, the topology's arrays, plans and work memory each end just before such a page (SIDE is ``end``), or
-begin just behind one (``front``). A read or write past that side ends the process with a signal. HOW is ``all``
-for every combination of sizes, blocks and orders, ``half`` for every other one, or ``overrun``: one is made on
-purpose then, to show that the guard works.
+begin just behind one (``front``). A read or write past that side ends the process with a signal. HOW is
+``all`` for every combination of sizes, blocks and orders, or ``half`` for every other one. With ``overrun`` a
+read past the side is made on purpose, to show that the guard works.
 """
 
 from __future__ import annotations
