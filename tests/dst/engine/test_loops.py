@@ -225,7 +225,7 @@ def test_every_loop_moves_connections_as_the_dense_gradient_says(loop, kind):
     layer = kind(IN, OUT, sparsity=SPARSITY, dtype=torch.float64)
     ours, dense = Sparse(layer), DenseRigL(layer)
     born = layer.positions().clone()
-    for step in range(n_steps(60, 240)):
+    for step in range(n_steps(36, 240)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             loop(ours, step)

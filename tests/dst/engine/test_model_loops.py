@@ -296,7 +296,7 @@ def test_a_loop_trains_sparse_masked_and_dense_alike(loop: Any, name: str) -> No
     if name == "rigl":
         runs.append(Run("textbook", None))
     born = [layer.positions().tolist() for layer in runs[0].layers]
-    steps = n_steps(100, 200) if name == "rigl" else 30
+    steps = n_steps(76, 200) if name == "rigl" else 30
     for step in range(steps):
         updates = runs[0].algorithm.steps_done // EVERY
         for run in runs:
