@@ -23,7 +23,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True, scope="module")
 def _garbage_does_not_pile_up() -> None:
-    """Let the collector look at what the tests of a module make, and at nothing older, so that it comes often.
+    """Let the collector look at what the tests of a module make and at nothing older, so that it comes often.
 
     Models and their algorithms hold each other, and each algorithm that is alive looks at every step of an
     optimizer. The second call tells the collector how little is left to look at: it comes once that has grown
