@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from sparselab.kernels.cpu.runtime import launch as _launch
-
-# Threads of OpenMP spin while they wait for the next loop. With small tensors, and a worker process on each
-# core, that is most of what they do. The runtime reads this when it is loaded, in processes of tests as well.
+# Threads of OpenMP, and of NumPy's OpenBLAS, spin while they wait for the next loop. With small arrays, and a
+# worker process on each core, that is most of what they do. The libraries read this when they are loaded, which
+# must come later, so nothing of the package is imported above; processes of tests inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # The same examples each time; --hypothesis-profile thorough (make test-all) tries more of them.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
@@ -37,6 +37,8 @@ def _garbage_does_not_pile_up() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _threads_for_the_least_work() -> None:
     """Small matrices run the code of several threads too."""
+    from sparselab.kernels.cpu.runtime import launch as _launch
+
     _launch._MIN_WORK = 1
 
 

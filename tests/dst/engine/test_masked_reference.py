@@ -65,7 +65,7 @@ def test_a_fan_in_model_trains_as_its_masked_twin(algorithm_name):
     [usual(name in FIRST or each == "adamw", name, each) for name in ROWS for each in OPTIMIZERS],
 )
 def test_a_sparse_model_trains_as_its_masked_twin(algorithm_name, optimizer_name):
-    train_twins(("real", "masked"), algorithm_name, optimizer_name, n_steps(60, 120))
+    train_twins(("real", "masked"), algorithm_name, optimizer_name, n_steps(46, 120))
 
 
 def train_twins(kinds, algorithm_name, optimizer_name, steps):
