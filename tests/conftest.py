@@ -10,8 +10,8 @@ import pytest
 from hypothesis import settings
 
 # Threads of OpenMP, and of NumPy's OpenBLAS, spin while they wait for the next loop. With small arrays, and a
-# worker process on each core, that is most of what they do. The libraries read this when they are loaded, which
-# must come later, so nothing of the package is imported above; processes of tests inherit it.
+# worker process on each core, that is most of what they do. The libraries read this when they are loaded, so
+# nothing above imports them; processes of tests inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
