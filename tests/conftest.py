@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Threads of OpenMP, and of NumPy's OpenBLAS, spin while they wait for the next loop. With small arrays, and a
 # worker process on each core, that is most of what they do. The libraries read this when they are loaded, so
@@ -15,10 +15,19 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# The same examples each time; --hypothesis-profile thorough (make test-all) tries more of them.
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
-settings.register_profile("thorough", settings.get_profile("repeatable"), max_examples=100)
+# The same examples each time, on machines that are slow as well; --hypothesis-profile thorough (make test-all)
+# tries more of them.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+settings.register_profile("thorough", settings.get_profile("repeatable"), max_examples=50)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Back to the profile asked for: torch's cases for modules load another one when they are imported."""
+    settings.load_profile(session.config.getoption("--hypothesis-profile") or "repeatable")
 
 
 @pytest.fixture(autouse=True, scope="module")
