@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# The same examples each time, on machines that are slow as well; --hypothesis-profile thorough (make test-all)
+# The same examples each time, and no complaint of slow machines; --hypothesis-profile thorough (make test-all)
 # tries more of them.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, max_examples=25,
