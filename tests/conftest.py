@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# The same examples each time, and no complaint of slow machines; --hypothesis-profile thorough (make test-all)
-# tries more of them.
+# The same examples each time, and no complaint of a slow machine. More are tried by make test-all, which
+# asks for --hypothesis-profile thorough.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, max_examples=25,
     suppress_health_check=[HealthCheck.too_slow],
