@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,9 @@ def usual(is_usual: bool, *values: Any) -> Any:
 def n_steps(few: int, many: int) -> int:
     """How long a run of training is: `many` steps in make test-all, where Hypothesis tries more as well."""
     return few if settings().max_examples <= settings.get_profile("repeatable").max_examples else many
+
+
+def half(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every other combination; of three axes or more, any two values of any two axes are in one of them."""
+    corners = itertools.product(*map(enumerate, axes))
+    return [tuple(value for _, value in each) for each in corners if sum(at for at, _ in each) % 2 == 0]

@@ -10,6 +10,7 @@ import pytest
 
 from sparselab.kernels import PaddedCSR, sddmm_dw, spmm, spmm_t
 from tests.kernels.process import ROOT, run_python
+from tests.shared import usual
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with Linux's mprotect")
 each_side = pytest.mark.parametrize("side", ["end", "front"])
@@ -17,8 +18,9 @@ each_side = pytest.mark.parametrize("side", ["end", "front"])
 
 @on_linux
 @each_side
-def test_products_stay_within_their_memory(side: str) -> None:
-    assert run_python("-m", "tests.kernels.guarded", side).strip() == "no step over an edge"
+@pytest.mark.parametrize("how", ["half", usual(False, "all")])
+def test_products_stay_within_their_memory(side: str, how: str) -> None:
+    assert run_python("-m", "tests.kernels.guarded", side, how).strip() == "no step over an edge"
 
 
 @on_linux

@@ -11,7 +11,7 @@ import torch
 from sparselab import SET, Group, RigL
 from tests.dst.contract_rows import ROWS
 from tests.dst.harness import OPTIMIZERS, assert_same_state, backward, build, sparse_layers, train
-from tests.shared import usual
+from tests.shared import n_steps, usual
 
 
 def train_alone(model, optimizer, first, last):
@@ -27,10 +27,11 @@ def trained(three, by_hand, first, last):
 
 
 def assert_goes_on_alike(three, by_hand, done):
+    """Through the two updates, or the one, that come in steps 7 and 14."""
     twins = copy.deepcopy(three)
     before = [layer.positions().tolist() for layer in sparse_layers(three[0])]
     for each in (three, twins):
-        trained(each, by_hand, done + 1, 22)
+        trained(each, by_hand, done + 1, n_steps(15, 22))
     assert_same_state(three[0], three[1], twins[0], twins[1])
     return before
 

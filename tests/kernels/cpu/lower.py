@@ -1,6 +1,6 @@
 """Writes the kernels' assembly for CPUs that need not be the host.
 
-``python -m tests.kernels.cpu.lower record FILE`` runs the kernels here and notes for which types.
+``python -m tests.kernels.cpu.lower record FILE`` notes the types that the kernels are launched with here.
 ``python -m tests.kernels.cpu.lower compile FILE DIRECTORY TRIPLE:CPU DTYPE KERNEL ...`` compiles them for
 a CPU and writes one listing each, at the vector width of ``SPARSELAB_VECTOR_BYTES``. That needs a process
 of its own: from the first optimisation on, LLVM is told of that CPU and never of the host, and nothing runs.
@@ -106,20 +106,28 @@ def run_narrow(dtype: str) -> None:
 
 
 def record(file: str) -> None:
-    """Write the types that each kernel is called with."""
-    import numba
+    """Write the types that each kernel is called with; none of them is compiled for that."""
+    from sparselab.kernels.cpu.runtime.launch import launch
 
-    numba.set_num_threads(1)
-    found: dict[tuple[str, str], Any] = {}
+    names = {kernel: name for name, kernel in kernels().items()}
+    found: dict[tuple[str, str], set[Any]] = {}
+
+    def note(kernel: Any, n_workers: int, *arguments: Any) -> None:
+        if name := names.get(kernel):
+            types = tuple(map(kernel.typeof_pyval, (0, n_workers, *arguments)))
+            found.setdefault((name, dtype), set()).add(types)
+        else:  # of a plan
+            launch(kernel, n_workers, *arguments)
+
+    for module in [each for name, each in sys.modules.items() if name.startswith("sparselab.kernels.cpu.")]:
+        if getattr(module, "launch", None) is launch:
+            module.launch = note  # type: ignore[attr-defined]
     for dtype in ("float32", "float64", *NARROW):
-        before = {name: set(kernel.nopython_signatures) for name, kernel in kernels().items()}
         run_kernels(dtype)
-        for name, kernel in kernels().items():
-            new = set(kernel.nopython_signatures) - before[name]
-            if new or dtype not in NARROW:
-                (signature,) = new
-                found[name, dtype] = signature.args
-    Path(file).write_bytes(pickle.dumps(found))
+    single = {}
+    for key, types in found.items():
+        (single[key],) = types
+    Path(file).write_bytes(pickle.dumps(single))
 
 
 def compile_only_for(triple: str, cpu: str) -> None:
@@ -152,6 +160,7 @@ def compile_only_for(triple: str, cpu: str) -> None:
 
     generator._create_empty_module = make_module
     codegen.CPUCodeLibrary._finalize_final_module = finalize
+    CPUContext.create_cpython_wrapper = lambda *_, **__: None  # Python calls none of them
     # The dispatcher wants a builtin function, and finds each function it compiled by that object.
     CPUContext.get_executable = lambda *_: [].append
 

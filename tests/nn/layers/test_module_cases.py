@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils import _pytree as pytree
@@ -98,6 +99,12 @@ each_case = pytest.mark.parametrize(
         for number in range(n_cases)
     ],
 )
+
+
+def test_importing_them_leaves_the_settings_of_hypothesis(pytestconfig: pytest.Config) -> None:
+    ours = settings.get_profile(pytestconfig.getoption("--hypothesis-profile") or "repeatable")
+    assert settings().max_examples == ours.max_examples
+    assert settings().derandomize
 
 
 def test_every_module_has_cases() -> None:

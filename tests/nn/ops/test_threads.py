@@ -149,31 +149,32 @@ def test_the_first_use_leaves_torch_s_thread_count(start: str) -> None:
     assert run_python("-c", FIRST_USE.format(start=start)).split() == ["1", "1"]
 
 
-AFTER_FORK = """
-import os, torch
-from sparselab import SparseLinear
-layer = SparseLinear(300, 300)
-x = torch.randn(200, 300)
-expected = layer(x).detach()
-child = os.fork()
-if child == 0:
-    torch.set_num_threads(1)
-    y = layer(x)
-    y.sum().backward()
-    os._exit(0 if torch.equal(y, expected) and layer.weight_values.grad is not None else 3)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
-def test_a_forked_child_can_train() -> None:
-    assert run_python("-W", "ignore", "-c", AFTER_FORK).strip() == "0"
-
-
-MAKING = """
+FORKS = """
 import copy, os, signal, numpy as np, torch
 from torch import nn
 from sparselab import *
+from sparselab.nn.ops import topologies
+
+def fork(work):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)  # a child that waits for ever ends the test, too
+        os._exit(0 if work() else 3)
+    return child
+
+def status(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+layer = SparseLinear(300, 300)
+x = torch.randn(200, 300)
+expected = layer(x).detach()
+
+def train():
+    torch.set_num_threads(1)
+    y = layer(x)
+    y.sum().backward()
+    return torch.equal(y, expected) and layer.weight_values.grad is not None
+
 def make():
     torch.manual_seed(0)
     layers = [SparseLinear(20, 12), FanInLinear(20, 12), MaskedLinear(20, 12), SparseConv2d(3, 4, 3)]
@@ -187,39 +188,21 @@ def make():
     for layer in layers:
         layer.load_state_dict(copy.deepcopy(layer.state_dict()))
     return [*layers, condense(model)]
+
+print("train", status(fork(train)))
 make()
-child = os.fork()
-if child == 0:
-    signal.alarm(100)  # a child that waits for ever ends the test, too
-    make()
-    os._exit(0)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
-def test_a_forked_child_can_make_layers() -> None:
-    assert run_python("-W", "ignore", "-c", MAKING).strip() == "0"
-
-
-LOCKED = """
-import os, signal, torch
-from sparselab import SparseLinear
-from sparselab.nn.ops import topologies
-layer, x = SparseLinear(20, 12), torch.randn(3, 20)
+print("make", status(fork(make)))
+new = SparseLinear(20, 12)
 with topologies._lock:  # as another thread may have it
-    child = os.fork()
-if child == 0:
-    signal.alarm(60)
-    layer(x)
-    os._exit(0)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    child = fork(lambda: new(torch.randn(3, 20)) is not None)
+print("locked", status(child))
 """
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
-def test_a_lock_that_another_thread_held_is_free_in_a_forked_child() -> None:
-    assert run_python("-W", "ignore", "-c", LOCKED).strip() == "0"
+def test_a_forked_child_trains_makes_layers_and_needs_no_lock_that_another_thread_held() -> None:
+    told = run_python("-W", "ignore", "-c", FORKS).splitlines()
+    assert told == ["train 0", "make 0", "locked 0"]
 
 
 def train_in_child(layer: SparseLinear, x: Tensor, results: Queue[Any]) -> None:
