@@ -1,10 +1,15 @@
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
 import gpt
 import gpt_arms
 import gpt_report
 import numpy as np
+import psutil
 import pytest
 import torch
 from gpt_arms import ALGORITHMS, Config
@@ -12,6 +17,7 @@ from gpt_model import GPT, PRESETS
 from ranks import Ranks, join_ranks
 
 import sparselab
+from tests.kernels.process import ROOT
 
 LINES = "".join(f"{n}: To be, or not to be: that is the question.\n" for n in range(60))
 SMALL = {
@@ -269,9 +275,54 @@ def test_one_process_is_the_first_of_one():
 
 def test_processes_get_other_windows(text, tmp_path):
     tokens = gpt.load_tokens(text, False, 16, tmp_path)
-    batches = [tokens.batch(16, 4, 1, 0, 0, rank, 2)[0] for rank in (0, 1, 0)]
+    batches = [tokens.batch(16, 4, 1, 0, part=rank, parts=2)[0] for rank in (0, 1, 0)]
     assert torch.equal(batches[0], batches[2])
     assert not torch.equal(batches[0], batches[1])
+    assert torch.equal(torch.cat(batches[:2]), tokens.batch(16, 8, 1, 0)[0])
+
+
+def test_other_processes_share_the_same_passes_out():
+    cfg = small(accumulate=3)
+    assert gpt.shared_out(cfg, 2, 3).accumulate == 2
+    assert gpt.shared_out(cfg, 2, 1).accumulate == 6
+    with pytest.raises(ValueError, match="6 passes of each step cannot be shared out to 4 processes"):
+        gpt.shared_out(cfg, 2, 4)
+
+
+def torchrun(*options, out, kill=False, processes=2):
+    """Train in several processes; of these, kill the last one after its first checkpoint."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    job = subprocess.Popen(
+        [sys.executable, *command, "--max-restarts", "2", "examples/gpt.py", *options], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if kill:
+        while not list(out.glob("checkpoints/step-*.checkpoint")) and job.poll() is None:
+            time.sleep(0.01)
+        workers = [each for each in psutil.Process(job.pid).children() if "examples/gpt.py" in each.cmdline()]
+        workers[-1].kill()
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradients", ["whole", "bfloat16", "top-k"])
+def test_a_job_goes_on_after_one_of_its_processes_was_killed(text, tmp_path, gradients):
+    said = {}
+    for name in ("as ever", "killed"):
+        out = tmp_path / name
+        more = options(text, out, steps=40, save_every=4, evaluate_every=4, accumulate=2, update_every=5)
+        said[name] = torchrun(*more, "--gradients", gradients, out=out, kill=name == "killed")
+    assert "SIGKILL" in said["killed"] or "-9" in said["killed"]
+    curves = [[(each["step"], each["validation_loss"]) for each in lines(tmp_path / name)] for name in said]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 10
+    # Without its last checkpoints one process goes on with what two began, and comes to the same.
+    for path in sorted((tmp_path / "killed/checkpoints").glob("step-*"))[-1:]:
+        path.unlink()
+    torchrun("--resume", str(tmp_path / "killed"), out=tmp_path, processes=1)
+    assert lines(tmp_path / "killed")[-1]["validation_loss"] == pytest.approx(curves[0][-1][1], rel=1e-2)
 
 
 def test_several_runs_are_drawn_together(tmp_path):
