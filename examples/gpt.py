@@ -124,7 +124,7 @@ class Run:
 
     def note(self) -> None:
         """Evaluate, and write a line of the log."""
-        loss = sum(self.losses) / len(self.losses)
+        losses = self.ranks.means(self.losses)
         self.losses = []
         if not self.ranks.first:
             return
@@ -132,7 +132,7 @@ class Run:
             "step": self.step,
             "seconds": round(self.seconds, 3),
             "tokens": self.n_tokens,
-            "loss": loss,
+            "loss": sum(losses) / len(losses),
             "validation_loss": self.evaluate(),
             "lr": self.schedule.get_last_lr()[0],
             "tokens_per_second": self.n_tokens / self.seconds,
@@ -169,6 +169,7 @@ class Run:
         for part in (self.algorithm, self.compression):
             if part:  # all processes bring together what each has
                 part.consolidate()
+        self.losses = self.ranks.means(self.losses)
         if self.ranks.first:
             self.folder.mkdir(exist_ok=True)
             progress = {name: getattr(self, name) for name in PROGRESS}
@@ -179,15 +180,18 @@ class Run:
         self.ranks.wait()
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that is whole."""
-        for path in self.checkpoints():
+        """Go on from the newest checkpoint that is whole; all processes from the one that the first took."""
+        chosen, progress = "", {}
+        for path in self.checkpoints() if self.ranks.first else ():
             try:
-                progress = sparselab.load_checkpoint(path, **self.parts)["progress"]
+                progress, chosen = self.load(path), path.name
                 break
             except sparselab.CheckpointError as error:
                 print(f"{error}; trying the one before")
-        else:
+        chosen = self.ranks.agreed(chosen)
+        if not chosen:
             raise SystemExit(f"error: --resume {self.out}: no whole checkpoint in {self.folder}")
+        progress = progress or self.load(self.folder / chosen)
         for name in PROGRESS:
             setattr(self, name, progress[name])
         if self.ranks.first:  # without what was told, or half written, after that
@@ -195,6 +199,10 @@ class Run:
             (self.out / "log.jsonl").write_text(lines, encoding="utf-8")
             for unfinished in self.folder.glob("*.unfinished"):
                 unfinished.unlink()
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take back what a checkpoint holds; returns how far it was."""
+        return sparselab.load_checkpoint(path, **self.parts)["progress"]  # type: ignore[no-any-return]
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -237,7 +245,7 @@ def steps_in(cfg: Config, tokens: Tokens, out: Path, ranks: Ranks) -> Config:
     seconds = time.perf_counter() - start
     del run
     gc.collect()
-    return dataclasses.replace(cfg, steps=max(10, int(cfg.seconds / seconds)))
+    return dataclasses.replace(cfg, steps=ranks.agreed(max(10, int(cfg.seconds / seconds))))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -317,7 +325,7 @@ def main(options: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     ranks = join_ranks()
     try:
-        out = args.resume or (args.out if ranks.again and was_begun(args) else None)
+        out = args.resume or (args.out if ranks.agreed(ranks.again and was_begun(args)) else None)
         run = resume_run(out, ranks) if out else start_run(args, ranks)
     except (TextError, ValueError, TypeError) as error:
         raise SystemExit(f"error: {error}") from None
