@@ -5,6 +5,7 @@
     python examples/gpt.py --arm dense --out results/dense
     python examples/gpt.py --resume results/gpt             # go on from the newest checkpoint that is whole
     torchrun --nproc-per-node 4 examples/gpt.py --algorithm static
+    torchrun --nproc-per-node 2 --max-restarts 9 examples/gpt.py    # goes on if a process dies
 
 Loss, speed and memory go to ``log.jsonl`` at every evaluation, checkpoints to ``checkpoints``, a picture to
 ``loss.png``; ``gpt_report.py`` draws several runs side by side.
@@ -59,6 +60,7 @@ class Run:
         self.cfg, self.tokens, self.out, self.ranks = cfg, tokens, out, ranks
         self.model = make_model(cfg, tokens.size)
         self.shared = ranks.share(self.model)
+        self.compression = ranks.compress(self.shared, cfg.gradients, cfg.top_k)
         self.optimizer = make_optimizer(cfg, self.model)
         self.algorithm = attach_algorithm(cfg, self.model, self.optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, cfg.lr_factor)
@@ -93,9 +95,8 @@ class Run:
         """One optimizer step, as many passes as are accumulated; returns the mean loss of its tokens."""
         cfg, total = self.cfg, 0.0
         for index in range(cfg.accumulate):
-            x, y = self.tokens.batch(
-                cfg.context, cfg.batch, cfg.seed, self.step, index, self.ranks.rank, self.ranks.world
-            )
+            part, parts = index * self.ranks.world + self.ranks.rank, cfg.accumulate * self.ranks.world
+            x, y = self.tokens.batch(cfg.context, cfg.batch, cfg.seed, self.step, part=part, parts=parts)
             with self.ranks.backward(self.shared, index == cfg.accumulate - 1):
                 loss = self.loss(self.shared, x, y) / cfg.accumulate
                 loss.backward()
@@ -123,7 +124,7 @@ class Run:
 
     def note(self) -> None:
         """Evaluate, and write a line of the log."""
-        loss = sum(self.losses) / len(self.losses)
+        losses = self.ranks.means(self.losses)
         self.losses = []
         if not self.ranks.first:
             return
@@ -131,7 +132,7 @@ class Run:
             "step": self.step,
             "seconds": round(self.seconds, 3),
             "tokens": self.n_tokens,
-            "loss": loss,
+            "loss": sum(losses) / len(losses),
             "validation_loss": self.evaluate(),
             "lr": self.schedule.get_last_lr()[0],
             "tokens_per_second": self.n_tokens / self.seconds,
@@ -165,6 +166,10 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, and let the oldest go."""
+        for part in (self.algorithm, self.compression):
+            if part:  # all processes bring together what each has
+                part.consolidate()
+        self.losses = self.ranks.means(self.losses)
         if self.ranks.first:
             self.folder.mkdir(exist_ok=True)
             progress = {name: getattr(self, name) for name in PROGRESS}
@@ -175,15 +180,18 @@ class Run:
         self.ranks.wait()
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that is whole."""
-        for path in self.checkpoints():
+        """Go on from the newest checkpoint that is whole; all processes from the one that the first took."""
+        chosen, progress = "", {}
+        for path in self.checkpoints() if self.ranks.first else ():
             try:
-                progress = sparselab.load_checkpoint(path, **self.parts)["progress"]
+                progress, chosen = self.load(path), path.name
                 break
             except sparselab.CheckpointError as error:
                 print(f"{error}; trying the one before")
-        else:
+        chosen = self.ranks.agreed(chosen)
+        if not chosen:
             raise SystemExit(f"error: --resume {self.out}: no whole checkpoint in {self.folder}")
+        progress = progress or self.load(self.folder / chosen)
         for name in PROGRESS:
             setattr(self, name, progress[name])
         if self.ranks.first:  # without what was told, or half written, after that
@@ -192,11 +200,16 @@ class Run:
             for unfinished in self.folder.glob("*.unfinished"):
                 unfinished.unlink()
 
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take back what a checkpoint holds; returns how far it was."""
+        return sparselab.load_checkpoint(path, **self.parts)["progress"]  # type: ignore[no-any-return]
+
     @property
     def parts(self) -> dict[str, Any]:
         """What a run goes on from, beside its progress; which batches come follows from the step."""
         found = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
         found |= {"algorithm": self.algorithm} if self.algorithm else {}
+        found |= {"compression": self.compression} if self.compression else {}
         return {**found, "random": sparselab.RandomState()}
 
     @property
@@ -232,7 +245,7 @@ def steps_in(cfg: Config, tokens: Tokens, out: Path, ranks: Ranks) -> Config:
     seconds = time.perf_counter() - start
     del run
     gc.collect()
-    return dataclasses.replace(cfg, steps=max(10, int(cfg.seconds / seconds)))
+    return dataclasses.replace(cfg, steps=ranks.agreed(max(10, int(cfg.seconds / seconds))))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -260,19 +273,44 @@ def start_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     if ranks.first:
         for old in run.checkpoints():  # of another run
             old.unlink()
-        said = {**dataclasses.asdict(cfg), "text": text and str(text.resolve()), "sha256": tokens.sha256}
+        said = {
+            **dataclasses.asdict(cfg),
+            "text": text and str(text.resolve()),
+            "sha256": tokens.sha256,
+            "processes": ranks.world,
+        }
         write_atomically(out / "config.json", json.dumps(said, indent=1).encode())
         (out / "log.jsonl").write_text("", encoding="utf-8")
     return run
 
 
+def was_begun(args: argparse.Namespace) -> bool:
+    """Whether there is a checkpoint of a run with these settings, so many steps aside as fit into seconds."""
+    try:
+        saved = json.loads((args.out / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    asked = dataclasses.asdict(read_config(vars(args)))
+    apart = {"steps"} if asked["seconds"] else set()
+    same = all(saved.get(name) == value for name, value in asked.items() if name not in apart)
+    return same and any((args.out / "checkpoints").glob("step-*.checkpoint"))
+
+
+def shared_out(cfg: Config, before: int, now: int) -> Config:
+    """The settings with which so many processes take the passes of a step that others took."""
+    passes = cfg.accumulate * before
+    if passes % now:
+        raise ValueError(f"{passes} passes of each step cannot be shared out to {now} processes")
+    return dataclasses.replace(cfg, accumulate=passes // now)
+
+
 def resume_run(out: Path, ranks: Ranks) -> Run:
-    """A run that goes on, with its own settings."""
+    """A run that goes on, with its own settings; with another number of processes, on the same batches."""
     try:
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise SystemExit(f"error: --resume {out}: no run there ({error.strerror})") from None
-    cfg = read_config(saved)
+    cfg = shared_out(read_config(saved), saved["processes"], ranks.world)
     tokens = load_tokens(saved["text"] and Path(saved["text"]), cfg.characters, cfg.context, out)
     if tokens.sha256 != saved["sha256"]:
         raise SystemExit(f"error: --resume {out}: {tokens.source} is another text than the run began with")
@@ -287,7 +325,8 @@ def main(options: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     ranks = join_ranks()
     try:
-        run = resume_run(args.resume, ranks) if args.resume else start_run(args, ranks)
+        out = args.resume or (args.out if ranks.agreed(ranks.again and was_begun(args)) else None)
+        run = resume_run(out, ranks) if out else start_run(args, ranks)
     except (TextError, ValueError, TypeError) as error:
         raise SystemExit(f"error: {error}") from None
     if ranks.first:

@@ -123,6 +123,13 @@ class Config:
     clip: float = option(1.0, "largest norm of the gradient")
     checkpoint_activations: bool = option(False, "keep one block's activations, and compute them again")
     bfloat16: bool = option(False, "autocast; weights stay in float32")
+    # several processes
+    gradients: str = option(
+        "whole",
+        "how processes send them: as they are, in bfloat16, or the largest, holding the rest back",
+        choices=["whole", "bfloat16", "top-k"],
+    )
+    top_k: float = option(0.01, "share of the entries of a gradient that is sent with --gradients top-k")
     # measuring and saving
     evaluate_every: int = option(50, "steps", type=at_least_one)
     save_every: int = option(100, "steps from one checkpoint to the next", type=at_least_one)

@@ -55,14 +55,16 @@ class Tokens:
         """The token to write on after."""
         return ord("\n") if self.vocabulary is None else max(0, self.vocabulary.find("\n"))
 
-    def batch(self, context: int, rows: int, *draw: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, context: int, rows: int, *draw: int, part: int = 0, parts: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Windows at random places of the training text, and the tokens one place further on.
 
-        They depend on the numbers of `draw` alone: seed, step, process and so on. So a run that is resumed
-        needs to know no more than its step.
+        They depend on the numbers of `draw` alone: seed, step and so on. So a run that is resumed needs to
+        know no more than its step. Of `parts` times so many rows, passes and processes take a part each.
         """
-        starts = np.random.default_rng(draw).integers(len(self.train) - context, size=rows)
-        return windows(self.train, starts, context)
+        starts = np.random.default_rng(draw).integers(len(self.train) - context, size=(parts, rows))
+        return windows(self.train, starts[part], context)
 
     def validation_windows(self, context: int, most: int) -> tuple[Tensor, Tensor]:
         """At most so many windows, evenly spread over the text to validate with."""

@@ -1,17 +1,27 @@
 import json
 import math
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gpt
 import gpt_arms
 import gpt_report
 import numpy as np
+import psutil
 import pytest
 import torch
 from gpt_arms import ALGORITHMS, Config
 from gpt_model import GPT, PRESETS
-from ranks import Ranks, join_ranks
+from ranks import Ranks, join_ranks, of_these
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import sparselab
+from tests.kernels.process import ROOT
 
 LINES = "".join(f"{n}: To be, or not to be: that is the question.\n" for n in range(60))
 SMALL = {
@@ -269,9 +279,97 @@ def test_one_process_is_the_first_of_one():
 
 def test_processes_get_other_windows(text, tmp_path):
     tokens = gpt.load_tokens(text, False, 16, tmp_path)
-    batches = [tokens.batch(16, 4, 1, 0, 0, rank, 2)[0] for rank in (0, 1, 0)]
+    batches = [tokens.batch(16, 4, 1, 0, part=rank, parts=2)[0] for rank in (0, 1, 0)]
     assert torch.equal(batches[0], batches[2])
     assert not torch.equal(batches[0], batches[1])
+    assert torch.equal(torch.cat(batches[:2]), tokens.batch(16, 8, 1, 0)[0])
+
+
+def test_other_processes_share_the_same_passes_out():
+    cfg = small(accumulate=3)
+    assert gpt.shared_out(cfg, 2, 3).accumulate == 2
+    assert gpt.shared_out(cfg, 2, 1).accumulate == 6
+    with pytest.raises(ValueError, match="6 passes of each step cannot be shared out to 4 processes"):
+        gpt.shared_out(cfg, 2, 4)
+
+
+def test_processes_that_begin_anew_leave_what_those_before_them_stored():
+    store = distributed.HashStore()
+    store.set("first", "gone")
+    store.set("gone/answer to 1", "gone, too")
+    store.set("gone/address", "nowhere")
+    with ThreadPoolExecutor() as threads:
+        second = threads.submit(of_these, store, 1, 2)
+        time.sleep(0.2)  # in which it asks one that is gone
+        first = of_these(store, 0, 2)
+        first.set("address", "here")
+        assert second.result(30).get("address") == b"here"
+    assert not of_these(store, 0, 1).check(["address"])
+
+
+def torchrun(*options, out, processes=2, kill_after=None):
+    """Train in several processes, and kill one of them so many seconds after the first checkpoint."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    job = subprocess.Popen(
+        [sys.executable, *command, "--max-restarts", "3", "examples/gpt.py", *options], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    if kill_after is not None:
+        while not list(out.glob("checkpoints/step-*.checkpoint")) and job.poll() is None:
+            time.sleep(0.01)
+        time.sleep(kill_after)
+        workers = [each for each in psutil.Process(job.pid).children() if "examples/gpt.py" in each.cmdline()]
+        random.choice(workers).kill()
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    return said
+
+
+def curve(out):
+    return [(each["step"], each["loss"], each["validation_loss"]) for each in lines(out)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradients", ["whole", "top-k"])
+def test_a_job_goes_on_after_one_of_its_processes_was_killed(text, tmp_path, gradients):
+    said = {}
+    for name, moment in (("as ever", None), ("killed", random.uniform(0, 0.5))):
+        out = tmp_path / name
+        more = options(text, out, steps=40, save_every=4, evaluate_every=4, accumulate=2, update_every=5)
+        said[name] = torchrun(*more, "--gradients", gradients, out=out, kill_after=moment)
+    assert "exitcode: -9" in said["killed"]
+    curves = [curve(tmp_path / name) for name in said]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 10
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_what_two_began(text, tmp_path):
+    out = tmp_path / "out"
+    begun = options(text, out, steps=12, save_every=6, evaluate_every=3, accumulate=2, algorithm="granet")
+    torchrun(*begun, out=out)
+    as_ever = lines(out)
+    sorted(out.glob("checkpoints/step-*"))[-1].unlink()
+    gpt.main(["--resume", str(out)])
+    assert lines(out)[:2] == as_ever[:2]
+    for ours, theirs in zip(lines(out), as_ever, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["whole", "bfloat16", "top-k"])
+def test_gradients_are_sent_as_they_are_told_to_be(tmp_path, how):
+    distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Linear(40, 30, bias=False))
+        Ranks().compress(model, how, 0.01)
+        model(torch.randn(5, 40)).square().sum().backward()
+        gradient = model.module.weight.grad
+        rounded = gradient.bfloat16().float()
+        assert torch.equal(gradient, rounded) == (how == "bfloat16")
+        assert gradient.count_nonzero() == (12 if how == "top-k" else 1200)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_several_runs_are_drawn_together(tmp_path):
