@@ -27,7 +27,7 @@ from sparselab.dst.engine.dynamic import DynamicSparsityAlgorithm
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import gpt
 
-STEPS_PER_KILL, LONGEST_S = 10, 0.25
+STEPS_PER_KILL, LONGEST_S = 40, 0.25
 #: Of the kills, so many come before the run has got any further.
 EARLY = 0.2
 SETTINGS = {
@@ -95,7 +95,8 @@ class Script:
         before, child = self.saved()[:1], self.start()
         while not early and self.saved()[:1] == before:
             time.sleep(0.001)
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the script ended by itself"
+            ended, status = os.waitpid(child, os.WNOHANG)
+            assert not ended, f"the script ended by itself, with status {status}"
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
         place = PLACES[self._place[0]]
