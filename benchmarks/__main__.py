@@ -22,6 +22,7 @@ from benchmarks import (
     peers,
     revisions,
     scale,
+    slow_link,
     startup,
     structure,
     updates,
@@ -61,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, default in (("steps", 300), ("width", 256), ("tokens", 512), ("every", 30)):
         parallel.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     parallel.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
+    add_slow_link(commands)
     add_blocks(commands)
     add_models(commands)
     add_layouts(commands)
@@ -68,6 +70,22 @@ def parse_arguments() -> argparse.Namespace:
     add_turns(commands)
     add_source(commands)
     return parser.parse_args()
+
+
+def add_slow_link(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    slow = commands.add_parser("slow_link", help="time replicas of a GPT over a slow network (Linux, root)")
+    slow.add_argument("--model", choices=slow_link.PRESETS, default="10M", help="(default: %(default)s)")
+    slow.add_argument("--ways", nargs="+", choices=slow_link.WAYS, default=list(slow_link.WAYS))
+    slow.add_argument("--mbit", type=float, default=100.0, help="per second (default: %(default)s)")
+    for name, default, of_what in (
+        ("ranks", 2, "processes"),
+        ("tokens", 1024, "of a process"),
+        ("rounds", 3, ""),
+    ):
+        slow.add_argument(
+            f"--{name}", type=positive, default=default, help=f"{of_what} (default: %(default)s)"
+        )
+    slow.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
 
 
 def add_blocks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -207,8 +225,8 @@ def main() -> None:
         "bags": bags.report, "blocks": blocks.report, "calls": calls.report, "compiled": compiled.report,
         "data_parallel": data_parallel.report, "frozen": frozen.report, "layouts": layouts.report,
         "memory": memory.report, "models": models.report, "peers": peers.report,
-        "revisions": revisions.report, "startup": startup.report, "structure": structure.report,
-        "updates": updates.report,
+        "revisions": revisions.report, "slow_link": slow_link.report, "startup": startup.report,
+        "structure": structure.report, "updates": updates.report,
     }  # fmt: skip
     try:
         rows = commands[options.command](options, console)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from examples.ranks import in_bfloat16
 from sparselab.dst import Group, Replicas
 from tests.dst.contract_rows import ROWS
 from tests.dst.harness import OPTIMIZERS, build, sparse_layers
@@ -86,11 +86,6 @@ def batch(step: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randint(0, 3, (tokens,), generator=generator)
 
 
-def bf16(state, bucket):  # without annotations, which torch compares with its own
-    # Torch refuses its own by name where there is no GPU.
-    return bf16_compress_hook(state, bucket)
-
-
 def step_once(case: Case, model: Any, step: int, rank: int = 0, world: int = 1) -> float:
     """Forward and backward passes of one step of a process that has a part of each batch; the loss."""
     total, part = 0.0, case.tokens // world
@@ -140,7 +135,7 @@ def replica(rank: int, case: Case, saved: bytes | None = None) -> dict[str, Any]
         case.attach(model, algorithm)
     wrapped = DistributedDataParallel(model, **case.ddp)
     if case.hook:
-        wrapped.register_comm_hook(None, bf16)
+        wrapped.register_comm_hook(None, in_bfloat16)
     if not case.attach_first:
         case.attach(wrapped, algorithm)
     optimizer = case.optimize(model, sharded=True)
