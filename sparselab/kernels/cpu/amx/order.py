@@ -14,7 +14,7 @@ from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.bfloat16 import put_number
 from sparselab.kernels.cpu.simd.matrix_tiles import interleave
 from sparselab.kernels.cpu.simd.transpose import transpose8
-from sparselab.kernels.cpu.simd.vectors import prefetch, put, view_at, weight
+from sparselab.kernels.cpu.simd.vectors import put, view_at, weight
 
 #: Tokens of a step, and the 16-bit words that it has in a panel.
 STEP = 32
@@ -22,9 +22,6 @@ STEP_WORDS = STEP * PANEL
 
 #: 1 in bfloat16.
 _ONE = 0x3F80
-
-#: Features between those that are put in order and those that are asked for.
-_AHEAD = 2 * PANEL
 
 
 @jit
@@ -50,9 +47,6 @@ def put_pairs(x, x_step, n_tokens, token, first, n_columns, columns, pairs, at):
 def _order_step(x, x_step, n_tokens, token, first, n_columns, pairs, at):  # type: ignore[no-untyped-def]
     """One step of a panel of pairs."""
     for pair in range(STEP // 2):
-        if token + 2 * pair + 1 < n_tokens:
-            prefetch(x, (token + 2 * pair) * x_step + first + _AHEAD)
-            prefetch(x, (token + 2 * pair + 1) * x_step + first + _AHEAD)
         put_pairs(x, x_step, n_tokens, token + 2 * pair, first, n_columns, PANEL, pairs, at + 2 * pair * PANEL)
 
 

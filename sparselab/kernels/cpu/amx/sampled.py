@@ -1,13 +1,15 @@
 """``dW[i, j] = sum_t dY[t, i] X[t, j]`` at connections and small blocks, in bfloat16 by the matrix unit.
 
-The unit multiplies 32 rows with 32 columns in the time that vectors take for some 20 connections of them, so
-each such part of the dense gradient is computed, and what belongs to connections is taken from it while it
-is in the first-level cache; the rest is never stored.
+The unit multiplies 32 rows with 32 columns in the time that vectors take for some 50 connections of these
+1024, so such parts of the dense gradient are computed, and what belongs to connections is taken from them
+while they are in the first-level cache; the rest is never stored.
 
-Loop order, from outside: runs of `_RUN` tokens, whose factors are put in order; groups of panels of rows,
-which workers have; groups of panels of columns; panels of rows; panels of columns. In tiles: the 32 x 32
-sums of a part, over all tokens of the run. In second-level cache: both groups. An output has one writer, and
-sums over tokens in one order.
+Loop order, from outside: runs of `_RUN` tokens, in which X is put in order; groups of panels of rows, whose
+dY is put in order; groups of panels of columns; panels of rows; chunks of tokens; panels of columns. In
+tiles: the 32 x 32 sums of a part. In first-level cache: a chunk of a panel of rows, and the sums of a panel
+of rows with all columns of a group. In second-level cache: both groups. Per step of 32 tokens and part: 2 KiB
+of either factor loaded for 32,768 multiply-adds, which take 64 cycles. The sums of dY are those with one more
+column, of ones. Each output has one writer and one order of summation.
 """
 
 from __future__ import annotations
@@ -190,7 +192,7 @@ def sample_connections(
     DY, X : arrays, (tokens, rows) and (tokens, columns)
         The bits of bfloat16 (uint16), or float32, which is rounded. The features of a token lie together.
     out : float32 array, flat
-        The blocks of W by their slots. Entries of blocks beyond the matrix are 0 times a number.
+        The blocks of W by their slots. What is added to entries of blocks beyond the matrix means nothing.
     sums : float32 array, (rows,), optional
 
     Raises
@@ -204,18 +206,19 @@ def sample_connections(
         return
     panels, column_panels = -(-n_rows // PANEL), n_columns // PANEL + 1
     run_items = -(-min(n_tokens, _RUN) // STEP) * STEP_WORDS
-    workers = worker_count(panels * column_panels * run_items)
+    workers = worker_count(panels * column_panels * -(-n_tokens // STEP) * STEP_WORDS)
     n_groups = -(-panels // _ROW_PANELS)
     n_groups = min(-(-n_groups // workers) * workers, panels)
     n_workers = min(workers, n_groups)
     edges = np.arange(n_groups + 1) * panels // n_groups
     # One block of scratch: the pairs, and the rows of each worker.
-    most_rows = int(np.diff(edges).max()) * run_items // 2
-    memory = scratch(1, column_panels * run_items // 2 + n_workers * most_rows, np.dtype(np.float32))[0]
-    pairs = memory[: column_panels * run_items // 2].view(np.uint16)
-    work = memory[len(pairs) // 2 :][: n_workers * most_rows].reshape(n_workers, most_rows)
+    most_panels = int(np.diff(edges).max())
+    pair_words, row_words = (n * run_items // 2 for n in (column_panels, most_panels))
+    memory = scratch(1, pair_words + n_workers * row_words, np.dtype(np.float32))[0]
+    pairs = memory[:pair_words].view(np.uint16)
+    work = memory[pair_words : pair_words + n_workers * row_words].reshape(n_workers, row_words)
     buffers = np.empty((n_workers, STEP_WORDS), np.uint16)
-    places = np.empty((n_workers, most_rows // block_shape[0]), np.int64)
+    places = np.empty((n_workers, most_panels * PANEL // block_shape[0]), np.int64)
     all_sums = np.empty((n_workers, PANEL * _PITCH), np.float32)
     told = configuration(STEP)
     for token0 in range(0, n_tokens, _RUN):

@@ -32,6 +32,10 @@ class _Least(NamedTuple):
 
 _PRODUCT, _GRADIENT, _GRADIENT_OF_BLOCKS = _Least(0.07, 384), _Least(0.055, 192), _Least(0.09, 64)
 
+#: Features of one instruction. At the end of a token with an incomplete one, torch's product reads on into the
+#: next token, times zeros: a NaN or infinity there would spoil both.
+_WHOLE = 32
+
 #: Multiply-adds of the dense matrix below which nothing is gained.
 _LEAST_WORK = 1 << 25
 
@@ -43,7 +47,12 @@ def _repays(least: _Least, shape: tuple[int, int], density: float, n_tokens: int
 
 def takes_product(shape: tuple[int, int], density: float, n_tokens: int) -> bool:
     """Whether products of single connections are computed so, by torch's dense product."""
-    return _TORCH_HAS_UNIT and torch.backends.mkldnn.enabled and _repays(_PRODUCT, shape, density, n_tokens)
+    return (
+        _TORCH_HAS_UNIT
+        and bool(torch.backends.mkldnn.enabled)
+        and all(size % _WHOLE == 0 for size in shape)
+        and _repays(_PRODUCT, shape, density, n_tokens)
+    )
 
 
 def takes_gradient(
