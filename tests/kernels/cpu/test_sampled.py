@@ -52,7 +52,8 @@ class Case:
     def of(self, dense: Array) -> tuple[Array, Array]:
         """The entries that slots have of a dense matrix, and which of them are inside of it."""
         height, width = self.block
-        whole = np.full([-(-n // size) * size for n, size in zip(self.shape, self.block, strict=True)], np.nan)
+        padded = [-(-n // size) * size for n, size in zip(self.shape, self.block, strict=True)]
+        whole = np.full(padded, np.nan)
         whole[: self.shape[0], : self.shape[1]] = dense
         found = np.zeros((len(self.indices), height, width))
         columns = self.indices[self.slots].astype(int)

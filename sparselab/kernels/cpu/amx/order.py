@@ -47,7 +47,9 @@ def put_pairs(x, x_step, n_tokens, token, first, n_columns, columns, pairs, at):
 def _order_step(x, x_step, n_tokens, token, first, n_columns, pairs, at):  # type: ignore[no-untyped-def]
     """One step of a panel of pairs."""
     for pair in range(STEP // 2):
-        put_pairs(x, x_step, n_tokens, token + 2 * pair, first, n_columns, PANEL, pairs, at + 2 * pair * PANEL)
+        put_pairs(
+            x, x_step, n_tokens, token + 2 * pair, first, n_columns, PANEL, pairs, at + 2 * pair * PANEL
+        )
 
 
 @jit

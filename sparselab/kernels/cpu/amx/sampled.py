@@ -42,7 +42,6 @@ from sparselab.kernels.cpu.amx.tiles import (
     zero10,
     zero11,
 )
-from sparselab.kernels.cpu.partition import first_not_below
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.matrix_unit import require_matrix_unit
@@ -145,7 +144,16 @@ def _sample_parts(  # type: ignore[no-untyped-def]
     for group in range(worker * n_groups // n_workers, (worker + 1) * n_groups // n_workers):
         row0, row1 = edges[group] * PANEL, min(edges[group + 1] * PANEL, n_rows)
         order_rows(
-            dy, dy_step, n_tokens, n_steps, row0, row1, n_rows, rows, buffers[worker], buffers_as_words[worker]
+            dy,
+            dy_step,
+            n_tokens,
+            n_steps,
+            row0,
+            row1,
+            n_rows,
+            rows,
+            buffers[worker],
+            buffers_as_words[worker],
         )
         block0 = row0 // height
         for block in range(block0, min((row1 + height - 1) // height, n_blocks)):

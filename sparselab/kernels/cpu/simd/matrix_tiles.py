@@ -101,7 +101,9 @@ def interleave(_: Any, source: Any, first: Any, second: Any, target: Any, at: An
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        rows = [emit.load(emit.at(emit.data(0), emit.index(k)), row, item_bytes(source.dtype)) for k in (1, 2)]
+        rows = [
+            emit.load(emit.at(emit.data(0), emit.index(k)), row, item_bytes(source.dtype)) for k in (1, 2)
+        ]
         a, b = (narrow(builder, each) for each in rows) if is_wide else rows
         both = emit.shuffle(a, b, [lane // 2 + lane % 2 * 16 for lane in range(32)])
         emit.store(both, emit.at(emit.data(3), emit.index(4)), 2)

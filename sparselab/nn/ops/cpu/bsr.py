@@ -178,10 +178,10 @@ def values_grad(
         wide = values_grad(topology, grad, x, with_bias, dtype)
         return wide[0].to(out), wide[1].to(out)
     if given is torch.bfloat16 and takes_gradient(own.block_shape, own.shape, density(own), len(grad)):
-        found = values_grad_by_unit(
+        entries, sums = values_grad_by_unit(
             topology.values_shape, own.shape, own.block_shape, *_block_rows(own), grad, x, with_bias
         )
-        return without_outside(own, found[0]), found[1]
+        return without_outside(own, entries), sums
     dense = choose_name("values_grad", len(grad), density(own), BLOCKS) == "dense blocks"
     if dense and not (given is x.dtype is dtype):
         return values_grad(topology, grad.to(dtype), x.to(dtype), with_bias)

@@ -6,8 +6,9 @@ Operands have been checked; see `sparselab.nn.ops.products.LinearProducts`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import Narrow, OnTensors
+from sparselab.nn.ops.cpu.dense_parts import takes_gradient, takes_product
+from sparselab.nn.ops.cpu.dense_parts import values_grad as values_grad_by_unit
 from sparselab.nn.ops.cpu.memory import (
     LIKE,
     SUMMED,
@@ -41,8 +44,6 @@ from sparselab.nn.ops.cpu.memory import (
     in_order,
     zeros,
 )
-from sparselab.nn.ops.cpu.dense_parts import takes_gradient, takes_product
-from sparselab.nn.ops.cpu.dense_parts import values_grad as values_grad_by_unit
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
 
@@ -61,8 +62,9 @@ class Rows(Protocol):
     indices: Array
 
 
-class Turned(NamedTuple):
-    """Those of W^T."""
+@dataclass
+class _Turned:
+    """The rows of W^T."""
 
     shape: tuple[int, int]
     begin: Array
@@ -246,8 +248,10 @@ def _input_grad_by_unit(rows: RowProducts, values: Tensor, grad: Tensor) -> Tens
     if plan is None:
         plan = rows.transpose = transpose_plan(rows.topology)
     held = in_order(values)
-    ordered = into_order(held.data_ptr(), LIKE[values.dtype], rows.all, plan.order, LIKE[SUMMED[grad.dtype]].dtype)
-    turned = Turned((n_columns, n_rows), plan.indptr[:-1], plan.indptr[1:], plan.indices)
+    ordered = into_order(
+        held.data_ptr(), LIKE[values.dtype], rows.all, plan.order, LIKE[SUMMED[grad.dtype]].dtype
+    )
+    turned = _Turned((n_columns, n_rows), plan.indptr[:-1], plan.indptr[1:], plan.indices)
     return _product_of_blocks(turned, torch.from_numpy(ordered), grad, None, dx)
 
 
