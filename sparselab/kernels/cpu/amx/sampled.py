@@ -104,7 +104,7 @@ def _add_part(rows_at, pairs_at, n_steps, sums_at, sums_step, is_first):  # type
 
 @jit
 def _take_blocks(sums, row0, n_rows, column0, indices, begin, end, places, place0, height, width, out):  # type: ignore[no-untyped-def]
-    """Add what is in the columns of `sums` to the slots of these block rows; `places` says how far each is."""
+    """Add what the columns of `sums` have to the slots of block rows; `places` says how far each is."""
     column1 = column0 + _WIDTH
     for row in range(row0, row0 + n_rows):
         place = place0 + row - row0
@@ -127,8 +127,9 @@ def _take_blocks(sums, row0, n_rows, column0, indices, begin, end, places, place
 
 @jit
 def _sample_parts(  # type: ignore[no-untyped-def]
-    worker, n_workers, told_at, edges, n_tokens, n_steps, dy_at, dy_like, dy_step, pairs_at, n_rows, n_columns,
-    indices, begin, end, height, width, work, buffers, buffers_as_words, all_places, all_sums, out_at, out_sums_at,
+    worker, n_workers, told_at, edges, n_tokens, n_steps, dy_at, dy_like, dy_step, pairs_at, n_rows,
+    n_columns, indices, begin, end, height, width, work, buffers, buffers_as_words, all_places, all_sums,
+    out_at, out_sums_at,
 ):  # fmt: skip
     """Compute the worker's groups of panels of rows."""
     if spread(worker, n_workers):

@@ -247,10 +247,8 @@ def _input_grad_by_unit(rows: RowProducts, values: Tensor, grad: Tensor) -> Tens
     plan = rows.transpose
     if plan is None:
         plan = rows.transpose = transpose_plan(rows.topology)
-    held = in_order(values)
-    ordered = into_order(
-        held.data_ptr(), LIKE[values.dtype], rows.all, plan.order, LIKE[SUMMED[grad.dtype]].dtype
-    )
+    held, dtype = in_order(values), LIKE[torch.float32].dtype
+    ordered = into_order(held.data_ptr(), LIKE[values.dtype], rows.all, plan.order, dtype)
     turned = _Turned((n_columns, n_rows), plan.indptr[:-1], plan.indptr[1:], plan.indices)
     return _product_of_blocks(turned, torch.from_numpy(ordered), grad, None, dx)
 

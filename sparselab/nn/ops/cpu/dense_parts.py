@@ -32,7 +32,7 @@ class _Least(NamedTuple):
 
 _PRODUCT, _GRADIENT, _GRADIENT_OF_BLOCKS = _Least(0.07, 384), _Least(0.055, 192), _Least(0.09, 64)
 
-#: Features of one instruction. At the end of a token with an incomplete one, torch's product reads on into the
+#: Features of one instruction. Where a token ends with an incomplete one, torch's product reads on into the
 #: next token, times zeros: a NaN or infinity there would spoil both.
 _WHOLE = 32
 
