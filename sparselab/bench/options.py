@@ -84,8 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_integer, nargs="+", metavar="N", help="default: as many as torch uses")
     for name, known in (("operations", linear.OPERATIONS), ("contenders", linear.CONTENDERS)):
         quoted = ", ".join(f"'{each}'" for each in known)
-        usual = [each for each in known if each != linear.FAN_IN]
-        left_out = f" (default: all but '{linear.FAN_IN}')" if len(usual) < len(known) else ""
+        usual = [each for each in known if each not in linear.OPTIONAL]
+        others = ", ".join(f"'{each}'" for each in known if each in linear.OPTIONAL)
+        left_out = f" (default: all but {others})" if others else ""
         text = f"of {quoted}{left_out}"
         add(f"--{name}", nargs="+", choices=known, default=usual, metavar="NAME", help=text)
     add(

@@ -21,8 +21,10 @@ from sparselab.kernels.arrays import address
 from sparselab.kernels.cpu import narrow as weights_to_numbers
 from sparselab.kernels.cpu.amx import gradient as unit_gradient
 from sparselab.kernels.cpu.amx import product as unit_product
+from sparselab.kernels.cpu.amx import sampled as unit_sampled
 from sparselab.kernels.cpu.amx.gradient import sample_blocks
 from sparselab.kernels.cpu.amx.product import multiply_blocks
+from sparselab.kernels.cpu.amx.sampled import sample_connections
 from sparselab.kernels.cpu.bsr import direct as block_direct
 from sparselab.kernels.cpu.bsr import direct_dw as block_direct_dw
 from sparselab.kernels.cpu.bsr import sddmm_dw as block_sddmm_dw
@@ -76,7 +78,7 @@ def guard_scratch(front: bool) -> None:
 
     rows, blocks = (row_spmm, row_sddmm_dw, row_skinny, row_order), (block_spmm, block_sddmm_dw, block_skinny)
     direct = block_direct, block_direct_dw
-    for module in (*rows, *blocks, *direct, unit_product, unit_gradient, weights_to_numbers):
+    for module in (*rows, *blocks, *direct, unit_product, unit_gradient, unit_sampled, weights_to_numbers):
         module.scratch = scratch  # type: ignore[attr-defined]
     row_order.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
     for module in (mlp_forward, mlp_backward):
@@ -223,6 +225,23 @@ def run_by_matrix_unit(shape: tuple[int, int], tokens: int, block: tuple[int, in
         np.testing.assert_array_equal(out, right)
 
 
+def run_sampled(shape: tuple[int, int], tokens: int, block: tuple[int, int], front: bool) -> None:
+    """The gradient of single connections, (1, 1), and of small blocks, by the matrix unit."""
+    rng = np.random.default_rng(0)
+    topology: Any = PaddedCSR.random(shape, 0.5, 0).topology
+    if block != (1, 1):
+        topology = BlockCSR.random(shape, 0.5, block, 0).topology.blocks
+    rows = topology.rows
+    X, DY = (rng.integers(0, 1 << 14, (tokens, n)).astype(np.uint16) for n in shape[::-1])
+    size = topology.nnz * block[0] * block[1]
+    results = np.zeros(size + shape[0], np.float32)
+    numbers = [rows.indices, rows.indptr[:-1].copy(), rows.indptr[1:].copy(), DY, X, results]
+    for place in (np.asarray, lambda array: guarded(array, front=front)):
+        *operands, out = map(place, numbers)
+        sample_connections(shape, block, *operands, out[:size], out[size:])
+        assert np.isfinite(out).all()
+
+
 def run_two_layers(kind: Any, sizes: tuple[int, int, int], tokens: int, front: bool) -> None:
     """Two layers with a nonlinearity between them, both passes."""
     block = Block(kind, sizes, tokens)
@@ -260,6 +279,9 @@ def main(side: str, how: str) -> None:
     for shape, tokens, block in combinations(SIZES, TOKENS, ((16, 16), (32, 32), (16, 48))):
         if has_matrix_unit():
             run_by_matrix_unit(shape, tokens, block, front)
+    for shape, tokens, block in combinations(SIZES, TOKENS, ((1, 1), (4, 4), (8, 2), (1, 64))):
+        if has_matrix_unit():
+            run_sampled(shape, tokens, block, front)
     for kind, sizes, tokens in combinations(
         (None, (4, 4), (3, 3), (8, 4)), ((1, 1, 1), (9, 37, 14), (40, 130, 65)), (1, 63, 65, 200)
     ):

@@ -29,6 +29,12 @@ _BFLOAT16 = 2e-2
 #: `FanInLinear`. Where it takes part, the layer gets a constant fan-in, so that it can be the same matrix.
 FAN_IN = "fan-in"
 
+#: Ours under bfloat16 autocast.
+OURS_NARROW = "sparselab bfloat16"
+
+#: Contenders that only take part where they are asked for.
+OPTIONAL = FAN_IN, OURS_NARROW
+
 
 @dataclass(frozen=True)
 class Case:
@@ -187,6 +193,11 @@ def _dense_bfloat16(layer: SparseLinear) -> nn.Module:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise RuntimeError("this CPU has no bfloat16 instructions; emulated, a product takes seconds")
     return _InBfloat16(layer.to_dense())
+
+
+@contender(OURS_NARROW, _BFLOAT16)
+def _sparselab_bfloat16(layer: SparseLinear) -> nn.Module:
+    return _InBfloat16(layer)
 
 
 class _TorchCSR(nn.Module):

@@ -18,9 +18,13 @@ from typing import Any
 #: Dtypes of weights that are narrower than the numbers they stand for.
 NARROW = "uint16", "int8"
 
+#: A kernel that runs on CPUs with a matrix unit only, on the bits of bfloat16.
+UNIT_GRADIENT = "unit gradient"
+
 
 def kernels() -> dict[str, Any]:
     """The compiled functions with the loops that matter, by name."""
+    from sparselab.kernels.cpu.amx import sampled as _sampled
     from sparselab.kernels.cpu.bsr import direct as _direct
     from sparselab.kernels.cpu.bsr import direct_dw as _direct_gradient
     from sparselab.kernels.cpu.bsr import sddmm_dw as _block_gradient
@@ -43,6 +47,7 @@ def kernels() -> dict[str, Any]:
         "block gradient": _block_gradient._sample_blocks,
         "block direct": _direct._multiply,
         "block direct gradient": _direct_gradient._sample,
+        UNIT_GRADIENT: _sampled._sample_parts,
     }
 
 
@@ -92,8 +97,10 @@ def run_narrow(dtype: str) -> None:
 
     from sparselab.kernels import BlockCSR, PaddedCSR
     from sparselab.kernels.arrays import address
+    from sparselab.kernels.cpu.amx.sampled import sample_connections
     from sparselab.kernels.cpu.bsr.skinny import multiply_skinny_blocks
     from sparselab.kernels.cpu.csr.skinny import matrix, multiply_skinny
+    from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
     from tests.kernels.narrow import FLOAT32, draw
 
     W, blocks = PaddedCSR.random((16, 300), 0.8, 0), BlockCSR.random((16, 300), 0.5, (4, 1), 0)
@@ -103,6 +110,12 @@ def run_narrow(dtype: str) -> None:
     rows, grid = W.topology.rows, blocks.topology.blocks.rows
     multiply_skinny(few.weights, rows.indices, rows.indptr[:-1], rows.indptr[1:], *operands)
     multiply_skinny_blocks(several.weights, grid.indices, grid.indptr, blocks.block_shape, *operands)
+    if dtype == "uint16" and has_matrix_unit():
+        tokens = np.ones((40, 300), np.uint16)
+        begin, end = rows.indptr[:-1], rows.indptr[1:]
+        sample_connections(
+            W.shape, (1, 1), rows.indices, begin, end, tokens[:, :16], tokens, np.zeros(W.nnz, np.float32)
+        )
 
 
 def record(file: str) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from tests.kernels.cpu.assembly import Loop, innermost_loops
-from tests.kernels.cpu.lower import NARROW
+from tests.kernels.cpu.lower import NARROW, UNIT_GRADIENT
 from tests.kernels.process import run_python
 from tests.shared import once, usual
 
@@ -15,6 +16,7 @@ NEOVERSE = "aarch64-unknown-linux-gnu:neoverse-n1"
 APPLE = "arm64-apple-macosx:apple-m1"
 HASWELL = "x86_64-unknown-linux-gnu:haswell"
 SKYLAKE = "x86_64-unknown-linux-gnu:skylake-avx512"
+SAPPHIRE_RAPIDS = "x86_64-unknown-linux-gnu:sapphirerapids"
 ZEN4 = "x86_64-unknown-linux-gnu:znver4"
 
 #: Any multiply-add, and one on whole vector registers, by the width that the kernels are compiled for.
@@ -62,8 +64,9 @@ class Listings:
         return file
 
     def loops(
-        self, width: int, kernel: str, dtype: str, target: str, kernels: tuple[str, ...] = KERNELS
-    ) -> list[Loop]:
+        self, width: int, kernel: str, dtype: str, target: str, kernels: tuple[str, ...] = KERNELS,
+        multiply: str = ANY_FMA,
+    ) -> list[Loop]:  # fmt: skip
         """The innermost loops that multiply; `kernels` are compiled together."""
         types = self.types()
         directory = self.directory / f"{target.split(':')[1]}-{width}-{dtype}"
@@ -75,7 +78,7 @@ class Listings:
                     *kernels, SPARSELAB_VECTOR_BYTES=str(width),
                 )  # fmt: skip
         listing = (directory / f"{kernel}-{dtype}.s").read_text()
-        return [loop for loop in innermost_loops(listing) if loop.count(ANY_FMA)]
+        return [loop for loop in innermost_loops(listing) if loop.count(multiply)]
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +154,19 @@ def test_few_tokens_of_narrow_weights_are_converted_in_vectors(
     assert len(four) >= 2
     for loop in four:
         assert loop.count(ANY_FMA) == loop.count(ANY_VECTOR_FMA)
+
+
+@pytest.mark.skipif(not has_matrix_unit(), reason="what to compile for is seen by a call")
+def test_a_step_of_the_matrix_unit_loads_each_tile_once(listings: Listings) -> None:
+    names = (UNIT_GRADIENT,)
+    product = r"^\s+tdpbf16ps\s"
+    loops = listings.loops(64, *names, "uint16", SAPPHIRE_RAPIDS, kernels=names, multiply=product)
+    assert loops
+    for loop in loops:
+        assert loop.count(product) == loop.count(r"^\s+tileloadd\s")
+        assert loop.count(product) % 4 == 0  # unrolled or not
+        assert not loop.count(r"^\s+(call|tilestored)\b")
+        assert not loop.spills
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from sparselab.kernels.arrays import Array, address
+from sparselab.kernels.cpu.amx.order import STEP, put_pairs
 from sparselab.kernels.cpu.amx.tiles import (
     PANEL,
     STRIP,
@@ -39,37 +40,18 @@ from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.matrix_unit import require_matrix_unit
 from sparselab.kernels.cpu.runtime.memory import scratch
 from sparselab.kernels.cpu.runtime.team import spread
-from sparselab.kernels.cpu.simd.matrix_tiles import configure, interleave, release
+from sparselab.kernels.cpu.simd.matrix_tiles import configure, release
 from sparselab.kernels.cpu.simd.transpose import transpose8
-from sparselab.kernels.cpu.simd.vectors import get, put, view_at
+from sparselab.kernels.cpu.simd.vectors import get, view_at
 
-#: Tokens of one instruction, and of a range.
-_STEP, _RANGE = 32, 512
+#: Tokens of a range.
+_RANGE = 512
 
 #: Words beside a row of tokens, so that rows do not all lie in the same lines of a cache.
 _GAP = 16
 
 #: Outputs that are turned together, by way of a buffer.
 _TURNED = 64
-
-
-@jit
-def _put_pairs(x, x_step, n_tokens, token, first, n_columns, columns, pairs, at):  # type: ignore[no-untyped-def]
-    """The pairs of two tokens, of so many columns from the first on; zeros where there is none."""
-    whole = n_columns // 16 * 16
-    a, b = token * x_step + first, (token + 1) * x_step + first
-    if token + 1 < n_tokens:
-        for j in range(0, whole, 16):
-            interleave(x, a + j, b + j, pairs, at + 2 * j)
-        for j in range(whole, n_columns):
-            put(pairs, at + 2 * j, get(x, a + j))
-            put(pairs, at + 2 * j + 1, get(x, b + j))
-    else:
-        pairs[at : at + 2 * columns] = 0
-        if token < n_tokens:
-            for j in range(n_columns):
-                put(pairs, at + 2 * j, get(x, a + j))
-    pairs[at + 2 * n_columns : at + 2 * columns] = 0
 
 
 @jit
@@ -82,16 +64,16 @@ def _order_factors(  # type: ignore[no-untyped-def]
         return
     x, dy = view_at(x_at, like), view_at(dy_at, like)
     buffer, words = buffers[worker], buffer_words[worker]
-    half = _STEP // 2
+    half = STEP // 2
     for s in range(worker * n_steps // n_workers, (worker + 1) * n_steps // n_workers):
         for pair in range(s * half, (s + 1) * half):
-            _put_pairs(x, x_step, n_tokens, 2 * pair, 0, n_columns, columns, pairs, 2 * pair * columns)
+            put_pairs(x, x_step, n_tokens, 2 * pair, 0, n_columns, columns, pairs, 2 * pair * columns)
         for row in range(0, rows, _TURNED):
             width = min(_TURNED, rows - row)
             present = max(min(n_rows - row, width), 0)
             for pair in range(half):
                 token = 2 * (s * half + pair)
-                _put_pairs(dy, dy_step, n_tokens, token, row, present, width, buffer, 2 * pair * _TURNED)
+                put_pairs(dy, dy_step, n_tokens, token, row, present, width, buffer, 2 * pair * _TURNED)
             for i in range(0, width, 8):
                 for pair in range(0, half, 8):
                     target = (row + i) * row_words + s * half + pair
@@ -136,8 +118,8 @@ def _sample_blocks(  # type: ignore[no-untyped-def]
         return
     configure(told_at)
     size = PANEL if height % PANEL == 0 and width % PANEL == 0 else STRIP
-    for first in range(0, n_steps, _RANGE // _STEP):
-        steps = min(_RANGE // _STEP, n_steps - first)
+    for first in range(0, n_steps, _RANGE // STEP):
+        steps = min(_RANGE // STEP, n_steps - first)
         for r in range(edges[worker], edges[worker + 1]):
             for k in range(indptr[r], indptr[r + 1]):
                 rows_at = turned_at + r * height * row_step + first * 64
@@ -176,23 +158,23 @@ def sample_blocks(plan: BlockPlan, DY: Array, X: Array, out: Array) -> None:
     out.fill(0)
     if n_tokens == 0 or out.size == 0:
         return
-    n_steps = -(-n_tokens // _STEP)
+    n_steps = -(-n_tokens // STEP)
     rows, columns = (len(plan.indptr) - 1) * plan.height, plan.n_columns
-    row_words = n_steps * _STEP // 2 + _GAP
+    row_words = n_steps * STEP // 2 + _GAP
     like = np.empty(0, np.uint16)
-    n_pairs = n_steps * _STEP * columns
+    n_pairs = n_steps * STEP * columns
     ordered = scratch(1, n_pairs + rows * row_words * 2, like.dtype)[0]
     pairs, turned = ordered[:n_pairs], ordered[n_pairs : n_pairs + rows * row_words * 2]
     workers = worker_count(len(out) * n_tokens // 8 + pairs.size + turned.size)
     n_workers = min(workers, n_steps)
-    buffers = np.empty((n_workers, _STEP * _TURNED), np.uint16)
+    buffers = np.empty((n_workers, STEP * _TURNED), np.uint16)
     launch(
         _order_factors, n_workers, address(X), X.strides[0] // 2, X.shape[1], columns, address(DY),
         DY.strides[0] // 2, DY.shape[1], rows, n_tokens, n_steps, pairs, turned, turned.view(np.float32),
         row_words, buffers, buffers.view(np.float32), like,
     )  # fmt: skip
     edges = cut_rows(plan.indptr, min(workers, len(plan.indptr) - 1))
-    told = configuration(_STEP)
+    told = configuration(STEP)
     launch(
         _sample_blocks, len(edges) - 1, address(told), edges, plan.indptr, plan.columns, plan.height,
         plan.width, address(pairs), 4 * columns, address(turned), 4 * row_words, n_steps, address(out),

@@ -12,6 +12,7 @@ from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.team import spread
+from sparselab.kernels.cpu.simd.bfloat16 import put_number
 from sparselab.kernels.cpu.simd.vectors import get, put, weight
 
 
@@ -24,7 +25,7 @@ def _expand(worker, n_workers, values, indices, begin, end, row0, row1, n_column
         at = (i - row0) * n_columns
         block[at : at + n_columns] = 0
         for k in range(begin[i], end[i]):
-            put(block, at + np.int64(get(indices, k)), weight(values, k))
+            put_number(block, at + np.int64(get(indices, k)), weight(values, k))
 
 
 @jit
@@ -45,7 +46,7 @@ def expand_rows(
     """Write rows ``row0 : row1`` of W to `block`, flat in C order and at least as long as they need.
 
     Row i of W is the slots ``begin[i] : end[i]``. The values have the block's dtype, or are the bits of
-    bfloat16 in uint16 beside float32.
+    bfloat16 in uint16 beside float32; float32 is rounded if the block holds such bits.
     """
     n_workers = max(1, min(worker_count(), row1 - row0))
     launch(_expand, n_workers, values, indices, begin, end, row0, row1, n_columns, block)

@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from sparselab.kernels.cpu.simd.bfloat16 import narrow
-from sparselab.kernels.cpu.simd.emit import Emit, is_array
+from sparselab.kernels.cpu.simd.emit import Emit, is_array, item_bytes
 
 _I8, _I16 = ir.IntType(8), ir.IntType(16)
 _BYTES = _I8.as_pointer()
@@ -88,14 +88,23 @@ def dot(sums: int, rows: int, pairs: int) -> Any:
 
 @intrinsic
 def interleave(_: Any, source: Any, first: Any, second: Any, target: Any, at: Any) -> Any:
-    """``target[at + 2 k + i] = source[(first, second)[i] + k]`` for k < 16 words of 16 bits, i < 2."""
-    if not (is_array(source) and is_array(target) and source.dtype == target.dtype == types.uint16):
+    """``target[at + 2 k + i] = source[(first, second)[i] + k]`` for k < 16 words of 16 bits, i < 2.
+
+    Numbers in float32 are rounded to the words of bfloat16.
+    """
+    if not (is_array(source) and is_array(target) and target.dtype == types.uint16):
         return None
-    half = ir.VectorType(_I16, 16)
+    if source.dtype not in (types.uint16, types.float32):
+        return None
+    is_wide = source.dtype == types.float32
+    row = ir.VectorType(ir.FloatType() if is_wide else _I16, 16)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit = Emit(context, builder, signature, args)
-        a, b = (emit.load(emit.at(emit.data(0), emit.index(k)), half, 2) for k in (1, 2))
+        rows = [
+            emit.load(emit.at(emit.data(0), emit.index(k)), row, item_bytes(source.dtype)) for k in (1, 2)
+        ]
+        a, b = (narrow(builder, each) for each in rows) if is_wide else rows
         both = emit.shuffle(a, b, [lane // 2 + lane % 2 * 16 for lane in range(32)])
         emit.store(both, emit.at(emit.data(3), emit.index(4)), 2)
         return emit.nothing()

@@ -20,6 +20,8 @@ from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.contract import Narrow, OnTensors
 from sparselab.nn.ops.cpu import narrow_blocks
+from sparselab.nn.ops.cpu.dense_parts import takes_gradient
+from sparselab.nn.ops.cpu.dense_parts import values_grad as values_grad_by_unit
 from sparselab.nn.ops.cpu.memory import (
     LIKE,
     SUMMED,
@@ -175,6 +177,11 @@ def values_grad(
     if out is not dtype:
         wide = values_grad(topology, grad, x, with_bias, dtype)
         return wide[0].to(out), wide[1].to(out)
+    if given is torch.bfloat16 and takes_gradient(own.block_shape, own.shape, density(own), len(grad)):
+        entries, sums = values_grad_by_unit(
+            topology.values_shape, own.shape, own.block_shape, *_block_rows(own), grad, x, with_bias
+        )
+        return without_outside(own, entries), sums
     dense = choose_name("values_grad", len(grad), density(own), BLOCKS) == "dense blocks"
     if dense and not (given is x.dtype is dtype):
         return values_grad(topology, grad.to(dtype), x.to(dtype), with_bias)
@@ -192,6 +199,12 @@ def values_grad(
         sample(own, as_array(grad).T, as_array(x).T, as_vector(result), of_bias)
     without_outside(own, result)
     return result, sums
+
+
+def _block_rows(own: BlockTopology) -> tuple[Array, Array, Array]:
+    """The columns of blocks, and where each block row begins and ends."""
+    rows = own.blocks.rows
+    return rows.indices, rows.indptr[:-1], rows.indptr[1:]
 
 
 def without_outside(own: BlockTopology, entries: Tensor) -> Tensor:

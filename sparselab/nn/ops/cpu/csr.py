@@ -6,6 +6,7 @@ Operands have been checked; see `sparselab.nn.ops.products.LinearProducts`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,6 +32,8 @@ from sparselab.kernels.cpu.csr.spmm import ProductCut, cut_product, multiply_cut
 from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.contract import Narrow, OnTensors
+from sparselab.nn.ops.cpu.dense_parts import takes_gradient, takes_product
+from sparselab.nn.ops.cpu.dense_parts import values_grad as values_grad_by_unit
 from sparselab.nn.ops.cpu.memory import (
     LIKE,
     SUMMED,
@@ -52,6 +55,16 @@ _BLOCK_BYTES = 8 << 20
 
 class Rows(Protocol):
     """Connections in compressed rows: row i is the slots ``begin[i] : end[i]``."""
+
+    shape: tuple[int, int]
+    begin: Array
+    end: Array
+    indices: Array
+
+
+@dataclass
+class _Turned:
+    """The rows of W^T."""
 
     shape: tuple[int, int]
     begin: Array
@@ -98,10 +111,14 @@ def product(
     y = torch.empty((n_tokens, n_rows), dtype=out)
     if y.numel() == 0:
         return y
+    by_unit = variant is None and out is torch.bfloat16 and takes_product(rows.shape, rows.density, n_tokens)
     if variant is None and topology.measured is not None:
         variant = topology.measured.name(n_tokens)
     if variant is None:
         variant = choose_name("forward", n_tokens, rows.density, SINGLE)
+    if by_unit:
+        offsets = None if bias is None else bias.to(out)
+        return _product_of_blocks(rows, values, x.to(out), offsets, y)
     if bias is not None and bias.dtype is not dtype:
         bias = bias.detach().to(dtype)
     if variant != "tiles" and not (given is dtype is out):
@@ -188,6 +205,8 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     dx = torch.empty((n_tokens, n_columns), dtype=out)
     if n_rows == 0 or dx.numel() == 0:
         return dx.zero_()
+    if given is torch.bfloat16 and takes_product(rows.shape, rows.density, n_tokens):
+        return _input_grad_by_unit(rows, values, grad).to(out)
     variant = choose_name("input_grad", n_tokens, rows.density, SINGLE)
     if variant != "tiles" and not (given is dtype is out):
         return input_grad(topology, values, grad.to(dtype)).to(out)
@@ -217,6 +236,23 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     return dx
 
 
+def _input_grad_by_unit(rows: RowProducts, values: Tensor, grad: Tensor) -> Tensor:
+    """``dy W`` in bfloat16. Each output is of one product, since a sum of several would be rounded often."""
+    n_rows, n_columns = rows.shape
+    dx = grad.new_empty((len(grad), n_columns))
+    if len(list(row_ranges(rows, grad))) == 1:
+        for _, _, block in dense_blocks(values, rows, grad):
+            torch.mm(grad, block, out=dx)
+        return dx
+    plan = rows.transpose
+    if plan is None:
+        plan = rows.transpose = transpose_plan(rows.topology)
+    held, dtype = in_order(values), LIKE[torch.float32].dtype
+    ordered = into_order(held.data_ptr(), LIKE[values.dtype], rows.all, plan.order, dtype)
+    turned = _Turned((n_columns, n_rows), plan.indptr[:-1], plan.indptr[1:], plan.indices)
+    return _product_of_blocks(turned, torch.from_numpy(ordered), grad, None, dx)
+
+
 def values_grad(
     topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool, out: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -232,6 +268,10 @@ def values_grad(
         return wide[0].to(out), wide[1].to(out)
     rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
+    if given is torch.bfloat16 and takes_gradient((1, 1), rows.shape, rows.density, n_tokens):
+        return values_grad_by_unit(
+            topology.values_shape, rows.shape, (1, 1), rows.indices, rows.begin, rows.end, grad, x, with_bias
+        )
     variant = choose_name("values_grad", n_tokens, rows.density, SINGLE)
     if variant != "tiles" and not (given is x.dtype is dtype):
         return values_grad(topology, grad.to(dtype), x.to(dtype), with_bias)
@@ -315,6 +355,6 @@ def dense_blocks(values: Tensor, rows: Rows, like: Tensor) -> Iterator[tuple[int
     """Rows and their dense weights; a block is lent until the next one is made."""
     weights = as_vector(values)
     for row0, row1, block in row_blocks(rows, like):
-        flat = block.view(-1).numpy()
+        flat = as_vector(block)
         expand_rows(weights, rows.indices, rows.begin, rows.end, row0, row1, rows.shape[1], flat)
         yield row0, row1, block
