@@ -19,6 +19,7 @@ from benchmarks import (
     layouts,
     memory,
     models,
+    outlook,
     peers,
     revisions,
     scale,
@@ -27,6 +28,7 @@ from benchmarks import (
     structure,
     updates,
 )
+from benchmarks.traffic import WAYS
 from benchmarks.turns import TurnError
 from sparselab.bench.contenders.linear import SHAPES
 from sparselab.bench.measure import machine
@@ -63,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         parallel.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     parallel.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
     add_slow_link(commands)
+    add_outlook(commands)
     add_blocks(commands)
     add_models(commands)
     add_layouts(commands)
@@ -75,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 def add_slow_link(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     slow = commands.add_parser("slow_link", help="time replicas of a GPT over a slow network (Linux, root)")
     slow.add_argument("--model", choices=slow_link.PRESETS, default="10M", help="(default: %(default)s)")
-    slow.add_argument("--ways", nargs="+", choices=slow_link.WAYS, default=list(slow_link.WAYS))
+    slow.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     slow.add_argument("--mbit", type=float, default=100.0, help="per second (default: %(default)s)")
     for name, default, of_what in (
         ("ranks", 2, "processes"),
@@ -86,6 +89,26 @@ def add_slow_link(commands: argparse._SubParsersAction[argparse.ArgumentParser])
             f"--{name}", type=positive, default=default, help=f"{of_what} (default: %(default)s)"
         )
     slow.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
+
+
+def add_outlook(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    larger = commands.add_parser(
+        "outlook", help="what larger models on more machines would take, by formulas"
+    )
+    larger.add_argument("--ranks", type=positive, nargs="+", default=[10, 100], help="machines")
+    larger.add_argument("--mbit", type=float, nargs="+", default=[100.0, 1000.0, 10000.0], help="per second")
+    larger.add_argument("--sparsity", type=fraction, default=0.9, help="(default: %(default)s)")
+    for name, kind, default, of_what in (
+        ("parameters", float, 1e10, "as if dense"),
+        ("tokens", positive, 65536, "that a machine sees in a step"),
+        ("tokens-per-weight", float, 20.0, "live weight, seen in the whole training"),
+        ("picoseconds", float, 80.0, "that a token and live weight took on --measured-cores"),
+        ("measured-cores", positive, 2, ""),
+        ("cores", positive, 32, "of a machine"),
+        ("plan-bytes", float, 3.7, "of kernels, for each live weight"),
+        ("price", float, 1.5, "of a machine for an hour, $"),
+    ):
+        larger.add_argument(f"--{name}", type=kind, default=default, help=f"{of_what} (default: %(default)s)")
 
 
 def add_blocks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -113,6 +136,7 @@ def add_memory(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     bytes_of.add_argument(
         "--tokens", type=positive, default=1024, help="of their steps (default: %(default)s)"
     )
+    bytes_of.add_argument("--blocks", type=block_shape, metavar="OUTxIN", help="of their layers, such as 4x4")
 
 
 def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -224,7 +248,7 @@ def main() -> None:
     commands = {
         "bags": bags.report, "blocks": blocks.report, "calls": calls.report, "compiled": compiled.report,
         "data_parallel": data_parallel.report, "frozen": frozen.report, "layouts": layouts.report,
-        "memory": memory.report, "models": models.report, "peers": peers.report,
+        "memory": memory.report, "models": models.report, "outlook": outlook.report, "peers": peers.report,
         "revisions": revisions.report, "slow_link": slow_link.report, "startup": startup.report,
         "structure": structure.report, "updates": updates.report,
     }  # fmt: skip

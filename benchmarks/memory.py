@@ -86,4 +86,4 @@ def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
         rows.append([name, *shares])
     columns = ["arm", "weights", "training state", "resident set growth"]
     console.print(tables.plain("MiB after three AdamW steps (and share of dense)", columns, rows))
-    return [*found, *scale.report(options.models, options.tokens, options.threads, console)]
+    return [*found, *scale.report(options.models, options.tokens, options.threads, options.blocks, console)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,11 +80,15 @@ def _storage(tensor: Tensor) -> int:
 class Trainer:
     """A GPT, its AdamW and RigL, as ``examples/gpt.py`` trains them; dense without a sparsity."""
 
-    def __init__(self, shape: Shape, sparsity: float | None, tokens: int) -> None:
+    def __init__(
+        self, shape: Shape, sparsity: float | None, tokens: int, block: tuple[int, int] | None = None
+    ) -> None:
         with torch.device("meta" if sparsity else "cpu"):
             model = GPT(256, CONTEXT, shape.n_layer, shape.d_model, shape.d_ff, shape.n_head)
         self.dense = sum(parameter.numel() for parameter in model.parameters())
-        self.model = sparselab.materialize(sparselab.sparsify(model, sparsity)) if sparsity else model
+        kind = {"layer": "block", "block_shape": block} if block else {}
+        rules = {"*": {"sparsity": sparsity, **kind}}
+        self.model = sparselab.materialize(sparselab.sparsify(model, rules)) if sparsity else model
         self.model.recompute = True
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         if sparsity:
@@ -118,6 +123,10 @@ class Phases:
         peak = peak_resident_bytes() if clear.exists() else resident_bytes()
         self.rows.append({"phase": name, "seconds": seconds, "peak": peak, "resident": resident_bytes()})
 
+    def seconds(self, name: str) -> float:
+        """Median of those of one name."""
+        return statistics.median(row["seconds"] for row in self.rows if row["phase"] == name)
+
     def __getitem__(self, name: str) -> dict[str, Any]:
         return next(row for row in reversed(self.rows) if row["phase"] == name)
 
@@ -141,17 +150,19 @@ def free_heap_bytes() -> int:
     return int(ask().fordblks)
 
 
-def measure(name: str, sparsity: float, tokens: int, threads: int) -> dict[str, Any]:
+def measure(
+    name: str, sparsity: float, tokens: int, threads: int, block: tuple[int, int] | None
+) -> dict[str, Any]:
     """In a fresh process: the life of one model."""
     torch.set_num_threads(threads)
-    small = Trainer(Shape(1, 64, 1), sparsity, tokens)
+    small = Trainer(Shape(1, 64, 1), sparsity, tokens, block)
     for _ in range(UPDATE + 1):
         small.step()  # loads the code, which is not the model's
     del small
     gc.collect()
     phases, code = Phases(), resident_bytes()
     with phases("build"):
-        trainer = Trainer(PRESETS[name], sparsity, tokens)
+        trainer = Trainer(PRESETS[name], sparsity, tokens, block)
     for step in range(1, UPDATE + 3):
         with phases(
             {1: "first step", UPDATE: "step with an update", UPDATE + 1: "step after it"}.get(step, "step")
@@ -170,8 +181,8 @@ def measure(name: str, sparsity: float, tokens: int, threads: int) -> dict[str, 
         "model": name, "sparsity": sparsity, "tokens": tokens, "threads": threads,
         "live": sum(parameter.numel() for parameter in trainer.model.parameters()), "dense": trainer.dense,
         "file_bytes": file_bytes, "phases": phases.rows, "peak": max(row["peak"] for row in phases.rows),
-        "step_peak": phases["step"]["peak"], "tensors": training_bytes(trainer),
-        "causes": causes(trainer, code),
+        "step_peak": phases["step"]["peak"], "step_s": phases.seconds("step"),
+        "tensors": training_bytes(trainer), "causes": causes(trainer, code),
     }  # fmt: skip
 
 
@@ -182,7 +193,11 @@ def measure_dense(name: str, tokens: int, threads: int) -> dict[str, Any]:
     for _ in range(3):
         with phases("step"):
             trainer.step()
-    return {"tensors": training_bytes(trainer), "step_peak": phases["step"]["peak"]}
+    return {
+        "tensors": training_bytes(trainer),
+        "step_peak": phases["step"]["peak"],
+        "step_s": phases.seconds("step"),
+    }
 
 
 def training_bytes(trainer: Trainer) -> int:
@@ -218,14 +233,16 @@ def fits(name: str, density: float, most_per_weight: int) -> bool:
     return bool(live * most_per_weight + MOST_BESIDE < psutil.virtual_memory().available)
 
 
-def run(names: list[str], sparsity: float, tokens: int, threads: int) -> list[dict[str, Any]]:
+def run(
+    names: list[str], sparsity: float, tokens: int, threads: int, block: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
     """One fresh process for each model that fits; its row has `dense_arm` where that fits, too."""
     rows = []
     for name in names:
         if not fits(name, 1 - sparsity, MOST_PER_WEIGHT):
             print(f"{name}: does not fit here", file=sys.stderr)
             continue
-        row = alone(f"measure({name!r}, {sparsity}, {tokens}, {threads})")
+        row = alone(f"measure({name!r}, {sparsity}, {tokens}, {threads}, {block})")
         if fits(name, 1.0, MOST_PER_DENSE_WEIGHT):
             row["dense_arm"] = alone(f"measure_dense({name!r}, {tokens}, {threads})")
         else:
@@ -241,9 +258,11 @@ def alone(call: str) -> dict[str, Any]:
     return json.loads(output.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def report(names: list[str], tokens: int, threads: int, console: Console) -> list[dict[str, Any]]:
+def report(
+    names: list[str], tokens: int, threads: int, block: tuple[int, int] | None, console: Console
+) -> list[dict[str, Any]]:
     """Run and print: bytes per live weight by cause, the phases of each model, and all beside dense ones."""
-    found = run(names, SPARSITY, tokens, threads)
+    found = run(names, SPARSITY, tokens, threads, block)
     for row in found:
         console.print(by_cause(row))
         console.print(by_phase(row))
@@ -253,7 +272,7 @@ def report(names: list[str], tokens: int, threads: int, console: Console) -> lis
 
 
 def beside_dense(rows: list[dict[str, Any]]) -> str:
-    """Tensors and resident set in a step, and the share of the dense ones."""
+    """Tensors, resident set and seconds of a step, and the share of the dense ones."""
     cells = []
     for row in rows:
         dense = row.get("dense_arm")
@@ -261,8 +280,11 @@ def beside_dense(rows: list[dict[str, Any]]) -> str:
         for key in ("tensors", "step_peak"):
             share = f"{row[key] / dense[key]:.0%}" if dense else ""
             cells[-1] += [mebibytes(dense[key]) if dense else "does not fit", mebibytes(row[key]), share]
+        share = f"{row['step_s'] / dense['step_s']:.0%}" if dense else ""
+        cells[-1] += [f"{dense['step_s']:.2f}" if dense else "", f"{row['step_s']:.2f}", share]
     columns = ["model", "parameters", "live"]
     columns += ["tensors, dense, MiB", "sparse", "share", "resident, dense, MiB", "sparse", "share"]
+    columns += ["step, dense, s", "sparse", "share"]
     return tables.plain("Trained dense and sparse, activations recomputed in both", columns, cells)
 
 

@@ -9,7 +9,6 @@ headers and all. Linux, root, and iproute2 are needed.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import statistics
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import sparselab
+from benchmarks.traffic import LOCAL_STEPS, TOP_K, step_bytes
 from benchmarks.turns import TurnError
 from examples.gpt_model import GPT, PRESETS
 from examples.ranks import in_bfloat16
@@ -38,13 +38,8 @@ from sparselab.bench.output import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 256
-#: Steps that a process takes alone before weights are averaged, where it does.
-LOCAL_STEPS = 8
-#: Of the entries of a gradient, what is sent of it.
-TOP_K = 0.01
 #: A step in so many updates connections.
 UPDATE_EVERY = 100
-WAYS = ("whole", "bfloat16", "top-k", "local SGD")
 CARD, PORT = "cable", 29500
 #: Seconds until a run counts as stuck.
 PATIENCE_S = 1200
@@ -165,12 +160,7 @@ class Trainer:
 
     def expected(self, world: int) -> float:
         """Bytes that a process sends for a step by the formulas of ``docs/scaling.md``."""
-        if self.way == "top-k":
-            sizes = [each.numel() for each in self.model.parameters()]
-            n_sent = sum(n if n <= 1024 else math.ceil(TOP_K * n) for n in sizes)
-            return 8 * (world - 1) * n_sent
-        share = {"bfloat16": 2, "local SGD": LOCAL_STEPS}.get(self.way, 1)
-        return 2 * (world - 1) / world * 4 * self.n_parameters / share
+        return step_bytes(self.way, [each.numel() for each in self.model.parameters()], world)
 
 
 def sent() -> int:

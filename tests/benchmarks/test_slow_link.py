@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import slow_link
+from benchmarks.traffic import LOCAL_STEPS, WAYS
 from examples.gpt_model import Shape
 from tests.benchmarks.test_command_line import run
 
@@ -21,17 +22,17 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[slow_link.Plan]:
     monkeypatch.setitem(slow_link.PRESETS, "tiny", Shape(1, 64, 2))
     dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield slow_link.Plan("tiny", 0.9, 32, 1, list(slow_link.WAYS))
+    yield slow_link.Plan("tiny", 0.9, 32, 1, list(WAYS))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("way", slow_link.WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_what_a_step_should_send(alone: slow_link.Plan, way: str) -> None:
     sparse, dense = (slow_link.Trainer(alone, sparsity, way) for sparsity in (0.9, 0.0))
     sparse.step()
     sparse.average()
     n, whole = dense.n_parameters, 2 * 3 / 4 * 4
-    share = {"whole": 1, "bfloat16": 1 / 2, "local SGD": 1 / slow_link.LOCAL_STEPS}.get(way)
+    share = {"whole": 1, "bfloat16": 1 / 2, "local SGD": 1 / LOCAL_STEPS}.get(way)
     if share is not None:
         assert dense.expected(4) == pytest.approx(whole * n * share)
         assert sparse.expected(4) == pytest.approx(whole * sparse.n_parameters * share)
