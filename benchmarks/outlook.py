@@ -34,8 +34,8 @@ class Job:
         Of them, those that live.
     tokens : int
         That each machine sees in a step.
-    seconds : float
-        For a token and a live weight on one machine: forward, backward and AdamW.
+    seconds, dense_seconds : float
+        For a token and a live weight on one machine, forward, backward and AdamW; and for a dense one.
     plan_bytes : float
         For each live weight, what kernels look up.
     """
@@ -44,6 +44,7 @@ class Job:
     density: float
     tokens: int
     seconds: float
+    dense_seconds: float
     plan_bytes: float
 
     @property
@@ -63,6 +64,10 @@ class Job:
         """Seconds of a step, without the others."""
         return self.live * self.tokens * self.seconds
 
+    def dense_step_s(self) -> float:
+        """The same, of the dense model."""
+        return self.parameters * self.tokens * self.dense_seconds
+
 
 def network_s(n_bytes: float, mbit: float) -> float:
     """Seconds that so many bytes take over a cable of so many Mbit/s."""
@@ -73,6 +78,8 @@ def predict(job: Job, ranks: int, mbit: float, way: str, total: float, price: fl
     """A step, and a whole training of `total` tokens, by one way; nothing is sent while others compute."""
     sent = step_bytes(way, [round(job.live)], ranks)
     seconds = job.step_s() + network_s(sent, mbit)
+    dense_sent = step_bytes(way, [round(job.parameters)], ranks)
+    dense_seconds = job.dense_step_s() + network_s(dense_sent, mbit)
     training_s = total / (job.tokens * ranks) * seconds
     return {
         "ranks": ranks,
@@ -81,8 +88,8 @@ def predict(job: Job, ranks: int, mbit: float, way: str, total: float, price: fl
         "sent": sent,
         "alone_s": job.step_s(),
         "network_s": network_s(sent, mbit),
-        "dense_network_s": network_s(step_bytes(way, [round(job.parameters)], ranks), mbit),
         "tokens_per_second": job.tokens * ranks / seconds,
+        "dense_tokens_per_second": job.tokens * ranks / dense_seconds,
         "share": job.step_s() / seconds,
         "training_s": training_s,
         "cost": training_s / HOUR_S * ranks * price,
@@ -91,8 +98,11 @@ def predict(job: Job, ranks: int, mbit: float, way: str, total: float, price: fl
 
 def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
     """The subcommand: print memory and a table of networks; returns its rows for ``--json``."""
-    seconds = options.picoseconds * 1e-12 * options.measured_cores / options.cores
-    job = Job(options.parameters, 1 - options.sparsity, options.tokens, seconds, options.plan_bytes)
+    sparse, dense = (
+        each * 1e-12 * options.measured_cores / options.cores
+        for each in (options.picoseconds, options.dense_picoseconds)
+    )
+    job = Job(options.parameters, 1 - options.sparsity, options.tokens, sparse, dense, options.plan_bytes)
     total = options.tokens_per_weight * job.live
     console.print(
         f"{job.parameters:,.0f} parameters, {job.live:,.0f} live, {total:,.0f} tokens; machines of "
@@ -110,8 +120,8 @@ def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
         for mbit in options.mbit
         for way in WAYS
     ]
-    columns = ["machines", "Mbit/s", "sent", "MB a step", "s alone", "s network", "dense, s network"]
-    columns += ["tokens/s", "of time computing", "days", "cost, $"]
+    columns = ["machines", "Mbit/s", "sent", "MB a step", "s alone", "s network", "tokens/s"]
+    columns += ["dense, tokens/s", "of time computing", "days", "cost, $"]
     title = "Training, nothing sent while others compute, connections as they are"
     console.print(tables.plain(title, columns, [_cells(row) for row in rows], 3))
     console.print(
@@ -123,11 +133,18 @@ def report(options: Namespace, console: Console) -> list[dict[str, Any]]:
 def _cells(row: dict[str, Any]) -> list[str]:
     """A line of the table."""
     return [
-        f"{row['ranks']}", f"{row['mbit']:g}", row["way"], f"{row['sent'] / 1e6:,.0f}",
-        f"{row['alone_s']:,.0f}", f"{row['network_s']:,.1f}", f"{row['dense_network_s']:,.1f}",
-        f"{row['tokens_per_second']:,.0f}", f"{row['share']:.0%}", f"{row['training_s'] / DAY_S:,.1f}",
+        f"{row['ranks']}",
+        f"{row['mbit']:g}",
+        row["way"],
+        f"{row['sent'] / 1e6:,.0f}",
+        f"{row['alone_s']:,.0f}",
+        f"{row['network_s']:,.1f}",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['dense_tokens_per_second']:,.0f}",
+        f"{row['share']:.0%}",
+        f"{row['training_s'] / DAY_S:,.1f}",
         f"{row['cost']:,.0f}",
-    ]  # fmt: skip
+    ]
 
 
 def _update_cells(job: Job, all_ranks: list[int]) -> list[list[str]]:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import outlook, traffic
 from tests.benchmarks.test_command_line import run
 
-JOB = outlook.Job(1000, 0.1, tokens=10, seconds=0.5, plan_bytes=2)
+JOB = outlook.Job(1000, 0.1, tokens=10, seconds=0.5, dense_seconds=0.1, plan_bytes=2)
 
 
 def test_bytes_of_a_step() -> None:
@@ -36,15 +36,16 @@ def test_memory_and_seconds() -> None:
     assert JOB.memory(shards=4) == 100 * (4 + 2 + 4 + 2 + 2)
     assert JOB.dense_memory() == 16 * 1000
     assert JOB.step_s() == 100 * 10 * 0.5
+    assert JOB.dense_step_s() == 1000 * 10 * 0.1
     assert outlook.network_s(1e6, 8) == 1
 
 
 def test_a_whole_training() -> None:
     row = outlook.predict(JOB, ranks=2, mbit=8e-3, way="whole", total=1000, price=3.6)
     assert row["network_s"] == pytest.approx(0.4)  # 400 bytes at 1000 a second
-    assert row["dense_network_s"] == pytest.approx(4)
     assert row["share"] == pytest.approx(500 / 500.4)
     assert row["tokens_per_second"] == pytest.approx(20 / 500.4)
+    assert row["dense_tokens_per_second"] == pytest.approx(20 / 1004)
     assert row["training_s"] == pytest.approx(50 * 500.4)
     assert row["cost"] == pytest.approx(50 * 500.4 / 3600 * 2 * 3.6)
 
