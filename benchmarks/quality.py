@@ -128,7 +128,7 @@ def text(sparsity: float, steps: int) -> Learn:
         If there is no text.
     """
     settings = dataclasses.replace(
-        TEXT, attention_sparsity=sparsity, mlp_sparsity=sparsity, steps=steps, evaluate_every=steps
+        TEXT, attention_sparsity=sparsity, mlp_sparsity=sparsity, steps=steps, evaluations=1
     )
     try:
         characters = tiny_shakespeare(shakespeare.min_chars(settings)).characters

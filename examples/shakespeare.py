@@ -1,10 +1,14 @@
-"""A small character-level GPT, trained twice on the same batches: dense, and sparse from first step to last.
+"""A small character-level GPT, trained three times for the same seconds.
 
-    python examples/shakespeare.py                # Tiny Shakespeare, both arms, a table and pictures
-    python examples/shakespeare.py --text my.txt --steps 1000
+Dense, sparse from first step to last, and dense again, as narrow as the memory of the sparse one asks.
+
+    python examples/shakespeare.py                # Tiny Shakespeare, a table, pictures and a sentence
+    python examples/shakespeare.py --text my.txt --seconds 600
+    python examples/shakespeare.py --steps 500    # so many of each, however long they take
     python examples/shakespeare.py --set mlp_sparsity=0.95
 
-Each arm runs in a process of its own, so its resident memory is its own.
+Each arm runs in a process of its own, so its resident memory is its own. How many steps fit into the
+seconds is judged by a few before the first, so that rates fall in time.
 """
 
 from __future__ import annotations
@@ -48,42 +52,48 @@ class Config:
     # what is sparse; embeddings, norms and the output head stay dense
     attention_sparsity: float = 0.7
     mlp_sparsity: float = 0.9
-    block: str = ""  # such as 4x4: connections are dense blocks of so many outputs and inputs
+    block: str = "4x4"  # connections are dense blocks of so many outputs and inputs; "1x1": single ones
     drop_fraction: float = 0.3
     update_every: int = 100
     last_update: float = 0.75  # as a fraction of the steps; the last quarter trains a settled topology
     # training; each arm's rate is the best of a few tried, by the validation loss of one seed
-    steps: int = 180
+    seconds: float = 110.0  # of each arm
+    steps: int = 0  # of each arm; 0: as many as fit into the seconds
     batch: int = 16
     dense_lr: float = 2e-3
+    narrow_lr: float = 4e-3
     sparse_lr: float = 5e-3
     final_lr: float = 0.1  # as a fraction of the arm's rate
-    warmup: int = 30
+    warmup: float = 0.1  # as a fraction of the steps
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 1
     # measuring
-    evaluate_every: int = 50
+    evaluations: int = 8
     validation_windows: int = 192
     untimed_steps: int = 5
     sample_chars: int = 200
 
 
-ARMS = ("dense", "sparse")
+#: In the order in which they run; the last has the memory of the one before it.
+ARMS = ("dense", "sparse", "narrow")
+#: Of the width of a narrow model, and of its heads.
+NARROW_HEAD = 32
 
 
 # Models
 
 
 def make_model(cfg: Config, vocabulary: int, arm: str) -> tuple[nn.Module, sparselab.RigL | None]:
-    """The model of one arm; both start from the same embeddings, norms and head."""
+    """The model of one arm; those of one width start from the same embeddings, norms and head."""
     torch.manual_seed(cfg.seed)
     model = GPT(vocabulary, cfg.context, cfg.n_layer, cfg.d_model, cfg.d_ff, cfg.n_head)
-    if arm == "dense":
+    if arm != "sparse":
         return model, None
-    kind = {"layer": "block", "block_shape": block_shape(cfg.block)} if cfg.block else {}
+    shape = block_shape(cfg.block)
+    kind = {} if shape == (1, 1) else {"layer": "block", "block_shape": shape}
     return make_sparse(cfg, model, kind)
 
 
@@ -100,7 +110,7 @@ def make_sparse(
         weights = torch.empty_like(layer.per_connection(layer.stored)).normal_(std=std)
         layer.put(layer.stored.detach(), torch.arange(layer.nnz), weights)
         nn.init.zeros_(layer.bias)
-    last = max(1, round(cfg.last_update * cfg.steps))
+    last = max(1, round(cfg.last_update * cfg.steps))  # of steps that are known by now
     algo = sparselab.RigL(
         drop_fraction=cfg.drop_fraction,
         update_freq=cfg.update_every,
@@ -110,6 +120,33 @@ def make_sparse(
     )
     model.apply(algo)
     return model, algo
+
+
+def narrowed(cfg: Config, vocabulary: int, training_bytes: int) -> Config:
+    """The settings of the widest dense model that trains in so many bytes.
+
+    Weights, gradients and AdamW's two moments are 16 bytes for each parameter.
+    """
+    width = NARROW_HEAD
+    while width + NARROW_HEAD <= cfg.d_model:
+        wider = with_width(cfg, width + NARROW_HEAD)
+        if 16 * n_parameters(wider, vocabulary) > training_bytes:
+            break
+        width += NARROW_HEAD
+    return with_width(cfg, width)
+
+
+def with_width(cfg: Config, width: int) -> Config:
+    return dataclasses.replace(
+        cfg, d_model=width, d_ff=width * cfg.d_ff // cfg.d_model, n_head=width // NARROW_HEAD
+    )
+
+
+def n_parameters(cfg: Config, vocabulary: int) -> int:
+    """Of the dense model."""
+    with torch.device("meta"):
+        model = GPT(vocabulary, cfg.context, cfg.n_layer, cfg.d_model, cfg.d_ff, cfg.n_head)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def block_shape(text: str) -> tuple[int, int]:
@@ -126,7 +163,7 @@ def make_optimizer(cfg: Config, model: nn.Module, arm: str) -> torch.optim.AdamW
     for parameter in model.parameters():
         (decayed if parameter.ndim >= 2 else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    lr = cfg.dense_lr if arm == "dense" else cfg.sparse_lr
+    lr = {"dense": cfg.dense_lr, "narrow": cfg.narrow_lr, "sparse": cfg.sparse_lr}[arm]
     return torch.optim.AdamW(groups, lr=lr, betas=(cfg.beta1, cfg.beta2))
 
 
@@ -179,9 +216,10 @@ def bigram_loss(train: Tensor, val_x: Tensor, val_y: Tensor, n: int) -> float:
 
 def lr_factor(cfg: Config, step: int) -> float:
     """Share of the peak rate at `step` (from 0): a linear rise, then half a cosine down to `final_lr`."""
-    if step < cfg.warmup:
-        return (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    warmup = max(1, round(cfg.warmup * cfg.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, cfg.steps - warmup)
     return cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -206,6 +244,7 @@ def train(
     draw = torch.Generator().manual_seed(cfg.seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(cfg, step))
     curves: dict[str, list[float]] = {"loss": [], "seconds": [], "val_step": [], "val_loss": []}
+    every = max(1, cfg.steps // cfg.evaluations)
     with tqdm(total=cfg.steps, desc=f"{name:6}", unit="step", dynamic_ncols=True) as bar:
         for step in range(1, cfg.steps + 1):
             start = time.perf_counter()
@@ -221,7 +260,7 @@ def train(
             schedule.step()
             curves["loss"].append(loss.item())
             curves["seconds"].append(time.perf_counter() - start)
-            if step % cfg.evaluate_every == 0 or step == cfg.steps:
+            if step % every == 0 or step == cfg.steps:
                 curves["val_step"].append(step)
                 curves["val_loss"].append(evaluate(model, data, cfg.batch))
             val = f"{curves['val_loss'][-1]:.3f}" if curves["val_loss"] else "-"
@@ -259,10 +298,20 @@ def load_code(arm: str) -> float:
     return time.perf_counter() - start
 
 
+def steps_in(cfg: Config, data: Data, arm: str) -> int:
+    """How many steps fit into the seconds, judged by the middle one of a few."""
+    few = dataclasses.replace(cfg, steps=cfg.untimed_steps + 3, evaluations=1, validation_windows=1)
+    model, algo = make_model(few, len(data.vocabulary), arm)
+    curves = train(few, data, model, make_optimizer(few, model, arm), algo, f"{arm}, a few")
+    return max(1, int(cfg.seconds / statistics.median(curves["seconds"][cfg.untimed_steps :])))
+
+
 def run_arm(cfg: Config, characters: str, arm: str, out: Path) -> None:
     """Train one arm and write ``<arm>.json``, for the sparse one also ``topology.npz``, into `out`."""
     data = make_data(cfg, characters)
     load_s = load_code(arm)
+    if not cfg.steps:
+        cfg = dataclasses.replace(cfg, steps=steps_in(cfg, data, arm))
     resident_before = resident_bytes()
     model, algo = make_model(cfg, len(data.vocabulary), arm)
     optimizer = make_optimizer(cfg, model, arm)
@@ -273,6 +322,8 @@ def run_arm(cfg: Config, characters: str, arm: str, out: Path) -> None:
     memory = sparselab.memory_report(model, optimizer)
     timed = curves["seconds"][cfg.untimed_steps :] or curves["seconds"]
     result = {
+        "width": cfg.d_model,
+        "steps": cfg.steps,
         "parameters_live": memory.parameters_live,
         "weight_bytes": memory.weight_bytes,
         "training_bytes": memory.training_bytes,
@@ -293,10 +344,10 @@ def run_arm(cfg: Config, characters: str, arm: str, out: Path) -> None:
     (out / f"{arm}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-# Both arms
+# All arms
 
 
-def run_both(cfg: Config, text: Text, out: Path, options: Sequence[str]) -> None:
+def run_all(cfg: Config, text: Text, out: Path, options: Sequence[str]) -> None:
     """Run the arms one after the other and show what came out."""
     from shakespeare_report import show  # drawing libraries stay out of the arms' memory
 
@@ -305,12 +356,17 @@ def run_both(cfg: Config, text: Text, out: Path, options: Sequence[str]) -> None
     print(f"Text: {text.source} ({len(text.characters):,} characters, {n} distinct).")
     text_file = out / "text.txt"
     text_file.write_bytes(text.characters.encode("utf-8"))
+    results: dict[str, Any] = {}
     for arm in ARMS:
         command = [sys.executable, __file__, *options, "--text", str(text_file), "--arm", arm]
+        if arm == "narrow":
+            slim = narrowed(cfg, n, results["sparse"]["training_bytes"])
+            for name in ("d_model", "d_ff", "n_head"):
+                command += ["--set", f"{name}={getattr(slim, name)}"]
         status = subprocess.run(command, check=False).returncode
         if status != 0:
             raise SystemExit(f"the {arm} arm failed (exit status {status}); its message is above")
-    results = {arm: json.loads((out / f"{arm}.json").read_text(encoding="utf-8")) for arm in ARMS}
+        results[arm] = json.loads((out / f"{arm}.json").read_text(encoding="utf-8"))
     bigram = {
         "val_loss": bigram_loss(data.train, data.val_x, data.val_y, n),
         "parameters_live": n * n,
@@ -321,14 +377,22 @@ def run_both(cfg: Config, text: Text, out: Path, options: Sequence[str]) -> None
     show(results, bigram, out)
 
 
+def seconds(text: str) -> float:
+    """A time on the command line."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return float(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train a small character-level GPT dense and sparse, and compare."
+        description="Train a small character-level GPT dense and sparse for the same seconds, and compare."
     )
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to train on (default: Tiny Shakespeare)")
     parser.add_argument(
-        "--steps", type=at_least_one, help=f"training steps per arm (default: {Config.steps})"
+        "--seconds", type=seconds, help=f"of training for each arm (default: {Config.seconds:g})"
     )
+    parser.add_argument("--steps", type=at_least_one, help="of each arm, in place of seconds")
     parser.add_argument(
         "--out", type=Path, default=Path("results/shakespeare"), help="folder for results and pictures"
     )
@@ -346,7 +410,10 @@ def main(options: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(options)
     cfg = changed(Config(), args.set)
     cfg = dataclasses.replace(
-        cfg, steps=args.steps or cfg.steps, seed=cfg.seed if args.seed is None else args.seed
+        cfg,
+        steps=args.steps or cfg.steps,
+        seconds=args.seconds or cfg.seconds,
+        seed=cfg.seed if args.seed is None else args.seed,
     )
     try:
         text = load_text(args.text, min_chars(cfg))
@@ -360,7 +427,7 @@ def main(options: Sequence[str] | None = None) -> None:
             torch.set_num_threads(args.threads)
         run_arm(cfg, text.characters, args.arm, args.out)
     else:
-        run_both(cfg, text, args.out, options)
+        run_all(cfg, text, args.out, options)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-COLOURS = {"dense": "#4c566a", "sparse": "#d0671b", "bigram": "#2a7f62"}
+COLOURS = {"dense": "#4c566a", "sparse": "#d0671b", "narrow": "#3b7ea1", "bigram": "#2a7f62"}
+#: What arms are called; those that did not run are left out.
+NAMES = {"dense": "dense", "narrow": "dense, as much memory", "sparse": "sparse"}
 KEPT, DROPPED, GROWN = "#4c566a", "#d9a441", "#c23b22"
 CORNER = 96
 
 ROWS = [
+    ("width", "width", lambda v: f"{v:,}"),
     ("parameters live", "parameters_live", lambda v: f"{v:,}"),
     ("weights, MB", "weight_bytes", lambda v: f"{v / 1e6:.2f}"),
     ("training state, MB", "training_bytes", lambda v: f"{v / 1e6:.2f}"),
@@ -28,17 +31,21 @@ ROWS = [
     ("  of it code, before the model", "resident_before", lambda v: f"{v / 1e6:.0f}"),
     ("resident memory, peak, MB", "resident_peak", lambda v: f"{v / 1e6:.0f}"),
     ("ms per step, median", "step_ms", lambda v: f"{v:.0f}"),
+    ("steps", "steps", lambda v: f"{v:,}"),
     ("compiling or loading kernels, s", "load_s", lambda v: f"{v:.1f}"),
     ("all steps, s", "train_s", lambda v: f"{v:.1f}"),
     ("validation loss, nats", "val_loss", lambda v: f"{v:.3f}"),
 ]
 
+#: Losses that differ by less are called the same.
+SAME = 0.005
+
 
 def show(results: dict[str, dict[str, Any]], bigram: dict[str, Any], out: Path) -> None:
-    """Print samples and the table of both arms, and write the pictures into `out`."""
+    """Print samples, the table of all arms and what it says, and write the pictures into `out`."""
     console = Console()
     for arm, result in results.items():
-        console.print(f"\n[bold]{arm}, a sample[/bold]\n{escape(result['sample'])}", highlight=False)
+        console.print(f"\n[bold]{NAMES[arm]}, a sample[/bold]\n{escape(result['sample'])}", highlight=False)
     console.print()
     console.print(make_table(results, bigram))
     pictures = [
@@ -47,40 +54,64 @@ def show(results: dict[str, dict[str, Any]], bigram: dict[str, Any], out: Path) 
     ]
     for picture in pictures:
         console.print(f"Picture: {escape(str(picture.resolve()))}", soft_wrap=True, highlight=False)
+    console.print(f"\n{sentence(results)}", soft_wrap=True, highlight=False)
 
 
 def make_table(results: dict[str, dict[str, Any]], bigram: dict[str, Any]) -> Table:
-    """Both arms, their ratio, and what a table of pair counts reaches."""
+    """All arms, and what a table of pair counts reaches."""
     table = Table(title=f"{results['dense']['threads']} threads")
     table.add_column("")
-    for name in ("dense", "sparse", "sparse / dense", "bigram"):
+    arms = [arm for arm in NAMES if arm in results]
+    for name in (*(NAMES[arm] for arm in arms), "bigram"):
         table.add_column(name, justify="right")
     for label, key, form in ROWS:
-        dense, sparse = results["dense"][key], results["sparse"][key]
-        ratio = "" if key in ("resident_before", "load_s") else f"{sparse / dense:.2f}"
-        table.add_row(label, form(dense), form(sparse), ratio, form(bigram[key]) if key in bigram else "")
+        shown = (form(results[arm][key]) for arm in arms)
+        table.add_row(label, *shown, form(bigram[key]) if key in bigram else "")
     return table
 
 
+def sentence(results: dict[str, dict[str, Any]]) -> str:
+    """What the run says, in one sentence."""
+    sparse = results["sparse"]
+    said = [_beside(sparse, results["dense"], "the dense model of its width")]
+    if "narrow" in results:
+        width = results["narrow"]["width"]
+        said.append(
+            _beside(sparse, results["narrow"], f"a dense one of width {width}, which takes as much memory")
+        )
+    seconds = f"{sparse['train_s']:.0f} seconds"
+    return f"In {seconds} of training the sparse model, of width {sparse['width']}, {' and '.join(said)}."
+
+
+def _beside(sparse: dict[str, Any], other: dict[str, Any], name: str) -> str:
+    gain = other["val_loss"] - sparse["val_loss"]
+    memory = sparse["training_bytes"] / other["training_bytes"]
+    share = f" with {memory:.0%} of the training memory" if memory < 0.9 else ""
+    if abs(gain) < SAME:
+        return f"reaches the loss of {name}{share}"
+    return f"ends {abs(gain):.3f} nats {'below' if gain > 0 else 'above'} {name}{share}"
+
+
 def draw_losses(results: dict[str, dict[str, Any]], bigram: dict[str, Any], path: Path) -> Path:
-    """Training (thin) and validation (dots) loss of both arms, against steps and seconds."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    """Training (thin) and validation (dots) loss against seconds, and where all end in loss and memory."""
+    figure, (over_time, over_memory) = plt.subplots(
+        1, 2, figsize=(11, 4.2), sharey=True, layout="constrained"
+    )
     for arm, result in results.items():
-        curves = result["curves"]
-        steps = np.arange(1, len(curves["loss"]) + 1)
-        seconds = result["load_s"] + np.cumsum(curves["seconds"])
+        curves, colour = result["curves"], COLOURS[arm]
+        seconds = np.cumsum(curves["seconds"])
         val_at = np.array(curves["val_step"])
-        for panel, x in zip(panels, (steps, seconds), strict=True):
-            panel.plot(x, curves["loss"], color=COLOURS[arm], alpha=0.35, linewidth=0.8)
-            label = f"{arm}, validation {result['val_loss']:.3f}"
-            panel.plot(x[val_at - 1], curves["val_loss"], "o-", color=COLOURS[arm], markersize=4, label=label)
-    for panel, name in zip(panels, ("steps", "seconds of training, compiling included"), strict=True):
-        label = f"bigram table {bigram['val_loss']:.3f}"
-        panel.axhline(bigram["val_loss"], color=COLOURS["bigram"], linestyle="--", label=label)
-        panel.set_xlabel(name)
+        over_time.plot(seconds, curves["loss"], color=colour, alpha=0.35, linewidth=0.8)
+        label = f"{NAMES[arm]}: validation {result['val_loss']:.3f}"
+        over_time.plot(seconds[val_at - 1], curves["val_loss"], "o-", color=colour, markersize=4, label=label)
+        for key, marker in (("training_bytes", "o"), ("resident_peak", "s")):
+            over_memory.plot(result[key] / 1e6, result["val_loss"], marker, color=colour)
+    for panel in (over_time, over_memory):
+        panel.axhline(bigram["val_loss"], color=COLOURS["bigram"], linestyle="--", label="table of pairs")
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel("loss, nats per character")
-    panels[1].legend()
+    over_time.set(xlabel="seconds of training", ylabel="loss, nats per character")
+    over_time.legend()
+    over_memory.set(xlabel="MB at the end: training state (dots), resident at most (squares)", xscale="log")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import subprocess
@@ -19,8 +20,8 @@ TINY = {
     "context": 16,
     "batch": 4,
     "update_every": 2,
-    "warmup": 2,
-    "evaluate_every": 4,
+    "warmup": 0.25,
+    "evaluations": 2,
     "validation_windows": 8,
     "sample_chars": 20,
 }
@@ -70,8 +71,8 @@ def test_characters_beyond_the_basic_plane_stay_whole(tiny):
 
 def test_learning_rate_rises_then_falls_to_its_share(tiny):
     rates = [shakespeare.lr_factor(tiny, step) for step in range(tiny.steps + 1)]
-    assert rates[: tiny.warmup] == [0.5, 1.0]
-    assert rates[tiny.warmup :] == sorted(rates[tiny.warmup :], reverse=True)
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
     assert rates[-1] == pytest.approx(tiny.final_lr)
 
 
@@ -130,7 +131,39 @@ def test_sparse_layers_are_as_sparse_as_the_config_says(tiny):
     assert set(found) == {f"blocks.0.{name}" for name in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")}
     for name, sparsity in found.items():
         wanted = tiny.attention_sparsity if ".attn." in name else tiny.mlp_sparsity
-        assert sparsity == pytest.approx(wanted, abs=1e-3)
+        assert sparsity == pytest.approx(wanted, abs=1e-2)
+
+
+@pytest.mark.parametrize("block", ["1x1", "4x4"])
+def test_connections_are_single_or_blocks(tiny, block):
+    model, _ = shakespeare.make_model(dataclasses.replace(tiny, block=block), 7, "sparse")
+    kinds = {type(layer).__name__ for _, layer in shakespeare.sparselab.nn.find_sparse(model)}
+    assert kinds == {"SparseLinear" if block == "1x1" else "BlockSparseLinear"}
+
+
+def test_a_narrow_model_is_the_widest_that_fits():
+    cfg = Config()
+    for width in (32, 160, 384):
+        fitting = 16 * shakespeare.n_parameters(shakespeare.with_width(cfg, width), 65)
+        found = shakespeare.narrowed(cfg, 65, fitting)
+        assert (found.d_model, found.d_ff, found.n_head) == (width, 4 * width, width // 32)
+        assert shakespeare.narrowed(cfg, 65, fitting - 1).d_model == max(32, width - 32)
+    assert shakespeare.narrowed(cfg, 65, 1 << 40).d_model == cfg.d_model
+
+
+def test_so_many_steps_as_fit_into_the_seconds(tiny, monkeypatch):
+    seconds = [9.0] * tiny.untimed_steps + [0.5, 0.25, 0.125]
+    monkeypatch.setattr(shakespeare, "train", lambda *args: {"seconds": seconds})
+    data = shakespeare.make_data(tiny, LINE * 20)
+    assert shakespeare.steps_in(dataclasses.replace(tiny, seconds=10.0), data, "dense") == 40
+    assert shakespeare.steps_in(dataclasses.replace(tiny, seconds=0.01), data, "dense") == 1
+
+
+@pytest.mark.parametrize("text", ["0", "-1"])
+def test_seconds_must_be_positive(text, capsys):
+    with pytest.raises(SystemExit):
+        shakespeare.main(["--seconds", text])
+    assert f"expected a positive number, got {text}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arm", shakespeare.ARMS)
@@ -204,15 +237,30 @@ def test_changes_tells_kept_dropped_and_grown_apart():
     assert picture.tolist() == [[2, 1, 3], [0, 0, 2]]
 
 
-def test_both_arms_run_and_leave_a_table_and_pictures(tmp_path, capfd):
+def test_the_sentence_says_who_is_better_by_how_much():
+    def arm(width, val_loss, training_bytes):
+        return {"width": width, "val_loss": val_loss, "training_bytes": training_bytes, "train_s": 110.2}
+
+    results = {"dense": arm(384, 2.3, 100), "sparse": arm(384, 2.0, 20), "narrow": arm(160, 1.9, 20)}
+    assert shakespeare_report.sentence(results) == (
+        "In 110 seconds of training the sparse model, of width 384, ends 0.300 nats below the dense model of "
+        "its width with 20% of the training memory and ends 0.100 nats above a dense one of width 160, which "
+        "takes as much memory."
+    )
+    results["narrow"]["val_loss"] = 2.003
+    assert "and reaches the loss of a dense one of width 160" in shakespeare_report.sentence(results)
+
+
+def test_all_arms_run_and_leave_a_table_and_pictures(tmp_path, capfd):
     file, out = tmp_path / "mine.txt", tmp_path / "out"
     file.write_text(LINE * 200)
     settings = [option for name, value in TINY.items() for option in ("--set", f"{name}={value}")]
     shakespeare.main(["--text", str(file), "--steps", "8", "--out", str(out), "--threads", "1", *settings])
 
     results = json.loads((out / "results.json").read_text())
-    dense, sparse = results["dense"], results["sparse"]
-    for arm in (dense, sparse):
+    dense, sparse, narrow = (results[arm] for arm in ("dense", "sparse", "narrow"))
+    assert (dense["width"], sparse["width"], narrow["width"]) == (TINY["d_model"],) * 3
+    for arm in (dense, sparse, narrow):
         assert len(arm["curves"]["loss"]) == 8
         assert arm["curves"]["val_step"] == [4, 8]
         assert 0 < arm["val_loss"] < 1.1 * math.log(len(set(LINE)))
@@ -231,6 +279,7 @@ def test_both_arms_run_and_leave_a_table_and_pictures(tmp_path, capfd):
         assert not np.array_equal(saved["before"], saved["after"])
     shown = capfd.readouterr()
     assert "8/8" in shown.err
+    assert shakespeare_report.sentence({arm: results[arm] for arm in shakespeare.ARMS}) in shown.out
     assert f"Text: {file}" in shown.out
     for picture in ("loss.png", "topology.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
