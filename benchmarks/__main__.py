@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import (
+    ages,
     bags,
     blocks,
     calls,
@@ -53,6 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     add_memory(commands)
     start = commands.add_parser("startup", help="seconds of imports, first forward pass, compiling")
     start.add_argument("--processes", type=positive, default=3, help="of each (default: %(default)s)")
+    aged = commands.add_parser("ages", help="loss around updates, with ages of connections and without")
+    aged.add_argument("--algorithms", nargs="+", choices=ages.ALGORITHMS, default=ages.ALGORITHMS)
+    for name, default in (("seeds", 3), ("steps", 800), ("every", 50)):
+        aged.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     words = commands.add_parser("bags", help="time bags of words in CSR through a first layer")
     words.add_argument("--rounds", type=positive, default=15)
     rewired = commands.add_parser("updates", help="time steps with an update of RigL beside others")
@@ -247,6 +252,7 @@ def main() -> None:
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items()))
     commands = {
+        "ages": ages.report,
         "bags": bags.report, "blocks": blocks.report, "calls": calls.report, "compiled": compiled.report,
         "data_parallel": data_parallel.report, "frozen": frozen.report, "layouts": layouts.report,
         "memory": memory.report, "models": models.report, "outlook": outlook.report, "peers": peers.report,

@@ -216,7 +216,7 @@ def causes(trainer: Trainer, code: int) -> dict[str, int]:
     return {
         "weights": report.weight_bytes - connections,
         "connections": connections,
-        "moments of AdamW": report.optimizer_bytes,
+        "moments of AdamW, ages": report.optimizer_bytes,
         "plans of kernels": report.plan_bytes,
         "gradients": seen.gradients,
         "activations and temporaries": seen.most - seen.gradients,

@@ -61,6 +61,7 @@ from sparselab.dst.schedules.schedule import (
 )
 from sparselab.dst.schedules.when import AtSteps, EverySteps, UpdateSchedule, as_update_schedule
 from sparselab.dst.view import LayerUpdate, LayerView, UpdateReport
+from sparselab.nn.follow.state_move import Young
 
 __all__ = [
     "DSR",
@@ -127,6 +128,7 @@ __all__ = [
     "UpdateContext",
     "UpdateReport",
     "UpdateSchedule",
+    "Young",
     "allocate",
     "apportion",
     "as_schedule",

@@ -41,6 +41,7 @@ from sparselab.nn.models.average import (
 from sparselab.nn.models.condense import CondensedLayer, condense
 from sparselab.nn.models.convert import measure_sparsity, plan_sparsify, sparsify
 from sparselab.nn.models.densify import densify
+from sparselab.nn.models.groups import parameter_groups
 from sparselab.nn.models.inference.freeze import freeze
 from sparselab.nn.models.materialize import materialize
 from sparselab.nn.models.memory import MemoryReport, memory_report
@@ -116,6 +117,7 @@ __all__ = [
     "materialize",
     "measure_sparsity",
     "memory_report",
+    "parameter_groups",
     "plan_sparsify",
     "register_dense",
     "register_kind",

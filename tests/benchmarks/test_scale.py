@@ -56,7 +56,8 @@ def test_a_model_is_looked_at_from_building_to_loading() -> None:
     assert row["file_bytes"] > 3 * 4 * row["live"]
     causes = row["causes"]
     assert causes["weights"] == 4 * row["live"]
-    assert causes["moments of AdamW"] == pytest.approx(2 * causes["weights"], rel=0.01)
+    ages = causes["moments of AdamW, ages"] - 2 * causes["weights"]
+    assert 0 < ages < 2.1 * row["live"]  # 2 bytes for each connection of layers that grew
     assert causes["activations and temporaries"] > 0
     assert causes["code, before the model"] > 1 << 26
     out = io.StringIO()

@@ -11,6 +11,7 @@ from torch import nn
 
 import sparselab
 from sparselab.nn import BlockSparseLinear, FanInLinear, MaskedLinear, SparseLinear
+from sparselab.nn.follow.bias_correction import AGE
 from sparselab.nn.layers.base import find_sparse
 from tests.dst.fake import FakeSparse
 
@@ -108,9 +109,14 @@ def by_position(layer, optimizer):
 
 
 def assert_followed(before, after, grown_with_weight=False):
-    """Survivors carry the same numbers, grown connections carry zeros (or no weight of zero)."""
-    assert before.keys() == after.keys()
-    for name in before:
+    """Survivors carry the same numbers, grown connections zeros (or no weight of zero) and the age of 1."""
+    assert before.keys() - {AGE} == after.keys() - {AGE}
+    known = next(iter(before.values()))
+    for position, age in after.get(AGE, {}).items():
+        survivor = position in known
+        expected = before.get(AGE, {}).get(position, np.zeros_like(age)) if survivor else np.ones_like(age)
+        assert np.array_equal(age, expected), f"age at position {position}: {age}, not {expected}"
+    for name in before.keys() - {AGE}:
         for position, number in after[name].items():
             if position in before[name]:
                 expected = before[name][position]

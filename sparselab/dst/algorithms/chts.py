@@ -106,7 +106,7 @@ class CHTs(DynamicSparsityAlgorithm):
         prune: DropScore | None = None,
         chains: Sequence[tuple[str, str]] = (),
         grown_value: float | GrownValue = 0.0,
-        grown_state: GrownState = "zero",
+        grown_state: GrownState = "young",
     ) -> None:
         prune = RelativeImportance() if prune is None else prune
         super().__init__(
@@ -196,7 +196,7 @@ class CHTss(CHTs):
         prune: DropScore | None = None,
         chains: Sequence[tuple[str, str]] = (),
         grown_value: float | GrownValue = 0.0,
-        grown_state: GrownState = "zero",
+        grown_state: GrownState = "young",
     ) -> None:
         for name, value in (("sparsity", sparsity), ("init", init)):
             require_finite(name, value)

@@ -113,7 +113,7 @@ class DSR(DynamicSparsityAlgorithm):
         drop: DropScore | None = None,
         redistribute: Redistribution | None = None,
         grown_value: float | GrownValue = 0.0,
-        grown_state: GrownState = "zero",
+        grown_state: GrownState = "young",
     ) -> None:
         super().__init__(
             KeepCount(sparsity),

@@ -91,7 +91,7 @@ class RigL(DynamicSparsityAlgorithm):
         drop: DropScore | None = None,
         redistribute: Redistribution | None = None,
         grown_value: float | GrownValue = 0.0,
-        grown_state: GrownState = "zero",
+        grown_state: GrownState = "young",
         grad_accumulation: int = 1,
     ) -> None:
         super().__init__(

@@ -68,7 +68,7 @@ class SET(DynamicSparsityAlgorithm):
         drop: DropScore | None = None,
         redistribute: Redistribution | None = None,
         grown_value: float | GrownValue = 0.0,
-        grown_state: GrownState = "zero",
+        grown_state: GrownState = "young",
     ) -> None:
         super().__init__(
             Exchange(sparsity, drop_fraction),

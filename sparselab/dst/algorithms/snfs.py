@@ -120,7 +120,7 @@ class SNFS(DynamicSparsityAlgorithm):
         drop: DropScore | None = None,
         redistribute: ByWeight | None = BY_MOMENTUM,
         grown_value: float | GrownValue = 0.0,
-        grown_state: GrownState = "zero",
+        grown_state: GrownState = "young",
         grad_accumulation: int = 1,
     ) -> None:
         super().__init__(

@@ -134,7 +134,7 @@ class SRigL(DynamicSparsityAlgorithm):
         ablate: bool = True,
         exempt_last: bool = True,
         grown_value: float | GrownValue = 0.0,
-        grown_state: GrownState = "zero",
+        grown_state: GrownState = "young",
         grad_accumulation: int = 1,
     ) -> None:
         budget = FanInBudget(sparsity, annealed(drop_fraction, update, stop))

@@ -70,8 +70,13 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
     grown_value : float or callable
         Weight of a new connection: a number, or a function of ``(LayerUpdate, positions)`` that returns one
         for each; see `sparselab.dst.parts.grown`.
-    grown_state : {"zero", "mean"}
-        Optimizer state of a new connection: 0, or the mean over the layer's surviving connections.
+    grown_state : {"young", "zero", "mean"} or Young
+        Optimizer state of a new connection: 0, or the mean over the layer's surviving connections. With
+        "young" Adam, AdamW, NAdam, RAdam and Adamax correct a new connection for bias by the steps that it
+        has taken itself; with "zero" by all of theirs, as papers before SMET (arXiv 2606.00888) do, so that
+        its first moves are up to 6.6 times as large as a weight's of their first steps. See
+        `sparselab.nn.follow.bias_correction`; of other optimizers both are the same. ``Young(warmup=100)``
+        also lets moves of new connections grow over so many steps.
 
     Raises
     ------
@@ -117,7 +122,7 @@ class DynamicSparsityAlgorithm(SparsityAlgorithm):
         grow: Growth | None = None,
         redistribute: Redistribution | None = None,
         grown_value: float | GrownValue = 0.0,
-        grown_state: GrownState = "zero",
+        grown_state: GrownState = "young",
     ) -> None:
         self.budget = Exchange() if budget is None else budget
         super().__init__(self.budget.sparsity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,12 @@ import numpy.typing as npt
 from sparselab.dst.checks import require_finite
 from sparselab.dst.view import LayerUpdate
 from sparselab.kernels.arrays import Array
-from sparselab.nn.follow.state_move import GrownState
+from sparselab.nn.follow.state_move import GrownState, Young
 
 #: Weights (n,), or (n, *block_shape), for the n positions a layer has grown; called after the rewrite.
 GrownValue = Callable[[LayerUpdate, Array], npt.NDArray[np.floating[Any]]]
+
+GROWN_STATES = "young", "zero", "mean"
 
 #: Keeps these draws apart from those of the growth itself.
 _PURPOSE = 1
@@ -96,9 +98,8 @@ def as_grown_value(value: float | GrownValue) -> GrownValue | None:
     return Same(float(value)) if value else None
 
 
-def check_grown_state(value: str) -> GrownState:
+def check_grown_state(value: Any) -> GrownState:
     """`value` itself; raise ValueError if it is not one of the choices."""
-    for choice in get_args(GrownState):
-        if value == choice:
-            return choice  # type: ignore[no-any-return]
-    raise ValueError(f"grown_state must be one of {get_args(GrownState)}, got {value!r}")
+    if isinstance(value, Young) or value in GROWN_STATES:
+        return value  # type: ignore[no-any-return]
+    raise ValueError(f"grown_state must be one of {GROWN_STATES} or Young(warmup=...), got {value!r}")

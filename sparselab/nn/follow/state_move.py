@@ -9,13 +9,41 @@ and their gradient, and knows how.)
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sparselab.nn.follow.bias_correction import AGE, ages_in, begin_ages, corrects_bias, settle_ages
+
+
+@dataclass(frozen=True)
+class Young:
+    """A state of 0, corrected for bias by the connection's own age; also called "young" where nothing is set.
+
+    Parameters
+    ----------
+    warmup : int
+        Steps over which its moves grow from nothing to their whole, linearly.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If that is no number of steps.
+    """
+
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int):
+            raise TypeError(f"warmup must be an integer, got {self.warmup!r}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {self.warmup!r}")
+
+
 #: What a new connection starts with.
-GrownState = Literal["zero", "mean"]
+GrownState = Literal["young", "zero", "mean"] | Young
 
 
 class Connected(Protocol):
@@ -82,6 +110,8 @@ class StateMove:
         self._layer = layer
         #: With the number that a new connection starts with.
         self._places: list[tuple[dict[str, Any], str, float]] = []
+        #: What optimizers have that correct for bias.
+        self._owners: list[dict[str, Any]] = []
         weights = layer.stored
         seen: set[int] = set()
         for optimizer in optimizers:
@@ -89,12 +119,20 @@ class StateMove:
                 raise RuntimeError(why)
             state = optimizer.state.get(weights)
             # A wrapper may share its state with the optimizer that it wraps.
-            if state is not None and id(state) not in seen:
+            if state is None:
+                continue
+            if corrects_bias(optimizer):
+                settle_ages(optimizer, weights)
+                if all(each is not state for each in self._owners):
+                    self._owners.append(state)
+            if id(state) not in seen:
                 seen.add(id(state))
                 self._collect(optimizer, state, weights)
 
     def _collect(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], weights: Tensor) -> None:
         for name, entry in state.items():
+            if name == AGE:
+                continue
             if isinstance(entry, Tensor):
                 if not self._fits(entry, weights.shape):
                     if entry.numel() > 1:
@@ -124,16 +162,17 @@ class StateMove:
         )
 
     @torch.no_grad()
-    def apply(self, source: torch.Tensor, grown: GrownState = "zero") -> None:
+    def apply(self, source: torch.Tensor, grown: GrownState = "young") -> None:
         """Move every entry with its connection.
 
         Parameters
         ----------
         source : int64 tensor, (new nnz,)
             Old slot of each new slot, or -1.
-        grown : {"zero", "mean"}
+        grown : {"young", "zero", "mean"} or Young
             What new connections start with: what the optimizer starts any weight with, which is 0 but for
-            ``step_size`` of Rprop and ``sum`` of Adagrad, or the mean over those that are not new.
+            ``step_size`` of Rprop and ``sum`` of Adagrad, corrected for bias by their own age or, with
+            "zero", by the optimizer's; or the mean over those that are not new.
         """
         new = (source < 0).nonzero()[:, 0]
         for state, name, start in self._places:
@@ -143,6 +182,22 @@ class StateMove:
                 self._put(entries, new, mean.expand(new.numel(), *mean.shape))
             elif start and new.numel():
                 self._put(entries, new, torch.full_like(self._layer.per_connection(entries)[new], start))
+        age = Young() if grown == "young" else grown
+        for state in self._owners:
+            self._follow(state, source, new, age if isinstance(age, Young) else None)
+
+    def _follow(self, state: dict[str, Any], source: Tensor, new: Tensor, young: Young | None) -> None:
+        """Move the ages that are there, and begin those of young connections."""
+        if AGE in state:
+            state[AGE] = self._layer.moved(ages_in(state), source)
+        if young is not None and new.numel():
+            ages = begin_ages(state, self._age_shape(), young.warmup)
+            self._put(ages, new, torch.ones_like(self._layer.per_connection(ages)[new]))
+
+    def _age_shape(self) -> tuple[int, ...]:
+        """One age for each connection, or, where weights lie as in a dense layer, for each weight."""
+        shape = tuple(self._layer.stored.shape)
+        return (shape[0], 1, 1) if len(shape) == 3 and shape[1:] == self._layer.block_shape else shape
 
     def _put(self, entries: Tensor, slots: Tensor, numbers: Tensor) -> None:
         if entries.shape == self._layer.stored.shape:

@@ -328,7 +328,11 @@ def _trained_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Te
         for parameter in model.parameters()
         for each in (parameter.grad, *optimizer.state.get(parameter, {}).values())
     ]
-    return [each for parameter, each in kept if isinstance(each, Tensor) and each.shape == parameter.shape]
+    return [
+        each
+        for parameter, each in kept
+        if isinstance(each, Tensor) and each.shape == parameter.shape and each.is_floating_point()
+    ]
 
 
 def _scale(model: nn.Module, share: float) -> None:

@@ -65,7 +65,7 @@ def moments(layer: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[int,
     return {
         name: by_position(layer, entry)
         for name, entry in state.items()
-        if isinstance(entry, Tensor) and entry.shape == layer.stored.shape
+        if isinstance(entry, Tensor) and entry.shape == layer.stored.shape and entry.is_floating_point()
     }
 
 
