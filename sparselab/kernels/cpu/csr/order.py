@@ -17,6 +17,7 @@ from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import mapped_empty, scratch, scratch_of_values
+from sparselab.kernels.cpu.runtime.program import Lent, Place, Program
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put, view_at, weight
 
@@ -25,6 +26,9 @@ _MIN_RANGE, _PER_COLUMN = 1 << 15, 16
 _MOST_RANGES = 64
 
 _MIN_PART = 16384
+
+#: Up to so many connections it is kept which slot each place takes from: half a megabyte at most.
+_MOST_SLOTS = 1 << 17
 
 
 class Order(NamedTuple):
@@ -36,10 +40,13 @@ class Order(NamedTuple):
         Ranges of rows.
     first : int32 or int64 array, (ranges, columns)
         The place of the first connection of each column in each range; the next ones follow it.
+    slots : int32 array
+        The slot of each place, of few connections; empty if there are many.
     """
 
     edges: Array
     first: Array
+    slots: Array
 
 
 def turn(W: Rows) -> tuple[Array, Array, Order]:
@@ -61,8 +68,9 @@ def turn(W: Rows) -> tuple[Array, Array, Order]:
     first += indptr[:-1].astype(first.dtype)
     indices = mapped_empty(W.nnz, index_dtype(rows))
     work = scratch(n_workers, columns, first.dtype)
-    launch(_turn, n_workers, edges, W.indptr, W.row_nnz, W.indices, first, work, indices)
-    return indptr, indices, Order(edges, first)
+    slots = np.empty(W.nnz if W.nnz <= _MOST_SLOTS else 0, np.int32)
+    launch(_turn, n_workers, edges, W.indptr, W.row_nnz, W.indices, first, work, indices, slots)
+    return indptr, indices, Order(edges, first, slots)
 
 
 def into_order(
@@ -74,7 +82,27 @@ def into_order(
     same thread.
     """
     ordered = scratch_of_values(W.nnz, dtype) if out is None else out
+    if len(order.slots):
+        n_workers = min(worker_count(), 1 + W.nnz // _MIN_PART)
+        launch(_take, n_workers, order.slots, values_at, bits, ordered)
+        return ordered
     _walk(_into, W, order, values_at, bits, ordered)
+    return ordered
+
+
+def add_order(program: Program, values_at: Place, bits: Array, W: Rows, order: Order, like: Array) -> Lent:
+    """Let a program bring values into the order of the transpose; returns where they are then."""
+    ordered, n_threads = program.lend((W.nnz,), like.dtype), worker_count()
+    if len(order.slots):
+        n_workers = min(n_threads, 1 + W.nnz // _MIN_PART)
+        program.add(_take, n_workers, order.slots, values_at, bits, ordered)
+    else:
+        n_workers = 1 if W.nnz < 2 * _MIN_PART else min(n_threads, len(order.first))
+        work = program.work((n_workers, order.first.shape[1]), order.first.dtype)
+        program.add(
+            _into, n_workers, order.edges, W.indptr, W.row_nnz, W.indices, order.first, work, values_at, bits,
+            ordered,
+        )  # fmt: skip
     return ordered
 
 
@@ -116,7 +144,7 @@ def _next(place, j):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _turn(worker, n_workers, edges, begin, row_nnz, indices, first, work, rows):  # type: ignore[no-untyped-def]
+def _turn(worker, n_workers, edges, begin, row_nnz, indices, first, work, rows, slots):  # type: ignore[no-untyped-def]
     if spread(worker, n_workers):
         return
     n, place = len(first), work[worker]
@@ -124,7 +152,10 @@ def _turn(worker, n_workers, edges, begin, row_nnz, indices, first, work, rows):
         _start(place, first[r])
         for i in range(edges[r], edges[r + 1]):
             for slot in range(begin[i], begin[i] + row_nnz[i]):
-                put(rows, _next(place, np.int64(get(indices, slot))), i)
+                at = _next(place, np.int64(get(indices, slot)))
+                put(rows, at, i)
+                if len(slots) > 0:
+                    put(slots, at, slot)
 
 
 @jit
@@ -137,6 +168,15 @@ def _into(worker, n_workers, edges, begin, row_nnz, indices, first, work, values
         for i in range(edges[r], edges[r + 1]):
             for slot in range(begin[i], begin[i] + row_nnz[i]):
                 put(ordered, _next(place, np.int64(get(indices, slot))), weight(values, slot))
+
+
+@jit
+def _take(worker, n_workers, slots, values_at, bits, ordered):  # type: ignore[no-untyped-def]
+    if spread(worker, n_workers):
+        return
+    values, n = view_at(values_at, bits), len(slots)
+    for k in range(worker * n // n_workers, (worker + 1) * n // n_workers):
+        put(ordered, k, weight(values, np.int64(get(slots, k))))
 
 
 @jit

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, address, index_dtype
+from sparselab.kernels.arrays import NONE_OF, Array, address, index_dtype
 from sparselab.kernels.cpu.csr.plan import Segments, gradient_rectangles
 from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_zeros, scratch
+from sparselab.kernels.cpu.runtime.program import Lent, Place, Program
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
@@ -181,6 +182,32 @@ def add_products(
     """
     work = scratch(cut.n_workers, cut.items, partials.dtype)
     launch(
-        _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles, DY[0], DY[3], DY[1], dy_tiled,
-        X[0], X[3], X[1], x_tiled, X[2][0], X[2][1], work, out_at, partials, sums_at,
+        _sample_rectangles, cut.n_workers,
+        *_of_rectangles(indices, plan, DY, X, out_at, partials, sums_at, cut, work, dy_tiled, x_tiled),
+    )  # fmt: skip
+
+
+def add_sample(
+    program: Program, indices: Array, plan: Segments, DY: Matrix, X: Matrix, out: Lent, sums_at: Place,
+    cut: GradientCut,
+) -> None:  # fmt: skip
+    """Let a program set the entries to 0 and do what `sample_cut` does."""
+    dtype, (n_items,) = out.dtype, out.shape
+    program.clear(out.at, n_items * dtype.itemsize)
+    partials = program.zeros(DY[2][0] * 8, dtype) if sums_at else NONE_OF[dtype]
+    work = program.work((cut.n_workers, cut.items), dtype)
+    program.add(
+        _sample_rectangles, cut.n_workers,
+        *_of_rectangles(indices, plan, DY, X, out.at, partials, sums_at, cut, work),
+    )  # fmt: skip
+
+
+def _of_rectangles(
+    indices: Array, plan: Segments, DY: Matrix, X: Matrix, out_at: Place, partials: Any, sums_at: Place,
+    cut: GradientCut, work: Any, dy_tiled: int = 0, x_tiled: int = 0,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of `_sample_rectangles` behind the workers."""
+    return (
+        indices, plan, cut.rectangles, DY[0], DY[3], DY[1], dy_tiled, X[0], X[3], X[1], x_tiled, X[2][0],
+        X[2][1], work, out_at, partials, sums_at,
     )  # fmt: skip

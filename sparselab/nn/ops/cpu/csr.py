@@ -44,6 +44,8 @@ from sparselab.nn.ops.cpu.memory import (
     in_order,
     zeros,
 )
+from sparselab.nn.ops.cpu.programs import Gradients
+from sparselab.nn.ops.cpu.row_programs import RowPrograms
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
 
@@ -80,6 +82,8 @@ class RowProducts:
         self.topology, self.shape, self.indices = topology, topology.shape, rows.indices
         self.begin, self.end = rows.indptr[:-1], rows.indptr[1:]
         self.density = topology.density
+        #: For contiguous tokens of the dtype of the weights.
+        self.programs = RowPrograms(topology)
         self.forward: Segments | None = None
         self.transpose: TransposePlan | None = None
         self.gradient: Segments | None = None
@@ -102,10 +106,14 @@ def product(
     out: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """``x W^T + b``, by a variant or the one that suits it, in a dtype or that of x."""
+    rows: RowProducts = topology.kept or _rows(topology)
+    if variant is None and out is None and topology.measured is None:
+        found = rows.programs.product(values, x, bias)
+        if found is not None:
+            return found
     given, n_tokens = x.dtype, x.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
-    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     n_rows = rows.shape[0]
     y = torch.empty((n_tokens, n_rows), dtype=out)
@@ -236,6 +244,14 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     return dx
 
 
+def gradients(
+    topology: OnTensors, values: Tensor | None, grad: Tensor, x: Tensor | None, with_bias: bool
+) -> Gradients | None:
+    """What `input_grad` and `values_grad` return, at once; None if they must be asked one by one."""
+    rows: RowProducts = topology.kept or _rows(topology)
+    return rows.programs.gradients(values, grad, x, with_bias)
+
+
 def _input_grad_by_unit(rows: RowProducts, values: Tensor, grad: Tensor) -> Tensor:
     """``dy W`` in bfloat16. Each output is of one product, since a sum of several would be rounded often."""
     n_rows, n_columns = rows.shape
@@ -333,6 +349,7 @@ def keep_forward(topology: OnTensors) -> None:
     topology.own.forget(lambda key: key not in (PRODUCT_T, GRADIENT))
     if topology.kept is not None:
         topology.kept.transpose = topology.kept.gradient = None
+        topology.kept.programs.forget_gradients()
 
 
 def row_blocks(rows: Rows, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:

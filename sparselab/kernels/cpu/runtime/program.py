@@ -1,0 +1,230 @@
+"""Kernels that are called again and again with all of their arguments but a few addresses.
+
+A small layer's kernels run for some microseconds. What Python does around a launch (looking up a plan, cutting
+work, making arrays of work memory, handing twenty arguments over) takes longer. A *program* does that once: it
+holds the arguments of some kernels, which follow each other, as words of memory, and is run by a single call
+that brings addresses only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import types
+
+from sparselab.kernels.arrays import Array, address
+from sparselab.kernels.cpu.runtime.jit import jit
+from sparselab.kernels.cpu.runtime.launch import run_on_threads
+from sparselab.kernels.cpu.runtime.memory import lend
+from sparselab.kernels.cpu.runtime.target import CACHE_LINE
+from sparselab.kernels.cpu.runtime.team import run_name, run_words, team
+from sparselab.kernels.cpu.runtime.words import clear, peek, poke
+
+_WORD = 8
+
+#: What is lent, until it is known where it begins in the work memory: for a whole run, or for one kernel.
+_KEPT, _PASSING = 0, -1
+
+#: Of the counter of a dynamic schedule, which is one word of zeros.
+COUNT = np.dtype(np.int64)
+
+#: Addresses that a run is given, beside that of its work memory, which is number 0.
+MOST_OPERANDS = 8
+
+
+class Given(NamedTuple):
+    """An address that each run brings: that of an operand, by its number from 1 on, and so many bytes more."""
+
+    operand: int
+    offset: int = 0
+
+
+class Lent(NamedTuple):
+    """Work memory of a run, in place of an array of this shape and dtype.
+
+    Attributes
+    ----------
+    at : Given
+        Where it is; every row begins on a cache line.
+    shape : tuple of int
+    dtype : dtype
+    """
+
+    at: Given
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def like(self) -> Array:
+        """An array of the Numba type."""
+        return np.empty((0,) * len(self.shape), self.dtype)
+
+
+#: Where a kernel finds something.
+Place = int | Given
+
+
+class Program:
+    """Kernels that run one after the other, each with the workers and the arguments it was added with.
+
+    In place of an address or an array of work memory an argument may be what `Given` and `lend` stand for.
+    All arrays are held, so their addresses stay true. A program belongs to the thread count it was made for.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Any] = []
+        self._words: list[int] = []
+        self._patches: list[tuple[int, int]] = []
+        self._zeros: list[tuple[int, int]] = []
+        self._steps: list[tuple[int, int]] = []
+        self._kept = self._passing = self._most_passing = 0
+        self._on_threads = False
+        self._at = 0
+        #: Bytes of work memory.
+        self.n_bytes = 0
+
+    def lend(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Lent:
+        """Uninitialised work memory that the kernels of a run share; the last dimension may get longer."""
+        place, n_bytes = _cut(shape, dtype, Given(_KEPT, self._kept))
+        self._kept += n_bytes
+        return place
+
+    def zeros(self, n_items: int, dtype: np.dtype[Any]) -> Lent:
+        """As `lend`, of one dimension, which is 0 before the kernels run."""
+        place = self.lend((n_items,), dtype)
+        self.clear(place.at, n_items * dtype.itemsize)
+        return place
+
+    def work(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Lent:
+        """As `lend`, for the next kernel alone: the one after it may get the same memory."""
+        place, n_bytes = _cut(shape, dtype, Given(_PASSING, self._passing))
+        self._passing += n_bytes
+        self._most_passing = max(self._most_passing, self._passing)
+        return place
+
+    def clear(self, place: Given, n_bytes: int) -> None:
+        """Set so many bytes to 0 before the kernels run."""
+        self._zeros.append((len(self._words), n_bytes))
+        self._note(place)
+
+    def add(self, kernel: Any, n_workers: int, *args: Any) -> None:
+        """Let a kernel follow, compiled for these arguments if it is not yet."""
+        kinds = tuple(_kind(each) for each in args)
+        signature = (types.int64, types.int64, *kinds)
+        kernel.compile(signature)
+        compiled = kernel.overloads[signature]
+        start = len(self._words)
+        self._on_threads |= n_workers > 1
+        for each in (team() if n_workers > 1 else 0, n_workers, *args):
+            self._note(each)
+        descriptor = compiled.fndesc
+        expected = compiled.target_context.call_conv.get_function_type(descriptor.restype, descriptor.argtypes)
+        if len(self._words) - start != len(expected.args) - 2:
+            raise TypeError(f"arguments of {kernel.py_func.__name__} cannot be kept as words: {kinds}")
+        run = compiled.library.get_pointer_to_function(run_name(descriptor.llvm_func_name))
+        self._steps.append((run, start))
+        self._passing = 0
+
+    def ready(self) -> Program:
+        """The program itself, which gets no more kernels."""
+        # The words are copied into the work memory, behind the operands and in front of what is lent.
+        n_words = 1 + MOST_OPERANDS + len(self._words)
+        start = {_KEPT: _lines(n_words * _WORD)}
+        start[_PASSING] = start[_KEPT] + self._kept
+        for place, operand in self._patches:
+            self._words[place] += start.get(operand, 0)
+        patches = [(place, max(operand, 0)) for place, operand in self._patches]
+        head = [len(self._words), len(self._patches), len(self._zeros), len(self._steps)]
+        pairs = [word for pair in (*patches, *self._zeros, *self._steps) for word in pair]
+        whole = np.array([*head, *pairs, *self._words], np.int64)
+        self._held.append(whole)
+        self._at = address(whole)
+        self.n_bytes = start[_PASSING] + self._most_passing
+        return self
+
+    def run(self, *operands: int) -> None:
+        """Run the kernels with operands at these addresses, `MOST_OPERANDS` of them, 0 for those not needed."""
+        if self._on_threads:
+            run_on_threads(_run, self._at, lend(self.n_bytes), *operands)
+        else:
+            _run(self._at, lend(self.n_bytes), *operands)
+
+    def _note(self, value: Any) -> None:
+        """Keep an argument as the words that compiled code takes it as."""
+        if isinstance(value, Lent):
+            self._note_array(value.at, value.shape, value.dtype)
+        elif isinstance(value, Given):
+            self._patches.append((len(self._words), value.operand))
+            self._words.append(value.offset)
+        elif isinstance(value, np.ndarray):
+            self._held.append(value)
+            self._note_array(address(value), value.shape, value.dtype)
+        elif isinstance(value, tuple):
+            for each in value:
+                self._note(each)
+        else:
+            self._words.append(0 if value is None else int(value))
+
+    def _note_array(self, at: int | Given, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        steps, step = [], dtype.itemsize
+        for n in reversed(shape):
+            steps.append(step)
+            step *= n
+        n_items = step // dtype.itemsize
+        for each in (0, 0, n_items, dtype.itemsize, at, *shape, *reversed(steps)):
+            self._note(each)
+
+
+def _lines(n_bytes: int) -> int:
+    """Bytes of whole cache lines."""
+    return -(-n_bytes // CACHE_LINE) * CACHE_LINE
+
+
+def _cut(shape: tuple[int, ...], dtype: np.dtype[Any], at: Given) -> tuple[Lent, int]:
+    """Memory of that shape whose rows begin on cache lines, and its bytes."""
+    row = _lines(shape[-1] * dtype.itemsize)
+    return Lent(at, (*shape[:-1], row // dtype.itemsize), dtype), math.prod(shape[:-1]) * row
+
+
+def _kind(value: Any) -> Any:
+    """The Numba type of an argument."""
+    if isinstance(value, Given):
+        return types.int64
+    if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
+        raise ValueError("arrays of a program must be contiguous")
+    return numba.typeof(value.like if isinstance(value, Lent) else value)
+
+
+@jit
+def _run(program, memory, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+    """Copy a program's words into work memory, put addresses and zeros where they belong, run its kernels."""
+    n_words, n_patches, n_zeros, n_steps = (
+        peek(program), peek(program + 8), peek(program + 16), peek(program + 24)
+    )  # fmt: skip
+    patches = program + 32
+    zeros = patches + n_patches * 16
+    steps = zeros + n_zeros * 16
+    words = steps + n_steps * 16
+    poke(memory, memory)
+    poke(memory + 8, a)
+    poke(memory + 16, b)
+    poke(memory + 24, c)
+    poke(memory + 32, d)
+    poke(memory + 40, e)
+    poke(memory + 48, f)
+    poke(memory + 56, g)
+    poke(memory + 64, h)
+    block = memory + 72
+    for k in range(n_words):
+        poke(block + k * 8, peek(words + k * 8))
+    for k in range(n_patches):
+        place = block + peek(patches + k * 16) * 8
+        poke(place, peek(place) + peek(memory + peek(patches + k * 16 + 8) * 8))
+    for k in range(n_zeros):
+        clear(peek(block + peek(zeros + k * 16) * 8), peek(zeros + k * 16 + 8))
+    for k in range(n_steps):
+        if run_words(peek(steps + k * 16), block + peek(steps + k * 16 + 8) * 8) != 0:
+            raise RuntimeError("a kernel of a program failed")
