@@ -8,7 +8,7 @@ transpose, so that blocks which are high or wide have micro-panels without missi
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from sparselab.kernels.cpu.bsr.panels import MR
 from sparselab.kernels.cpu.csr.plan import split_evenly
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
+from sparselab.kernels.cpu.runtime.program import Lent, Program
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.transpose import transpose4
 from sparselab.kernels.cpu.simd.vectors import get, load_unaligned, put, store_unaligned, zeros4
@@ -237,10 +238,29 @@ def unpack_weights(packed: Array, plan: PanelPlan, values: Array) -> None:
     _move(False, values, plan, packed)
 
 
+def add_pack(program: Program, weights: Lent, plan: PanelPlan) -> Lent:
+    """Let a program do what `pack_weights` does, if that is needed; returns where the weights are then."""
+    if plan.is_packed:
+        return weights
+    packed = program.lend((plan.packed_items,), weights.dtype)
+    _add_move(program, True, weights, plan, packed)
+    return packed
+
+
+def add_unpack(program: Program, packed: Lent, plan: PanelPlan, entries: Lent) -> None:
+    """Let a program do what `unpack_weights` does."""
+    _add_move(program, False, entries, plan, packed)
+
+
+def _add_move(program: Program, pack: bool, values: Lent, plan: PanelPlan, packed: Lent) -> None:
+    program.add(_move_blocks, *_arguments(pack, values, plan, packed))
+
+
 def _move(pack: bool, values: Array, plan: PanelPlan, packed: Array) -> None:
-    n_workers = max(1, min(worker_count(), len(values) // _MIN_PART))
+    launch(_move_blocks, *_arguments(pack, values, plan, packed))
+
+
+def _arguments(pack: bool, values: Any, plan: PanelPlan, packed: Any) -> tuple[Any, ...]:
+    n_workers = max(1, min(worker_count(), values.shape[0] // _MIN_PART))
     steps = (1, plan.height) if plan.transposed else (plan.width, 1)
-    launch(
-        _move_blocks, n_workers, pack, values, plan.indptr, plan.slots, plan.height, plan.width, *steps,
-        packed,
-    )  # fmt: skip
+    return n_workers, pack, values, plan.indptr, plan.slots, plan.height, plan.width, *steps, packed

@@ -20,6 +20,7 @@ from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.contract import Narrow, OnTensors
 from sparselab.nn.ops.cpu import narrow_blocks
+from sparselab.nn.ops.cpu.block_programs import BlockPrograms
 from sparselab.nn.ops.cpu.dense_parts import takes_gradient
 from sparselab.nn.ops.cpu.dense_parts import values_grad as values_grad_by_unit
 from sparselab.nn.ops.cpu.memory import (
@@ -32,6 +33,7 @@ from sparselab.nn.ops.cpu.memory import (
     zeros,
 )
 from sparselab.nn.ops.cpu.narrow_blocks import is_native
+from sparselab.nn.ops.cpu.programs import Gradients
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
 from sparselab.nn.ops.cutting import cut, join
@@ -42,11 +44,22 @@ CASTS_TOKENS = True
 _CHUNK_BYTES = 8 << 20
 
 
+def _programs(topology: OnTensors) -> BlockPrograms:
+    """What is kept, made when it is first needed."""
+    own: Any = topology.own
+    kept = topology.kept = BlockPrograms(own, density(own))
+    return kept
+
+
 def product(
     topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None,
     out: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """``x W^T + b``, by a variant or the one that suits it, in a dtype or that of x."""
+    if variant is None and out is None and topology.measured is None:
+        found = (topology.kept or _programs(topology)).product(values, x, bias)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
     given, n_tokens = x.dtype, x.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
@@ -159,6 +172,14 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     return dx
 
 
+def gradients(
+    topology: OnTensors, values: Tensor | None, grad: Tensor, x: Tensor | None, with_bias: bool
+) -> Gradients | None:
+    """What `input_grad` and `values_grad` return, at once; None if they must be asked one by one."""
+    programs: BlockPrograms = topology.kept or _programs(topology)
+    return programs.gradients(values, grad, x, with_bias)
+
+
 def values_grad(
     topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool, out: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -252,6 +273,8 @@ def keep_forward(topology: OnTensors) -> None:
     own: BlockTopology = topology.own  # type: ignore[assignment]
     backward = plan_key(not wants_transpose(own.block_shape, False)), block_plan_key(True)
     own.forget(lambda key: key not in backward)
+    if topology.kept is not None:
+        topology.kept.forget_gradients()
 
 
 def _outside(own: BlockTopology) -> tuple[Tensor, Tensor]:

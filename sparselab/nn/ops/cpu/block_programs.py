@@ -1,0 +1,102 @@
+"""The programs of dense blocks: see `sparselab.nn.ops.cpu.programs`."""
+
+from __future__ import annotations
+
+import torch
+
+from sparselab.kernels.arrays import NONE_OF
+from sparselab.kernels.cpu.bsr import direct, direct_dw, sddmm_dw, spmm
+from sparselab.kernels.cpu.bsr.plan import block_plan, panel_plan
+from sparselab.kernels.cpu.bsr.skinny import add_skinny_blocks
+from sparselab.kernels.cpu.csr.skinny import Matrix
+from sparselab.kernels.cpu.runtime.program import Given, Lent, Program
+from sparselab.kernels.layouts.block_csr import BlockTopology
+from sparselab.nn.ops.cpu.programs import BIAS, DBIAS, DVALUES, DX, DY, VALUES, X, Y, Job, Programs
+from sparselab.nn.ops.cpu.variants import BLOCKS, choose_name
+
+
+class BlockPrograms(Programs):
+    """Of a topology of blocks.
+
+    Parameters
+    ----------
+    topology : BlockTopology
+    density : float
+        Live fraction of the weights.
+    """
+
+    def __init__(self, topology: BlockTopology, density: float) -> None:
+        super().__init__(topology.shape, torch.Size((topology.nnz, *topology.block_shape)))
+        self._topology, self._density = topology, density
+
+    def make(self, job: Job) -> Program | None:
+        """The program; none if blocks reach beyond W, or something is computed by dense blocks."""
+        wanted = {"forward": job.forward, "input_grad": job.input_grad, "values_grad": job.values_grad}
+        names = [
+            choose_name(name, job.n_tokens, self._density, BLOCKS)
+            for name, is_wanted in wanted.items()
+            if is_wanted
+        ]
+        if not names or "dense blocks" in names or any(
+            size % each for size, each in zip(self.shape, self._topology.block_shape, strict=True)
+        ):  # fmt: skip
+            return None
+        program = Program()
+        n_rows, n_columns = self.shape
+        weights = job.array(VALUES, self.values_shape.numel())
+        if job.forward:
+            bias = BIAS if job.bias else None
+            x, y = job.matrix(X, n_columns), job.matrix(Y, n_rows)
+            if not self._add_product(program, weights, False, x, y, bias, names[0] == "skinny", job):
+                return None
+        if job.input_grad:
+            dy, dx = job.matrix(DY, n_rows), job.matrix(DX, n_columns)
+            if not self._add_product(program, weights, True, dy, dx, None, False, job):
+                return None
+        if job.values_grad and not self._add_values_grad(program, job):
+            return None
+        return program.ready()
+
+    def _add_product(
+        self, program: Program, weights: Lent, transposed: bool, x: Matrix, y: Matrix, bias: Given | None,
+        is_skinny: bool, job: Job,
+    ) -> bool:  # fmt: skip
+        own, like = self._topology, job.like
+        offsets = program.zeros(y[2][0], like.dtype) if bias is None else job.array(bias, y[2][0])
+        height = own.block_shape[int(transposed)]
+        if is_skinny:
+            rows = own.blocks.rows
+            add_skinny_blocks(
+                program, (weights.at, like, None), rows.indices, rows.indptr, own.block_shape, offsets.at, like,
+                x, y, job.n_threads,
+            )  # fmt: skip
+            return True
+        if direct.serves(height, like.itemsize, job.n_tokens):
+            direct.add_direct(program, weights, block_plan(own, transposed), x, y, offsets.at)
+            return True
+        plan = panel_plan(own, transposed)
+        if spmm.gathers(plan, transposed) and bias is not None and plan.height % spmm.MR:
+            return False
+        if spmm.gathers(plan, transposed) and bias is None:
+            offsets = program.zeros((len(plan.indptr) - 1) * plan.panels_per_row * spmm.MR, like.dtype)
+        spmm.add_multiply(program, weights, plan, transposed, x, y, offsets)
+        return True
+
+    def _add_values_grad(self, program: Program, job: Job) -> bool:
+        own, (n_rows, n_columns), like = self._topology, self.shape, job.like
+        dy, x = job.matrix(DY, n_rows), job.matrix(X, n_columns)
+        out = job.array(DVALUES, self.values_shape.numel())
+        sums = job.array(DBIAS, n_rows) if job.bias else None
+        if direct_dw.serves(own.block_shape, like.itemsize):
+            direct_dw.add_sample_direct(program, block_plan(own, False), dy, x, out, sums)
+            return True
+        plan = panel_plan(own, False)
+        if plan.transposed:
+            if job.bias:
+                return False
+            dy, x = x, dy
+        rows, columns = (sddmm_dw.Factor(each[0], each[3], each[1], 0) for each in (dy, x))
+        sddmm_dw.add_sample(
+            program, plan, rows, columns, job.n_tokens, out, NONE_OF[like.dtype] if sums is None else sums
+        )
+        return True
