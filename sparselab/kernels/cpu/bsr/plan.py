@@ -238,6 +238,29 @@ def unpack_weights(packed: Array, plan: PanelPlan, values: Array) -> None:
     _move(False, values, plan, packed)
 
 
+@jit
+def _clear(worker, n_workers, places, entries):  # type: ignore[no-untyped-def]
+    """Set some entries to 0."""
+    if spread(worker, n_workers):
+        return
+    for k in range(len(places)):
+        put(entries, get(places, k), entries.dtype.type(0))
+
+
+def add_clear_outside(program: Program, topology: BlockTopology, entries: Lent) -> None:
+    """Let a program set entries of blocks (flat) to 0 where blocks reach beyond the matrix."""
+    places = topology.plan(("cpu", "outside"), _outside_places)
+    if len(places):
+        program.add(_clear, 1, places, entries)
+
+
+def _outside_places(topology: BlockTopology) -> Array:
+    slots, outside = topology.outside()
+    places = np.flatnonzero(outside).astype(np.int64)
+    size = topology.block_shape[0] * topology.block_shape[1]
+    return slots.astype(np.int64)[places // size] * size + places % size
+
+
 def add_pack(program: Program, weights: Lent, plan: PanelPlan) -> Lent:
     """Let a program do what `pack_weights` does, if that is needed; returns where the weights are then."""
     if plan.is_packed:

@@ -21,7 +21,7 @@ from sparselab.kernels.cpu.runtime.launch import run_on_threads
 from sparselab.kernels.cpu.runtime.memory import lend
 from sparselab.kernels.cpu.runtime.target import CACHE_LINE
 from sparselab.kernels.cpu.runtime.team import run_name, run_words, team
-from sparselab.kernels.cpu.runtime.words import clear, peek, poke
+from sparselab.kernels.cpu.runtime.words import clear, copy, peek, poke
 
 _WORD = 8
 
@@ -79,6 +79,7 @@ class Program:
         self._words: list[int] = []
         self._patches: list[tuple[int, int]] = []
         self._zeros: list[tuple[int, int]] = []
+        self._copies: list[tuple[int, int]] = []
         self._steps: list[tuple[int, int]] = []
         self._kept = self._passing = self._most_passing = 0
         self._on_threads = False
@@ -110,6 +111,12 @@ class Program:
         self._zeros.append((len(self._words), n_bytes))
         self._note(place)
 
+    def copy(self, source: Given, target: Given, n_bytes: int) -> None:
+        """Copy so many bytes before the kernels run, after memory was set to 0."""
+        self._copies.append((len(self._words), n_bytes))
+        self._note(source)
+        self._note(target)
+
     def add(self, kernel: Any, n_workers: int, *args: Any) -> None:
         """Let a kernel follow, compiled for these arguments if it is not yet."""
         kinds = tuple(_kind(each) for each in args)
@@ -137,8 +144,9 @@ class Program:
         for place, operand in self._patches:
             self._words[place] += start.get(operand, 0)
         patches = [(place, max(operand, 0)) for place, operand in self._patches]
-        head = [len(self._words), len(self._patches), len(self._zeros), len(self._steps)]
-        pairs = [word for pair in (*patches, *self._zeros, *self._steps) for word in pair]
+        tables = patches, self._zeros, self._copies, self._steps
+        head = [len(self._words), *map(len, tables)]
+        pairs = [word for table in tables for pair in table for word in pair]
         whole = np.array([*head, *pairs, *self._words], np.int64)
         self._held.append(whole)
         self._at = address(whole)
@@ -201,12 +209,12 @@ def _kind(value: Any) -> Any:
 @jit
 def _run(program, memory, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
     """Copy a program's words into work memory, put addresses and zeros where they belong, run its kernels."""
-    n_words, n_patches, n_zeros, n_steps = (
-        peek(program), peek(program + 8), peek(program + 16), peek(program + 24)
-    )  # fmt: skip
-    patches = program + 32
+    n_words, n_patches, n_zeros = peek(program), peek(program + 8), peek(program + 16)
+    n_copies, n_steps = peek(program + 24), peek(program + 32)
+    patches = program + 40
     zeros = patches + n_patches * 16
-    steps = zeros + n_zeros * 16
+    copies = zeros + n_zeros * 16
+    steps = copies + n_copies * 16
     words = steps + n_steps * 16
     poke(memory, memory)
     poke(memory + 8, a)
@@ -225,6 +233,9 @@ def _run(program, memory, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-de
         poke(place, peek(place) + peek(memory + peek(patches + k * 16 + 8) * 8))
     for k in range(n_zeros):
         clear(peek(block + peek(zeros + k * 16) * 8), peek(zeros + k * 16 + 8))
+    for k in range(n_copies):
+        pair = block + peek(copies + k * 16) * 8
+        copy(peek(pair + 8), peek(pair), peek(copies + k * 16 + 8))
     for k in range(n_steps):
         if run_words(peek(steps + k * 16), block + peek(steps + k * 16 + 8) * 8) != 0:
             raise RuntimeError("a kernel of a program failed")

@@ -51,3 +51,19 @@ def clear(_: Any, at: Any, n_bytes: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(at, n_bytes), codegen
+
+
+@intrinsic
+def copy(_: Any, target: Any, source: Any, n_bytes: Any) -> Any:
+    """Copy so many bytes from one address to another; the two places do not overlap."""
+    if not (target == source == n_bytes == types.int64):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, at = (builder.inttoptr(each, _I8.as_pointer()) for each in args[:2])
+        kind = ir.FunctionType(ir.VoidType(), [to.type, at.type, _I64, ir.IntType(1)])
+        function = builder.module.declare_intrinsic("llvm.memcpy", (to.type, at.type, _I64), kind)
+        builder.call(function, [to, at, args[2], ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(target, source, n_bytes), codegen

@@ -6,7 +6,8 @@ import torch
 
 from sparselab.kernels.arrays import NONE_OF
 from sparselab.kernels.cpu.bsr import direct, direct_dw, sddmm_dw, spmm
-from sparselab.kernels.cpu.bsr.plan import block_plan, panel_plan
+from sparselab.kernels.cpu.bsr.panels import MR
+from sparselab.kernels.cpu.bsr.plan import add_clear_outside, block_plan, panel_plan
 from sparselab.kernels.cpu.bsr.skinny import add_skinny_blocks
 from sparselab.kernels.cpu.csr.skinny import Matrix
 from sparselab.kernels.cpu.runtime.program import Given, Lent, Program
@@ -30,16 +31,14 @@ class BlockPrograms(Programs):
         self._topology, self._density = topology, density
 
     def make(self, job: Job) -> Program | None:
-        """The program; none if blocks reach beyond W, or something is computed by dense blocks."""
+        """The program, unless something is computed by dense blocks, or blocks are of heights that nobody needs."""
         wanted = {"forward": job.forward, "input_grad": job.input_grad, "values_grad": job.values_grad}
         names = [
             choose_name(name, job.n_tokens, self._density, BLOCKS)
             for name, is_wanted in wanted.items()
             if is_wanted
         ]
-        if not names or "dense blocks" in names or any(
-            size % each for size, each in zip(self.shape, self._topology.block_shape, strict=True)
-        ):  # fmt: skip
+        if not names or "dense blocks" in names:
             return None
         program = Program()
         n_rows, n_columns = self.shape
@@ -62,8 +61,15 @@ class BlockPrograms(Programs):
         is_skinny: bool, job: Job,
     ) -> bool:  # fmt: skip
         own, like = self._topology, job.like
-        offsets = program.zeros(y[2][0], like.dtype) if bias is None else job.array(bias, y[2][0])
-        height = own.block_shape[int(transposed)]
+        n_outputs, height = y[2][0], own.block_shape[int(transposed)]
+        # An entry for each row of the blocks, of which the last may reach beyond W.
+        padded = -(-n_outputs // height) * height
+        if bias is None or (padded > n_outputs and not is_skinny):
+            offsets = program.zeros(padded, like.dtype)
+            if bias is not None:
+                program.copy(bias, offsets.at, n_outputs * like.itemsize)
+        else:
+            offsets = job.array(bias, n_outputs)
         if is_skinny:
             rows = own.blocks.rows
             add_skinny_blocks(
@@ -75,10 +81,10 @@ class BlockPrograms(Programs):
             direct.add_direct(program, weights, block_plan(own, transposed), x, y, offsets.at)
             return True
         plan = panel_plan(own, transposed)
-        if spmm.gathers(plan, transposed) and bias is not None and plan.height % spmm.MR:
-            return False
-        if spmm.gathers(plan, transposed) and bias is None:
-            offsets = program.zeros((len(plan.indptr) - 1) * plan.panels_per_row * spmm.MR, like.dtype)
+        if spmm.gathers(plan, transposed) and plan.height % MR:
+            if bias is not None:
+                return False
+            offsets = program.zeros((len(plan.indptr) - 1) * plan.panels_per_row * MR, like.dtype)
         spmm.add_multiply(program, weights, plan, transposed, x, y, offsets)
         return True
 
@@ -89,14 +95,14 @@ class BlockPrograms(Programs):
         sums = job.array(DBIAS, n_rows) if job.bias else None
         if direct_dw.serves(own.block_shape, like.itemsize):
             direct_dw.add_sample_direct(program, block_plan(own, False), dy, x, out, sums)
-            return True
-        plan = panel_plan(own, False)
-        if plan.transposed:
-            if job.bias:
-                return False
-            dy, x = x, dy
-        rows, columns = (sddmm_dw.Factor(each[0], each[3], each[1], 0) for each in (dy, x))
-        sddmm_dw.add_sample(
-            program, plan, rows, columns, job.n_tokens, out, NONE_OF[like.dtype] if sums is None else sums
-        )
+        else:
+            plan = panel_plan(own, False)
+            if plan.transposed:
+                if job.bias:
+                    return False
+                dy, x = x, dy
+            rows, columns = (sddmm_dw.Factor(each[0], each[3], each[1], 0) for each in (dy, x))
+            sums_or_none = NONE_OF[like.dtype] if sums is None else sums
+            sddmm_dw.add_sample(program, plan, rows, columns, job.n_tokens, out, sums_or_none)
+        add_clear_outside(program, own, out)
         return True
