@@ -192,6 +192,24 @@ def _move_panel(pack, values, first, row_step, column_step, width, packed, place
 
 
 @jit
+def _move_squares(pack, values, slots, first, last, is_turned, packed):  # type: ignore[no-untyped-def]
+    """Move the blocks first : last, which are MR x MR: one micro-panel each, in the order of its columns."""
+    like, size = zeros4(packed), MR * MR
+    for k in range(first, last):
+        block, at = np.int64(get(slots, k)) * size, k * size
+        if is_turned:
+            for j in range(0, size, MR):
+                if pack:
+                    store_unaligned(packed, at + j, load_unaligned(values, block + j, like))
+                else:
+                    store_unaligned(values, block + j, load_unaligned(packed, at + j, like))
+        elif pack:
+            transpose4(values, block, MR, packed, at, MR)
+        else:
+            transpose4(packed, at, MR, values, block, MR)
+
+
+@jit
 def _move_blocks(  # type: ignore[no-untyped-def]
     worker, n_workers, pack, values, indptr, slots, height, width, row_step, column_step, packed
 ):
@@ -201,7 +219,11 @@ def _move_blocks(  # type: ignore[no-untyped-def]
     panels = (height + MR - 1) // MR
     n = len(indptr) - 1
     zero = packed.dtype.type(0)
-    for r in range(worker * n // n_workers, (worker + 1) * n // n_workers):
+    first_row, last_row = worker * n // n_workers, (worker + 1) * n // n_workers
+    if height == MR and width == MR:
+        _move_squares(pack, values, slots, indptr[first_row], indptr[last_row], row_step == 1, packed)
+        return
+    for r in range(first_row, last_row):
         count = (indptr[r + 1] - indptr[r]) * width * MR
         for k in range(indptr[r], indptr[r + 1]):
             block = np.int64(slots[k]) * height * width
