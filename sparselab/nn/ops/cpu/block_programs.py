@@ -32,29 +32,24 @@ class BlockPrograms(Programs):
 
     def make(self, job: Job) -> Program | None:
         """The program, unless something is computed by dense blocks, or blocks are of heights that nobody needs."""
-        wanted = {"forward": job.forward, "input_grad": job.input_grad, "values_grad": job.values_grad}
-        names = [
-            choose_name(name, job.n_tokens, self._density, BLOCKS)
-            for name, is_wanted in wanted.items()
-            if is_wanted
-        ]
-        if not names or "dense blocks" in names:
+        names = [choose_name(name, job.n_tokens, self._density, BLOCKS) for name in job.operations]
+        if "dense blocks" in names:
             return None
         program = Program()
         n_rows, n_columns = self.shape
         weights = job.array(VALUES, self.values_shape.numel())
-        if job.forward:
-            bias = BIAS if job.bias else None
-            x, y = job.matrix(X, n_columns), job.matrix(Y, n_rows)
-            if not self._add_product(program, weights, False, x, y, bias, names[0] == "skinny", job):
-                return None
-        if job.input_grad:
-            dy, dx = job.matrix(DY, n_rows), job.matrix(DX, n_columns)
-            if not self._add_product(program, weights, True, dy, dx, None, False, job):
-                return None
-        if job.values_grad and not self._add_values_grad(program, job):
-            return None
-        return program.ready()
+        is_done = True
+        for operation in job.operations:
+            if operation == "forward":
+                bias = BIAS if job.bias else None
+                x, y = job.matrix(X, n_columns), job.matrix(Y, n_rows)
+                is_done = self._add_product(program, weights, False, x, y, bias, names[0] == "skinny", job)
+            elif operation == "input_grad":
+                dy, dx = job.matrix(DY, n_rows), job.matrix(DX, n_columns)
+                is_done = self._add_product(program, weights, True, dy, dx, None, False, job)
+            else:
+                is_done = is_done and self._add_values_grad(program, job)
+        return program.ready() if is_done else None
 
     def _add_product(
         self, program: Program, weights: Lent, transposed: bool, x: Matrix, y: Matrix, bias: Given | None,
@@ -77,7 +72,7 @@ class BlockPrograms(Programs):
                 x, y, job.n_threads,
             )  # fmt: skip
             return True
-        if direct.serves(height, like.itemsize, job.n_tokens):
+        if direct.serves(height, like.itemsize, job.n_tokens) and x[1][0] == 1:
             direct.add_direct(program, weights, block_plan(own, transposed), x, y, offsets.at)
             return True
         plan = panel_plan(own, transposed)
@@ -93,7 +88,7 @@ class BlockPrograms(Programs):
         dy, x = job.matrix(DY, n_rows), job.matrix(X, n_columns)
         out = job.array(DVALUES, self.values_shape.numel())
         sums = job.array(DBIAS, n_rows) if job.bias else None
-        if direct_dw.serves(own.block_shape, like.itemsize):
+        if direct_dw.serves(own.block_shape, like.itemsize) and dy[1][0] == x[1][0] == 1:
             direct_dw.add_sample_direct(program, block_plan(own, False), dy, x, out, sums)
         else:
             plan = panel_plan(own, False)

@@ -19,6 +19,7 @@ from sparselab.kernels.cpu.csr.order import into_order
 from sparselab.kernels.cpu.csr.plan import (
     GRADIENT,
     PRODUCT_T,
+    SLOTS,
     Segments,
     TransposePlan,
     gradient_plan,
@@ -346,7 +347,7 @@ def narrow_ways(
 
 def keep_forward(topology: OnTensors) -> None:
     """Let go of the plans of backward passes; they are made anew if they are needed."""
-    topology.own.forget(lambda key: key not in (PRODUCT_T, GRADIENT))
+    topology.own.forget(lambda key: key not in (PRODUCT_T, GRADIENT, SLOTS))
     if topology.kept is not None:
         topology.kept.transpose = topology.kept.gradient = None
         topology.kept.programs.forget_gradients()

@@ -25,7 +25,9 @@ _MOST_PROGRAMS = 32
 _DTYPES = (torch.float32, torch.float64)
 
 #: The fields of a `Job`.
-Key = tuple[int, int, torch.dtype, bool, bool, bool, bool]
+Key = tuple[
+    int, int, torch.dtype, tuple[int, ...] | None, tuple[int, ...] | None, tuple[int, ...] | None, bool
+]
 
 #: By x, the values and the bias; None for what is not wanted.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -39,11 +41,14 @@ class Job(NamedTuple):
 
     Attributes
     ----------
-    n_tokens : int
-    n_threads : int
+    n_tokens, n_threads : int
     dtype : torch.dtype
-    forward, input_grad, values_grad : bool
-        Whether that is wanted.
+    x_strides : (int, int), or None
+        Of the tokens, if the product is wanted, or the gradient by the values.
+    dy_strides : (int, int), or None
+        Of the outputs' gradient; None in a forward pass.
+    values_strides : tuple of int, or None
+        Of the weights, if the product is wanted, or the gradient by x.
     bias : bool
         Whether there is a bias in the forward product, or its gradient is wanted.
     """
@@ -51,10 +56,18 @@ class Job(NamedTuple):
     n_tokens: int
     n_threads: int
     dtype: torch.dtype
-    forward: bool
-    input_grad: bool
-    values_grad: bool
+    x_strides: tuple[int, int] | None
+    dy_strides: tuple[int, int] | None
+    values_strides: tuple[int, ...] | None
     bias: bool
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What is wanted, by the names of `sparselab.nn.ops.cpu.variants`."""
+        if self.dy_strides is None:
+            return ("forward",)
+        wanted = {"input_grad": self.values_strides, "values_grad": self.x_strides}
+        return tuple(name for name, strides in wanted.items() if strides is not None)
 
     @property
     def like(self) -> Array:
@@ -62,8 +75,9 @@ class Job(NamedTuple):
         return LIKE[self.dtype]
 
     def matrix(self, at: Given, n_features: int) -> Matrix:
-        """Contiguous tokens at a place, as a matrix with a column for each."""
-        return at, (1, n_features), (n_features, self.n_tokens), self.like
+        """Tokens at a place, as a matrix with a column for each; those that a program makes are contiguous."""
+        strides = {X: self.x_strides, DY: self.dy_strides}.get(at) or (n_features, 1)
+        return at, (strides[1], strides[0]), (n_features, self.n_tokens), self.like
 
     def array(self, at: Given, n_items: int) -> Lent:
         """Contiguous numbers at a place."""
@@ -82,6 +96,8 @@ class Programs(abc.ABC):
 
     def __init__(self, shape: tuple[int, int], values_shape: torch.Size) -> None:
         self.shape, self.values_shape = shape, values_shape
+        n, height, width = values_shape
+        self._in_order = height * width, width, 1
         self._known: dict[Key, Program | None] = {}
 
     @abc.abstractmethod
@@ -90,17 +106,17 @@ class Programs(abc.ABC):
 
     def product(self, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """``x W^T + b``; None if that is no job for a program."""
-        n_tokens, dtype = len(x), x.dtype
-        program = self._find((n_tokens, use_torch_threads(), dtype, True, False, False, bias is not None))
-        if (
-            program is None
-            or not (x.is_contiguous() and values.is_contiguous())
-            or values.dtype is not dtype
-            or not (bias is None or (bias.is_contiguous() and bias.dtype is dtype))
-        ):
+        n_tokens, dtype = x.shape[0], x.dtype
+        key = n_tokens, use_torch_threads(), dtype, x.stride(), None, values.stride(), bias is not None
+        program = self._known.get(key) or self._make(key)
+        if program is None or values.dtype is not dtype:
             return None
+        bias_at = 0
+        if bias is not None:
+            if bias.dtype is not dtype or not bias.is_contiguous():
+                return None
+            bias_at = bias.data_ptr()
         y = torch.empty((n_tokens, self.shape[0]), dtype=dtype)
-        bias_at = 0 if bias is None else bias.data_ptr()
         program.run(x.data_ptr(), values.data_ptr(), bias_at, y.data_ptr(), 0, 0, 0, 0)
         return y
 
@@ -111,23 +127,27 @@ class Programs(abc.ABC):
 
         None if that is no job for a program.
         """
-        n_tokens, dtype = len(grad), grad.dtype
-        program = self._find(
-            (n_tokens, use_torch_threads(), dtype, False, values is not None, x is not None, with_bias)
-        )
-        if program is None or not grad.is_contiguous():
+        dtype = grad.dtype
+        key = (
+            grad.shape[0], use_torch_threads(), dtype, None if x is None else x.stride(), grad.stride(),
+            None if values is None else values.stride(), with_bias,
+        )  # fmt: skip
+        program = self._known.get(key) or self._make(key)
+        if program is None or not (
+            (values is None or values.dtype is dtype) and (x is None or x.dtype is dtype)
+        ):
             return None
-        values_at = x_at = dx_at = dvalues_at = dbias_at = 0
+        # `empty_like` takes a third of the time of `empty`.
         dx = dvalues = dbias = None
+        x_at = values_at = dx_at = dvalues_at = dbias_at = 0
         if values is not None:
-            if values.dtype is not dtype or not values.is_contiguous():
-                return None
-            dx = torch.empty((n_tokens, self.shape[1]), dtype=dtype)
+            if x is not None and x.is_contiguous():
+                dx = torch.empty_like(x)
+            else:
+                dx = torch.empty((grad.shape[0], self.shape[1]), dtype=dtype)
             values_at, dx_at = values.data_ptr(), dx.data_ptr()
         if x is not None:
-            if x.dtype is not dtype or not x.is_contiguous():
-                return None
-            dvalues = torch.empty(self.values_shape, dtype=dtype)
+            dvalues = torch.empty(self.values_shape, dtype=dtype) if values is None else torch.empty_like(values)
             x_at, dvalues_at = x.data_ptr(), dvalues.data_ptr()
         if with_bias:
             dbias = torch.empty(self.shape[0], dtype=dtype)
@@ -137,17 +157,20 @@ class Programs(abc.ABC):
 
     def forget_gradients(self) -> None:
         """Let go of the programs of backward passes."""
-        self._known = {key: program for key, program in self._known.items() if Job(*key).forward}
+        self._known = {key: program for key, program in self._known.items() if key[4] is None}
 
-    def _find(self, key: Key) -> Program | None:
-        try:
-            return self._known[key]
-        except KeyError:
-            pass
-        job = Job(*key)
-        if job.n_tokens == 0 or job.dtype not in _DTYPES or 0 in self.shape or self.values_shape[0] == 0:
+    def _make(self, key: Key) -> Program | None:
+        if key in self._known:
             return None
-        program = self.make(job)
+        job = Job(*key)  # type: ignore[arg-type]
+        program = None
+        if (
+            job.dtype in _DTYPES
+            and job.operations
+            and 0 not in (job.n_tokens, *self.shape, *self.values_shape)
+            and job.values_strides in (None, self._in_order)
+        ):
+            program = self.make(job)
         if len(self._known) >= _MOST_PROGRAMS:
             self._known.pop(next(iter(self._known)), None)
         self._known[key] = program

@@ -6,7 +6,7 @@ import torch
 
 from sparselab.kernels.arrays import NONE_OF
 from sparselab.kernels.cpu.csr.order import add_order
-from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, transpose_plan
+from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, slots_in_order, transpose_plan
 from sparselab.kernels.cpu.csr.sddmm_dw import add_sample, cut_gradient
 from sparselab.kernels.cpu.csr.skinny import add_skinny
 from sparselab.kernels.cpu.csr.skinny_dw import add_sample_skinny
@@ -15,6 +15,10 @@ from sparselab.kernels.cpu.runtime.program import Place, Program
 from sparselab.kernels.layouts.padded_csr import RowTopology
 from sparselab.nn.ops.cpu.programs import BIAS, DBIAS, DVALUES, DX, DY, VALUES, X, Y, Job, Programs
 from sparselab.nn.ops.cpu.variants import SINGLE, choose_name
+
+#: Up to so many tokens bringing weights into the order of the transpose takes a good part of the time, and it
+#: is worth 4 or 8 bytes for each connection to do that by a list.
+_FEW_TOKENS = 256
 
 
 class RowPrograms(Programs):
@@ -26,21 +30,19 @@ class RowPrograms(Programs):
 
     def make(self, job: Job) -> Program | None:
         """The program, unless something is computed by dense blocks."""
-        wanted = {"forward": job.forward, "input_grad": job.input_grad, "values_grad": job.values_grad}
-        names = {
-            name: choose_name(name, job.n_tokens, self._density, SINGLE)
-            for name, is_wanted in wanted.items()
-            if is_wanted
-        }
-        if not names or "dense blocks" in names.values():
+        names = {name: choose_name(name, job.n_tokens, self._density, SINGLE) for name in job.operations}
+        if "dense blocks" in names.values():
+            return None
+        if names.get("values_grad") == "skinny" and job.x_strides is not None and job.x_strides[1] != 1:
             return None
         program = Program()
-        if job.forward:
-            self._add_product(program, job, names["forward"])
-        if job.input_grad:
-            self._add_input_grad(program, job, names["input_grad"])
-        if job.values_grad:
-            self._add_values_grad(program, job, names["values_grad"])
+        for operation, add in (
+            ("forward", self._add_product),
+            ("input_grad", self._add_input_grad),
+            ("values_grad", self._add_values_grad),
+        ):
+            if operation in names:
+                add(program, job, names[operation])
         return program.ready()
 
     def _add_product(self, program: Program, job: Job, name: str) -> None:
@@ -59,7 +61,9 @@ class RowPrograms(Programs):
         n_rows, n_columns = self.shape
         dy, dx, like = job.matrix(DY, n_rows), job.matrix(DX, n_columns), job.like
         plan = transpose_plan(self._topology)
-        values = add_order(program, VALUES, like, self._topology.rows, plan.order, like).at
+        rows = self._topology.rows
+        slots = slots_in_order(self._topology, plan) if job.n_tokens <= _FEW_TOKENS else None
+        values = add_order(program, VALUES, like, rows, plan.order, like, slots).at
         bias = program.zeros(n_columns, like.dtype).at
         if name == "skinny":
             begin, end = plan.indptr[:-1], plan.indptr[1:]
