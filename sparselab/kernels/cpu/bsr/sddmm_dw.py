@@ -238,7 +238,9 @@ class _Cut(NamedTuple):
 
 
 def _cut(plan: PanelPlan, n_tokens: int, itemsize: int) -> _Cut:
-    rectangles, panel_blocks = cut_rectangles(plan, worker_count(plan.work(n_tokens)), _PANEL_COLUMNS)
+    lanes = VECTOR_BYTES // itemsize
+    workers = worker_count(plan.work(-(-n_tokens // lanes) * lanes))
+    rectangles, panel_blocks = cut_rectangles(plan, workers, _PANEL_COLUMNS)
     most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.panels_per_row * MR
     panel_columns = panel_blocks * plan.width
     items = (panel_columns + most_rows) * (STRIDE_BYTES // itemsize)

@@ -249,13 +249,17 @@ class _Cut(NamedTuple):
 
 
 def _cut_to_gather(plan: PanelPlan, n_tokens: int, dtype: np.dtype[Any]) -> _Cut:
-    workers = worker_count(plan.work(n_tokens))
     lanes = VECTOR_BYTES // dtype.itemsize
     narrow = n_tokens <= lanes
     width = lanes if narrow else lanes * NR
     n_tiles = -(-n_tokens // width)
-    # Each part of the rows packs the tokens again.
-    edges = cut_rows(plan.indptr, 1 if n_tiles >= 4 * workers else 2 * workers)
+    # A tile takes as long however few tokens fill it.
+    workers = worker_count(plan.work(n_tiles * width))
+    # Each part of the rows packs the tokens again: no more of them than keep all workers busy.
+    n_parts = 1
+    while n_parts * n_tiles < 4 * workers and n_parts * n_tiles % workers:
+        n_parts += 1
+    edges = cut_rows(plan.indptr, n_parts)
     n_workers = min(workers, n_tiles * (len(edges) - 1))
     group, panel_rows = panel_group(plan)
     return _Cut(n_workers, (plan.n_columns + panel_rows) * width, edges, group, narrow)
@@ -263,7 +267,8 @@ def _cut_to_gather(plan: PanelPlan, n_tokens: int, dtype: np.dtype[Any]) -> _Cut
 
 def _cut_to_scatter(plan: PanelPlan, n_tokens: int, dtype: np.dtype[Any]) -> _Cut:
     width = VECTOR_BYTES // dtype.itemsize * NR
-    n_workers = min(worker_count(plan.work(n_tokens)), -(-n_tokens // width))
+    n_tiles = -(-n_tokens // width)
+    n_workers = min(worker_count(plan.work(n_tiles * width)), n_tiles)
     group, panel_rows = panel_group(plan)
     return _Cut(n_workers, (plan.n_columns + panel_rows) * width, plan.indptr, group, False)
 
