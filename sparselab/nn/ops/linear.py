@@ -262,7 +262,9 @@ class SparseLinearFunction(torch.autograd.Function):
             return *product_gradients(needs, grad, (x, values), topology.tensors, form), None
         needs_x, needs_values, needs_bias, _ = ctx.needs_input_grad
         if topology.gradients is not None and (needs_x or needs_values) and (needs_values or not needs_bias):
-            both = gradients(topology, grad, x, values, needs_bias, needs_values and may_be_shown(ctx, 1, topology))
+            both = gradients(
+                topology, grad, x, values, needs_bias, needs_values and may_be_shown(ctx, 1, topology)
+            )
             if both is not None:
                 return *both, None
         dx = input_grad(topology, grad, values) if needs_x else None

@@ -219,9 +219,7 @@ def multiply_direct(values: Array, plan: BlockPlan, X: Array, Y: Array, bias: Ar
     )  # fmt: skip
 
 
-def add_direct(
-    program: Program, values: Lent, plan: BlockPlan, X: Matrix, Y: Matrix, bias_at: Place
-) -> None:
+def add_direct(program: Program, values: Lent, plan: BlockPlan, X: Matrix, Y: Matrix, bias_at: Place) -> None:
     """Let a program do what `multiply_direct` does, for at least one output.
 
     The bias has an entry for each row of the blocks.
@@ -230,12 +228,10 @@ def add_direct(
     cut = _cut(plan, X[2][1], n_items, values.dtype.itemsize)
     weights = values
     if _must_turn(plan):
-        weights = program.lend((n_items,), values.dtype)._replace(shape=values.shape)
+        weights = program.lend((n_items,), values.dtype)
         program.add(_turn_blocks, cut.most_workers, values, plan.height, plan.width, weights)
     counter, work = program.zeros(1, COUNT), program.work((cut.n_workers, cut.items), values.dtype)
-    program.add(
-        _multiply, cut.n_workers, counter, *_arguments(plan, weights.at, X, Y, bias_at, cut, work)
-    )
+    program.add(_multiply, cut.n_workers, counter, *_arguments(plan, weights.at, X, Y, bias_at, cut, work))
 
 
 class _Cut(NamedTuple):

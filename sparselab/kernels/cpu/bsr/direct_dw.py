@@ -221,7 +221,9 @@ def sample_direct(plan: BlockPlan, DY: Array, X: Array, out: Array, sums: Array 
     work = scratch(len(cut.rectangles), cut.items, out.dtype)
     sums_at = 0 if sums is None else address(sums)
     launch(
-        _sample, len(cut.rectangles), *_arguments(plan, matrix(DY), matrix(X), address(out), sums_at, cut, work)
+        _sample,
+        len(cut.rectangles),
+        *_arguments(plan, matrix(DY), matrix(X), address(out), sums_at, cut, work),
     )
 
 

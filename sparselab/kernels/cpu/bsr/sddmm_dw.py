@@ -213,7 +213,7 @@ def add_products(
 def add_sample(
     program: Program, plan: PanelPlan, R: Factor, C: Factor, n_tokens: int, out: Lent, sums: Lent | Array
 ) -> None:
-    """Let a program do what `sample` does, for at least one token; the sums are empty if there are to be none."""
+    """Let a program do what `sample` does, for at least one token; empty sums are not made."""
     packed = out if plan.is_packed else program.lend((plan.packed_items,), out.dtype)
     program.clear(packed.at, packed.shape[0] * out.dtype.itemsize)
     cut = _cut(plan, n_tokens, out.dtype.itemsize)

@@ -183,7 +183,7 @@ def add_products(
     work = scratch(cut.n_workers, cut.items, partials.dtype)
     launch(
         _sample_rectangles, cut.n_workers,
-        *_of_rectangles(indices, plan, DY, X, out_at, partials, sums_at, cut, work, dy_tiled, x_tiled),
+        *_of_rectangles(indices, plan, DY, X, out_at, partials, sums_at, cut, work, (dy_tiled, x_tiled)),
     )  # fmt: skip
 
 
@@ -204,10 +204,10 @@ def add_sample(
 
 def _of_rectangles(
     indices: Array, plan: Segments, DY: Matrix, X: Matrix, out_at: Place, partials: Any, sums_at: Place,
-    cut: GradientCut, work: Any, dy_tiled: int = 0, x_tiled: int = 0,
+    cut: GradientCut, work: Any, tiled: tuple[int, int] = (0, 0),
 ) -> tuple[Any, ...]:  # fmt: skip
     """The arguments of `_sample_rectangles` behind the workers."""
     return (
-        indices, plan, cut.rectangles, DY[0], DY[3], DY[1], dy_tiled, X[0], X[3], X[1], x_tiled, X[2][0],
+        indices, plan, cut.rectangles, DY[0], DY[3], DY[1], tiled[0], X[0], X[3], X[1], tiled[1], X[2][0],
         X[2][1], work, out_at, partials, sums_at,
     )  # fmt: skip

@@ -215,9 +215,7 @@ def multiply_skinny(
         return
     n_workers, n_items = skinny_workers(len(indices), n_threads), _skinny_items(X)
     work = scratch(n_workers, n_items, like.dtype) if n_items else _EMPTY[like.dtype]
-    launch(
-        _skinny_kernel(X), n_workers, *_of_skinny(weights, indices, begin, end, bias_at, like, X, Y, work)
-    )
+    launch(_skinny_kernel(X), n_workers, *_of_skinny(weights, indices, begin, end, bias_at, like, X, Y, work))
 
 
 def add_skinny(

@@ -153,7 +153,9 @@ def add_multiply(
     """Let a program do what `multiply_cut` does."""
     counter, work = program.zeros(1, COUNT), program.work((cut.n_workers, cut.items), dtype)
     program.add(
-        _multiply_tiles, cut.n_workers, *_of_tiles(counter, values_at, bits, indices, plan, X, Y, bias_at, cut, work)
+        _multiply_tiles,
+        cut.n_workers,
+        *_of_tiles(counter, values_at, bits, indices, plan, X, Y, bias_at, cut, work),
     )
 
 
@@ -187,7 +189,9 @@ def multiply_cut(
     work = scratch(cut.n_workers, cut.items, dtype)
     counter = new_counter()
     launch(
-        _multiply_tiles, cut.n_workers, *_of_tiles(counter, values_at, bits, indices, plan, X, Y, bias_at, cut, work)
+        _multiply_tiles,
+        cut.n_workers,
+        *_of_tiles(counter, values_at, bits, indices, plan, X, Y, bias_at, cut, work),
     )
 
 

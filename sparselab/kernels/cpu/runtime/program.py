@@ -1,21 +1,24 @@
 """Kernels that are called again and again with all of their arguments but a few addresses.
 
-A small layer's kernels run for some microseconds. What Python does around a launch (looking up a plan, cutting
-work, making arrays of work memory, handing twenty arguments over) takes longer. A *program* does that once: it
-holds the arguments of some kernels, which follow each other, as words of memory, and is run by a single call
-that brings addresses only.
+A small layer's kernels run for some microseconds. What Python does around a launch (looking up a plan,
+cutting work, making arrays of work memory, handing twenty arguments over) takes longer. A *program* does that
+once: it holds the arguments of some kernels, which follow each other, as words of memory, and is run by a
+single call that brings addresses only. A run copies the words into the work memory of its thread before it
+puts the addresses in, so any number of threads may run one program at a time.
 """
 
 from __future__ import annotations
 
+import abc
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 from numba import types
 
-from sparselab.kernels.arrays import Array, address
+from sparselab.kernels.arrays import address
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import run_on_threads
 from sparselab.kernels.cpu.runtime.memory import lend
@@ -35,32 +38,52 @@ COUNT = np.dtype(np.int64)
 MOST_OPERANDS = 8
 
 
-class Given(NamedTuple):
-    """An address that each run brings: that of an operand, by its number from 1 on, and so many bytes more."""
+class StandIn(abc.ABC):
+    """What stands in a program's arguments for something that each run brings."""
+
+    @property
+    @abc.abstractmethod
+    def kind(self) -> Any:
+        """The Numba type of what it stands for."""
+
+    @abc.abstractmethod
+    def note(self, program: Program) -> None:
+        """Add the words that compiled code takes it as."""
+
+
+@dataclass(frozen=True)
+class Given(StandIn):
+    """The address of an operand of a run, by its number from 1 on, and so many bytes more."""
 
     operand: int
     offset: int = 0
 
+    @property
+    def kind(self) -> Any:
+        """The Numba type of an address."""
+        return types.int64
 
-class Lent(NamedTuple):
-    """Work memory of a run, in place of an array of this shape and dtype.
+    def note(self, program: Program) -> None:
+        """Add the address."""
+        program.note_given(self.operand, self.offset)
 
-    Attributes
-    ----------
-    at : Given
-        Where it is; every row begins on a cache line.
-    shape : tuple of int
-    dtype : dtype
-    """
+
+@dataclass(frozen=True)
+class Lent(StandIn):
+    """An array in memory that a run is given, or lent: where it is, its shape and dtype."""
 
     at: Given
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @property
-    def like(self) -> Array:
-        """An array of the Numba type."""
-        return np.empty((0,) * len(self.shape), self.dtype)
+    def kind(self) -> Any:
+        """The Numba type of the array."""
+        return numba.typeof(np.empty((0,) * len(self.shape), self.dtype))  # type: ignore[attr-defined]
+
+    def note(self, program: Program) -> None:
+        """Add the array."""
+        program.note_array(self.at, self.shape, self.dtype)
 
 
 #: Where a kernel finds something.
@@ -128,7 +151,9 @@ class Program:
         for each in (team() if n_workers > 1 else 0, n_workers, *args):
             self._note(each)
         descriptor = compiled.fndesc
-        expected = compiled.target_context.call_conv.get_function_type(descriptor.restype, descriptor.argtypes)
+        expected = compiled.target_context.call_conv.get_function_type(
+            descriptor.restype, descriptor.argtypes
+        )
         if len(self._words) - start != len(expected.args) - 2:
             raise TypeError(f"arguments of {kernel.py_func.__name__} cannot be kept as words: {kinds}")
         run = compiled.library.get_pointer_to_function(run_name(descriptor.llvm_func_name))
@@ -154,7 +179,7 @@ class Program:
         return self
 
     def run(self, *operands: int) -> None:
-        """Run the kernels with operands at these addresses, `MOST_OPERANDS` of them, 0 for those not needed."""
+        """Run the kernels with operands at these `MOST_OPERANDS` addresses, 0 for those not needed."""
         if self._on_threads:
             run_on_threads(_run, self._at, lend(self.n_bytes), *operands)
         else:
@@ -162,21 +187,24 @@ class Program:
 
     def _note(self, value: Any) -> None:
         """Keep an argument as the words that compiled code takes it as."""
-        if isinstance(value, Lent):
-            self._note_array(value.at, value.shape, value.dtype)
-        elif isinstance(value, Given):
-            self._patches.append((len(self._words), value.operand))
-            self._words.append(value.offset)
+        if isinstance(value, StandIn):
+            value.note(self)
         elif isinstance(value, np.ndarray):
             self._held.append(value)
-            self._note_array(address(value), value.shape, value.dtype)
+            self.note_array(address(value), value.shape, value.dtype)
         elif isinstance(value, tuple):
             for each in value:
                 self._note(each)
         else:
             self._words.append(0 if value is None else int(value))
 
-    def _note_array(self, at: int | Given, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def note_given(self, operand: int, offset: int) -> None:
+        """Add a word: where an operand is, and so many bytes more."""
+        self._patches.append((len(self._words), operand))
+        self._words.append(offset)
+
+    def note_array(self, at: Place, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Add the words of a contiguous array, as Numba lays one out."""
         steps, step = [], dtype.itemsize
         for n in reversed(shape):
             steps.append(step)
@@ -199,11 +227,11 @@ def _cut(shape: tuple[int, ...], dtype: np.dtype[Any], at: Given) -> tuple[Lent,
 
 def _kind(value: Any) -> Any:
     """The Numba type of an argument."""
-    if isinstance(value, Given):
-        return types.int64
+    if isinstance(value, StandIn):
+        return value.kind
     if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
         raise ValueError("arrays of a program must be contiguous")
-    return numba.typeof(value.like if isinstance(value, Lent) else value)
+    return numba.typeof(value)  # type: ignore[attr-defined]
 
 
 @jit

@@ -132,23 +132,23 @@ def run_name(kernel: str) -> str:
 
 
 def _by_words(module: Any, kernel: Any) -> None:
-    """Add the function ``run(words)``, which calls `kernel` with arguments that lie in memory, and its status.
+    """Add the function ``run(words)``, which calls `kernel` with arguments in memory and returns its status.
 
     Each argument is a word of 64 bits: an integer, or a pointer. Kernels take no other ones.
     """
-    types_ = [argument.type for argument in kernel.args[2:]]
-    if not all(isinstance(each, (ir.IntType, ir.PointerType)) for each in types_):
-        return
     run = ir.Function(module, _RUN, run_name(kernel.name))
     builder = ir.IRBuilder(run.append_basic_block())
-    places = [cgutils.alloca_once_value(builder, ir.Constant(each.type.pointee, None)) for each in kernel.args[:2]]
+    places = [
+        cgutils.alloca_once_value(builder, ir.Constant(each.type.pointee, None)) for each in kernel.args[:2]
+    ]
     arguments = []
-    for k, kind in enumerate(types_):
-        word = builder.load(builder.gep(run.args[0], [_I64(k)]))
-        if isinstance(kind, ir.PointerType):
-            arguments.append(builder.inttoptr(word, kind))
-        else:
-            arguments.append(word if kind == _I64 else builder.trunc(word, kind))
+    for k, argument in enumerate(kernel.args[2:]):
+        word, kind = builder.load(builder.gep(run.args[0], [_I64(k)])), argument.type
+        if kind.is_pointer:
+            word = builder.inttoptr(word, kind)
+        elif kind != _I64:
+            word = builder.trunc(word, kind)
+        arguments.append(word)
     builder.ret(builder.call(kernel, [*places, *arguments]))
 
 

@@ -20,7 +20,6 @@ from sparselab.kernels.cpu.narrow import expand
 from sparselab.kernels.layouts.block_csr import BlockTopology
 from sparselab.nn.ops.contract import Narrow, OnTensors
 from sparselab.nn.ops.cpu import narrow_blocks
-from sparselab.nn.ops.cpu.block_programs import BlockPrograms
 from sparselab.nn.ops.cpu.dense_parts import takes_gradient
 from sparselab.nn.ops.cpu.dense_parts import values_grad as values_grad_by_unit
 from sparselab.nn.ops.cpu.memory import (
@@ -33,7 +32,8 @@ from sparselab.nn.ops.cpu.memory import (
     zeros,
 )
 from sparselab.nn.ops.cpu.narrow_blocks import is_native
-from sparselab.nn.ops.cpu.programs import Gradients
+from sparselab.nn.ops.cpu.programs.base import Gradients
+from sparselab.nn.ops.cpu.programs.blocks import BlockPrograms
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
 from sparselab.nn.ops.cutting import cut, join
@@ -57,9 +57,9 @@ def product(
 ) -> Tensor:  # fmt: skip
     """``x W^T + b``, by a variant or the one that suits it, in a dtype or that of x."""
     if variant is None and out is None and topology.measured is None:
-        found = (topology.kept or _programs(topology)).product(values, x, bias)
-        if found is not None:
-            return found  # type: ignore[no-any-return]
+        programs: BlockPrograms = topology.kept or _programs(topology)
+        if (y := programs.product(values, x, bias)) is not None:
+            return y
     given, n_tokens = x.dtype, x.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
@@ -150,6 +150,9 @@ def _product_of_chunks(
 
 def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dtype | None = None) -> Tensor:
     """``dy W``, in a dtype or that of dy."""
+    programs: BlockPrograms = topology.kept or _programs(topology)
+    if out is None and (by_program := programs.gradients(values, grad, None, False)) is not None:
+        return by_program[0]  # type: ignore[return-value]
     given = grad.dtype
     out = given if out is None else out
     dtype = SUMMED[given]
@@ -187,6 +190,10 @@ def values_grad(
 
     In a dtype or that of dy.
     """
+    programs: BlockPrograms = topology.kept or _programs(topology)
+    if out is None and (by_program := programs.gradients(None, grad, x, with_bias)) is not None:
+        _, entries, dbias = by_program
+        return entries, grad.new_empty(0) if dbias is None else dbias  # type: ignore[return-value]
     given = grad.dtype
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()

@@ -45,8 +45,8 @@ from sparselab.nn.ops.cpu.memory import (
     in_order,
     zeros,
 )
-from sparselab.nn.ops.cpu.programs import Gradients
-from sparselab.nn.ops.cpu.row_programs import RowPrograms
+from sparselab.nn.ops.cpu.programs.base import Gradients
+from sparselab.nn.ops.cpu.programs.rows import RowPrograms
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
 
@@ -205,10 +205,12 @@ def _product_of_blocks(rows: Rows, values: Tensor, x: Tensor, bias: Tensor | Non
 
 def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dtype | None = None) -> Tensor:
     """``dy W``, in a dtype or that of dy."""
+    rows: RowProducts = topology.kept or _rows(topology)
+    if out is None and (found := rows.programs.gradients(values, grad, None, False)) is not None:
+        return found[0]  # type: ignore[return-value]
     given, n_tokens = grad.dtype, grad.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
-    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     n_rows, n_columns = rows.shape
     dx = torch.empty((n_tokens, n_columns), dtype=out)
@@ -277,13 +279,15 @@ def values_grad(
 
     In a dtype or that of dy.
     """
+    rows: RowProducts = topology.kept or _rows(topology)
+    if out is None and (found := rows.programs.gradients(None, grad, x, with_bias)) is not None:
+        return found[1], grad.new_empty(0) if found[2] is None else found[2]  # type: ignore[return-value]
     given, n_tokens = grad.dtype, grad.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
     if out is not dtype:
         wide = values_grad(topology, grad, x, with_bias, dtype)
         return wide[0].to(out), wide[1].to(out)
-    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     if given is torch.bfloat16 and takes_gradient((1, 1), rows.shape, rows.density, n_tokens):
         return values_grad_by_unit(

@@ -1,10 +1,9 @@
-"""The programs of single connections: see `sparselab.nn.ops.cpu.programs`."""
+"""The programs of single connections: see `sparselab.nn.ops.cpu.programs.base`."""
 
 from __future__ import annotations
 
 import torch
 
-from sparselab.kernels.arrays import NONE_OF
 from sparselab.kernels.cpu.csr.order import add_order
 from sparselab.kernels.cpu.csr.plan import gradient_plan, product_plan, slots_in_order, transpose_plan
 from sparselab.kernels.cpu.csr.sddmm_dw import add_sample, cut_gradient
@@ -13,7 +12,7 @@ from sparselab.kernels.cpu.csr.skinny_dw import add_sample_skinny
 from sparselab.kernels.cpu.csr.spmm import add_multiply, cut_product
 from sparselab.kernels.cpu.runtime.program import Place, Program
 from sparselab.kernels.layouts.padded_csr import RowTopology
-from sparselab.nn.ops.cpu.programs import BIAS, DBIAS, DVALUES, DX, DY, VALUES, X, Y, Job, Programs
+from sparselab.nn.ops.cpu.programs.base import BIAS, DBIAS, DVALUES, DX, DY, VALUES, Job, Programs, X, Y
 from sparselab.nn.ops.cpu.variants import SINGLE, choose_name
 
 #: Up to so many tokens bringing weights into the order of the transpose takes a good part of the time, and it
@@ -51,7 +50,9 @@ class RowPrograms(Programs):
         bias = BIAS if job.bias else program.zeros(n_rows, like.dtype).at
         if name == "skinny":
             begin, end = rows.indptr[:-1], rows.indptr[1:]
-            add_skinny(program, (VALUES, like, None), rows.indices, begin, end, bias, like, x, y, job.n_threads)
+            add_skinny(
+                program, (VALUES, like, None), rows.indices, begin, end, bias, like, x, y, job.n_threads
+            )
             return
         plan = product_plan(self._topology)
         cut = cut_product(plan, self.shape, job.n_tokens, like.itemsize)
@@ -67,7 +68,9 @@ class RowPrograms(Programs):
         bias = program.zeros(n_columns, like.dtype).at
         if name == "skinny":
             begin, end = plan.indptr[:-1], plan.indptr[1:]
-            add_skinny(program, (values, like, None), plan.indices, begin, end, bias, like, dy, dx, job.n_threads)
+            add_skinny(
+                program, (values, like, None), plan.indices, begin, end, bias, like, dy, dx, job.n_threads
+            )
             return
         cut = cut_product(plan.segments, (n_columns, n_rows), job.n_tokens, like.itemsize)
         add_multiply(program, values, like, plan.indices, plan.segments, dy, dx, bias, like.dtype, cut)
@@ -78,7 +81,7 @@ class RowPrograms(Programs):
         sums: Place = DBIAS if job.bias else 0
         if name == "skinny":
             add_sample_skinny(
-                program, rows.indices, rows.indptr[:-1], rows.indptr[1:], dy, x, DVALUES, sums, NONE_OF[like.dtype],
+                program, rows.indices, rows.indptr[:-1], rows.indptr[1:], dy, x, DVALUES, sums, like,
                 job.n_threads,
             )  # fmt: skip
             return

@@ -1,4 +1,4 @@
-"""The programs of dense blocks: see `sparselab.nn.ops.cpu.programs`."""
+"""The programs of dense blocks: see `sparselab.nn.ops.cpu.programs.base`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparselab.kernels.cpu.bsr.skinny import add_skinny_blocks
 from sparselab.kernels.cpu.csr.skinny import Matrix
 from sparselab.kernels.cpu.runtime.program import Given, Lent, Program
 from sparselab.kernels.layouts.block_csr import BlockTopology
-from sparselab.nn.ops.cpu.programs import BIAS, DBIAS, DVALUES, DX, DY, VALUES, X, Y, Job, Programs
+from sparselab.nn.ops.cpu.programs.base import BIAS, DBIAS, DVALUES, DX, DY, VALUES, Job, Programs, X, Y
 from sparselab.nn.ops.cpu.variants import BLOCKS, choose_name
 
 
@@ -31,7 +31,7 @@ class BlockPrograms(Programs):
         self._topology, self._density = topology, density
 
     def make(self, job: Job) -> Program | None:
-        """The program, unless something is computed by dense blocks, or blocks are of heights that nobody needs."""
+        """The program, unless something is computed by dense blocks, or a bias must be spread over panels."""
         names = [choose_name(name, job.n_tokens, self._density, BLOCKS) for name in job.operations]
         if "dense blocks" in names:
             return None
@@ -68,8 +68,8 @@ class BlockPrograms(Programs):
         if is_skinny:
             rows = own.blocks.rows
             add_skinny_blocks(
-                program, (weights.at, like, None), rows.indices, rows.indptr, own.block_shape, offsets.at, like,
-                x, y, job.n_threads,
+                program, (weights.at, like, None), rows.indices, rows.indptr, own.block_shape, offsets.at,
+                like, x, y, job.n_threads,
             )  # fmt: skip
             return True
         if direct.serves(height, like.itemsize, job.n_tokens) and x[1][0] == 1:

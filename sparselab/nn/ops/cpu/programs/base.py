@@ -1,8 +1,8 @@
 """Products that a layer computes again and again, kept with its topology as programs.
 
-For contiguous tokens of the dtype of the weights everything but addresses follows from the topology, the number
-of tokens and the number of threads, so it is worked out once. A topology never changes, and a layer with other
-connections has another one: a program cannot be that of other connections.
+For tokens of the dtype of the weights everything but addresses follows from the topology, the number of
+tokens, their strides and the number of threads, so it is worked out once. A topology never changes, and a
+layer with other connections has another one: a program cannot be that of other connections.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Job(NamedTuple):
         return LIKE[self.dtype]
 
     def matrix(self, at: Given, n_features: int) -> Matrix:
-        """Tokens at a place, as a matrix with a column for each; those that a program makes are contiguous."""
+        """Tokens at a place, as a matrix with a column for each; those that a program makes lie in order."""
         strides = {X: self.x_strides, DY: self.dy_strides}.get(at) or (n_features, 1)
         return at, (strides[1], strides[0]), (n_features, self.n_tokens), self.like
 
@@ -96,7 +96,7 @@ class Programs(abc.ABC):
 
     def __init__(self, shape: tuple[int, int], values_shape: torch.Size) -> None:
         self.shape, self.values_shape = shape, values_shape
-        n, height, width = values_shape
+        _, height, width = values_shape
         self._in_order = height * width, width, 1
         self._known: dict[Key, Program | None] = {}
 
@@ -147,7 +147,9 @@ class Programs(abc.ABC):
                 dx = torch.empty((grad.shape[0], self.shape[1]), dtype=dtype)
             values_at, dx_at = values.data_ptr(), dx.data_ptr()
         if x is not None:
-            dvalues = torch.empty(self.values_shape, dtype=dtype) if values is None else torch.empty_like(values)
+            dvalues = (
+                torch.empty(self.values_shape, dtype=dtype) if values is None else torch.empty_like(values)
+            )
             x_at, dvalues_at = x.data_ptr(), dvalues.data_ptr()
         if with_bias:
             dbias = torch.empty(self.shape[0], dtype=dtype)
@@ -157,7 +159,7 @@ class Programs(abc.ABC):
 
     def forget_gradients(self) -> None:
         """Let go of the programs of backward passes."""
-        self._known = {key: program for key, program in self._known.items() if key[4] is None}
+        self._known = {key: program for key, program in list(self._known.items()) if key[4] is None}
 
     def _make(self, key: Key) -> Program | None:
         if key in self._known:
@@ -172,6 +174,7 @@ class Programs(abc.ABC):
         ):
             program = self.make(job)
         if len(self._known) >= _MOST_PROGRAMS:
-            self._known.pop(next(iter(self._known)), None)
+            for oldest in list(self._known)[:1]:
+                self._known.pop(oldest, None)
         self._known[key] = program
         return program
