@@ -151,12 +151,11 @@ class Program:
         for each in (team() if n_workers > 1 else 0, n_workers, *args):
             self._note(each)
         descriptor = compiled.fndesc
-        expected = compiled.target_context.call_conv.get_function_type(
-            descriptor.restype, descriptor.argtypes
-        )
-        if len(self._words) - start != len(expected.args) - 2:
-            raise TypeError(f"arguments of {kernel.py_func.__name__} cannot be kept as words: {kinds}")
+        convention = compiled.target_context.call_conv
+        expected = convention.get_function_type(descriptor.restype, descriptor.argtypes).args
         run = compiled.library.get_pointer_to_function(run_name(descriptor.llvm_func_name))
+        if not run or len(self._words) - start != len(expected) - 2:
+            raise TypeError(f"arguments must be integers and arrays, or tuples of them, got {kinds}")
         self._steps.append((run, start))
         self._passing = 0
 

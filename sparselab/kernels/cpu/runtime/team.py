@@ -134,8 +134,10 @@ def run_name(kernel: str) -> str:
 def _by_words(module: Any, kernel: Any) -> None:
     """Add the function ``run(words)``, which calls `kernel` with arguments in memory and returns its status.
 
-    Each argument is a word of 64 bits: an integer, or a pointer. Kernels take no other ones.
+    Each argument is a word of 64 bits: an integer, or a pointer. There is none for a kernel that takes others.
     """
+    if not all(each.type.is_pointer or isinstance(each.type, ir.IntType) for each in kernel.args):
+        return
     run = ir.Function(module, _RUN, run_name(kernel.name))
     builder = ir.IRBuilder(run.append_basic_block())
     places = [
