@@ -20,7 +20,7 @@ IN, OUT = Given(1), Given(2)
 
 @jit
 def scale(worker, n_workers, pair, flag, nothing, table, source, target_at, work):  # type: ignore[no-untyped-def]
-    """``target[k] = pair[0] * source[k] + pair[1] + table[k]``, negative if the flag says so, by way of work."""
+    """``target[k] = pair[0] * source[k] + pair[1] + table[k]``, negative if the flag says so."""
     if spread(worker, n_workers):
         return
     target, n = view_at(target_at, source), len(table)
@@ -172,5 +172,3 @@ def test_arguments_that_are_no_words_are_refused() -> None:
 def test_arrays_must_be_contiguous() -> None:
     with pytest.raises(ValueError, match="must be contiguous"):
         Program().add(total, 1, np.arange(8)[::2], np.zeros(1, np.int64))
-
-

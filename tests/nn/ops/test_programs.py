@@ -90,7 +90,9 @@ def test_programs_compute_what_dense_layers_do(
         if bias:
             assert_close(layer.bias.grad.numpy()[:, None], product(DY.T, np.ones((n, 1))), name)
         # A bias that must be spread over panels, and inputs of few tokens that do not lie side by side.
-        is_slow = bias and kind in ((1, 4), (3, 5)) or kind is None and turned and n <= MOST_SAMPLED_TOKENS
+        is_slow = (bias and kind in ((1, 4), (3, 5))) or (
+            kind is None and turned and n <= MOST_SAMPLED_TOKENS
+        )
         assert is_slow or None not in programs_of(layer)._known.values()
 
 
