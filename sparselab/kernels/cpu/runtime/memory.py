@@ -88,6 +88,9 @@ class _Scratch(threading.local):
 
 _scratch, _values, _gradient, _hidden = _Scratch(), _Scratch(), _Scratch(), _Scratch()
 
+#: ``lend(n_bytes)``: address of so many bytes of the memory of `scratch`, on a cache line.
+lend = _scratch.lend
+
 
 def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
     """Uninitialised work memory, ``(n_rows, row_items)``, every row on a cache line.
@@ -97,11 +100,6 @@ def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:
     lines run at half speed, and NumPy aligns to 16 bytes only.
     """
     return _scratch.block(n_rows, row_items, dtype)
-
-
-def lend(n_bytes: int) -> int:
-    """Address of so many bytes of the memory of `scratch`, on a cache line."""
-    return _scratch.lend(n_bytes)
 
 
 def scratch_of_values(n_items: int, dtype: np.dtype[Any]) -> Array:
