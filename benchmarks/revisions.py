@@ -82,7 +82,10 @@ def groups(sparsities: Sequence[float]) -> dict[str, list[Work]]:
         "blocks": [Layer(case, (4, 4)) for case in cases],
         "small": [Layer(case) for case in turns.cases(SMALL, sparsities)],
         "small blocks": [
-            Layer(case, shape) for case in turns.cases(SMALL, sparsities) for shape in ((4, 4), (16, 16))
+            Layer(case, (side, side))
+            for case in turns.cases(SMALL, sparsities)
+            for side in (4, 16)
+            if case.out_features % side == case.in_features % side == 0
         ],
         "model": [Model("10M", SIZES["10M"])],
     }
