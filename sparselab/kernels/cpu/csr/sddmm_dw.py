@@ -3,8 +3,9 @@
 Loop order, from outside: workers, each with rectangles (rows x columns); tiles of tokens; blocks of
 columns; segments. Per tile a rectangle packs its rows of DY and, block by block, its columns of X. In
 registers: one tile row of DY, and up to `DOTS` dots at a time, each a tile row of X loaded and multiplied;
-their lanes are summed together by a tree of shuffles. The sums over tiles stay in `out`, which has one writer
-per slot and one order of summation whatever the number of threads.
+their lanes are summed together by a tree of shuffles. Of a tile with few tokens the first half is multiplied
+alone. The sums over tiles stay in `out`, which has one writer per slot and one order of summation whatever
+the number of threads.
 
 The sums of DY over tokens, the gradient of a bias, are made from the packed rows, which saves a pass over DY.
 """
@@ -33,7 +34,7 @@ _REST = 16
 
 
 @jit
-def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest, out):  # type: ignore[no-untyped-def]
+def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, is_half, rest, out):  # type: ignore[no-untyped-def]
     """Add the dots of segments p : q over one tile to `out`."""
     width = tile_width(x)
     group = min(DOTS, VECTOR_BYTES // x.itemsize)
@@ -43,14 +44,14 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
         slot = np.int64(get(start, s))
         end = slot + np.int64(get(length, s))
         while slot + group <= end:
-            add_dots(dy, at, x, indices, slot, slot, column0, out)
+            add_dots(dy, at, x, indices, slot, slot, column0, is_half, out)
             slot += group
         if slot < end and get(length, s) >= group:
             # The segment's last group: dots that were added before are computed again and left out.
-            add_last_dots(dy, at, x, indices, end - group, slot, column0, out)
+            add_last_dots(dy, at, x, indices, end - group, slot, column0, is_half, out)
             continue
         while slot < end:
-            some_dots(dy, at, x, indices, slot, end - 1, column0, rest)
+            some_dots(dy, at, x, indices, slot, end - 1, column0, is_half, rest)
             for k in range(min(small, end - slot)):
                 out[slot + k] += get(rest, k)
             slot += small
@@ -104,7 +105,7 @@ def _sample_rectangles(  # type: ignore[no-untyped-def]
                     p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
                     _add_segments(
                         indices, plan.row, plan.start, plan.length, p, q,
-                        dy_tile, row_origin, x_tile, origin, rest, out,
+                        dy_tile, row_origin, x_tile, origin, 2 * tokens <= width, rest, out,
                     )  # fmt: skip
         if wants_sums:
             for i in range(row0, row1):

@@ -134,7 +134,7 @@ def run_name(kernel: str) -> str:
 def _by_words(module: Any, kernel: Any) -> None:
     """Add the function ``run(words)``, which calls `kernel` with arguments in memory and returns its status.
 
-    Each argument is a word of 64 bits: an integer, or a pointer. There is none for a kernel that takes others.
+    Each argument is a word of 64 bits: an integer, or a pointer. Kernels that take others have none.
     """
     if not all(each.type.is_pointer or isinstance(each.type, ir.IntType) for each in kernel.args):
         return

@@ -64,8 +64,9 @@ def sum_of(_: Any, vector: Any) -> Any:
 def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
     @intrinsic
     def dots(
-        _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, bound: Any, column0: Any, out: Any
-    ) -> Any:
+        _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, bound: Any, column0: Any,
+        is_half: Any, out: Any,
+    ) -> Any:  # fmt: skip
         dtype = tile.dtype
         lanes = register_lanes(dtype)
         group = min(count, lanes)
@@ -79,12 +80,22 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
             def constant(value: int) -> ir.Constant:
                 return ir.Constant(I64, value)
 
-            def parts(array: Any, start: Any) -> list[Any]:
-                places = [builder.add(start, constant(lanes * j)) for j in range(width // lanes)]
+            def parts(array: Any, start: Any, count: int) -> list[Any]:
+                places = [builder.add(start, constant(lanes * j)) for j in range(count)]
                 return [emit.load(emit.at(array, place), part.llvm, VECTOR_BYTES) for place in places]
 
-            left = parts(emit.data(0), row_start)
-            partials = []
+            def products(count: int) -> list[Any]:
+                """By so many registers of a tile row."""
+                left, partials = parts(emit.data(0), row_start, count), []
+                for offset in offsets:
+                    right = parts(emit.data(2), offset, count)
+                    partial = builder.fmul(left[0], right[0], flags=FLAGS)
+                    for a, b in zip(left[1:], right[1:], strict=True):
+                        partial = emit.fmuladd(a, b, partial)
+                    partials.append(partial)
+                return partials
+
+            offsets = []
             for k in range(group):
                 place = builder.add(slot0, constant(k))
                 if clamped:
@@ -92,14 +103,18 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
                     place = builder.select(inside, place, limit)
                 column = builder.load(emit.at(emit.data(3), place))
                 column = context.cast(builder, column, signature.args[3].dtype, types.intp)
-                offset = builder.mul(builder.sub(column, origin), constant(width))
-                right = parts(emit.data(2), offset)
-                partial = builder.fmul(left[0], right[0], flags=FLAGS)
-                for a, b in zip(left[1:], right[1:], strict=True):
-                    partial = emit.fmuladd(a, b, partial)
-                partials.append(partial)
+                offsets.append(builder.mul(builder.sub(column, origin), constant(width)))
+            with builder.if_else(args[7]) as (then, otherwise):
+                with then:
+                    halves, half_block = products(max(width // lanes // 2, 1)), builder.block
+                with otherwise:
+                    wholes, whole_block = products(width // lanes), builder.block
+            partials = [builder.phi(part.llvm) for _ in offsets]
+            for partial, half, whole in zip(partials, halves, wholes, strict=True):
+                partial.add_incoming(half, half_block)
+                partial.add_incoming(whole, whole_block)
             sums = sum_lanes(emit, partials)
-            target = emit.at(emit.data(7), constant(0) if clamped else slot0)
+            target = emit.at(emit.data(8), constant(0) if clamped else slot0)
             if partly:
                 wanted = [
                     builder.icmp_signed(">=", builder.add(slot0, constant(k)), limit) for k in range(group)
@@ -113,7 +128,7 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
             emit.store(sums, target, item_bytes(dtype))
             return emit.nothing()
 
-        return types.void(rows, row, tile, columns, slot, bound, column0, out), codegen
+        return types.void(rows, row, tile, columns, slot, bound, column0, is_half, out), codegen
 
     return dots
 
@@ -122,9 +137,9 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
 DOTS = 8
 SOME_DOTS = 4
 
-#: ``add_dots(rows, row, tile, columns, slot, bound, column0, out)``: for the `DOTS` slots from `slot` on, add
-#: to ``out[slot]`` the dot of the tile row ``rows[row:]`` with that of the slot's column in `tile`, whose
-#: first row is column `column0`.
+#: ``add_dots(rows, row, tile, columns, slot, bound, column0, is_half, out)``: for the `DOTS` slots from
+#: `slot` on, add to ``out[slot]`` the dot of the tile row ``rows[row:]`` with that of the slot's column in
+#: `tile`, whose first row is column `column0`; of their first halves alone, if `is_half` (bool).
 add_dots = _dots(DOTS)
 
 #: As `add_dots`, only for the slots from `bound` on.
