@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
+import numba
 import numpy as np
 import pytest
 
 from sparselab.kernels.arrays import Array, address
 from sparselab.kernels.cpu.runtime import launch as _launch
 from sparselab.kernels.cpu.runtime.jit import jit
-from sparselab.kernels.cpu.runtime.program import MOST_OPERANDS, Given, Lent, Program
+from sparselab.kernels.cpu.runtime.program import MOST_OPERANDS, Given, Lent, Program, _kind
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import get, put, view_at
+
+
+class Pair(NamedTuple):
+    first: Array
+    second: int
+
 
 INT = np.dtype(np.int64)
 IN, OUT = Given(1), Given(2)
@@ -169,6 +177,16 @@ def test_arguments_that_are_no_words_are_refused() -> None:
         Program().add(halve, 1, 0.5, np.zeros(1))
 
 
-def test_arrays_must_be_contiguous() -> None:
-    with pytest.raises(ValueError, match="must be contiguous"):
-        Program().add(total, 1, np.arange(8)[::2], np.zeros(1, np.int64))
+def test_arrays_must_be_contiguous_and_not_marked() -> None:
+    marked = np.arange(8)
+    marked.flags.writeable = False
+    for array in (np.arange(8)[::2], marked):
+        with pytest.raises(ValueError, match="must be contiguous"):
+            Program().add(total, 1, array, np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize(
+    "value", [3, True, None, (1, 2), (1, np.zeros(2)), Pair(np.zeros(3, np.int32), 4), np.zeros((2, 3))]
+)
+def test_types_are_those_that_numba_finds(value: object) -> None:
+    assert _kind(value) == numba.typeof(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -61,6 +62,44 @@ def sum_of(_: Any, vector: Any) -> Any:
     return vector.dtype(vector), codegen
 
 
+def _products(
+    emit: Emit, rows: Any, row: Any, tile: Any, offsets: list[Any], register: Any, count: int
+) -> list[Any]:
+    """A row times the rows at some offsets in a tile, by their first `count` registers, which are added up."""
+
+    def parts(array: Any, start: Any) -> list[Any]:
+        lanes = register.count
+        places = [emit.builder.add(start, ir.Constant(I64, lanes * j)) for j in range(count)]
+        return [emit.load(emit.at(array, place), register, VECTOR_BYTES) for place in places]
+
+    left, partials = parts(rows, row), []
+    for offset in offsets:
+        right = parts(tile, offset)
+        partial = emit.builder.fmul(left[0], right[0], flags=FLAGS)
+        for a, b in zip(left[1:], right[1:], strict=True):
+            partial = emit.fmuladd(a, b, partial)
+        partials.append(partial)
+    return partials
+
+
+def _either(
+    builder: Any, is_first: Any, first: Callable[[], list[Any]], second: Callable[[], list[Any]]
+) -> list[Any]:
+    """Values that are computed in one of two ways when the code runs."""
+    with builder.if_else(is_first) as (then, otherwise):
+        with then:
+            some, some_block = first(), builder.block
+        with otherwise:
+            others, others_block = second(), builder.block
+    found = []
+    for one, other in zip(some, others, strict=True):
+        value = builder.phi(one.type)
+        value.add_incoming(one, some_block)
+        value.add_incoming(other, others_block)
+        found.append(value)
+    return found
+
+
 def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
     @intrinsic
     def dots(
@@ -80,21 +119,6 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
             def constant(value: int) -> ir.Constant:
                 return ir.Constant(I64, value)
 
-            def parts(array: Any, start: Any, count: int) -> list[Any]:
-                places = [builder.add(start, constant(lanes * j)) for j in range(count)]
-                return [emit.load(emit.at(array, place), part.llvm, VECTOR_BYTES) for place in places]
-
-            def products(count: int) -> list[Any]:
-                """By so many registers of a tile row."""
-                left, partials = parts(emit.data(0), row_start, count), []
-                for offset in offsets:
-                    right = parts(emit.data(2), offset, count)
-                    partial = builder.fmul(left[0], right[0], flags=FLAGS)
-                    for a, b in zip(left[1:], right[1:], strict=True):
-                        partial = emit.fmuladd(a, b, partial)
-                    partials.append(partial)
-                return partials
-
             offsets = []
             for k in range(group):
                 place = builder.add(slot0, constant(k))
@@ -104,15 +128,11 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
                 column = builder.load(emit.at(emit.data(3), place))
                 column = context.cast(builder, column, signature.args[3].dtype, types.intp)
                 offsets.append(builder.mul(builder.sub(column, origin), constant(width)))
-            with builder.if_else(args[7]) as (then, otherwise):
-                with then:
-                    halves, half_block = products(max(width // lanes // 2, 1)), builder.block
-                with otherwise:
-                    wholes, whole_block = products(width // lanes), builder.block
-            partials = [builder.phi(part.llvm) for _ in offsets]
-            for partial, half, whole in zip(partials, halves, wholes, strict=True):
-                partial.add_incoming(half, half_block)
-                partial.add_incoming(whole, whole_block)
+            operands = emit, emit.data(0), row_start, emit.data(2), offsets, part.llvm
+            partials = _either(
+                builder, args[7], lambda: _products(*operands, max(width // lanes // 2, 1)),
+                lambda: _products(*operands, width // lanes),
+            )  # fmt: skip
             sums = sum_lanes(emit, partials)
             target = emit.at(emit.data(8), constant(0) if clamped else slot0)
             if partly:
