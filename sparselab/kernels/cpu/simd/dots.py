@@ -65,7 +65,7 @@ def sum_of(_: Any, vector: Any) -> Any:
 def _products(
     emit: Emit, rows: Any, row: Any, tile: Any, offsets: list[Any], register: Any, count: int
 ) -> list[Any]:
-    """A row times the rows at some offsets in a tile, by their first `count` registers, which are added up."""
+    """A row times the rows at some offsets in a tile: their first `count` registers, which are added up."""
 
     def parts(array: Any, start: Any) -> list[Any]:
         lanes = register.count
