@@ -3,7 +3,8 @@
 Connections are counted by column in ranges of rows. Where the first one of each range and column goes is all
 that is kept; the next one goes behind it, so walking the rows of a range tells every place: 4 bytes of number
 and 2 of column read in order, 4 written at random, and a counter that stays in a near cache. An array of
-slots would save the counting and cost 4 bytes per connection, a seventh of what training holds of it.
+slots saves the counting and costs 4 bytes per connection, a seventh of what training holds of it, so there is
+one only where few tokens make the counting a good part of a product (`slots_of`).
 """
 
 from __future__ import annotations
