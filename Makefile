@@ -60,7 +60,7 @@ test: $(VENV)/.installed-all
 # Vector widths first, so that the last line is that of the whole suite.
 test-all: $(VENV)/.installed-all
 	@for width in 16 32 64; do \
-	  SPARSELAB_VECTOR_BYTES=$$width $(PYTEST) -q -m 'any_width and not slow' tests/kernels || exit 1; \
+	  SPARSELAB_VECTOR_BYTES=$$width $(PYTEST) -q -m 'any_width and not slow' tests/kernels tests/nn/ops/test_programs.py || exit 1; \
 	done
 	@$(PYTEST) --hypothesis-profile thorough $(ARGS)
 

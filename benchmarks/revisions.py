@@ -68,8 +68,8 @@ class Model:
 
 Work = Layer | Model
 
-#: The layers of MNIST-sized networks, ``(in_features, out_features, tokens)``.
-SMALL = ((784, 512, 128), (256, 256, 64), (64, 64, 32))
+#: The layers of MNIST-sized networks and one of few tokens, ``(in_features, out_features, tokens)``.
+SMALL = ((784, 512, 128), (784, 300, 100), (256, 256, 64), (64, 64, 32), (1024, 1024, 16))
 
 
 def groups(sparsities: Sequence[float]) -> dict[str, list[Work]]:
@@ -81,6 +81,12 @@ def groups(sparsities: Sequence[float]) -> dict[str, list[Work]]:
         "token": [Layer(case) for case in turns.cases([(3072, 768, 1)], sparsities)],
         "blocks": [Layer(case, (4, 4)) for case in cases],
         "small": [Layer(case) for case in turns.cases(SMALL, sparsities)],
+        "small blocks": [
+            Layer(case, (side, side))
+            for case in turns.cases(SMALL, sparsities)
+            for side in (4, 16)
+            if case.out_features % side == case.in_features % side == 0
+        ],
         "model": [Model("10M", SIZES["10M"])],
     }
 

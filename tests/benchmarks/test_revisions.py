@@ -181,9 +181,9 @@ def test_the_table_says_how_many_are_slower(capsys: pytest.CaptureFixture[str]) 
 def test_the_usual_cases_are_those_that_changes_are_judged_by() -> None:
     groups = revisions.groups([0.9])
     assert {name: len(works) for name, works in groups.items()} == {
-        "layers": 4, "token": 1, "blocks": 4, "small": 3, "model": 1
+        "layers": 4, "token": 1, "blocks": 4, "small": 5, "small blocks": 9, "model": 1
     }  # fmt: skip
-    assert len({work for works in groups.values() for work in works}) == 13
+    assert len({work for works in groups.values() for work in works}) == 24
 
 
 def test_calls_inside_the_package_are_counted(repository: Path) -> None:

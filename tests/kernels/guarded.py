@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparselab.kernels import BlockCSR, PaddedCSR, sddmm_dw, spmm, spmm_t
 from sparselab.kernels.arrays import address
@@ -41,8 +43,12 @@ from sparselab.kernels.cpu.csr.skinny import matrix
 from sparselab.kernels.cpu.csr.sparse_input import SparseTokens, multiply_sparse, sample_sparse
 from sparselab.kernels.cpu.mlp import backward as mlp_backward
 from sparselab.kernels.cpu.mlp import forward as mlp_forward
+from sparselab.kernels.cpu.runtime import program as program_memory
 from sparselab.kernels.cpu.runtime.matrix_unit import has_matrix_unit
 from sparselab.kernels.layouts.topology import SparseMatrix, Topology
+from sparselab.nn.ops.cpu.programs.base import Job, Programs
+from sparselab.nn.ops.cpu.programs.blocks import BlockPrograms
+from sparselab.nn.ops.cpu.programs.rows import RowPrograms
 from tests.guards import guarded, room
 from tests.kernels import narrow
 from tests.kernels.two_layers import Block
@@ -80,6 +86,13 @@ def guard_scratch(front: bool) -> None:
     direct = block_direct, block_direct_dw
     for module in (*rows, *blocks, *direct, unit_product, unit_gradient, unit_sampled, weights_to_numbers):
         module.scratch = scratch  # type: ignore[attr-defined]
+    held = []
+
+    def lend(n_bytes: int) -> int:
+        held[:] = [scratch(1, n_bytes, np.dtype(np.uint8))]
+        return address(held[0])
+
+    program_memory.lend = lend  # type: ignore[attr-defined]
     row_order.scratch_of_values = lambda n, dtype: scratch(1, n, dtype)[0]  # type: ignore[attr-defined]
     for module in (mlp_forward, mlp_backward):
         module.scratch = scratch  # type: ignore[attr-defined]
@@ -108,6 +121,46 @@ def run(drawn: SparseMatrix, topologies: list[Topology], tokens: int, order: str
         out = guarded(np.full_like(right, np.nan), front=front)
         product(W, *operands, out)
         np.testing.assert_array_equal(out, right)
+
+
+def run_programs(W: Any, tokens: int, order: str, front: bool) -> None:
+    """The products of a layer as programs, forward and backward, against the products one by one."""
+    rng = np.random.default_rng(0)
+    (rows, columns), name = W.shape, W.dtype.name
+    X, DY = (np.asarray(rng.standard_normal((tokens, n)), W.dtype, order=order) for n in (columns, rows))  # type: ignore[call-overload]
+    bias = np.ones(rows, W.dtype)
+    expected = {
+        "y": spmm(W, X.T, bias=bias).T, "dx": spmm_t(W, DY.T).T, "dw": sddmm_dw(W, DY.T, X.T), "db": DY.sum(0)
+    }  # fmt: skip
+    dtype, values_shape = getattr(torch, name), W.topology.values_shape
+    if W.topology.layout == "csr":
+        values_shape = *values_shape, 1, 1
+        programs: Programs = RowPrograms(W.topology)
+    else:
+        programs = BlockPrograms(W.topology, W.topology.nnz / max(math.prod(W.topology.grid), 1))
+    in_order = math.prod(values_shape[1:]), values_shape[2], 1
+    strides = [(each.strides[0] // each.itemsize, each.strides[1] // each.itemsize) for each in (X, DY)]
+    jobs = (
+        Job(tokens, 1, dtype, strides[0], None, in_order, True),
+        Job(tokens, 1, dtype, *strides, in_order, True),
+    )
+    for job in jobs:
+        programs.make(job)  # makes the plans
+    guard_plans(W.topology, front)
+    if W.topology.layout == "bsr":
+        guard_plans(W.topology.blocks, front)
+    values, x, dy, offsets = (guarded(array, front=front) for array in (W.values, X, DY, bias))
+    found = {
+        key: guarded(np.full(right.shape, np.nan, W.dtype), front=front) for key, right in expected.items()
+    }
+    places = (x, values, offsets, found["y"], dy, found["dx"], found["dw"], found["db"])
+    for job, keys in zip(jobs, (("y",), ("dx", "dw", "db")), strict=True):
+        program = programs.make(job)
+        if program is None:
+            continue
+        program.run(*map(address, places))
+        for key in keys:
+            np.testing.assert_allclose(found[key], expected[key], 1e-4, 1e-4, err_msg=key)
 
 
 def run_by_number(shape: tuple[int, int], tokens: int, dtype: Any, sparsity: float, front: bool) -> None:
@@ -264,6 +317,13 @@ def main(side: str, how: str) -> None:
     ):
         rows = PaddedCSR.random(shape, sparsity, 0, dtype=dtype)
         run(rows, [rows.topology], tokens, order, front)
+    for shape, tokens, dtype, order, block in combinations(
+        SIZES, (1, 2, 9, 17, 33, 65, 193), (np.float32, np.float64), "CF", (None, *BLOCKS, (16, 16))
+    ):
+        programmed: Any = PaddedCSR.random(shape, 0.8, 0, dtype=dtype)
+        if block is not None:
+            programmed = BlockCSR.random(shape, 0.5, block, 0, dtype=dtype)
+        run_programs(programmed, tokens, order, front)
     for shape, tokens, dtype, sparsity in combinations(SIZES, TOKENS, (np.float32, np.float64), (0.0, 0.8)):
         run_by_number(shape, tokens, dtype, sparsity, front)
     for shape, tokens, dtype, order, block in combinations(

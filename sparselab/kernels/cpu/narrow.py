@@ -13,6 +13,7 @@ from sparselab.kernels.cpu.partition import rows_of_worker
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.memory import scratch, scratch_of_values
+from sparselab.kernels.cpu.runtime.program import Place
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.narrow import is_scaled, load_weights
@@ -31,7 +32,7 @@ from sparselab.kernels.cpu.simd.vectors import (
 #: Address and dtype of contiguous weights, the latter as an array whose contents are not read, and the
 #: address of the float32 scales of rows, which only weights of int8 have: 0 for bfloat16. It is None for
 #: numbers, so that what converts is not compiled for them.
-Weights = tuple[int, Array, int | None]
+Weights = tuple[Place, Array, int | None]
 
 #: Weights that are worth a thread of their own.
 _MIN_PART = 65_536

@@ -220,8 +220,8 @@ class SparseLinear(LinearLayer):
     Notes
     -----
     6 bytes per connection at inference in float32, 4 in bfloat16, 3 in int8 (see `freeze`); about 8 more with
-    the plans that training keeps. The plans are derived from the topology when they are needed and are
-    neither saved nor copied.
+    the plans that training keeps, and 4 more where it saw batches of up to 256 tokens. The plans are derived
+    from the topology when they are needed and are neither saved nor copied.
 
     In every kind of layer the Parameter has three dimensions, (connections, outputs and inputs of one): code
     that finds what decays by ``p.ndim >= 2`` finds it, and optimizers for matrices (`torch.optim.Muon`),

@@ -33,6 +33,10 @@ class LinearProducts(Protocol):
 
     Where the attribute ``CASTS_TOKENS`` is there and true, the first three also take tokens in float32 or
     bfloat16 beside values in float32, and a dtype `out` for what they return; see `sparselab.nn.ops.casting`.
+
+    Where there is a function ``gradients(topology, values, grad, x, with_bias)``, backward passes ask it
+    first for all of what `input_grad` (if there are values) and `values_grad` (if there is an x) return; it
+    may answer None.
     """
 
     def product(self, topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

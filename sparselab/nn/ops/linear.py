@@ -155,6 +155,43 @@ def values_grad(
     return both
 
 
+def gradients(
+    topology: TensorTopology, grad: Tensor, x: Tensor | None, values: Tensor | None, with_bias: bool,
+    is_shown: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
+    """What `input_grad` and `values_grad` return, in one call, where both can be had so and operands fit.
+
+    Parameters
+    ----------
+    topology : TensorTopology
+    grad : (tokens, out_features)
+    x : (tokens, in_features), or None
+        If the gradient by the values is wanted.
+    values : (connections, block_out, block_in), or None
+        If that by x is.
+    with_bias : bool
+        Whether that by the bias is.
+    is_shown : bool
+        Whether the hook is to see the operands.
+
+    Returns
+    -------
+    tuple of tensor or None, or None
+        By x, the values and the bias; None if they must be asked for one by one.
+    """
+    shape, (rows, columns) = grad.shape, topology.shape
+    if len(shape) != 2 or shape[1] != rows or not grad.is_cpu:
+        return None
+    if values is not None and (values.shape != topology.values_shape or not values.is_cpu):
+        return None
+    if x is not None and (x.shape != (shape[0], columns) or not x.is_cpu):
+        return None
+    found: Any = topology.gradients(topology, values, grad, x, with_bias)
+    if found is not None and is_shown and x is not None:
+        topology.show(LinearOperands(x.detach(), grad.detach(), is_of_graph(x)))
+    return found  # type: ignore[no-any-return]
+
+
 def linear(x: Tensor, values: Tensor, bias: Tensor | None, layer: HasStorage) -> Tensor:
     """``y = x W^T + b`` with gradients, by the shortest way.
 
@@ -224,6 +261,12 @@ class SparseLinearFunction(torch.autograd.Function):
             needs = ctx.needs_input_grad
             return *product_gradients(needs, grad, (x, values), topology.tensors, form), None
         needs_x, needs_values, needs_bias, _ = ctx.needs_input_grad
+        if topology.gradients is not None and (needs_x or needs_values) and (needs_values or not needs_bias):
+            both = gradients(
+                topology, grad, x, values, needs_bias, needs_values and may_be_shown(ctx, 1, topology)
+            )
+            if both is not None:
+                return *both, None
         dx = input_grad(topology, grad, values) if needs_x else None
         if needs_values:
             dvalues, dbias = values_grad(topology, grad, x, needs_bias, may_be_shown(ctx, 1, topology))

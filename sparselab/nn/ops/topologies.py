@@ -131,6 +131,8 @@ class TensorTopology:
         self.bias_shape = torch.Size((self.shape[0],))
         self.is_cpu = self.device.type == "cpu"
         self.measured: Measured | None = None
+        #: All gradients at once, if the products have that.
+        self.gradients: Any = getattr(self.products, "gradients", None)
         #: What the products keep from call to call.
         self.kept: Any = None
         #: Those of the layers that have this topology.

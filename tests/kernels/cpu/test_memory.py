@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparselab.kernels.cpu.runtime import memory as _memory
-from sparselab.kernels.cpu.runtime.memory import aligned_empty, mapped_empty, scratch
+from sparselab.kernels.cpu.runtime.memory import aligned_empty, lend, mapped_empty, scratch
 
 FLOAT = np.dtype(np.float32)
 
@@ -53,3 +53,15 @@ def test_mapped_memory_can_be_written_to(items: int) -> None:
     array[:] = 3
     assert (array.shape, array.dtype) == ((items,), FLOAT)
     assert np.all(array == 3)
+
+
+def test_what_is_lent_by_address_is_the_scratch() -> None:
+    for n_bytes in (64, 1 << 20, 3 << 20, 128):
+        at = lend(n_bytes)
+        block = scratch(1, n_bytes, np.dtype(np.uint8))
+        assert at % 64 == 0
+        assert at == block.ctypes.data
+    for _ in range(2 * _memory._WINDOW):
+        at = lend(128)
+    assert _memory._scratch.buffer.nbytes < 1 << 20
+    assert at == scratch(1, 128, np.dtype(np.uint8)).ctypes.data

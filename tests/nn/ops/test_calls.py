@@ -37,21 +37,21 @@ def calls_of_step(layer: nn.Module, x: torch.Tensor) -> StepCalls:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_step_of_a_linear_layer_makes_few_calls(kind: type[SparseLinear], bias: bool) -> None:
     calls = calls_of_step(kind(128, 96, bias), torch.randn(64, 128, requires_grad=True))
-    assert len(calls.forward) <= 25, calls.forward
-    assert len(calls.backward) <= 43, calls.backward
+    assert len(calls.forward) <= 22, calls.forward
+    assert len(calls.backward) <= 19, calls.backward
 
 
 def test_one_token_without_gradients_makes_fewer() -> None:
     layer, x = SparseLinear(128, 96), torch.randn(1, 128)
     with torch.no_grad():
         layer(x)
-        assert len(calls_within(lambda: layer(x), _PACKAGE)) <= 18
+        assert len(calls_within(lambda: layer(x), _PACKAGE)) <= 21
 
 
 @pytest.mark.parametrize(
     ("layer", "shape", "most"),
     [
-        (lambda: BlockSparseLinear(128, 96, block_shape=(4, 4)), (64, 128), 144),
+        (lambda: BlockSparseLinear(128, 96, block_shape=(4, 4)), (64, 128), 40),
         (lambda: SparseConv2d(8, 16, 3, padding=1), (4, 8, 6, 6), 272),
     ],
 )

@@ -13,14 +13,18 @@ meanwhile. Sums begin with the bias and go along the columns, as in the other pr
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from sparselab.kernels.arrays import Array, address
 from sparselab.kernels.cpu.bsr.plan import BlockPlan
+from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_empty, scratch
+from sparselab.kernels.cpu.runtime.program import COUNT, Lent, Place, Program
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.transpose import transpose8
@@ -200,22 +204,64 @@ def multiply_direct(values: Array, plan: BlockPlan, X: Array, Y: Array, bias: Ar
     n_rows, n_tokens = Y.shape
     if Y.size == 0:
         return
-    work = (len(values) + sum(plan.shape)) * n_tokens
-    workers = worker_count(work)
+    cut = _cut(plan, n_tokens, len(values), values.itemsize)
     weights = values
-    if not plan.transposed and plan.width > 1:
+    if _must_turn(plan):
         weights = aligned_empty(len(values), values.dtype)
-        launch(_turn_blocks, workers, values, plan.height, plan.width, weights)
+        launch(_turn_blocks, cut.most_workers, values, plan.height, plan.width, weights)
     offsets = np.zeros((len(plan.indptr) - 1) * plan.height, values.dtype)
     if bias is not None:
         offsets[:n_rows] = bias
+    work = scratch(cut.n_workers, cut.items, values.dtype)
+    launch(
+        _multiply, cut.n_workers, new_counter(),
+        *_arguments(plan, address(weights), matrix(X), matrix(Y), address(offsets), cut, work),
+    )  # fmt: skip
+
+
+def add_direct(program: Program, values: Lent, plan: BlockPlan, X: Matrix, Y: Matrix, bias_at: Place) -> None:
+    """Let a program do what `multiply_direct` does, for at least one output.
+
+    The bias has an entry for each row of the blocks.
+    """
+    (n_items,) = values.shape
+    cut = _cut(plan, X[2][1], n_items, values.dtype.itemsize)
+    weights = values
+    if _must_turn(plan):
+        weights = program.lend((n_items,), values.dtype)
+        program.add(_turn_blocks, cut.most_workers, values, plan.height, plan.width, weights)
+    counter, work = program.zeros(1, COUNT), program.work((cut.n_workers, cut.items), values.dtype)
+    program.add(_multiply, cut.n_workers, counter, *_arguments(plan, weights.at, X, Y, bias_at, cut, work))
+
+
+class _Cut(NamedTuple):
+    """Parts of the block rows, workers at most and those there is work for, and work memory of each."""
+
+    parts: Array
+    most_workers: int
+    n_workers: int
+    items: int
+
+
+def _cut(plan: BlockPlan, n_tokens: int, n_weights: int, itemsize: int) -> _Cut:
+    workers = worker_count((n_weights + sum(plan.shape)) * n_tokens)
     n_items = -(-n_tokens // (TOKENS * _GROUPS))
     # Few tokens are computed by all workers, each for some of the block rows.
     parts = cut_rows(plan.indptr, 1 if n_items >= 4 * workers else min(2 * workers, len(plan.indptr) - 1))
     n_workers = min(workers, n_items * (len(parts) - 1))
-    launch(
-        _multiply, n_workers, new_counter(), parts, address(weights), plan.indptr, plan.slots, plan.columns,
-        plan.height, plan.width, n_rows, plan.shape[1], address(X), X.strides[1] // X.itemsize, n_tokens,
-        address(offsets), address(Y), Y.strides[1] // Y.itemsize, 1,
-        scratch(n_workers, TOKENS * 2 * (VECTOR_BYTES // values.itemsize), values.dtype),
+    return _Cut(parts, workers, n_workers, TOKENS * 2 * (VECTOR_BYTES // itemsize))
+
+
+def _must_turn(plan: BlockPlan) -> bool:
+    """Whether the weights are not yet in the order of the columns of blocks."""
+    return not plan.transposed and plan.width > 1
+
+
+def _arguments(
+    plan: BlockPlan, weights_at: Place, X: Matrix, Y: Matrix, bias_at: Place, cut: _Cut, work: Any
+) -> tuple[Any, ...]:
+    """The arguments of `_multiply` behind the counter."""
+    return (
+        cut.parts, weights_at, plan.indptr, plan.slots, plan.columns, plan.height, plan.width, *plan.shape,
+        X[0], X[1][1], X[2][1], bias_at, Y[0], Y[1][1], 1, work,
     )  # fmt: skip

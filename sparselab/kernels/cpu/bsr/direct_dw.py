@@ -13,14 +13,18 @@ multiply-adds of a vector as there are sums.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
-from sparselab.kernels.arrays import NONE_OF, Array, address
+from sparselab.kernels.arrays import Array, address
 from sparselab.kernels.cpu.bsr.plan import BlockPlan, cut_rectangles
+from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.partition import first_not_below
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import scratch
+from sparselab.kernels.cpu.runtime.program import Lent, Place, Program
 from sparselab.kernels.cpu.runtime.target import TARGET, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.bfloat16 import load_numbers
@@ -213,15 +217,49 @@ def sample_direct(plan: BlockPlan, DY: Array, X: Array, out: Array, sums: Array 
     if n_tokens == 0 or len(plan.indptr) == 1:
         out.fill(0)
         return
-    itemsize = out.itemsize
-    most_columns = max(TARGET.l2_bytes * 3 // 8 // (_RUN * itemsize), plan.width)
-    work = (len(out) + sum(plan.shape)) * n_tokens
-    rectangles, panel_blocks = cut_rectangles(plan, worker_count(work), most_columns)
-    group = max(1, _STRIP // plan.height)
-    items = _RUN * (group * plan.height + panel_blocks * plan.width)
+    cut = _cut(plan, n_tokens, len(out), out.itemsize)
+    work = scratch(len(cut.rectangles), cut.items, out.dtype)
+    sums_at = 0 if sums is None else address(sums)
     launch(
-        _sample, len(rectangles), rectangles, panel_blocks * plan.width, group, plan.indptr, plan.columns,
-        plan.height, plan.width, *plan.shape, address(DY), NONE_OF[DY.dtype], DY.strides[1] // DY.itemsize,
-        address(X), NONE_OF[X.dtype], X.strides[1] // X.itemsize, n_tokens, 1,
-        scratch(len(rectangles), items, out.dtype), address(out), 0 if sums is None else address(sums),
+        _sample,
+        len(cut.rectangles),
+        *_arguments(plan, matrix(DY), matrix(X), address(out), sums_at, cut, work),
+    )
+
+
+def add_sample_direct(
+    program: Program, plan: BlockPlan, DY: Matrix, X: Matrix, out: Lent, sums: Lent | None
+) -> None:
+    """Let a program do what `sample_direct` does, for at least one token and block row."""
+    if sums is not None:
+        program.clear(sums.at, sums.shape[0] * sums.dtype.itemsize)
+    cut = _cut(plan, X[2][1], out.shape[0], out.dtype.itemsize)
+    work = program.work((len(cut.rectangles), cut.items), out.dtype)
+    sums_at = 0 if sums is None else sums.at
+    program.add(_sample, len(cut.rectangles), *_arguments(plan, DY, X, out.at, sums_at, cut, work))
+
+
+class _Cut(NamedTuple):
+    """Rectangles, one for each worker, columns of a panel, block rows of a strip, and work memory of each."""
+
+    rectangles: Array
+    panel_columns: int
+    group: int
+    items: int
+
+
+def _cut(plan: BlockPlan, n_tokens: int, n_entries: int, itemsize: int) -> _Cut:
+    most_columns = max(TARGET.l2_bytes * 3 // 8 // (_RUN * itemsize), plan.width)
+    work = (n_entries + sum(plan.shape)) * n_tokens
+    rectangles, panel_blocks = cut_rectangles(plan, worker_count(work), most_columns)
+    group, panel_columns = max(1, _STRIP // plan.height), panel_blocks * plan.width
+    return _Cut(rectangles, panel_columns, group, _RUN * (group * plan.height + panel_columns))
+
+
+def _arguments(
+    plan: BlockPlan, DY: Matrix, X: Matrix, out_at: Place, sums_at: Place, cut: _Cut, work: Any
+) -> tuple[Any, ...]:
+    return (
+        cut.rectangles, cut.panel_columns, cut.group, plan.indptr, plan.columns, plan.height, plan.width,
+        *plan.shape, DY[0], DY[3], DY[1][1], X[0], X[3], X[1][1], X[2][1], 1, work, out_at, sums_at,
     )  # fmt: skip

@@ -8,7 +8,7 @@ transpose, so that blocks which are high or wide have micro-panels without missi
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from sparselab.kernels.cpu.bsr.panels import MR
 from sparselab.kernels.cpu.csr.plan import split_evenly
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
+from sparselab.kernels.cpu.runtime.program import Lent, Program
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.transpose import transpose4
 from sparselab.kernels.cpu.simd.vectors import get, load_unaligned, put, store_unaligned, zeros4
@@ -191,6 +192,24 @@ def _move_panel(pack, values, first, row_step, column_step, width, packed, place
 
 
 @jit
+def _move_squares(pack, values, slots, first, last, is_turned, packed):  # type: ignore[no-untyped-def]
+    """Move the blocks first : last, which are MR x MR: one micro-panel each, in the order of its columns."""
+    like, size = zeros4(packed), MR * MR
+    for k in range(first, last):
+        block, at = np.int64(get(slots, k)) * size, k * size
+        if is_turned:
+            for j in range(0, size, MR):
+                if pack:
+                    store_unaligned(packed, at + j, load_unaligned(values, block + j, like))
+                else:
+                    store_unaligned(values, block + j, load_unaligned(packed, at + j, like))
+        elif pack:
+            transpose4(values, block, MR, packed, at, MR)
+        else:
+            transpose4(packed, at, MR, values, block, MR)
+
+
+@jit
 def _move_blocks(  # type: ignore[no-untyped-def]
     worker, n_workers, pack, values, indptr, slots, height, width, row_step, column_step, packed
 ):
@@ -200,7 +219,11 @@ def _move_blocks(  # type: ignore[no-untyped-def]
     panels = (height + MR - 1) // MR
     n = len(indptr) - 1
     zero = packed.dtype.type(0)
-    for r in range(worker * n // n_workers, (worker + 1) * n // n_workers):
+    first_row, last_row = worker * n // n_workers, (worker + 1) * n // n_workers
+    if height == MR and width == MR:
+        _move_squares(pack, values, slots, indptr[first_row], indptr[last_row], row_step == 1, packed)
+        return
+    for r in range(first_row, last_row):
         count = (indptr[r + 1] - indptr[r]) * width * MR
         for k in range(indptr[r], indptr[r + 1]):
             block = np.int64(slots[k]) * height * width
@@ -237,10 +260,52 @@ def unpack_weights(packed: Array, plan: PanelPlan, values: Array) -> None:
     _move(False, values, plan, packed)
 
 
+@jit
+def _clear(worker, n_workers, places, entries):  # type: ignore[no-untyped-def]
+    """Set some entries to 0."""
+    if spread(worker, n_workers):
+        return
+    for k in range(len(places)):
+        put(entries, get(places, k), entries.dtype.type(0))
+
+
+def add_clear_outside(program: Program, topology: BlockTopology, entries: Lent) -> None:
+    """Let a program set entries of blocks (flat) to 0 where blocks reach beyond the matrix."""
+    places = topology.plan(("cpu", "outside"), _outside_places)
+    if len(places):
+        program.add(_clear, 1, places, entries)
+
+
+def _outside_places(topology: BlockTopology) -> Array:
+    slots, outside = topology.outside()
+    places = np.flatnonzero(outside).astype(np.int64)
+    size = topology.block_shape[0] * topology.block_shape[1]
+    return slots.astype(np.int64)[places // size] * size + places % size
+
+
+def add_pack(program: Program, weights: Lent, plan: PanelPlan) -> Lent:
+    """Let a program do what `pack_weights` does, if that is needed; returns where the weights are then."""
+    if plan.is_packed:
+        return weights
+    packed = program.lend((plan.packed_items,), weights.dtype)
+    _add_move(program, True, weights, plan, packed)
+    return packed
+
+
+def add_unpack(program: Program, packed: Lent, plan: PanelPlan, entries: Lent) -> None:
+    """Let a program do what `unpack_weights` does."""
+    _add_move(program, False, entries, plan, packed)
+
+
+def _add_move(program: Program, pack: bool, values: Lent, plan: PanelPlan, packed: Lent) -> None:
+    program.add(_move_blocks, *_arguments(pack, values, plan, packed))
+
+
 def _move(pack: bool, values: Array, plan: PanelPlan, packed: Array) -> None:
-    n_workers = max(1, min(worker_count(), len(values) // _MIN_PART))
+    launch(_move_blocks, *_arguments(pack, values, plan, packed))
+
+
+def _arguments(pack: bool, values: Any, plan: PanelPlan, packed: Any) -> tuple[Any, ...]:
+    n_workers = max(1, min(worker_count(), values.shape[0] // _MIN_PART))
     steps = (1, plan.height) if plan.transposed else (plan.width, 1)
-    launch(
-        _move_blocks, n_workers, pack, values, plan.indptr, plan.slots, plan.height, plan.width, *steps,
-        packed,
-    )  # fmt: skip
+    return n_workers, pack, values, plan.indptr, plan.slots, plan.height, plan.width, *steps, packed

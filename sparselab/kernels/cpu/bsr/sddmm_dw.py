@@ -10,17 +10,18 @@ come from the third level, once a panel.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparselab.kernels.arrays import NONE_OF, Array, address, strides
 from sparselab.kernels.cpu.bsr.panels import DOT_COLUMNS, MR
-from sparselab.kernels.cpu.bsr.plan import PanelPlan, cut_rectangles, unpack_weights
+from sparselab.kernels.cpu.bsr.plan import PanelPlan, add_unpack, cut_rectangles, unpack_weights
 from sparselab.kernels.cpu.partition import first_not_below
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_empty, aligned_zeros, scratch
+from sparselab.kernels.cpu.runtime.program import COUNT, Lent, Place, Program
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import add_sums
@@ -173,7 +174,7 @@ def sample(plan: PanelPlan, R: Array, C: Array, out: Array, sums: Array | None =
 class Factor(NamedTuple):
     """A matrix by its address, and how many rows it has in each KC block; 0 if it must be packed."""
 
-    at: int
+    at: Place
     like: Array
     strides: tuple[int, int]
     tiled: int
@@ -186,8 +187,11 @@ def factor(matrix: Array) -> Factor:
 
 def zero_partials(plan: PanelPlan, sums: Array) -> Array:
     """Where `add_products` keeps the sums of lanes from call to call, if there are to be any."""
-    rows = (len(plan.indptr) - 1) * plan.panels_per_row * MR
-    return aligned_zeros(rows * 8 if sums.size else 0, sums.dtype)
+    return aligned_zeros(_partial_items(plan) if sums.size else 0, sums.dtype)
+
+
+def _partial_items(plan: PanelPlan) -> int:
+    return (len(plan.indptr) - 1) * plan.panels_per_row * MR * 8
 
 
 def add_products(
@@ -197,16 +201,59 @@ def add_products(
 
     `sums`, unless it is empty, becomes what is in the partials then.
     """
-    n_rows, n_columns = plan.shape
-    rectangles, panel_blocks = cut_rectangles(plan, worker_count(plan.work(n_tokens)), _PANEL_COLUMNS)
+    cut = _cut(plan, n_tokens, packed.itemsize)
+    work = scratch(len(cut.rectangles), cut.items, packed.dtype)
+    cuts = np.empty(cut.places, np.int64)
+    launch(
+        _sample_blocks, len(cut.rectangles),
+        *_arguments(plan, R, C, n_tokens, packed, partials, sums, cut, work, cuts),
+    )  # fmt: skip
+
+
+def add_sample(
+    program: Program, plan: PanelPlan, R: Factor, C: Factor, n_tokens: int, out: Lent, sums: Lent | Array
+) -> None:
+    """Let a program do what `sample` does, for at least one token; empty sums are not made."""
+    packed = out if plan.is_packed else program.lend((plan.packed_items,), out.dtype)
+    program.clear(packed.at, packed.shape[0] * out.dtype.itemsize)
+    cut = _cut(plan, n_tokens, out.dtype.itemsize)
+    partials = program.zeros(_partial_items(plan), out.dtype) if sums.shape[0] else sums
+    work = program.work((len(cut.rectangles), cut.items), out.dtype)
+    cuts = program.work(cut.places, COUNT)
+    program.add(
+        _sample_blocks, len(cut.rectangles),
+        *_arguments(plan, R, C, n_tokens, packed, partials, sums, cut, work, cuts),
+    )  # fmt: skip
+    if not plan.is_packed:
+        add_unpack(program, packed, plan, out)
+
+
+class _Cut(NamedTuple):
+    """Rectangles, one for each worker, columns of a panel, work memory of each, and the shape of the cuts."""
+
+    rectangles: Array
+    panel_columns: int
+    items: int
+    places: tuple[int, int, int]
+
+
+def _cut(plan: PanelPlan, n_tokens: int, itemsize: int) -> _Cut:
+    lanes = VECTOR_BYTES // itemsize
+    workers = worker_count(plan.work(-(-n_tokens // lanes) * lanes))
+    rectangles, panel_blocks = cut_rectangles(plan, workers, _PANEL_COLUMNS)
     most_rows = int((rectangles[:, 1] - rectangles[:, 0]).max()) * plan.panels_per_row * MR
     panel_columns = panel_blocks * plan.width
-    items = (panel_columns + most_rows) * (STRIDE_BYTES // packed.itemsize)
-    work = scratch(len(rectangles), items, packed.dtype)
-    n_rows_and_panels = (rectangles[:, 1::2] - rectangles[:, ::2]).max(0)
-    cuts = np.empty((len(rectangles), n_rows_and_panels[0], n_rows_and_panels[1] + 1), np.int64)
-    launch(
-        _sample_blocks, len(rectangles), rectangles, panel_columns, plan.columns, plan.indptr, plan.height,
-        plan.width, n_rows, n_columns, *R, *C, n_tokens, VECTOR_BYTES // packed.itemsize, work, cuts, packed,
-        partials, sums,
+    items = (panel_columns + most_rows) * (STRIDE_BYTES // itemsize)
+    n_rows, n_panels = (rectangles[:, 1::2] - rectangles[:, ::2]).max(0).tolist()
+    return _Cut(rectangles, panel_columns, items, (len(rectangles), n_rows, n_panels + 1))
+
+
+def _arguments(
+    plan: PanelPlan, R: Factor, C: Factor, n_tokens: int, packed: Any, partials: Any, sums: Any, cut: _Cut,
+    work: Any, cuts: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    step = VECTOR_BYTES // packed.dtype.itemsize
+    return (
+        cut.rectangles, cut.panel_columns, plan.columns, plan.indptr, plan.height, plan.width, *plan.shape,
+        *R, *C, n_tokens, step, work, cuts, packed, partials, sums,
     )  # fmt: skip

@@ -13,6 +13,8 @@ over), into memory that stays in the first-level cache. Sums of the latter are m
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from sparselab.kernels.arrays import Array
@@ -22,6 +24,7 @@ from sparselab.kernels.cpu.partition import rows_of_worker
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.memory import scratch
+from sparselab.kernels.cpu.runtime.program import Place, Program
 from sparselab.kernels.cpu.runtime.target import CACHE_LINE
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import sum_of
@@ -245,12 +248,41 @@ def multiply_skinny_blocks(
 
     All else is as for `multiply_skinny`.
     """
-    values_at, bits, scales_at = weights
-    x_at, x_strides, (n_columns, n_tokens), _ = X
-    y_at, y_strides, (n_rows, _), _ = Y
-    if n_rows * n_tokens == 0:
+    if Y[2][0] * Y[2][1] == 0:
         return
-    height, width = block_shape
+    cut = _cut(weights, indices, block_shape, like, X, n_threads)
+    work = scratch(cut.n_workers, cut.items, like.dtype)
+    launch(
+        _multiply_skinny_blocks, cut.n_workers,
+        *_arguments(weights, indices, indptr, block_shape, bias_at, like, X, Y, cut.lanes, work),
+    )  # fmt: skip
+
+
+def add_skinny_blocks(
+    program: Program, weights: Weights, indices: Array, indptr: Array, block_shape: tuple[int, int],
+    bias_at: Place, like: Array, X: Matrix, Y: Matrix, n_threads: int,
+) -> None:  # fmt: skip
+    """Let a program do what `multiply_skinny_blocks` does, for at least one output."""
+    cut = _cut(weights, indices, block_shape, like, X, n_threads)
+    work = program.work((cut.n_workers, cut.items), like.dtype)
+    program.add(
+        _multiply_skinny_blocks, cut.n_workers,
+        *_arguments(weights, indices, indptr, block_shape, bias_at, like, X, Y, cut.lanes, work),
+    )  # fmt: skip
+
+
+class _Cut(NamedTuple):
+    """Workers, tokens in a vector, and the work memory of each worker."""
+
+    n_workers: int
+    lanes: int
+    items: int
+
+
+def _cut(
+    weights: Weights, indices: Array, block_shape: tuple[int, int], like: Array, X: Matrix, n_threads: int
+) -> _Cut:
+    (height, width), (n_columns, n_tokens) = block_shape, X[2]
     line = CACHE_LINE // like.itemsize
     if n_tokens <= _ONE_BY_ONE and width % (line // 4) == 0:
         lanes = 1
@@ -258,9 +290,15 @@ def multiply_skinny_blocks(
         lanes = line // 2 if n_tokens <= line // 2 else line
     n_workers = min(n_threads, 1 + len(indices) * height * width // _MIN_PART)
     # Room for the weights of a block row that has every column.
-    spare = 0 if lanes == 1 or bits.dtype == like.dtype else height * (n_columns + width)
-    work = scratch(n_workers, 4 * line + (n_columns + width) * lanes + spare, like.dtype)
-    launch(
-        _multiply_skinny_blocks, n_workers, values_at, bits, scales_at, indices, indptr, height, width,
-        bias_at, like, x_at, x_strides, n_columns, y_at, y_strides, n_rows, n_tokens, lanes, work,
+    spare = 0 if lanes == 1 or weights[1].dtype == like.dtype else height * (n_columns + width)
+    return _Cut(n_workers, lanes, 4 * line + (n_columns + width) * lanes + spare)
+
+
+def _arguments(
+    weights: Weights, indices: Array, indptr: Array, block_shape: tuple[int, int], bias_at: Place,
+    like: Array, X: Matrix, Y: Matrix, lanes: int, work: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    return (
+        *weights, indices, indptr, *block_shape, bias_at, like, X[0], X[1], X[2][0], Y[0], Y[1], Y[2][0],
+        X[2][1], lanes, work,
     )  # fmt: skip

@@ -11,15 +11,19 @@ so once a call.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
-from sparselab.kernels.arrays import NONE_OF, Array, address, strides
+from sparselab.kernels.arrays import Array
 from sparselab.kernels.cpu.bsr.panels import MR, NR, wide_row
-from sparselab.kernels.cpu.bsr.plan import PanelPlan, pack_weights
+from sparselab.kernels.cpu.bsr.plan import PanelPlan, add_pack, pack_weights
+from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.partition import cut_rows
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_empty, scratch
+from sparselab.kernels.cpu.runtime.program import COUNT, Lent, Program
 from sparselab.kernels.cpu.runtime.target import VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import (
@@ -205,41 +209,101 @@ def multiply(
     if not plan.is_packed:
         packed = aligned_empty(plan.packed_items, values.dtype)
         pack_weights(values, plan, packed)
-    if plan.transposed == transposed:
+    if gathers(plan, transposed):
         _gather(packed, plan, X, Y, offsets)
     else:
         _scatter(packed, plan, X, Y, offsets)
 
 
-def _gather(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) -> None:
-    n_tokens = X.shape[1]
-    workers = worker_count(plan.work(n_tokens))
-    lanes = VECTOR_BYTES // weights.itemsize
+def add_multiply(
+    program: Program, values: Lent, plan: PanelPlan, transposed: bool, X: Matrix, Y: Matrix, bias: Lent
+) -> None:
+    """Let a program do what `multiply` does, for at least one output.
+
+    The bias has an entry for each row of the micro-panels, if the product is gathered (`gathers`).
+    """
+    packed = add_pack(program, values, plan)
+    if gathers(plan, transposed):
+        cut = _cut_to_gather(plan, X[2][1], values.dtype)
+        kernel, arguments = _gather_tiles, _to_gather
+    else:
+        cut = _cut_to_scatter(plan, X[2][1], values.dtype)
+        kernel, arguments = _scatter_tiles, _to_scatter
+    counter, work = program.zeros(1, COUNT), program.work((cut.n_workers, cut.items), values.dtype)
+    program.add(kernel, cut.n_workers, counter, *arguments(packed, plan, X, Y, bias, cut, work))
+
+
+def gathers(plan: PanelPlan, transposed: bool) -> bool:
+    """Whether a product with W, or with W^T if `transposed`, is gathered along the micro-panels."""
+    return plan.transposed == transposed
+
+
+class _Cut(NamedTuple):
+    """Workers, work memory of each, parts of the rows, block rows that are packed together, narrow tiles."""
+
+    n_workers: int
+    items: int
+    edges: Array
+    group: int
+    narrow: bool
+
+
+def _cut_to_gather(plan: PanelPlan, n_tokens: int, dtype: np.dtype[Any]) -> _Cut:
+    lanes = VECTOR_BYTES // dtype.itemsize
     narrow = n_tokens <= lanes
     width = lanes if narrow else lanes * NR
     n_tiles = -(-n_tokens // width)
-    # Each part of the rows packs the tokens again.
-    edges = cut_rows(plan.indptr, 1 if n_tiles >= 4 * workers else 2 * workers)
+    # A tile takes as long however few tokens fill it.
+    workers = worker_count(plan.work(n_tiles * width))
+    # Each part of the rows packs the tokens again: no more of them than keep all workers busy.
+    n_parts = 1
+    while n_parts * n_tiles < 4 * workers and n_parts * n_tiles % workers:
+        n_parts += 1
+    edges = cut_rows(plan.indptr, n_parts)
     n_workers = min(workers, n_tiles * (len(edges) - 1))
     group, panel_rows = panel_group(plan)
-    work = scratch(n_workers, (plan.n_columns + panel_rows) * width, weights.dtype)
-    launch(
-        _gather_tiles, n_workers, new_counter(), edges, int(narrow), group, weights, plan.columns,
-        plan.indptr, plan.height, plan.width, *plan.shape, plan.n_columns, address(X), NONE_OF[X.dtype],
-        strides(X), n_tokens, by_micro_panel(bias, plan), address(Y), NONE_OF[Y.dtype], strides(Y), work,
-    )  # fmt: skip
+    return _Cut(n_workers, (plan.n_columns + panel_rows) * width, edges, group, narrow)
+
+
+def _cut_to_scatter(plan: PanelPlan, n_tokens: int, dtype: np.dtype[Any]) -> _Cut:
+    width = VECTOR_BYTES // dtype.itemsize * NR
+    n_tiles = -(-n_tokens // width)
+    n_workers = min(worker_count(plan.work(n_tiles * width)), n_tiles)
+    group, panel_rows = panel_group(plan)
+    return _Cut(n_workers, (plan.n_columns + panel_rows) * width, plan.indptr, group, False)
+
+
+def _gather(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) -> None:
+    cut = _cut_to_gather(plan, X.shape[1], weights.dtype)
+    work, rows = scratch(cut.n_workers, cut.items, weights.dtype), by_micro_panel(bias, plan)
+    arguments = _to_gather(weights, plan, matrix(X), matrix(Y), rows, cut, work)
+    launch(_gather_tiles, cut.n_workers, new_counter(), *arguments)
 
 
 def _scatter(weights: Array, plan: PanelPlan, X: Array, Y: Array, bias: Array) -> None:
-    width = VECTOR_BYTES // weights.itemsize * NR
-    n_tokens = X.shape[1]
-    n_workers = min(worker_count(plan.work(n_tokens)), -(-n_tokens // width))
-    group, panel_rows = panel_group(plan)
-    work = scratch(n_workers, (plan.n_columns + panel_rows) * width, weights.dtype)
-    launch(
-        _scatter_tiles, n_workers, new_counter(), group, weights, plan.columns, plan.indptr, plan.height,
-        plan.width, *plan.shape, plan.n_columns, address(X), NONE_OF[X.dtype], strides(X),
-        n_tokens, bias, address(Y), NONE_OF[Y.dtype], strides(Y), work,
+    cut = _cut_to_scatter(plan, X.shape[1], weights.dtype)
+    work = scratch(cut.n_workers, cut.items, weights.dtype)
+    arguments = _to_scatter(weights, plan, matrix(X), matrix(Y), bias, cut, work)
+    launch(_scatter_tiles, cut.n_workers, new_counter(), *arguments)
+
+
+def _to_gather(
+    weights: Any, plan: PanelPlan, X: Matrix, Y: Matrix, bias: Any, cut: _Cut, work: Any
+) -> tuple[Any, ...]:
+    """The arguments of `_gather_tiles` behind the counter."""
+    return (
+        cut.edges, int(cut.narrow), cut.group, weights, plan.columns, plan.indptr, plan.height, plan.width,
+        *plan.shape, plan.n_columns, X[0], X[3], X[1], X[2][1], bias, Y[0], Y[3], Y[1], work,
+    )  # fmt: skip
+
+
+def _to_scatter(
+    weights: Any, plan: PanelPlan, X: Matrix, Y: Matrix, bias: Any, cut: _Cut, work: Any
+) -> tuple[Any, ...]:
+    """The arguments of `_scatter_tiles` behind the counter."""
+    return (
+        cut.group, weights, plan.columns, plan.indptr, plan.height, plan.width, *plan.shape, plan.n_columns,
+        X[0], X[3], X[1], X[2][1], bias, Y[0], Y[3], Y[1], work,
     )  # fmt: skip
 
 

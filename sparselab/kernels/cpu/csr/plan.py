@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparselab.kernels.arrays import Array, index_dtype, slot_dtype
-from sparselab.kernels.cpu.csr.order import Order, turn
+from sparselab.kernels.cpu.csr.order import Order, slots_of, turn
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import mapped_empty
@@ -41,6 +41,7 @@ _MIN_PART = 1 << 15
 
 #: Keys of the plans of a topology.
 PRODUCT, PRODUCT_T, GRADIENT = ("cpu", "product"), ("cpu", "product_t"), ("cpu", "gradient")
+SLOTS = "cpu", "slots of product_t"
 
 
 class Segments(NamedTuple):
@@ -82,6 +83,11 @@ def product_plan(topology: RowTopology) -> Segments:
 def transpose_plan(topology: RowTopology) -> TransposePlan:
     """Plan of ``DX = W^T DY``. Costs about 3 bytes per connection."""
     return topology.plan(PRODUCT_T, _plan_transpose)
+
+
+def slots_in_order(topology: RowTopology, plan: TransposePlan) -> Array:
+    """The slot of each connection of W^T. Costs 4 bytes per connection, and is for few tokens."""
+    return topology.plan(SLOTS, lambda own: slots_of(own.rows, plan.order))
 
 
 def gradient_plan(topology: RowTopology) -> Segments:

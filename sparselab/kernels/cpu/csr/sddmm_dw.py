@@ -3,8 +3,9 @@
 Loop order, from outside: workers, each with rectangles (rows x columns); tiles of tokens; blocks of
 columns; segments. Per tile a rectangle packs its rows of DY and, block by block, its columns of X. In
 registers: one tile row of DY, and up to `DOTS` dots at a time, each a tile row of X loaded and multiplied;
-their lanes are summed together by a tree of shuffles. The sums over tiles stay in `out`, which has one writer
-per slot and one order of summation whatever the number of threads.
+their lanes are summed together by a tree of shuffles. Of a tile with few tokens the first half is multiplied
+alone. The sums over tiles stay in `out`, which has one writer per slot and one order of summation whatever
+the number of threads.
 
 The sums of DY over tokens, the gradient of a bias, are made from the packed rows, which saves a pass over DY.
 """
@@ -15,12 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparselab.kernels.arrays import Array, address, index_dtype
+from sparselab.kernels.arrays import NONE_OF, Array, address, index_dtype
 from sparselab.kernels.cpu.csr.plan import Segments, gradient_rectangles
 from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, worker_count
 from sparselab.kernels.cpu.runtime.memory import aligned_zeros, scratch
+from sparselab.kernels.cpu.runtime.program import Lent, Place, Program
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.dots import DOTS, SOME_DOTS, add_dots, add_last_dots, some_dots
@@ -32,7 +34,7 @@ _REST = 16
 
 
 @jit
-def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest, out):  # type: ignore[no-untyped-def]
+def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, is_half, rest, out):  # type: ignore[no-untyped-def]
     """Add the dots of segments p : q over one tile to `out`."""
     width = tile_width(x)
     group = min(DOTS, VECTOR_BYTES // x.itemsize)
@@ -42,14 +44,14 @@ def _add_segments(indices, row, start, length, p, q, dy, row0, x, column0, rest,
         slot = np.int64(get(start, s))
         end = slot + np.int64(get(length, s))
         while slot + group <= end:
-            add_dots(dy, at, x, indices, slot, slot, column0, out)
+            add_dots(dy, at, x, indices, slot, slot, column0, is_half, out)
             slot += group
         if slot < end and get(length, s) >= group:
             # The segment's last group: dots that were added before are computed again and left out.
-            add_last_dots(dy, at, x, indices, end - group, slot, column0, out)
+            add_last_dots(dy, at, x, indices, end - group, slot, column0, is_half, out)
             continue
         while slot < end:
-            some_dots(dy, at, x, indices, slot, end - 1, column0, rest)
+            some_dots(dy, at, x, indices, slot, end - 1, column0, is_half, rest)
             for k in range(min(small, end - slot)):
                 out[slot + k] += get(rest, k)
             slot += small
@@ -103,7 +105,7 @@ def _sample_rectangles(  # type: ignore[no-untyped-def]
                     p, q = plan.ptr[c, b], plan.ptr[c, b + 1]
                     _add_segments(
                         indices, plan.row, plan.start, plan.length, p, q,
-                        dy_tile, row_origin, x_tile, origin, rest, out,
+                        dy_tile, row_origin, x_tile, origin, 2 * tokens <= width, rest, out,
                     )  # fmt: skip
         if wants_sums:
             for i in range(row0, row1):
@@ -181,6 +183,32 @@ def add_products(
     """
     work = scratch(cut.n_workers, cut.items, partials.dtype)
     launch(
-        _sample_rectangles, cut.n_workers, indices, plan, cut.rectangles, DY[0], DY[3], DY[1], dy_tiled,
-        X[0], X[3], X[1], x_tiled, X[2][0], X[2][1], work, out_at, partials, sums_at,
+        _sample_rectangles, cut.n_workers,
+        *_of_rectangles(indices, plan, DY, X, out_at, partials, sums_at, cut, work, (dy_tiled, x_tiled)),
+    )  # fmt: skip
+
+
+def add_sample(
+    program: Program, indices: Array, plan: Segments, DY: Matrix, X: Matrix, out: Lent, sums_at: Place,
+    cut: GradientCut,
+) -> None:  # fmt: skip
+    """Let a program set the entries to 0 and do what `sample_cut` does."""
+    dtype, (n_items,) = out.dtype, out.shape
+    program.clear(out.at, n_items * dtype.itemsize)
+    partials = program.zeros(DY[2][0] * 8, dtype) if sums_at else NONE_OF[dtype]
+    work = program.work((cut.n_workers, cut.items), dtype)
+    program.add(
+        _sample_rectangles, cut.n_workers,
+        *_of_rectangles(indices, plan, DY, X, out.at, partials, sums_at, cut, work),
+    )  # fmt: skip
+
+
+def _of_rectangles(
+    indices: Array, plan: Segments, DY: Matrix, X: Matrix, out_at: Place, partials: Any, sums_at: Place,
+    cut: GradientCut, work: Any, tiled: tuple[int, int] = (0, 0),
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of `_sample_rectangles` behind the workers."""
+    return (
+        indices, plan, cut.rectangles, DY[0], DY[3], DY[1], tiled[0], X[0], X[3], X[1], tiled[1], X[2][0],
+        X[2][1], work, out_at, partials, sums_at,
     )  # fmt: skip

@@ -8,6 +8,8 @@ converted in registers, and rows of the latter multiplied by their scales when t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sparselab.kernels.arrays import NONE_OF, Array, address, strides
@@ -16,6 +18,7 @@ from sparselab.kernels.cpu.partition import rows_of_worker
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
 from sparselab.kernels.cpu.runtime.memory import scratch
+from sparselab.kernels.cpu.runtime.program import Place, Program
 from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS, VECTOR_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.narrow import four_weights, is_scaled
@@ -180,7 +183,7 @@ def _multiply_wide(  # type: ignore[no-untyped-def]
 
 #: A dense matrix by its address, strides, shape, and the entry of `NONE_OF` for its dtype, which cost less to
 #: hand over than an array.
-Matrix = tuple[int, tuple[int, int], tuple[int, int], Array]
+Matrix = tuple[Place, tuple[int, int], tuple[int, int], Array]
 
 
 def matrix(array: Array) -> Matrix:
@@ -208,18 +211,42 @@ def multiply_skinny(
     and the bias. The weights have the same, or, beside float32, are uint16, the bits of bfloat16, or int8.
     Nothing is checked; Y is overwritten and overlaps nothing.
     """
-    values_at, bits, scales_at = weights
-    x_at, x_strides, (n_columns, n_tokens), _ = X
-    y_at, y_strides, (n_rows, _), _ = Y
-    if n_rows * n_tokens == 0:
+    if Y[2][0] * Y[2][1] == 0:
         return
-    n_workers = skinny_workers(len(indices), n_threads)
+    n_workers, n_items = skinny_workers(len(indices), n_threads), _skinny_items(X)
+    work = scratch(n_workers, n_items, like.dtype) if n_items else _EMPTY[like.dtype]
+    launch(_skinny_kernel(X), n_workers, *_of_skinny(weights, indices, begin, end, bias_at, like, X, Y, work))
+
+
+def add_skinny(
+    program: Program, weights: Weights, indices: Array, begin: Array, end: Array, bias_at: Place, like: Array,
+    X: Matrix, Y: Matrix, n_threads: int,
+) -> None:  # fmt: skip
+    """Let a program do what `multiply_skinny` does, for at least one output."""
+    n_workers, n_items = skinny_workers(len(indices), n_threads), _skinny_items(X)
+    work = program.work((n_workers, n_items), like.dtype) if n_items else _EMPTY[like.dtype]
+    program.add(
+        _skinny_kernel(X), n_workers, *_of_skinny(weights, indices, begin, end, bias_at, like, X, Y, work)
+    )
+
+
+def _skinny_kernel(X: Matrix) -> Any:
+    return _multiply_wide if X[2][1] > 16 else _multiply_skinny
+
+
+def _skinny_items(X: Matrix) -> int:
+    """Work memory of each worker."""
+    n_columns, n_tokens = X[2]
     if n_tokens <= _BY_ROWS:
-        work = _EMPTY[like.dtype]
-    else:
-        width = 8 if n_tokens <= 8 else 16 if n_tokens <= 16 else 32
-        work = scratch(n_workers, (n_columns + 1) * width, like.dtype)
-    launch(
-        _multiply_wide if n_tokens > 16 else _multiply_skinny, n_workers, values_at, bits, scales_at, indices,
-        begin, end, bias_at, like, x_at, x_strides, n_columns, y_at, y_strides, n_tokens, work,
+        return 0
+    return (n_columns + 1) * (8 if n_tokens <= 8 else 16 if n_tokens <= 16 else 32)
+
+
+def _of_skinny(
+    weights: Weights, indices: Array, begin: Array, end: Array, bias_at: Place, like: Array, X: Matrix,
+    Y: Matrix, work: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of the kernels behind the workers."""
+    return (
+        *weights, indices, begin, end, bias_at, like, X[0], X[1], X[2][0], Y[0], Y[1], X[2][1], work
     )  # fmt: skip

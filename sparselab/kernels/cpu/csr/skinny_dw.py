@@ -6,6 +6,8 @@ first-level cache while the tokens pass over them, two at a time: each reads its
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sparselab.kernels.arrays import Array
@@ -13,6 +15,7 @@ from sparselab.kernels.cpu.csr.skinny import Matrix, skinny_workers
 from sparselab.kernels.cpu.partition import rows_of_worker
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch
+from sparselab.kernels.cpu.runtime.program import Place, Program
 from sparselab.kernels.cpu.runtime.target import HAS_FAST_GATHERS
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.scattered import gather
@@ -104,8 +107,21 @@ def sample_skinny(
     another address, or nowhere if it is 0. Everything is of the dtype of the array `like`, whose contents are
     not read.
     """
-    n_workers = skinny_workers(len(indices), n_threads)
-    launch(
-        _sample_skinny, n_workers, indices, begin, end, like, DY[0], DY[1], X[0], X[1][1], X[2][1],
-        out_at, sums_at,
-    )  # fmt: skip
+    arguments = _arguments(indices, begin, end, DY, X, out_at, sums_at, like)
+    launch(_sample_skinny, skinny_workers(len(indices), n_threads), *arguments)
+
+
+def add_sample_skinny(
+    program: Program, indices: Array, begin: Array, end: Array, DY: Matrix, X: Matrix, out_at: Place,
+    sums_at: Place, like: Array, n_threads: int,
+) -> None:  # fmt: skip
+    """Let a program do what `sample_skinny` does."""
+    arguments = _arguments(indices, begin, end, DY, X, out_at, sums_at, like)
+    program.add(_sample_skinny, skinny_workers(len(indices), n_threads), *arguments)
+
+
+def _arguments(
+    indices: Array, begin: Array, end: Array, DY: Matrix, X: Matrix, out_at: Place, sums_at: Place,
+    like: Array,
+) -> tuple[Any, ...]:  # fmt: skip
+    return indices, begin, end, like, DY[0], DY[1], X[0], X[1][1], X[2][1], out_at, sums_at

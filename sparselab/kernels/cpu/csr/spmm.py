@@ -20,6 +20,7 @@ from sparselab.kernels.cpu.csr.skinny import Matrix, matrix
 from sparselab.kernels.cpu.runtime.jit import jit
 from sparselab.kernels.cpu.runtime.launch import launch, new_counter, worker_count
 from sparselab.kernels.cpu.runtime.memory import scratch
+from sparselab.kernels.cpu.runtime.program import COUNT, Place, Program
 from sparselab.kernels.cpu.runtime.target import TILE_BYTES
 from sparselab.kernels.cpu.runtime.team import spread
 from sparselab.kernels.cpu.simd.vectors import (
@@ -145,6 +146,19 @@ def cut_product(plan: Segments, shape: tuple[int, int], n_tokens: int, itemsize:
     return ProductCut(groups, n_workers, (plan.block_columns + group_rows) * width)
 
 
+def add_multiply(
+    program: Program, values_at: Place, bits: Array, indices: Array, plan: Segments, X: Matrix, Y: Matrix,
+    bias_at: Place, dtype: np.dtype[Any], cut: ProductCut,
+) -> None:  # fmt: skip
+    """Let a program do what `multiply_cut` does."""
+    counter, work = program.zeros(1, COUNT), program.work((cut.n_workers, cut.items), dtype)
+    program.add(
+        _multiply_tiles,
+        cut.n_workers,
+        *_of_tiles(counter, values_at, bits, indices, plan, X, Y, bias_at, cut, work),
+    )
+
+
 def multiply(
     values: Array, indices: Array, plan: Segments, X: Array, Y: Array, bias: Array | None = None
 ) -> None:
@@ -173,7 +187,20 @@ def multiply_cut(
     by its bits in uint16.
     """
     work = scratch(cut.n_workers, cut.items, dtype)
+    counter = new_counter()
     launch(
-        _multiply_tiles, cut.n_workers, new_counter(), values_at, bits, indices, bias_at, plan, cut.groups,
-        X[0], X[3], X[1], X[2][0], Y[0], Y[3], Y[1], Y[2][1], work,
+        _multiply_tiles,
+        cut.n_workers,
+        *_of_tiles(counter, values_at, bits, indices, plan, X, Y, bias_at, cut, work),
+    )
+
+
+def _of_tiles(
+    counter: Any, values_at: Place, bits: Array, indices: Array, plan: Segments, X: Matrix, Y: Matrix,
+    bias_at: Place, cut: ProductCut, work: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of `_multiply_tiles` behind the workers."""
+    return (
+        counter, values_at, bits, indices, bias_at, plan, cut.groups, X[0], X[3], X[1], X[2][0],
+        Y[0], Y[3], Y[1], Y[2][1], work,
     )  # fmt: skip

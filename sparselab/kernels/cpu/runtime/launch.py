@@ -73,6 +73,15 @@ def launch(kernel: Any, n_workers: int, *args: Any) -> None:
         kernel(everyone, n_workers, *args)
 
 
+def run_on_threads(run: Any, *args: int) -> None:
+    """Call compiled code that starts threads by itself; a process that may not has none of that kind."""
+    if _is_workqueue():
+        with _launch_lock:
+            run(*args)
+    else:
+        run(*args)
+
+
 def new_counter() -> Array:
     """The counter of a dynamic schedule, at its first item."""
     return np.zeros(1, np.int64)

@@ -23,6 +23,8 @@ _WORTH_SHRINKING = 1 << 20
 
 _MOST_BLOCKS = 64
 
+_BYTE = np.dtype(np.uint8)
+
 
 class _Scratch(threading.local):
     """The work memory of one thread, and what the calls since the last look needed of it."""
@@ -31,6 +33,8 @@ class _Scratch(threading.local):
         self.buffer = np.empty(0, np.uint8)
         self.calls = 0
         self.most = 0
+        #: Where its first cache line begins, and how much memory there is from there on.
+        self.start = self.room = 0
         #: Blocks that were cut from the buffer, since slicing costs as much as a small product.
         self.blocks: dict[tuple[int, int, str], Array] = {}
 
@@ -49,6 +53,17 @@ class _Scratch(threading.local):
             self.calls = self.most = 0
         return self._cut(key, n_bytes, dtype) if found is None else found
 
+    def lend(self, n_bytes: int) -> int:
+        """Address of so many bytes of the buffer, on a cache line."""
+        own: dict[str, Any] = self.__dict__  # of this thread: one look-up that costs as much as the rest
+        calls = own["calls"] = own["calls"] + 1
+        if n_bytes > own["most"]:
+            own["most"] = n_bytes
+        if own["room"] < n_bytes or calls >= _WINDOW:
+            self.block(1, n_bytes, _BYTE)
+        start: int = own["start"]
+        return start
+
     @staticmethod
     def _bytes(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> int:
         return n_rows * (-(-row_items * dtype.itemsize // CACHE_LINE) * CACHE_LINE) + CACHE_LINE
@@ -65,10 +80,16 @@ class _Scratch(threading.local):
 
     def _replace(self, n_bytes: int) -> None:
         self.blocks.clear()
-        self.buffer = mapped_empty(n_bytes, np.dtype(np.uint8))
+        self.buffer = mapped_empty(n_bytes, _BYTE)
+        at = address(self.buffer)
+        offset = -at % CACHE_LINE
+        self.start, self.room = at + offset, n_bytes - offset
 
 
 _scratch, _values, _gradient, _hidden = _Scratch(), _Scratch(), _Scratch(), _Scratch()
+
+#: ``lend(n_bytes)``: address of so many bytes of the memory of `scratch`, on a cache line.
+lend = _scratch.lend
 
 
 def scratch(n_rows: int, row_items: int, dtype: np.dtype[Any]) -> Array:

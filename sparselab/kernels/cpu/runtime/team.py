@@ -27,6 +27,7 @@ _LOOP = ir.FunctionType(ir.VoidType(), [_BYTES.as_pointer(), _WORDS, _WORDS, _BY
 #: The pool: ``parallel_for(loop, args, counts, steps, data, inner dimensions, arguments, threads)``.
 _PARALLEL_FOR = ir.FunctionType(ir.VoidType(), [_BYTES] * 5 + [_I64, _I64, _I32])
 _GET_NUM_THREADS = ir.FunctionType(_I32, [])
+_RUN = ir.FunctionType(_I32, [_WORDS])
 
 # Kernels read these addresses when they run. In their code they would keep kernels from being cached, and as
 # symbols from being loaded by a process that must not start threads.
@@ -58,6 +59,7 @@ def spread(_: Any, worker: Any, n_workers: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _by_words(builder.module, builder.function)
         asked = builder.icmp_signed("<", args[0], _I64(0))
         with builder.if_then(asked, likely=False):
             kernel = builder.function
@@ -122,3 +124,45 @@ def _loop(module: Any, kernel: Any, job_type: Any) -> Any:
                 builder.store(builder.load(error), cgutils.gep_inbounds(builder, job, 0, 0))
     builder.ret_void()
     return loop
+
+
+def run_name(kernel: str) -> str:
+    """Symbol of the function that calls a kernel of that name with arguments from memory."""
+    return f"{kernel}.by_words"
+
+
+def _by_words(module: Any, kernel: Any) -> None:
+    """Add the function ``run(words)``, which calls `kernel` with arguments in memory and returns its status.
+
+    Each argument is a word of 64 bits: an integer, or a pointer. Kernels that take others have none.
+    """
+    if not all(each.type.is_pointer or isinstance(each.type, ir.IntType) for each in kernel.args):
+        return
+    run = ir.Function(module, _RUN, run_name(kernel.name))
+    builder = ir.IRBuilder(run.append_basic_block())
+    places = [
+        cgutils.alloca_once_value(builder, ir.Constant(each.type.pointee, None)) for each in kernel.args[:2]
+    ]
+    arguments = []
+    for k, argument in enumerate(kernel.args[2:]):
+        word, kind = builder.load(builder.gep(run.args[0], [_I64(k)])), argument.type
+        if kind.is_pointer:
+            word = builder.inttoptr(word, kind)
+        elif kind != _I64:
+            word = builder.trunc(word, kind)
+        arguments.append(word)
+    builder.ret(builder.call(kernel, [*places, *arguments]))
+
+
+@intrinsic
+def run_words(_: Any, run: Any, words: Any) -> Any:
+    """Call what `run_name` names, by its address, with the words at another; 0 unless it failed."""
+    if not (run == words == types.int64):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = builder.inttoptr(args[0], _RUN.as_pointer())
+        code = builder.call(function, [builder.inttoptr(args[1], _WORDS)])
+        return builder.sext(code, _I64)
+
+    return types.int64(run, words), codegen

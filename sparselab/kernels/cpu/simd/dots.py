@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -61,11 +62,50 @@ def sum_of(_: Any, vector: Any) -> Any:
     return vector.dtype(vector), codegen
 
 
+def _products(
+    emit: Emit, rows: Any, row: Any, tile: Any, offsets: list[Any], register: Any, count: int
+) -> list[Any]:
+    """A row times the rows at some offsets in a tile: their first `count` registers, which are added up."""
+
+    def parts(array: Any, start: Any) -> list[Any]:
+        lanes = register.count
+        places = [emit.builder.add(start, ir.Constant(I64, lanes * j)) for j in range(count)]
+        return [emit.load(emit.at(array, place), register, VECTOR_BYTES) for place in places]
+
+    left, partials = parts(rows, row), []
+    for offset in offsets:
+        right = parts(tile, offset)
+        partial = emit.builder.fmul(left[0], right[0], flags=FLAGS)
+        for a, b in zip(left[1:], right[1:], strict=True):
+            partial = emit.fmuladd(a, b, partial)
+        partials.append(partial)
+    return partials
+
+
+def _either(
+    builder: Any, is_first: Any, first: Callable[[], list[Any]], second: Callable[[], list[Any]]
+) -> list[Any]:
+    """Values that are computed in one of two ways when the code runs."""
+    with builder.if_else(is_first) as (then, otherwise):
+        with then:
+            some, some_block = first(), builder.block
+        with otherwise:
+            others, others_block = second(), builder.block
+    found = []
+    for one, other in zip(some, others, strict=True):
+        value = builder.phi(one.type)
+        value.add_incoming(one, some_block)
+        value.add_incoming(other, others_block)
+        found.append(value)
+    return found
+
+
 def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
     @intrinsic
     def dots(
-        _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, bound: Any, column0: Any, out: Any
-    ) -> Any:
+        _: Any, rows: Any, row: Any, tile: Any, columns: Any, slot: Any, bound: Any, column0: Any,
+        is_half: Any, out: Any,
+    ) -> Any:  # fmt: skip
         dtype = tile.dtype
         lanes = register_lanes(dtype)
         group = min(count, lanes)
@@ -79,12 +119,7 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
             def constant(value: int) -> ir.Constant:
                 return ir.Constant(I64, value)
 
-            def parts(array: Any, start: Any) -> list[Any]:
-                places = [builder.add(start, constant(lanes * j)) for j in range(width // lanes)]
-                return [emit.load(emit.at(array, place), part.llvm, VECTOR_BYTES) for place in places]
-
-            left = parts(emit.data(0), row_start)
-            partials = []
+            offsets = []
             for k in range(group):
                 place = builder.add(slot0, constant(k))
                 if clamped:
@@ -92,14 +127,14 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
                     place = builder.select(inside, place, limit)
                 column = builder.load(emit.at(emit.data(3), place))
                 column = context.cast(builder, column, signature.args[3].dtype, types.intp)
-                offset = builder.mul(builder.sub(column, origin), constant(width))
-                right = parts(emit.data(2), offset)
-                partial = builder.fmul(left[0], right[0], flags=FLAGS)
-                for a, b in zip(left[1:], right[1:], strict=True):
-                    partial = emit.fmuladd(a, b, partial)
-                partials.append(partial)
+                offsets.append(builder.mul(builder.sub(column, origin), constant(width)))
+            operands = emit, emit.data(0), row_start, emit.data(2), offsets, part.llvm
+            partials = _either(
+                builder, args[7], lambda: _products(*operands, max(width // lanes // 2, 1)),
+                lambda: _products(*operands, width // lanes),
+            )  # fmt: skip
             sums = sum_lanes(emit, partials)
-            target = emit.at(emit.data(7), constant(0) if clamped else slot0)
+            target = emit.at(emit.data(8), constant(0) if clamped else slot0)
             if partly:
                 wanted = [
                     builder.icmp_signed(">=", builder.add(slot0, constant(k)), limit) for k in range(group)
@@ -113,7 +148,7 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
             emit.store(sums, target, item_bytes(dtype))
             return emit.nothing()
 
-        return types.void(rows, row, tile, columns, slot, bound, column0, out), codegen
+        return types.void(rows, row, tile, columns, slot, bound, column0, is_half, out), codegen
 
     return dots
 
@@ -122,9 +157,9 @@ def _dots(count: int, clamped: bool = False, partly: bool = False) -> Any:
 DOTS = 8
 SOME_DOTS = 4
 
-#: ``add_dots(rows, row, tile, columns, slot, bound, column0, out)``: for the `DOTS` slots from `slot` on, add
-#: to ``out[slot]`` the dot of the tile row ``rows[row:]`` with that of the slot's column in `tile`, whose
-#: first row is column `column0`.
+#: ``add_dots(rows, row, tile, columns, slot, bound, column0, is_half, out)``: for the `DOTS` slots from
+#: `slot` on, add to ``out[slot]`` the dot of the tile row ``rows[row:]`` with that of the slot's column in
+#: `tile`, whose first row is column `column0`; of their first halves alone, if `is_half` (bool).
 add_dots = _dots(DOTS)
 
 #: As `add_dots`, only for the slots from `bound` on.

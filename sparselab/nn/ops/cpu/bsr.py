@@ -32,6 +32,8 @@ from sparselab.nn.ops.cpu.memory import (
     zeros,
 )
 from sparselab.nn.ops.cpu.narrow_blocks import is_native
+from sparselab.nn.ops.cpu.programs.base import Gradients
+from sparselab.nn.ops.cpu.programs.blocks import BlockPrograms
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import BLOCKS, Variant, choose, choose_name, possible
 from sparselab.nn.ops.cutting import cut, join
@@ -42,11 +44,22 @@ CASTS_TOKENS = True
 _CHUNK_BYTES = 8 << 20
 
 
+def _programs(topology: OnTensors) -> BlockPrograms:
+    """What is kept, made when it is first needed."""
+    own: Any = topology.own
+    kept = topology.kept = BlockPrograms(own, density(own))
+    return kept
+
+
 def product(
     topology: OnTensors, values: Tensor, x: Tensor, bias: Tensor | None, variant: str | None = None,
     out: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """``x W^T + b``, by a variant or the one that suits it, in a dtype or that of x."""
+    if variant is None and out is None and topology.measured is None:
+        programs: BlockPrograms = topology.kept or _programs(topology)
+        if (y := programs.product(values, x, bias)) is not None:
+            return y
     given, n_tokens = x.dtype, x.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
@@ -137,6 +150,9 @@ def _product_of_chunks(
 
 def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dtype | None = None) -> Tensor:
     """``dy W``, in a dtype or that of dy."""
+    programs: BlockPrograms = topology.kept or _programs(topology)
+    if out is None and (by_program := programs.gradients(values, grad, None, False)) is not None:
+        return by_program[0]  # type: ignore[return-value]
     given = grad.dtype
     out = given if out is None else out
     dtype = SUMMED[given]
@@ -159,6 +175,14 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     return dx
 
 
+def gradients(
+    topology: OnTensors, values: Tensor | None, grad: Tensor, x: Tensor | None, with_bias: bool
+) -> Gradients | None:
+    """What `input_grad` and `values_grad` return, at once; None if they must be asked one by one."""
+    programs: BlockPrograms = topology.kept or _programs(topology)
+    return programs.gradients(values, grad, x, with_bias)
+
+
 def values_grad(
     topology: OnTensors, grad: Tensor, x: Tensor, with_bias: bool, out: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -166,6 +190,10 @@ def values_grad(
 
     In a dtype or that of dy.
     """
+    programs: BlockPrograms = topology.kept or _programs(topology)
+    if out is None and (by_program := programs.gradients(None, grad, x, with_bias)) is not None:
+        _, entries, dbias = by_program
+        return entries, grad.new_empty(0) if dbias is None else dbias  # type: ignore[return-value]
     given = grad.dtype
     own: BlockTopology = topology.own  # type: ignore[assignment]
     use_torch_threads()
@@ -252,6 +280,8 @@ def keep_forward(topology: OnTensors) -> None:
     own: BlockTopology = topology.own  # type: ignore[assignment]
     backward = plan_key(not wants_transpose(own.block_shape, False)), block_plan_key(True)
     own.forget(lambda key: key not in backward)
+    if topology.kept is not None:
+        topology.kept.forget_gradients()
 
 
 def _outside(own: BlockTopology) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from sparselab.kernels.cpu.csr.order import into_order
 from sparselab.kernels.cpu.csr.plan import (
     GRADIENT,
     PRODUCT_T,
+    SLOTS,
     Segments,
     TransposePlan,
     gradient_plan,
@@ -44,6 +45,8 @@ from sparselab.nn.ops.cpu.memory import (
     in_order,
     zeros,
 )
+from sparselab.nn.ops.cpu.programs.base import Gradients
+from sparselab.nn.ops.cpu.programs.rows import RowPrograms
 from sparselab.nn.ops.cpu.threads import use_torch_threads
 from sparselab.nn.ops.cpu.variants import SINGLE, Variant, choose, choose_name, possible
 
@@ -80,6 +83,8 @@ class RowProducts:
         self.topology, self.shape, self.indices = topology, topology.shape, rows.indices
         self.begin, self.end = rows.indptr[:-1], rows.indptr[1:]
         self.density = topology.density
+        #: For contiguous tokens of the dtype of the weights.
+        self.programs = RowPrograms(topology)
         self.forward: Segments | None = None
         self.transpose: TransposePlan | None = None
         self.gradient: Segments | None = None
@@ -102,10 +107,14 @@ def product(
     out: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """``x W^T + b``, by a variant or the one that suits it, in a dtype or that of x."""
+    rows: RowProducts = topology.kept or _rows(topology)
+    if variant is None and out is None and topology.measured is None:
+        found = rows.programs.product(values, x, bias)
+        if found is not None:
+            return found
     given, n_tokens = x.dtype, x.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
-    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     n_rows = rows.shape[0]
     y = torch.empty((n_tokens, n_rows), dtype=out)
@@ -196,10 +205,12 @@ def _product_of_blocks(rows: Rows, values: Tensor, x: Tensor, bias: Tensor | Non
 
 def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dtype | None = None) -> Tensor:
     """``dy W``, in a dtype or that of dy."""
+    rows: RowProducts = topology.kept or _rows(topology)
+    if out is None and (found := rows.programs.gradients(values, grad, None, False)) is not None:
+        return found[0]  # type: ignore[return-value]
     given, n_tokens = grad.dtype, grad.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
-    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     n_rows, n_columns = rows.shape
     dx = torch.empty((n_tokens, n_columns), dtype=out)
@@ -236,6 +247,14 @@ def input_grad(topology: OnTensors, values: Tensor, grad: Tensor, out: torch.dty
     return dx
 
 
+def gradients(
+    topology: OnTensors, values: Tensor | None, grad: Tensor, x: Tensor | None, with_bias: bool
+) -> Gradients | None:
+    """What `input_grad` and `values_grad` return, at once; None if they must be asked one by one."""
+    rows: RowProducts = topology.kept or _rows(topology)
+    return rows.programs.gradients(values, grad, x, with_bias)
+
+
 def _input_grad_by_unit(rows: RowProducts, values: Tensor, grad: Tensor) -> Tensor:
     """``dy W`` in bfloat16. Each output is of one product, since a sum of several would be rounded often."""
     n_rows, n_columns = rows.shape
@@ -260,13 +279,15 @@ def values_grad(
 
     In a dtype or that of dy.
     """
+    rows: RowProducts = topology.kept or _rows(topology)
+    if out is None and (found := rows.programs.gradients(None, grad, x, with_bias)) is not None:
+        return found[1], grad.new_empty(0) if found[2] is None else found[2]  # type: ignore[return-value]
     given, n_tokens = grad.dtype, grad.shape[0]
     out = given if out is None else out
     dtype = SUMMED[given]
     if out is not dtype:
         wide = values_grad(topology, grad, x, with_bias, dtype)
         return wide[0].to(out), wide[1].to(out)
-    rows: RowProducts = topology.kept or _rows(topology)
     n_threads = use_torch_threads()
     if given is torch.bfloat16 and takes_gradient((1, 1), rows.shape, rows.density, n_tokens):
         return values_grad_by_unit(
@@ -330,9 +351,10 @@ def narrow_ways(
 
 def keep_forward(topology: OnTensors) -> None:
     """Let go of the plans of backward passes; they are made anew if they are needed."""
-    topology.own.forget(lambda key: key not in (PRODUCT_T, GRADIENT))
+    topology.own.forget(lambda key: key not in (PRODUCT_T, GRADIENT, SLOTS))
     if topology.kept is not None:
         topology.kept.transpose = topology.kept.gradient = None
+        topology.kept.programs.forget_gradients()
 
 
 def row_blocks(rows: Rows, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
