@@ -11,15 +11,16 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: help demo mnist test test-all fuzz lint bench clean
+.PHONY: help demo mnist test test-all fuzz lint docs bench clean
 
 help:
-	@echo "make demo    train a small GPT dense and sparse, print a table, draw pictures (about 5 minutes)"
+	@echo "make demo    train a small GPT dense and sparse for the same seconds, draw pictures (about 7 minutes)"
 	@echo "make mnist   compare algorithms on MNIST at several sparsities (ARGS=--quick: about 2 minutes)"
 	@echo "make test    run the test suite (up to 8 minutes on 2 cores)"
 	@echo "make test-all  run the slow tests too, try more examples, and every vector width (up to 20 minutes)"
 	@echo "make fuzz    look for faults with random calls (ARGS='--minutes 10 --triage')"
 	@echo "make lint    run the linter, the formatter's check and the type checker"
+	@echo "make docs    build the pages of docs/ as a site, in site/"
 	@echo "make bench   time sparse layers on this machine"
 	@echo "make clean   remove .venv, results and caches"
 	@echo
@@ -48,6 +49,11 @@ $(VENV)/.installed-all: $(VENV)/.installed
 	@$(INSTALL) '.[test,lint,examples]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "Installing what the pages need"
+	@$(INSTALL) '.[docs]'
+	@touch $@
+
 demo: $(VENV)/.installed
 	@$(BIN)/python examples/shakespeare.py $(ARGS)
 
@@ -72,9 +78,13 @@ lint: $(VENV)/.installed-all
 	@$(BIN)/python -m ruff format --check
 	@$(BIN)/python -m mypy
 
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "The site is in site/index.html"
+
 bench: $(VENV)/.installed
 	@$(BIN)/python -m sparselab bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) results build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) results site build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -65,7 +65,8 @@ def train_step(layers, optimizer, step, scales=(1.0, 1.5, 1.2)):
 
 
 def live_momentum(optimizer, layer):
-    state = {name: entry.numpy() for name, entry in optimizer.state[layer.weight_values].items()}
+    kept = optimizer.state[layer.weight_values].items()
+    state = {name: entry.numpy() for name, entry in kept if isinstance(entry, torch.Tensor)}
     if "momentum_buffer" in state:
         return state["momentum_buffer"]
     return state["exp_avg"] / (np.sqrt(state["exp_avg_sq"]) + 1e-8)

@@ -18,6 +18,7 @@ from sparselab.kernels.arrays import n_connections
 from sparselab.nn.layers.base import as_matrix, is_sparse
 from sparselab.nn.ops import linear as functional
 from sparselab.nn.ops.cpu import bsr, variants
+from sparselab.nn.ops.cpu.programs import blocks as programs
 from sparselab.nn.ops.cpu.variants import BLOCKS, FORWARD, possible
 from tests.nn.blocks import SIZES, array, every_block, outside
 from tests.nn.storage.test_rewrite import Seen
@@ -222,8 +223,14 @@ def test_every_variant_gives_the_numbers_of_dense(
     block_shape: tuple[int, int], bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    for name, kernel in (("multiply_skinny_blocks", "skinny"), ("multiply", "tiles")):
-        monkeypatch.setattr(bsr, name, noting(taken, kernel, getattr(bsr, name)))
+    for module, name, kernel in (
+        (bsr, "multiply_skinny_blocks", "skinny"),
+        (bsr, "multiply", "tiles"),
+        (programs, "add_skinny_blocks", "skinny"),  # when a program is made
+        (programs.direct, "add_direct", "tiles"),
+        (programs.spmm, "add_multiply", "tiles"),
+    ):
+        monkeypatch.setattr(module, name, noting(taken, kernel, getattr(module, name)))
     layer = BlockSparseLinear(*SIZES, bias, sparsity=0.6, block_shape=block_shape)
     x = torch.randn(SIZES[0], tokens).T
     exact = product(array(layer.to_dense().weight), array(x).T, bias=array(layer.bias) if bias else None)

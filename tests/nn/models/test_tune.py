@@ -16,6 +16,7 @@ from sparselab import MaskedLinear, SparseLinear, tune
 from sparselab.kernels.cpu.csr.skinny import MOST_TOKENS
 from sparselab.nn.models import tune as _tune
 from sparselab.nn.ops.cpu import csr
+from sparselab.nn.ops.cpu.programs import rows as programs
 from sparselab.nn.ops.cpu.variants import FORWARD, Measured, possible
 from tests.nn.layers.test_linear import check_gradients, dense_weight
 from tests.oracle import assert_close, product
@@ -60,8 +61,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return noted
 
-    for function, name in (("multiply_skinny", FEW), ("multiply_cut", TILES), ("expand_rows", DENSE)):
-        monkeypatch.setattr(csr, function, noting(getattr(csr, function), name))
+    for module, function, name in (
+        (csr, "multiply_skinny", FEW),
+        (csr, "multiply_cut", TILES),
+        (csr, "expand_rows", DENSE),
+        (programs, "add_skinny", FEW),  # when a program is made
+        (programs, "add_multiply", TILES),
+    ):
+        monkeypatch.setattr(module, function, noting(getattr(module, function), name))
     return names
 
 
