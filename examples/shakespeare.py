@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import statistics
@@ -267,9 +268,10 @@ def run_arm(cfg: Config, characters: str, arm: str, out: Path) -> None:
     """Train one arm and write ``<arm>.json``, for the sparse one also ``topology.npz``, into `out`."""
     data = make_data(cfg, characters)
     load_s = load_code(arm)
+    resident_before = resident_bytes()
     if not cfg.steps:
         cfg = dataclasses.replace(cfg, steps=steps_in(cfg, data, arm))
-    resident_before = resident_bytes()
+        gc.collect()
     model, algo = make_model(cfg, len(data.vocabulary), arm)
     optimizer = make_optimizer(cfg, model, arm)
     if algo is not None:
